@@ -1,0 +1,317 @@
+"""The public entries with JAX's conventions: `dot_product_attention`, `flash_attention`, `explain`.
+
+(`jax_fa.cann` holds the third entry, with CANN's conventions.)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from jax_fa import backends, masks, request
+from jax_fa.attention import attention
+from jax_fa.masks import Mask
+from jax_fa.problem import Operands, Problem
+
+_LAYOUTS = {"BSND": (0, 1, 2, 3), "BNSD": (0, 2, 1, 3), "SBND": (1, 0, 2, 3), "SND": (0, 1, 2), "NSD": (1, 0, 2)}
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_key: ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+):
+    """A drop-in for `jax.nn.dot_product_attention` in O(S) memory.
+
+        softmax(scale * query key^T + bias, where=mask) value
+
+    B batch, T query length, S key/value length, N query heads, K key/value heads, H head_dim; query head n
+    reads key head n // (N // K).
+
+    Args:
+      query: shape `(B, T, N, H)` or `(T, N, H)`, any floating dtype.
+      key: shape `(B, S, K, H)` or `(S, K, H)`, query's dtype. N must be a multiple of K.
+      value: key's shape and dtype.
+      bias: added to the scaled logits; broadcastable to `(B, N, T, S)`, lower ranks too. Differentiable:
+        its gradient is summed over broadcast dims as it is computed.
+      mask: boolean, True = take part; broadcastable to `(B, N, T, S)`, lower ranks too.
+      scale: factor of the logits; None: `1 / sqrt(H)`. A traced scale is folded into the query.
+      is_causal: let query i see keys j <= i (top-left aligned, as in jax.nn).
+      query_seq_lengths, key_value_seq_lengths: integers of shape `(B,)`. Keys from the length on are not
+        seen; rows from the length on are 0.
+      local_window_size: `(left, right)`, both inclusive: query i sees keys i - left .. i + right. An int
+        means both. Combines with is_causal.
+      implementation: None (the best backend that can), or the name of a backend: see `explain`.
+      return_residual: also return the log-sum-exp of the logits.
+      dropout_rate: probability in [0, 1) of dropping an attention weight; kept ones are divided by
+        1 - dropout_rate.
+      dropout_key: a `jax.random` key, required if dropout_rate > 0. Same key, same bits, on every backend;
+        `jax_fa.dropout_mask` shows them.
+      logits_soft_cap: replaces the logits x (after scale and bias) by `cap * tanh(x / cap)`.
+
+    Returns:
+      The output, of query's shape and dtype; with return_residual a pair of it and the natural log-sum-exp
+      of shape `(B, T, N)` or `(T, N)`, in key's dtype and without gradient.
+
+    Differences from jax.nn:
+      * A row that sees no key gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of
+        the dtype's lowest finite number.
+      * NaN and infinity in keys and values that a row does not see do not reach it.
+      * float64 inputs are computed in float64 throughout.
+      * `implementation` takes this library's names, not "cudnn".
+      * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
+
+    Raises:
+      ValueError: shapes or values that do not fit. TypeError: dtypes that do not fit.
+      NotImplementedError: the backend named cannot serve this call (and why).
+
+    Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
+    """
+    problem, operands = _dot_product_attention_request(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        return_residual=return_residual,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        logits_soft_cap=logits_soft_cap,
+    )
+    result = attention(problem, operands)
+    shape = jnp.shape(query)
+    out = result.out.reshape(shape)
+    if not return_residual:
+        return out
+    dtype = operands.key.dtype
+    residual = jax.lax.stop_gradient(jnp.maximum(result.logsumexp, float(jnp.finfo(dtype).min)))
+    return out, jnp.swapaxes(residual, -1, -2).astype(dtype).reshape(shape[:-1])
+
+
+def _dot_product_attention_request(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    implementation=None,
+    return_residual=False,
+    dropout_rate=0.0,
+    dropout_key=None,
+    logits_soft_cap=None,
+) -> tuple[Problem, Operands]:
+    backends.check_implementation(implementation)
+    query, key, value = (_four_dims(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    if value.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"value must have key's shape {key.shape}; got {value.shape}. "
+            "(jax_fa.flash_attention takes values of another head_dim.)"
+        )
+    combined: Mask | None = None
+    for name, x in (("bias", bias), ("mask", mask)):
+        if isinstance(x, Mask):
+            raise TypeError(f"{name} must be an array; got {x!r}. Structured masks: jax_fa.flash_attention.")
+        if x is not None and jnp.ndim(x) > 4:
+            raise ValueError(f"{name} must have at most 4 dimensions; got shape {jnp.shape(x)}.")
+    for given in (
+        None if mask is None else masks.Dense(jnp.asarray(mask)),
+        masks.Causal() if is_causal else None,
+        _window(local_window_size),
+        _lengths(query_seq_lengths, key_value_seq_lengths, query.shape[0]),
+    ):
+        if given is not None:
+            combined = given if combined is None else combined & given
+    return request.build(
+        query,
+        key,
+        value,
+        axes=_LAYOUTS["BSND"],
+        layout="BSND",
+        bias=bias,
+        mask=combined,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        implementation=implementation,
+    )
+
+
+def _four_dims(name: str, x):
+    x = jnp.asarray(x)
+    if x.ndim not in (3, 4):
+        raise ValueError(f"{name} must have 4 dimensions (B, S, N, D) or 3 (S, N, D); got shape {x.shape}.")
+    return x if x.ndim == 4 else x[None]
+
+
+def _window(size) -> Mask | None:
+    if size is None:
+        return None
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = (size, size)
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"local_window_size must be an int, a pair (left, right) or None; got {size!r}.")
+    return masks.Band(*size)
+
+
+def _lengths(query, key, batch: int) -> Mask | None:
+    arrays = []
+    for name, x in (("query_seq_lengths", query), ("key_value_seq_lengths", key)):
+        if x is not None:
+            x = jnp.asarray(x)
+            if not jnp.issubdtype(x.dtype, jnp.integer):
+                raise TypeError(f"{name} must hold integers; got dtype {x.dtype}.")
+            if x.shape != (batch,):
+                raise ValueError(f"{name} must have shape (B,)={(batch,)}; got {x.shape}.")
+        arrays.append(x)
+    return None if query is None and key is None else masks.Lengths(*arrays)
+
+
+def flash_attention(
+    query: Float[Array, "*B Sq N D"],
+    key: Float[Array, "*B Skv K D"],
+    value: Float[Array, "*B Skv K Dv"],
+    *,
+    bias: Float[ArrayLike, "*#B #N #Sq #Skv"] | None = None,
+    mask: Mask | Bool[ArrayLike, "*#B #N #Sq #Skv"] | None = None,
+    alibi_slopes: Float[ArrayLike, "*#B N"] | None = None,
+    scale: float | ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: ArrayLike | None = None,
+    layout: str = "BSND",
+    implementation: str | None = None,
+    return_logsumexp: bool = False,
+):
+    """Exact attention with everything the kernels can do.
+
+        x = scale * query key^T + bias - slope * |j - i|;  x = cap * tanh(x / cap);  softmax(x, mask) value
+
+    Letters: `*B` any number of batch dims, Sq and Skv lengths, N query heads, K key/value heads (query head
+    n reads key head n // (N // K)), D query/key head_dim, Dv value head_dim.
+
+    Args:
+      query: shape `(*B, Sq, N, D)`, any floating dtype.
+      key: shape `(*B, Skv, K, D)`, query's dtype; N must be a multiple of K.
+      value: shape `(*B, Skv, K, Dv)`, query's dtype; Dv may differ from D.
+      bias: added to the scaled logits; broadcastable to `(*B, N, Sq, Skv)`. Differentiable.
+      mask: a mask of `jax_fa.masks` (`Causal`, `SlidingWindow`, `Band`, `Prefix`, `Lengths`,
+        `CumulativeLengths`, `SegmentIds`, `Dense`, or several joined by `&`), or a boolean array
+        broadcastable to `(*B, N, Sq, Skv)` with True = visible. Structured masks skip the tiles they hide.
+      alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)` (arXiv:2108.12409); evaluated in the kernel.
+        Differentiable.
+      scale: None: `1 / sqrt(D)`. A traced scale is folded into the query.
+      logits_soft_cap: positive; None: no cap. Applied after scale and bias, before the mask.
+      dropout_rate: in [0, 1); see `dot_product_attention`. dropout_key: a `jax.random` key.
+      layout: the order of the trailing dims: "BSND" (with any number of leading batch dims, 0 too), "BNSD"
+        (likewise), "SBND", "SND" or "NSD". No layout costs a copy.
+      implementation: None (the best backend that can), or the name of a backend: see `explain`.
+      return_logsumexp: also return the log-sum-exp.
+
+    Returns:
+      The output, query's shape with Dv for D, query's dtype. With return_logsumexp a pair of it and the
+      natural log-sum-exp of x over the visible keys, float32 (float64 for float64 inputs), shape
+      `(*B, N, Sq)` in every layout, differentiable; before dropout.
+      A row that sees no key gives 0, gradients 0 and log-sum-exp -FLT_MAX.
+
+    Raises:
+      ValueError: shapes or values that do not fit. TypeError: dtypes that do not fit.
+      NotImplementedError: the backend named cannot serve this call (and why).
+
+    Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
+    """
+    problem, operands = _flash_attention_request(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        layout=layout,
+        implementation=implementation,
+        return_logsumexp=return_logsumexp,
+    )
+    result = attention(problem, operands)
+    return (result.out, result.logsumexp) if return_logsumexp else result.out
+
+
+def _flash_attention_request(
+    query,
+    key,
+    value,
+    *,
+    bias=None,
+    mask=None,
+    alibi_slopes=None,
+    scale=None,
+    logits_soft_cap=None,
+    dropout_rate=0.0,
+    dropout_key=None,
+    layout="BSND",
+    implementation=None,
+    return_logsumexp=False,
+) -> tuple[Problem, Operands]:
+    backends.check_implementation(implementation)
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    axes, layout = _axes(layout, query.ndim)
+    return request.build(
+        query,
+        key,
+        value,
+        axes=axes,
+        layout=layout,
+        bias=bias,
+        mask=None if mask is None else masks.as_mask(mask),
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        alibi=None if alibi_slopes is None else "linear",
+        alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        logsumexp=return_logsumexp,
+        implementation=implementation,
+    )
+
+
+def _axes(layout: str, ndim: int) -> tuple[tuple[int, ...], str]:
+    """Axes that put arrays of this layout into canonical order, and the layout spelt for their rank."""
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}; got {layout!r}.")
+    if ndim < 3 or ("B" not in layout and ndim != 3) or (layout == "SBND" and ndim != 4):
+        raise ValueError(f"query must have a rank that fits layout {layout!r}; got {ndim} dimensions.")
+    if layout == "SBND" or "B" not in layout:
+        return _LAYOUTS[layout], layout
+    tail = (1, 0, 2) if layout == "BNSD" else (0, 1, 2)
+    lead = ndim - 3
+    return (*range(lead), *(lead + axis for axis in tail)), "B" * lead + layout[1:]

@@ -1,0 +1,132 @@
+"""Counter-based dropout: the keep bit of (key, batch, head, row, column), on every backend the same.
+
+Bits come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11). One
+counter yields 4 words, that is 8 uniform 16-bit numbers, for 8 columns of one row:
+
+    counter = (4 * (column // 32) + (column % 8) // 2, row, head, batch)
+    word    = (column // 8) % 4
+    half    = column % 2                       # 0: low 16 bits, 1: high 16 bits
+    keep    = number < round(keep_prob * 65536)
+
+A block of 32 columns thus takes 4 counters. Lanes of a matrix-multiply accumulator (which hold column
+pairs 8 apart) own whole counters, and a vector of counters unpacks into contiguous columns by moving
+blocks of 8 columns, so the same layout is cheap on GPUs and CPUs.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32, UInt8, UInt32
+
+BLOCK = 32  # columns whose counters lie together
+
+
+def philox4x32(counter, key, rounds: int = 10):
+    """Philox4x32: four uint32 words from a counter of four words and a key of two (arrays broadcast)."""
+    c0, c1, c2, c3 = (jnp.asarray(c, jnp.uint32) for c in counter)
+    k0, k1 = (jnp.asarray(k, jnp.uint32) for k in key)
+    for _ in range(rounds):
+        hi0, lo0 = _multiply_full(c0, 0xD2511F53)
+        hi1, lo1 = _multiply_full(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = k0 + np.uint32(0x9E3779B9), k1 + np.uint32(0xBB67AE85)
+    return c0, c1, c2, c3
+
+
+def _multiply_full(a, b: int):
+    """The high and low words of a 32 x 32 bit product, in 32-bit arithmetic."""
+    b_hi, b_lo = np.uint32(b >> 16), np.uint32(b & 0xFFFF)
+    a_hi, a_lo = a >> 16, a & np.uint32(0xFFFF)
+    mid = a_hi * b_lo + (a_lo * b_lo >> 16)  # at most (2^16 - 1)^2 + 2^16 - 1: no carry is lost
+    mid_lo = a_lo * b_hi + (mid & np.uint32(0xFFFF))
+    return a_hi * b_hi + (mid >> 16) + (mid_lo >> 16), a * np.uint32(b)
+
+
+def threshold(keep_prob: float) -> int:
+    """A 16-bit number below this keeps its element. Never 0 for keep_prob > 0."""
+    return max(1, round(keep_prob * 65536))
+
+
+def seed_words(dropout_key) -> UInt32[Array, "2"]:
+    """The Philox key of a `jax.random` key of any implementation, old style or new."""
+    return jax.random.bits(dropout_key, (2,), jnp.uint32)
+
+
+def streams(batch: tuple[int, ...], heads: int) -> UInt32[Array, "*B N 2"]:
+    """The (head, batch) counter words of every batch entry and head."""
+    b = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape(*batch, 1)
+    n = jnp.arange(heads, dtype=jnp.uint32)
+    shape = (*batch, heads)
+    return jnp.stack([jnp.broadcast_to(n, shape), jnp.broadcast_to(b, shape)], axis=-1)
+
+
+def keep_tile(
+    seed: UInt32[Array, "*#S 2"],
+    stream: UInt32[Array, "*#S 2"],
+    rows: Int32[Array, " R"],
+    first_column,
+    columns: int,
+    keep_prob: float,
+) -> Bool[Array, "*S R C"]:
+    """Keep bits of the given rows and of `columns` columns from `first_column` (may be traced) on."""
+    blocks = -(-columns // BLOCK) + 1  # the range may begin inside a block
+    counters = (first_column // BLOCK) * 4 + jnp.arange(4 * blocks)
+    wide = (..., None, None)
+    words = philox4x32(
+        (counters, rows[:, None], stream[..., 0][wide], stream[..., 1][wide]),
+        (seed[..., 0][wide], seed[..., 1][wide]),
+    )
+    words = jnp.stack(jnp.broadcast_arrays(*words), axis=-1)  # *S R (block pair) word
+    shape = words.shape[:-2]
+    words = words.reshape(*shape, blocks, 4, 4).swapaxes(-1, -2)  # ... block word pair
+    numbers = jnp.stack([words & np.uint32(0xFFFF), words >> 16], axis=-1)
+    keep = (numbers < np.uint32(threshold(keep_prob))).reshape(*shape, blocks * BLOCK)
+    return jax.lax.dynamic_slice_in_dim(keep, first_column % BLOCK, columns, axis=-1)
+
+
+def explicit_keep_tile(
+    bits: UInt8[Array, "*#S bytes"], offset: Int32[Array, "*#S R 2"], first_column, columns: int
+) -> Bool[Array, "*S R C"]:
+    """Keep bits read from a packed stream: bit `8 * byte + bit + column` for a row at offset (byte, bit)."""
+    bit = offset[..., 1:] + (first_column + jnp.arange(columns, dtype=jnp.int32))
+    byte = offset[..., :1] + (bit >> 3)
+    # One gather from the flat stream: broadcasting the stream over heads would copy it per head.
+    size = bits.shape[-1]
+    entries = jnp.arange(math.prod(bits.shape[:-1]), dtype=jnp.int32).reshape(*bits.shape[:-1], 1, 1)
+    index = entries * size + jnp.clip(byte, 0, size - 1)
+    taken = jnp.take(bits.reshape(-1), index, mode="clip")
+    return (taken >> (bit & 7).astype(jnp.uint8)) & 1 == 1
+
+
+def dropout_mask(
+    dropout_key, dropout_rate: float, shape: tuple[int, int, int, int]
+) -> UInt8[Array, " bytes"]:
+    """The keep bits a call with this key and rate uses, packed as CANN's `dropMask` is.
+
+    Args:
+      dropout_key: a `jax.random` key, or an old-style uint32 key array.
+      dropout_rate: probability of dropping an attention weight, in [0, 1). It is rounded to a multiple
+        of 2**-16.
+      shape: `(B, N, Sq, Skv)`; N counts query heads.
+
+    Returns:
+      uint8 array of `ceil(B*N*Sq*Skv / 8)` bytes. Bit `((b*N + n)*Sq + i)*Skv + j`, least significant bit
+      of a byte first, is 1 where the weight of key j for query i of head n is kept. The whole mask has
+      S x S bits per head: attention itself computes them tile by tile and never stores them.
+
+    Source: Philox4x32-10, Salmon et al., SC'11; bit order of aclnnFlashAttentionScore's dropMaskOptional.
+    """
+    if len(shape) != 4:
+        raise ValueError(f"shape must be (B, N, Sq, Skv); got {tuple(shape)}.")
+    if not 0.0 <= dropout_rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1); got {dropout_rate}.")
+    B, N, Sq, Skv = shape
+    if 0 in shape:
+        return jnp.zeros((0,), jnp.uint8)
+    rows = jnp.arange(Sq, dtype=jnp.int32)
+    keep = keep_tile(
+        seed_words(dropout_key), streams((B,), N), rows, jnp.int32(0), Skv, 1.0 - dropout_rate
+    )
+    return jnp.packbits(keep.reshape(-1), bitorder="little")

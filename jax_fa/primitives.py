@@ -1,0 +1,231 @@
+"""The two primitives: forward `fwd_p` and backward `bwd_p`, and every rule JAX needs for them.
+
+Both take the present operands as a flat list; `tree` (a treedef of `Operands`, or of `Backward`) says which
+they are. `problem` is everything static. Arrays keep the axis order they are stored in, so vmap moves no
+data: the batching rule writes the new axis into the problem.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from jax_fa import backends, compat
+from jax_fa.backends import xla as reference
+from jax_fa.problem import (
+    DIFFERENTIABLE,
+    Operands,
+    Problem,
+    accumulator_dtype,
+    dims,
+    gradient_shape,
+    out_shape,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Backward:
+    """What the backward takes: the forward's operands and results, and the cotangents."""
+
+    operands: Operands
+    out: Any
+    m: Any
+    l: Any
+    dout: Any
+    dlogsumexp: Any = None
+
+
+def forward(problem: Problem, operands: Operands) -> tuple[Any, Any, Any]:
+    """Binds the forward: (out, softmax max, softmax sum)."""
+    leaves, tree = jax.tree.flatten(_same_manual_axes(operands))
+    return fwd_p.bind(*leaves, tree=tree, problem=problem)
+
+
+def backward(problem: Problem, args: Backward) -> Operands:
+    """Binds the backward: gradients of the differentiable operands that are present."""
+    leaves, tree = jax.tree.flatten(_same_manual_axes(args))
+    return _gradients(args.operands, bwd_p.bind(*leaves, tree=tree, problem=problem))
+
+
+def _same_manual_axes(tree):
+    """Under shard_map every operand must vary over the same axes: JAX's own functions do the same."""
+    axes = frozenset().union(*(compat.varying_axes(x) for x in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: compat.vary(x, axes), tree)
+
+
+def _gradient_names(operands: Operands) -> list[str]:
+    return [name for name in DIFFERENTIABLE if getattr(operands, name) is not None]
+
+
+def _gradients(operands: Operands, values) -> Operands:
+    absent = {"query": None, "key": None, "value": None}
+    return Operands(**absent | dict(zip(_gradient_names(operands), values, strict=True)))
+
+
+# --- shape rules
+
+
+def _fwd_shape_rule(*avals, tree, problem):
+    operands = tree.unflatten(avals)
+    d = dims(problem, operands)
+    stats = (*d.B, d.N, d.Sq)
+    return out_shape(problem, d), stats, stats
+
+
+def _bwd_shape_rule(*avals, tree, problem):
+    operands = tree.unflatten(avals).operands
+    d = dims(problem, operands)
+    return [
+        gradient_shape(problem, d, name, getattr(operands, name).shape) for name in _gradient_names(operands)
+    ]
+
+
+# --- abstract evaluation
+
+
+def _fwd_abstract_eval(*avals, tree, problem):
+    query = tree.unflatten(avals).query
+    out, m, l = _fwd_shape_rule(*avals, tree=tree, problem=problem)
+    # out lies like query, with its own order of axes; the statistics are `*B N Sq`.
+    lies = compat.Placement(query, problem.query_axes)
+    dtype = accumulator_dtype(query.dtype)
+    rank = problem.batch_rank
+    stats = (*range(rank), rank + 1, rank)
+    return (
+        lies.aval(out, query.dtype, [problem.out_axes.index(i) for i in range(rank + 3)]),
+        lies.aval(m, dtype, stats),
+        lies.aval(l, dtype, stats),
+    )
+
+
+def _bwd_abstract_eval(*avals, tree, problem):
+    operands = tree.unflatten(avals).operands
+    shapes = _bwd_shape_rule(*avals, tree=tree, problem=problem)
+    names = _gradient_names(operands)
+    given = [getattr(operands, name) for name in names]
+    return [aval.update(shape=shape) for aval, shape in zip(given, shapes, strict=True)]
+
+
+# --- batching
+
+
+def _move_or_add_front(x, at):
+    if at is None:
+        return x[None]
+    return x if at == 0 else jax.numpy.moveaxis(x, at, 0)
+
+
+def _batched_operands(problem, operands, at):
+    """Operands with one more batch dim, and the problem that says so; `at` holds each one's mapped axis."""
+    stored = ("query", "key", "value")
+
+    def batch(name, x):
+        axis = getattr(at, name)
+        return x[None] if axis is None else x if name in stored else _move_or_add_front(x, axis)
+
+    where = {name: getattr(at, name) for name in stored}
+    out_at = at.query or 0
+    return problem.map_front(**where, out=out_at), operands.map(batch), out_at
+
+
+def _unflatten_axes(tree, axes):
+    """A tree of mapped axes, None where not mapped (which is a leaf here, not an absent operand)."""
+    unmapped = object()
+    marked = tree.unflatten([unmapped if a is None else a for a in axes])
+    return jax.tree.map(lambda a: None if a is unmapped else a, marked)
+
+
+def _fwd_batching_rule(args, axes, *, tree, problem):
+    operands, at = tree.unflatten(args), _unflatten_axes(tree, axes)
+    problem, operands, out_at = _batched_operands(problem, operands, at)
+    return forward(problem, operands), (out_at, 0, 0)
+
+
+def _bwd_batching_rule(args, axes, *, tree, problem):
+    call, at = tree.unflatten(args), _unflatten_axes(tree, axes)
+    problem, operands, out_at = _batched_operands(problem, call.operands, at.operands)
+    size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
+
+    def full(x, axis, to):
+        if x is None:
+            return None
+        if axis is None:
+            return jax.numpy.broadcast_to(jax.numpy.expand_dims(x, to), (*x.shape[:to], size, *x.shape[to:]))
+        return x if axis == to else jax.numpy.moveaxis(x, axis, to)
+
+    batched = Backward(
+        operands=operands,
+        out=full(call.out, at.out, out_at),
+        m=full(call.m, at.m, 0),
+        l=full(call.l, at.l, 0),
+        dout=full(call.dout, at.dout, out_at),
+        dlogsumexp=full(call.dlogsumexp, at.dlogsumexp, 0),
+    )
+    gradients = backward(problem, batched)
+    names = _gradient_names(operands)
+    front = [getattr(at.operands, n) or 0 if n in ("query", "key", "value") else 0 for n in names]
+    return [getattr(gradients, name) for name in names], front
+
+
+# --- forward-mode derivatives (forward over reverse gives Hessian-vector products)
+
+
+def _fwd_run(backend, problem, tree, *leaves):
+    return backend.forward(problem, tree.unflatten(leaves))
+
+
+def _bwd_run(backend, problem, tree, *leaves):
+    a = tree.unflatten(leaves)
+    gradients = backend.backward(problem, a.operands, a.out, a.m, a.l, a.dout, a.dlogsumexp)
+    return tuple(getattr(gradients, name) for name in _gradient_names(a.operands))
+
+
+def _jvp_rule(run, primals, tangents, *, tree, problem):
+    """The derivative of the portable backend, which is differentiable JAX in forward mode."""
+    tangents = [ad.instantiate_zeros(t) for t in tangents]
+    return jax.jvp(partial(run, reference, problem, tree), primals, tuple(tangents))
+
+
+# --- lowering: the backend is chosen here, for the platform that is compiled for
+
+
+def _lowering(run, get_operands, ctx, *args, tree, problem):
+    platforms = ctx.platforms or ctx.module_context.platforms
+    operands = get_operands(tree.unflatten(ctx.avals_in))
+    chosen = {backends.choose(platform, problem, operands) for platform in platforms}
+    if len(chosen) != 1:
+        raise NotImplementedError(
+            f"one program for platforms {tuple(platforms)} would need several backends here: "
+            f"{sorted(backend.name for backend in chosen)}. Name one with implementation=."
+        )
+    return compat.lower_plain(partial(run, chosen.pop(), problem, tree), ctx, *args)
+
+
+def _register_lowering(primitive, run, get_operands):
+    rule = partial(_lowering, run, get_operands)
+    mlir.register_lowering(primitive, rule)
+    for platform in backends.PLATFORMS:
+        mlir.register_lowering(primitive, rule, platform=platform)
+
+
+# --- assembly
+
+fwd_p = Primitive("flash_attention_fwd")
+fwd_p.multiple_results = True
+fwd_p.def_impl(partial(xla.apply_primitive, fwd_p))
+fwd_p.def_abstract_eval(_fwd_abstract_eval)
+batching.primitive_batchers[fwd_p] = _fwd_batching_rule
+ad.primitive_jvps[fwd_p] = partial(_jvp_rule, _fwd_run)
+_register_lowering(fwd_p, _fwd_run, lambda operands: operands)
+
+bwd_p = Primitive("flash_attention_bwd")
+bwd_p.multiple_results = True
+bwd_p.def_impl(partial(xla.apply_primitive, bwd_p))
+bwd_p.def_abstract_eval(_bwd_abstract_eval)
+batching.primitive_batchers[bwd_p] = _bwd_batching_rule
+ad.primitive_jvps[bwd_p] = partial(_jvp_rule, _bwd_run)
+_register_lowering(bwd_p, _bwd_run, lambda args: args.operands)

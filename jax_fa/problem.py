@@ -1,0 +1,148 @@
+"""The problem one call solves: what is static, what is data, and how large it is.
+
+Letters, here and everywhere: `*B` leading batch dimensions, `Sq` and `Skv` sequence lengths, `N` query
+heads, `K` key/value heads, `G = N // K` (query head n reads key head n // G), `D` query/key head_dim, `Dv`
+value head_dim. `#X` is a dimension of size 1 or X.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+Array = jax.Array
+Axes = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Everything about a call that is known when it is traced, except shapes and dtypes.
+
+    Query, key, value and out travel in the axis order they are stored in: `x.transpose(axes)` has the
+    canonical meaning `*B S N D`. Every other operand is stored canonically.
+    """
+
+    query_axes: Axes
+    key_axes: Axes
+    value_axes: Axes
+    out_axes: Axes
+    scale: float
+    logits_soft_cap: float | None = None
+    alibi: Literal["linear", "sqrt"] | None = None
+    keep_prob: float = 1.0
+    # What the mask is (a `masks.Mask` without its arrays), for backends with a mask language of their own.
+    mask: Hashable = None
+    # Gradients keep the first `mapped` batch dims in full, also where the operand has size 1: vmap added them.
+    mapped: int = 0
+    # The caller uses the log-sum-exp, so its cotangent reaches the backward.
+    logsumexp: bool = False
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("query_axes", "key_axes", "value_axes", "out_axes"):
+            axes = getattr(self, name)
+            if sorted(axes) != list(range(self.batch_rank + 3)):
+                raise ValueError(f"{name}={axes} must be a permutation of {self.batch_rank + 3} axes.")
+        if not 0.0 < self.keep_prob <= 1.0:
+            raise ValueError(f"{self.keep_prob=} must be in (0, 1].")
+
+    @property
+    def batch_rank(self) -> int:
+        return len(self.query_axes) - 3
+
+    def map_front(self, **batched: int | None) -> "Problem":
+        """This problem with one more batch dim at the front; `batched` says where each array keeps it."""
+        axes = {}
+        for name in ("query", "key", "value", "out"):
+            at = batched.get(name) or 0
+            old = getattr(self, f"{name}_axes")
+            axes[f"{name}_axes"] = (at, *(axis + (axis >= at) for axis in old))
+        return replace(self, **axes, mapped=self.mapped + 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """The arrays of a call. An absent operand is None."""
+
+    query: Any  # *#B Sq N D, in the order of query_axes
+    key: Any  # *#B Skv K D
+    value: Any  # *#B Skv K Dv
+    bias: Any = None  # *#B #N #Sq #Skv, any float dtype, added after scaling
+    mask: Any = None  # *#B #N #Sq #Skv bool, True = visible
+    lower: Any = None  # *#B #N #Sq int32: key j is visible only if lower <= j; None: 0
+    upper: Any = None  # *#B #N #Sq int32: ... and j < upper; None: Skv
+    alibi_slopes: Any = None  # *#B N float32
+    dropout_seed: Any = None  # *#B 2 uint32: the Philox key
+    dropout_stream: Any = None  # *#B #N 2 uint32: (head, batch) words of the Philox counter
+    drop_bits: Any = None  # *#B bytes uint8: explicit keep bits, LSB first, 1 = keep
+    drop_offset: Any = None  # *#B #N #Sq 2 int32: (byte, bit) of a row's key 0 in drop_bits
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(f.name, getattr(self, f.name)) for f in fields(self)]
+
+    def map(self, fn) -> "Operands":
+        """Applies `fn(name, array)` to every operand that is present."""
+        return Operands(**{name: None if x is None else fn(name, x) for name, x in self.items()})
+
+
+DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes")
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes of a call; `B` is the full batch shape."""
+
+    B: tuple[int, ...]
+    Sq: int
+    Skv: int
+    N: int
+    K: int
+    D: int
+    Dv: int
+
+    @property
+    def G(self) -> int:
+        return self.N // self.K
+
+
+def canonical_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in axes)
+
+
+def stored_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    """The shape of an array stored in the order `axes` whose canonical shape is `shape`."""
+    return tuple(shape[axes.index(i)] for i in range(len(axes)))
+
+
+def dims(problem: Problem, operands: Operands) -> Dims:
+    """Reads the sizes off the operands (arrays or avals)."""
+    rank = problem.batch_rank
+    q = canonical_shape(operands.query.shape, problem.query_axes)
+    k = canonical_shape(operands.key.shape, problem.key_axes)
+    v = canonical_shape(operands.value.shape, problem.value_axes)
+    batches = [q[:rank], k[:rank], v[:rank]]
+    batches += [x.shape[:rank] for name, x in operands.items()[3:] if x is not None]
+    B = tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*batches, strict=True))
+    return Dims(B, q[rank], k[rank], q[rank + 1], k[rank + 1], q[rank + 2], v[rank + 2])
+
+
+def out_shape(problem: Problem, d: Dims) -> tuple[int, ...]:
+    return stored_shape((*d.B, d.Sq, d.N, d.Dv), problem.out_axes)
+
+
+def gradient_shape(problem: Problem, d: Dims, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The gradient has its operand's shape, but keeps in full the batch dims that vmap added."""
+    full = d.B[: problem.mapped]
+    if name in ("query", "key", "value"):
+        axes = getattr(problem, f"{name}_axes")
+        canonical = canonical_shape(shape, axes)
+        return stored_shape((*full, *canonical[problem.mapped :]), axes)
+    return (*full, *shape[problem.mapped :])
+
+
+def accumulator_dtype(dtype: Any) -> np.dtype:
+    """float32, or float64 for float64 inputs: what is summed, and the dtype of the softmax statistics."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)

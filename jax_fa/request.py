@@ -1,0 +1,171 @@
+"""From checked arguments to (`Problem`, `Operands`): shared by every public entry."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa import dropout, masks
+from jax_fa.problem import Axes, Operands, Problem, accumulator_dtype, canonical_shape
+
+
+def build(
+    query,
+    key,
+    value,
+    *,
+    axes: Axes,
+    layout: str,
+    bias=None,
+    mask: masks.Mask | None = None,
+    scale=None,
+    logits_soft_cap: float | None = None,
+    alibi: str | None = None,
+    alibi_slopes=None,
+    dropout_rate: float = 0.0,
+    dropout_key=None,
+    keep_prob: float | None = None,
+    drop_bits=None,
+    drop_offset=None,
+    logsumexp: bool = False,
+    implementation: str | None = None,
+) -> tuple[Problem, Operands]:
+    """Checks the arguments against each other and makes them canonical.
+
+    `axes` puts query, key and value into the order `*B S N D`; `layout` names their stored dims in errors.
+    With `drop_bits`, `keep_prob` says what kept weights are divided by; otherwise `dropout_rate` does.
+    """
+    check_query_key_value(query, key, value, axes, layout)
+    rank = len(axes) - 3
+    *B, Sq, N, D = canonical_shape(query.shape, axes)
+    Skv, batch = canonical_shape(key.shape, axes)[rank], tuple(B)
+    acc = accumulator_dtype(query.dtype)
+    query, static_scale = _scale(query, scale, D)
+    lower, upper, dense = masks.intervals(mask, batch, N, Sq, Skv)
+    seed = stream = None
+    rate = _dropout_rate(dropout_rate, dropout_key)
+    if rate:
+        seed = masks.lead(dropout.seed_words(dropout_key), rank + 1)
+        stream = dropout.streams(batch, N)
+    problem = Problem(
+        query_axes=axes,
+        key_axes=axes,
+        value_axes=axes,
+        out_axes=axes,
+        scale=static_scale,
+        logits_soft_cap=_soft_cap(logits_soft_cap),
+        alibi=alibi,  # type: ignore[arg-type]
+        keep_prob=1.0 - rate if keep_prob is None else keep_prob,
+        mask=None if mask is None else mask.static(),
+        logsumexp=logsumexp,
+        implementation=implementation,
+    )
+    operands = Operands(
+        query=query,
+        key=key,
+        value=value,
+        bias=_bias(bias, (*batch, N, Sq, Skv), acc),
+        mask=dense,
+        lower=lower,
+        upper=upper,
+        alibi_slopes=_slopes(alibi_slopes, batch, N),
+        dropout_seed=seed,
+        dropout_stream=stream,
+        drop_bits=drop_bits,
+        drop_offset=drop_offset,
+    )
+    return problem, operands
+
+
+def check_query_key_value(query, key, value, axes: Axes, layout: str) -> None:
+    """Raises unless shapes and dtypes fit together; messages give the stored shapes."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != len(axes):
+            raise ValueError(f"{name} must have {len(axes)} dimensions ({layout}); got shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must have a floating dtype; got {x.dtype}.")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}; got {x.dtype}.")
+    rank = len(axes) - 3
+    q, k, v = (canonical_shape(x.shape, axes) for x in (query, key, value))
+    if k[:rank] != q[:rank]:
+        raise ValueError(_expect("key", layout, "batch dims B", q[:rank], k[:rank], query, key))
+    if k[-1] != q[-1]:
+        raise ValueError(_expect("key", layout, "query's head_dim D", q[-1], k[-1], query, key))
+    if v[: rank + 2] != k[: rank + 2]:
+        want, got = k[: rank + 2], v[: rank + 2]
+        raise ValueError(_expect("value", layout, "key's (*B, Skv, K)", want, got, key, value, "key"))
+    if q[-1] == 0:
+        raise ValueError(f"query must have head_dim D of at least 1; got shape {query.shape} ({layout}).")
+    N, K = q[rank + 1], k[rank + 1]
+    if K == 0 or N % K != 0:
+        raise ValueError(
+            f"query must have a number of heads N that is a multiple of key's K; got N={N}, K={K} "
+            f"from shapes {query.shape} and {key.shape} ({layout})."
+        )
+
+
+def _expect(name, layout, what, want, got, other, x, other_name="query") -> str:
+    return (
+        f"{name} must have {what}={want}; got {got}. "
+        f"({other_name} has shape {other.shape}, {name} {x.shape}; layout {layout}.)"
+    )
+
+
+def _scale(query, scale, D: int):
+    """(query, static scale). A traced scale is multiplied into the query, in float32, so that it has a gradient."""
+    if scale is None:
+        return query, 1.0 / math.sqrt(D)
+    if np.ndim(scale) != 0:
+        raise ValueError(f"scale must be a scalar or None; got shape {np.shape(scale)}.")
+    if isinstance(scale, jax.core.Tracer):
+        wide = accumulator_dtype(query.dtype)
+        return (query.astype(wide) * scale.astype(wide)).astype(query.dtype), 1.0
+    value = float(scale)
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite; got {value}.")
+    return query, value
+
+
+def _soft_cap(cap) -> float | None:
+    if cap is None:
+        return None
+    if isinstance(cap, jax.core.Tracer) or not float(cap) > 0 or not math.isfinite(float(cap)):
+        raise ValueError(f"logits_soft_cap must be a positive finite Python number or None; got {cap}.")
+    return float(cap)
+
+
+def _dropout_rate(rate, key) -> float:
+    if isinstance(rate, jax.core.Tracer) or not 0.0 <= float(rate) < 1.0:
+        raise ValueError(f"dropout_rate must be a Python number in [0, 1); got {rate}.")
+    if float(rate) > 0.0 and key is None:
+        raise ValueError(f"dropout_key must be a jax.random key when dropout_rate > 0 (it is {rate}); got None.")
+    return float(rate)
+
+
+def _bias(bias, full: tuple[int, ...], acc):
+    if bias is None:
+        return None
+    bias = jnp.asarray(bias)
+    if bias.dtype == jnp.bool_:
+        raise TypeError("bias must be numeric, it is added to the logits; got dtype bool. Pass it as mask.")
+    if jnp.issubdtype(bias.dtype, jnp.complexfloating):
+        raise TypeError(f"bias must be real; got dtype {bias.dtype}.")
+    if not masks.broadcasts(bias.shape, full):
+        raise ValueError(f"bias must broadcast to (*B, N, Sq, Skv)={full}; got shape {bias.shape}.")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        bias = bias.astype(acc)
+    return masks.lead(bias, len(full))
+
+
+def _slopes(slopes, batch: tuple[int, ...], N: int) -> Any:
+    if slopes is None:
+        return None
+    slopes = jnp.asarray(slopes)
+    if not jnp.issubdtype(slopes.dtype, jnp.floating):
+        raise TypeError(f"alibi_slopes must have a floating dtype; got {slopes.dtype}.")
+    if slopes.shape[-1:] != (N,) or not masks.broadcasts(slopes.shape, (*batch, N)):
+        raise ValueError(f"alibi_slopes must have shape (N,) or (*B, N) with B={batch}, N={N}; got {slopes.shape}.")
+    return masks.lead(slopes, len(batch) + 1)
