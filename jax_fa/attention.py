@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_fa import primitives, softmax
+from jax_fa import compat, primitives, softmax
 from jax_fa.primitives import Backward
 from jax_fa.problem import Operands, Problem
 
@@ -29,8 +29,14 @@ class Attention(NamedTuple):
     softmax_sum: Any  # no gradient
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(problem: Problem, operands: Operands) -> Attention:
+    # Outside of the custom_vjp, so that JAX transposes it: under shard_map the gradient of an operand that
+    # all devices share is the sum of theirs.
+    return _attention(problem, compat.vary_alike(operands))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(problem: Problem, operands: Operands) -> Attention:
     return _attention_fwd(problem, operands)[0]
 
 
@@ -55,4 +61,4 @@ def _attention_bwd(problem: Problem, residuals, cotangents: Attention):
     return (primitives.backward(problem, args),)
 
 
-attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)

@@ -1,19 +1,28 @@
 """The one place for what differs between JAX versions or is not public."""
 
 import jax
+from jax._src import dispatch, sharding_impls
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 
 def varying_axes(x) -> frozenset[str]:
     """The manual mesh axes (`shard_map`) over which a value or aval differs."""
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def vary(x, axes: frozenset[str]):
-    """Marks x as differing over the manual axes given; the transpose sums over those it did not vary over."""
-    missing = tuple(sorted(axes - varying_axes(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+def vary_alike(tree):
+    """Marks every array as differing over the manual axes over which any of them does, as JAX's functions do.
+
+    The transpose sums the cotangent of an array over the axes that it did not vary over.
+    """
+    axes = frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(tree)))
+
+    def vary(x):
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree) if axes else tree
 
 
 class Placement:
@@ -31,11 +40,48 @@ class Placement:
         return self._aval.update(shape=tuple(shape), dtype=dtype, sharding=sharding, weak_type=False)
 
 
+def no_mesh():
+    """A context in which arrays carry no sharding in their types, whatever mesh the caller has set."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def lower_plain(fn, ctx, *args):
     """Lowers a traceable function inside another primitive's lowering rule.
 
     Shardings and manual axes are types of the surrounding program; inside, everything is local and plain.
     """
     plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    with no_mesh():
         return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(avals_in=plain), *args)
+
+
+def is_partitioned(ctx) -> bool:
+    """Whether XLA will split the program being lowered over the devices of a known mesh.
+
+    Not inside `shard_map` (everything is local there), and not for export (its artifact must not hold a
+    Python callback).
+    """
+    module = ctx.module_context
+    context = module.axis_context
+    if module.lowering_parameters.for_export or getattr(context, "device_assignment", None) is None:
+        return False
+    return context.num_devices > 1 and context.abstract_mesh is not None
+
+
+def see_devices_when_lowering(primitive) -> None:
+    """Has jit hand the devices and their mesh to the primitive's lowering rule, which partitioning needs."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def mesh_axes(sharding, mesh) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes of each dim of a sharding that XLA's partitioner hands to a callback.
+
+    Empty where it cuts a mesh axis in two (which no PartitionSpec can say): such an array counts as whole.
+    """
+    if sharding is None:
+        return ()
+    try:
+        spec = sharding_impls.parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(0), mesh)[0]
+    except ValueError:
+        return ()
+    return tuple(entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec)

@@ -15,6 +15,7 @@ from jax.interpreters import ad, batching, mlir, xla
 
 from jax_fa import backends, compat
 from jax_fa.backends import xla as reference
+from jax_fa.partition import Partition
 from jax_fa.problem import (
     DIFFERENTIABLE,
     Operands,
@@ -41,20 +42,14 @@ class Backward:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Any, Any, Any]:
     """Binds the forward: (out, softmax max, softmax sum)."""
-    leaves, tree = jax.tree.flatten(_same_manual_axes(operands))
+    leaves, tree = jax.tree.flatten(operands)
     return fwd_p.bind(*leaves, tree=tree, problem=problem)
 
 
 def backward(problem: Problem, args: Backward) -> Operands:
     """Binds the backward: gradients of the differentiable operands that are present."""
-    leaves, tree = jax.tree.flatten(_same_manual_axes(args))
+    leaves, tree = jax.tree.flatten(compat.vary_alike(args))
     return _gradients(args.operands, bwd_p.bind(*leaves, tree=tree, problem=problem))
-
-
-def _same_manual_axes(tree):
-    """Under shard_map every operand must vary over the same axes: JAX's own functions do the same."""
-    axes = frozenset().union(*(compat.varying_axes(x) for x in jax.tree.leaves(tree)))
-    return jax.tree.map(lambda x: compat.vary(x, axes), tree)
 
 
 def _gradient_names(operands: Operands) -> list[str]:
@@ -190,10 +185,35 @@ def _jvp_rule(run, primals, tangents, *, tree, problem):
     return jax.jvp(partial(run, reference, problem, tree), primals, tuple(tangents))
 
 
+# --- sharding
+
+
+def _fwd_partition(run, tree, problem, avals):
+    operands = tree.unflatten(avals)
+    rule = Partition(problem, operands)
+    inputs = _operand_labels(rule, operands)
+    return rule.wrap(run, inputs, [rule.out(), rule.stats(), rule.stats()], [False] * 3)
+
+
+def _bwd_partition(run, tree, problem, avals):
+    args = tree.unflatten(avals)
+    rule = Partition(problem, args.operands)
+    saved = [rule.out(), rule.stats(), rule.stats(), rule.out()]
+    if args.dlogsumexp is not None:
+        saved.append(rule.stats())
+    names = _gradient_names(args.operands)
+    results = [rule.gradient(name, getattr(args.operands, name).shape) for name in names]
+    return rule.wrap(run, _operand_labels(rule, args.operands) + saved, results, [True] * len(results))
+
+
+def _operand_labels(rule, operands):
+    return [rule.operand(name, x.shape) for name, x in operands.items() if x is not None]
+
+
 # --- lowering: the backend is chosen here, for the platform that is compiled for
 
 
-def _lowering(run, get_operands, ctx, *args, tree, problem):
+def _lowering(run, get_operands, partition, ctx, *args, tree, problem):
     platforms = ctx.platforms or ctx.module_context.platforms
     operands = get_operands(tree.unflatten(ctx.avals_in))
     chosen = {backends.choose(platform, problem, operands) for platform in platforms}
@@ -202,14 +222,18 @@ def _lowering(run, get_operands, ctx, *args, tree, problem):
             f"one program for platforms {tuple(platforms)} would need several backends here: "
             f"{sorted(backend.name for backend in chosen)}. Name one with implementation=."
         )
-    return compat.lower_plain(partial(run, chosen.pop(), problem, tree), ctx, *args)
+    fn = partial(run, chosen.pop(), problem, tree)
+    if compat.is_partitioned(ctx):
+        fn = partition(fn, tree, problem, ctx.avals_in)
+    return compat.lower_plain(fn, ctx, *args)
 
 
-def _register_lowering(primitive, run, get_operands):
-    rule = partial(_lowering, run, get_operands)
+def _register_lowering(primitive, run, get_operands, partition):
+    rule = partial(_lowering, run, get_operands, partition)
     mlir.register_lowering(primitive, rule)
     for platform in backends.PLATFORMS:
         mlir.register_lowering(primitive, rule, platform=platform)
+    compat.see_devices_when_lowering(primitive)
 
 
 # --- assembly
@@ -220,7 +244,7 @@ fwd_p.def_impl(partial(xla.apply_primitive, fwd_p))
 fwd_p.def_abstract_eval(_fwd_abstract_eval)
 batching.primitive_batchers[fwd_p] = _fwd_batching_rule
 ad.primitive_jvps[fwd_p] = partial(_jvp_rule, _fwd_run)
-_register_lowering(fwd_p, _fwd_run, lambda operands: operands)
+_register_lowering(fwd_p, _fwd_run, lambda operands: operands, _fwd_partition)
 
 bwd_p = Primitive("flash_attention_bwd")
 bwd_p.multiple_results = True
@@ -228,4 +252,4 @@ bwd_p.def_impl(partial(xla.apply_primitive, bwd_p))
 bwd_p.def_abstract_eval(_bwd_abstract_eval)
 batching.primitive_batchers[bwd_p] = _bwd_batching_rule
 ad.primitive_jvps[bwd_p] = partial(_jvp_rule, _bwd_run)
-_register_lowering(bwd_p, _bwd_run, lambda args: args.operands)
+_register_lowering(bwd_p, _bwd_run, lambda args: args.operands, _bwd_partition)

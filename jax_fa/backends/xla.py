@@ -8,19 +8,22 @@ Forward, per row tile (Dao et al. 2022, arXiv:2205.14135, algorithm 1; Dao 2023,
 Backward from the saved m and l, with D = rowsum(dout out) - dlogsumexp:
     p = exp(s - m) / l,  dp = keep / keep_prob (dout v^T),  ds = p (dp - D)
     dq = scale ds k,  dk = scale ds^T q,  dv = (keep / keep_prob p)^T dout,  dbias = ds
+
+Masked keys must not be heard even if they hold NaN (padding often does), and 0 * NaN is NaN in a matrix
+product. So in masked tiles non-finite numbers enter the products as 0, and where they are visible they come
+back through the probabilities: key and query through s anyway, value added to s, dout through 1 / l. A row
+that sees a non-finite value is NaN as a whole, with its statistics.
 """
 
-import math
-import string
 from dataclasses import dataclass, replace
-from functools import cached_property
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_fa import dropout, softmax
-from jax_fa.problem import Dims, Operands, Problem, accumulator_dtype, dims, gradient_shape
+from jax_fa.problem import Operands, Problem, gradient_shape
+from jax_fa.tiles import Axis, Call
 
 name = "xla"
 platforms = None  # every one
@@ -29,6 +32,8 @@ platforms = None  # every one
 # keep matrix multiplies busy, small enough for a last-level cache.
 TILE_ELEMENTS = 2**20
 MIN_TILE, MAX_ROWS, MAX_KEYS = 128, 512, 512
+# A call of at most this many logits is one tile, without loops: it compiles in half the time.
+ONE_TILE_ELEMENTS = 2**21
 
 
 def why_not(problem: Problem, operands: Operands) -> str | None:
@@ -38,195 +43,117 @@ def why_not(problem: Problem, operands: Operands) -> str | None:
 
 def forward(problem: Problem, operands: Operands):
     """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
-    call = _Call(problem, operands)
-    return call.store_out(*_forward(call))
+    call = Call(problem, operands)
+    d = call.dims
+    shape = (*call.B, d.K, d.G, d.Sq)
+    out = call.stored(jnp.zeros((*shape, d.Dv), call.dtype), problem.out_axes)
+    m, l = softmax.start(shape, call.acc)
+    if not call.empty:
+        out, m, l = _forward(call, out, m, l)
+    stats = (*d.B, d.N, d.Sq)
+    return out, m.reshape(stats), l.reshape(stats)
 
 
 def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
     """Gradients of query, key, value and, where present, bias and alibi_slopes."""
-    call = _Call(problem, operands)
-    return call.store_gradients(_backward(call, out, m, l, dout, dlogsumexp))
+    call = Call(problem, operands)
+    saved = _Saved(out, dout, *(call.by_head(x) for x in (m, l, dlogsumexp)))
+    gradients = _zero_gradients(call)
+    if not call.empty:
+        gradients = _backward(call, saved, gradients)
+
+    def finish(name, gradient):
+        operand = getattr(operands, name)
+        if name in ("key", "value"):
+            gradient = call.stored(gradient, getattr(problem, f"{name}_axes"))
+        return gradient.reshape(gradient_shape(problem, call.dims, name, operand.shape)).astype(operand.dtype)
+
+    return gradients.map(finish)
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Tiles of one sequence axis. The last tile is moved back to end with the axis, so tiles can overlap."""
-
-    size: int
-    tile: int
-
-    @property
-    def count(self) -> int:
-        return -(-self.size // self.tile)
-
-    def start(self, t):
-        return jnp.minimum(t * self.tile, self.size - self.tile) if self.ragged else t * self.tile
-
-    @property
-    def ragged(self) -> bool:
-        return self.count * self.tile != self.size
+def _tiling(call: Call) -> tuple[Axis, Axis]:
+    d = call.dims
+    if call.heads * d.Sq * d.Skv <= ONE_TILE_ELEMENTS:
+        return Axis.of(d.Sq, d.Sq), Axis.of(d.Skv, d.Skv)
+    keys = Axis.of(d.Skv, MAX_KEYS)
+    rows = TILE_ELEMENTS // max(1, call.heads * keys.tile)
+    return Axis.of(d.Sq, max(MIN_TILE, min(MAX_ROWS, rows))), keys
 
 
-class _Call:
-    """The operands in canonical order, heads split as K x G, batch dims of size 1 left out."""
+def _loop(first, last, body, carry):
+    """fori_loop; a single known turn is run in line, which compiles faster."""
+    if isinstance(first, int) and isinstance(last, int) and last - first == 1:
+        return body(first, carry)
+    return lax.fori_loop(first, last, body, carry)
 
-    def __init__(self, problem: Problem, operands: Operands) -> None:
-        self.problem, self.operands = problem, operands
-        self.dims: Dims = dims(problem, operands)
-        self.dtype = operands.query.dtype
-        self.acc = accumulator_dtype(self.dtype)
-        self.kept = tuple(i for i, size in enumerate(self.dims.B) if size != 1)
-        self.B = tuple(self.dims.B[i] for i in self.kept)
-        d = self.dims
-        q = self._canonical(operands.query, problem.query_axes)
-        self.query = q.reshape(*q.shape[:-2], d.K, d.G, d.D).swapaxes(-4, -3).swapaxes(-3, -2)  # K G Sq D
-        self.key = self._canonical(operands.key, problem.key_axes).swapaxes(-3, -2)  # K Skv D
-        self.value = self._canonical(operands.value, problem.value_axes).swapaxes(-3, -2)
-        self.bias = self._rows(operands.bias)
-        self.mask = self._rows(operands.mask)
-        self.lower, self.upper = self._rows(operands.lower), self._rows(operands.upper)
-        self.slopes = self._rows(operands.alibi_slopes)
-        self.seed = self._squeeze(operands.dropout_seed)
-        self.stream = self._rows(operands.dropout_stream)
-        self.drop_bits = self._squeeze(operands.drop_bits)
-        self.drop_offset = self._rows(operands.drop_offset)
 
-    @property
-    def masked(self) -> bool:
-        """Whether any pair of row and key may be masked, also by a tile that overlaps the one before."""
-        given = (self.lower, self.upper, self.mask)
-        return any(x is not None for x in given) or self.tiles[1].ragged
+def _key_ranges(call: Call, rows: Axis, keys: Axis):
+    """A function of a row tile: the first and one past the last key tile that some row of it can see."""
+    lower, upper = call.lower, call.upper
+    if (lower is None and upper is None) or keys.count == 1:
+        return lambda t: (0, keys.count)
 
-    @cached_property
-    def tiles(self) -> tuple[_Axis, _Axis]:
-        d = self.dims
-        heads = max(1, math.prod(self.B) * d.N)
-        keys = min(d.Skv, MAX_KEYS)
-        rows = TILE_ELEMENTS // (heads * max(1, keys)) // 32 * 32
-        rows = min(d.Sq, max(MIN_TILE, min(MAX_ROWS, rows)))
-        return _Axis(d.Sq, rows), _Axis(d.Skv, keys)
+    def tiles(bound, reduce):
+        """The bound reduced over each row tile, shape (tiles,) or (1,)."""
+        bound = jnp.moveaxis(bound, -1, 0)
+        if bound.shape[0] == 1:
+            return reduce(bound)[None]
+        starts = np.minimum(np.arange(rows.count) * rows.tile, rows.size - rows.tile)
+        if rows.ragged:
+            bound = bound[starts[:, None] + np.arange(rows.tile)]
+        return reduce(bound.reshape(rows.count, -1), axis=1)
 
-    # --- storage order <-> canonical order
+    def at(x, t):
+        return x[0] if x.shape[0] == 1 else lax.dynamic_index_in_dim(x, t, keepdims=False)
 
-    def _squeeze(self, x):
-        if x is None:
-            return None
-        rank = self.problem.batch_rank
-        return x.reshape(tuple(x.shape[i] for i in self.kept) + x.shape[rank:])
-
-    def _canonical(self, x, axes):
-        return self._squeeze(x.transpose(axes))
-
-    def _rows(self, x):
-        """`*#B #N ...` -> `*#B #K #G ...`."""
-        if x is None:
-            return None
-        x = self._squeeze(x)
-        at = len(self.B)
-        heads = (self.dims.K, self.dims.G) if x.shape[at] != 1 else (1, 1)
-        return x.reshape(*x.shape[:at], *heads, *x.shape[at + 1 :])
-
-    def store_out(self, out, m, l):
-        d, B = self.dims, self.dims.B
-        out = jnp.moveaxis(out.reshape(*B, d.N, d.Sq, d.Dv), -2, -3)
-        axes = self.problem.out_axes
-        stats = (*B, d.N, d.Sq)
-        return out.transpose([axes.index(i) for i in range(len(axes))]), m.reshape(stats), l.reshape(stats)
-
-    def canonical_out(self, x):
-        """An array shaped like out, as `*B K G Sq Dv`."""
-        d = self.dims
-        x = self._canonical(x, self.problem.out_axes)
-        return x.reshape(*x.shape[:-2], d.K, d.G, d.Dv).swapaxes(-4, -3).swapaxes(-3, -2)
-
-    def canonical_stats(self, x):
-        return self._rows(x)
-
-    def store_gradients(self, gradients: Operands) -> Operands:
-        d, problem = self.dims, self.problem
-
-        def store(name, g):
-            given = getattr(self.operands, name)
-            shape = gradient_shape(problem, d, name, given.shape)
-            if name not in ("query", "key", "value"):
-                return g.reshape(shape).astype(given.dtype)
-            axes = getattr(problem, f"{name}_axes")
-            heads, length = (d.N, d.Sq) if name == "query" else (d.K, d.Skv)
-            g = g.astype(given.dtype).reshape(*d.B, heads, length, g.shape[-1])
-            g = jnp.moveaxis(g, -2, -3).transpose([axes.index(i) for i in range(len(axes))])
-            return g.reshape(shape)
-
-        return gradients.map(store)
-
-    # --- products over the batch dims an operand has
-
-    def product(self, spec: str, x, y):
-        """einsum over `*#B` operands, e.g. "kgid,kjd->kgij", accumulated in acc; batch dims of size 1 broadcast."""
-        letters = string.ascii_uppercase[: len(self.B)]
-        inputs, output = spec.split("->")
-        names = []
-        operands = []
-        for part, operand in zip(inputs.split(","), (x, y), strict=True):
-            lead = operand.shape[: len(self.B)]
-            names.append("".join(c for c, size in zip(letters, lead, strict=True) if size != 1) + part)
-            operands.append(operand.reshape([s for s in lead if s != 1] + list(operand.shape[len(self.B) :])))
-        present = "".join(c for c in letters if any(c in n for n in names))
-        result = jnp.einsum(f"{','.join(names)}->{present}{output}", *operands, preferred_element_type=self.acc)
-        shape = iter(result.shape)
-        return result.reshape([next(shape) if c in present else 1 for c in letters] + list(shape))
+    first = last = None
+    if lower is not None:
+        seen = lower if upper is None else jnp.where(lower < upper, lower, keys.size)
+        first = tiles(seen, jnp.min) // keys.tile
+    if upper is not None:
+        seen = upper if lower is None else jnp.where(lower < upper, upper, 0)
+        last = (tiles(seen, jnp.max) + keys.tile - 1) // keys.tile
+    return lambda t: (0 if first is None else at(first, t), keys.count if last is None else at(last, t))
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """What a tile of logits needs besides q and k: positions, visibility, keep bits."""
+    """Logits of row tile t and key tile u."""
 
-    call: _Call
-    rows: _Axis
-    keys: _Axis
+    call: Call
+    rows: Axis
+    keys: Axis
     t: object
     u: object
 
-    @property
-    def i(self):
-        return self.rows.start(self.t) + jnp.arange(self.rows.tile, dtype=jnp.int32)
-
-    @property
-    def j(self):
-        return self.keys.start(self.u) + jnp.arange(self.keys.tile, dtype=jnp.int32)
-
     def cut(self, x):
         """The tile's part of an array `... #Sq #Skv`."""
-        return self.keys_of(self.rows_of(x, -2), -1)
-
-    def rows_of(self, x, axis: int):
-        return _slice(x, axis, self.rows, self.t)
-
-    def keys_of(self, x, axis: int):
-        return _slice(x, axis, self.keys, self.u)
+        return self.keys.cut(self.rows.cut(x, -2, self.t), -1, self.u)
 
     def visible(self):
-        """Boolean `*#B #K #G #rows #keys`, or None where every pair of the tile is visible for sure."""
+        """Boolean `*#B #K #G #rows #keys`, or None if every pair is visible for sure."""
         call = self.call
-        terms = []
+        j = self.keys.positions(self.u)
+        terms = [self.keys.fresh(self.u)]
         if call.lower is not None:
-            terms.append(self.j >= self.rows_of(call.lower, -1)[..., None])
+            terms.append(j >= self.rows.cut(call.lower, -1, self.t)[..., None])
         if call.upper is not None:
-            terms.append(self.j < self.rows_of(call.upper, -1)[..., None])
+            terms.append(j < self.rows.cut(call.upper, -1, self.t)[..., None])
         if call.mask is not None:
             terms.append(self.cut(call.mask))
-        if self.keys.ragged:
-            terms.append(self.j >= self.u * self.keys.tile)
-        visible = None
-        for term in terms:
-            visible = term if visible is None else visible & term
-        return visible
+        return _all(*terms)
 
     def distance(self):
-        away = jnp.abs(self.j - self.i[:, None]).astype(self.call.acc)
+        """What an ALiBi slope multiplies."""
+        i, j = self.rows.positions(self.t), self.keys.positions(self.u)
+        away = jnp.abs(j - i[:, None]).astype(self.call.acc)
         return jnp.sqrt(away) if self.call.problem.alibi == "sqrt" else away
 
-    def logits(self, q, k, visible):
-        """Logits with -inf where masked, and the derivative of the soft cap (or None)."""
+    def logits(self, q, k, visible, poison=None):
+        """Logits with -inf where masked, and the derivative of the soft cap (or None).
+
+        `poison` (`*#B K keys`, 0 or NaN) is added to the logits of its keys.
+        """
         problem, call = self.call.problem, self.call
         s = call.product("kgid,kjd->kgij", q, k) * jnp.asarray(problem.scale, call.acc)
         if call.bias is not None:
@@ -237,193 +164,172 @@ class _Tile:
         if problem.logits_soft_cap is not None:
             tanh = jnp.tanh(s / problem.logits_soft_cap)
             s, slope = problem.logits_soft_cap * tanh, 1 - tanh * tanh
+        if poison is not None:
+            s = s + poison[..., None, None, :].astype(call.acc)
         return (s if visible is None else jnp.where(visible, s, -jnp.inf)), slope
 
     def keep(self):
         """Keep bits of the tile, or None without dropout."""
-        call = self.call
-        columns = self.keys.tile
-        first = self.keys.start(self.u)
-        keep = None
-        if call.seed is not None:
-            seed = call.seed[..., None, None, :]
-            keep = dropout.keep_tile(seed, call.stream, self.i, first, columns, call.problem.keep_prob)
-        if call.drop_bits is not None:
-            bits = call.drop_bits[..., None, None, :]
-            offset = self.rows_of(call.drop_offset, -2)
+        call, operands = self.call, self.call.operands
+        first, columns = self.keys.start(self.u), self.keys.tile
+        seeded = explicit = None
+        if operands.dropout_seed is not None:
+            seed = call.squeeze(operands.dropout_seed)[..., None, None, :]
+            stream = call.by_head(operands.dropout_stream)
+            rows = self.rows.positions(self.t)
+            seeded = dropout.keep_tile(seed, stream, rows, first, columns, call.problem.keep_prob)
+        if operands.drop_bits is not None:
+            bits = call.squeeze(operands.drop_bits)[..., None, None, :]
+            offset = self.rows.cut(call.by_head(operands.drop_offset), -2, self.t)
             explicit = dropout.explicit_keep_tile(bits, offset, first, columns)
-            keep = explicit if keep is None else keep & explicit
-        return keep
+        return _all(seeded, explicit)
 
 
-def _slice(x, axis: int, tiles: _Axis, t):
-    """Tile t of x along an axis; an axis of size 1 broadcasts and stays whole."""
-    if x.shape[axis] == 1 or x.shape[axis] == tiles.tile:
-        return x
-    return lax.dynamic_slice_in_dim(x, tiles.start(t), tiles.tile, axis)
-
-
-def _put(x, part, axis: int, tiles: _Axis, t, *, add: bool = False):
-    """Writes (or adds) tile t of x along an axis."""
-    if x.shape[axis] == part.shape[axis]:
-        return x + part if add else part.astype(x.dtype)
-    start = tiles.start(t)
-    if add:
-        part = lax.dynamic_slice_in_dim(x, start, part.shape[axis], axis) + part
-    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
-
-
-def _loop(first, last, body, carry):
-    """fori_loop; a single known turn is run in line, which compiles faster."""
-    if isinstance(first, int) and isinstance(last, int) and last - first == 1:
-        return body(first, carry)
-    return lax.fori_loop(first, last, body, carry)
-
-
-def _key_range(call: _Call, rows: _Axis, keys: _Axis, t):
-    """The key tiles that some row of tile t can see."""
-    if call.lower is None and call.upper is None or keys.count == 1:
-        return 0, keys.count
-    lower = jnp.zeros((1,), jnp.int32) if call.lower is None else _slice(call.lower, -1, rows, t)
-    upper = jnp.full((1,), keys.size, jnp.int32) if call.upper is None else _slice(call.upper, -1, rows, t)
-    some = lower < upper
-    first = jnp.min(jnp.where(some, lower, keys.size)) // keys.tile
-    last = -(-jnp.max(jnp.where(some, upper, 0)) // keys.tile)
-    return first, last
+def _all(*terms):
+    """The conjunction of those terms that are given; None if none is."""
+    result = None
+    for term in terms:
+        result = term if result is None else result if term is None else result & term
+    return result
 
 
 def _finite(x):
-    """x with NaN and infinity as 0: a masked key must not reach a sum as 0 * NaN."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def _weighted_values(call: _Call, p, v, visible):
-    """p v, where non-finite values reach only the rows that see them (as NaN)."""
-    spec = "kgij,kjd->kgid"
-    if visible is None:
-        return call.product(spec, p.astype(call.dtype), v)
-    result = call.product(spec, p.astype(call.dtype), _finite(v))
-    bad = ~jnp.isfinite(v)
-
-    def poison(result):
-        seen = jnp.broadcast_to(visible, p.shape).astype(call.acc)
-        return jnp.where(call.product(spec, seen, bad.astype(call.acc)) > 0, jnp.nan, result)
-
-    return lax.cond(jnp.any(bad), poison, lambda result: result, result)
+def _nan_unless_finite(x):
+    """0 for each vector (last axis) of finite numbers, NaN for any other."""
+    return jnp.sum(x * jnp.zeros((), x.dtype), axis=-1)
 
 
-def _forward(call: _Call):
-    d = call.dims
-    shape = (*call.B, d.K, d.G, d.Sq)
-    out = jnp.zeros((*shape, d.Dv), call.dtype)
-    m, l = softmax.start(shape, call.acc)
-    if 0 in (*shape, d.Skv):
-        return out, m, l
-    rows, keys = call.tiles
+def _forward(call: Call, out, m, l):
+    problem, operands, d = call.problem, call.operands, call.dims
+    rows, keys = _tiling(call)
+    key_range = _key_ranges(call, rows, keys)
+    seq = problem.out_axes[problem.batch_rank]
 
     def row_tile(t, carry):
         out, m, l = carry
-        q = _slice(call.query, -2, rows, t)
+        q = call.query_tile(operands.query, problem.query_axes, rows, t)
 
         def key_tile(u, carry):
             acc, m, l = carry
             tile = _Tile(call, rows, keys, t, u)
+            k = call.key_tile(operands.key, problem.key_axes, keys, u)
+            v = call.key_tile(operands.value, problem.value_axes, keys, u)
             visible = tile.visible()
-            logits, _ = tile.logits(q, tile.keys_of(call.key, -2), visible)
+            poison = None
+            if visible is not None:
+                v, poison = _finite(v), _nan_unless_finite(v)
+            logits, _ = tile.logits(q, k, visible, poison)
             m, l, rescale, p = softmax.update(m, l, logits)
             keep = tile.keep()
             if keep is not None:
                 p = jnp.where(keep, p, 0)
-            values = _weighted_values(call, p, tile.keys_of(call.value, -2), visible)
-            return acc * rescale[..., None] + values, m, l
+            return acc * rescale[..., None] + call.product("kgij,kjd->kgid", p.astype(call.dtype), v), m, l
 
-        part = (*shape[:-1], rows.tile)
+        part = (*call.B, d.K, d.G, rows.tile)
         start = (jnp.zeros((*part, d.Dv), call.acc), *softmax.start(part, call.acc))
-        acc, m_tile, l_tile = _loop(*_key_range(call, rows, keys, t), key_tile, start)
-        out_tile = softmax.finish(acc / call.problem.keep_prob, l_tile)
+        acc, m_tile, l_tile = _loop(*key_range(t), key_tile, start)
+        out_tile = softmax.finish(acc, l_tile * problem.keep_prob).astype(call.dtype)
         return (
-            _put(out, out_tile, -2, rows, t),
-            _put(m, m_tile, -1, rows, t),
-            _put(l, l_tile, -1, rows, t),
+            rows.put(out, call.stored(out_tile, problem.out_axes), seq, t),
+            rows.put(m, m_tile, -1, t),
+            rows.put(l, l_tile, -1, t),
         )
 
     return _loop(0, rows.count, row_tile, (out, m, l))
 
 
-def _backward(call: _Call, out, m, l, dout, dlogsumexp) -> Operands:
-    d, problem = call.dims, call.problem
-    out, dout = call.canonical_out(out), call.canonical_out(dout)
-    m, l = call.canonical_stats(m), call.canonical_stats(l)
-    delta = jnp.sum(out.astype(call.acc) * dout.astype(call.acc), axis=-1)
-    if dlogsumexp is not None:
-        delta = delta - call.canonical_stats(dlogsumexp).astype(call.acc)
-    rows, keys = call.tiles if d.Sq and d.Skv else (_Axis(d.Sq, 1), _Axis(d.Skv, 1))
-    zeros = _zero_gradients(call)
-    if 0 in (*call.B, d.N, d.Sq, d.Skv):
-        return zeros
+@dataclass(frozen=True)
+class _Saved:
+    """What the backward has besides the operands: out and dout as stored, the rest `*B K G Sq`."""
+
+    out: object
+    dout: object
+    m: object
+    l: object
+    dlogsumexp: object
+
+
+def _backward(call: Call, saved: _Saved, zeros: Operands) -> Operands:
+    problem, operands, d = call.problem, call.operands, call.dims
+    rows, keys = _tiling(call)
+    key_range = _key_ranges(call, rows, keys)
+    seq = problem.query_axes[problem.batch_rank]
+    scale = jnp.asarray(problem.scale, call.acc)
+    masked = rows.ragged or keys.ragged or any(x is not None for x in (call.lower, call.upper, call.mask))
 
     def row_tile(t, carry):
-        q = _slice(call.query, -2, rows, t)
-        do = _slice(dout, -2, rows, t)
-        m_t, l_t, delta_t = (_slice(x, -1, rows, t) for x in (m, l, delta))
-        inv = softmax.inverse(l_t)
-        # Rows that the previous tile has already added.
-        fresh = _Tile(call, rows, keys, t, 0).i[:, None] >= t * rows.tile if rows.ragged else None
-        q_clean, do_clean = q, do
-        if call.masked or rows.ragged:
-            # A non-finite dout reaches the keys that its row sees through 1 / l, and no other key.
-            inv = jnp.where(jnp.isfinite(do).all(axis=-1), inv, jnp.nan)
-            q_clean, do_clean = _finite(q), _finite(do)
+        dq_all, gradients = carry
+        q = call.query_tile(operands.query, problem.query_axes, rows, t)
+        out = call.query_tile(saved.out, problem.out_axes, rows, t)
+        dout = call.query_tile(saved.dout, problem.out_axes, rows, t)
+        delta = jnp.sum(out.astype(call.acc) * dout.astype(call.acc), axis=-1)
+        if saved.dlogsumexp is not None:
+            delta = delta - rows.cut(saved.dlogsumexp, -1, t).astype(call.acc)
+        m = rows.cut(saved.m, -1, t)
+        inverse = softmax.inverse(rows.cut(saved.l, -1, t))
+        fresh = rows.fresh(t)
+        fresh = None if fresh is None else fresh[:, None]
+        q_clean, dout_clean = q, dout
+        if masked:
+            inverse = inverse + _nan_unless_finite(dout).astype(call.acc)
+            q_clean, dout_clean = _finite(q), _finite(dout)
 
         def key_tile(u, carry):
-            dq, grads = carry
+            dq, gradients = carry
             tile = _Tile(call, rows, keys, t, u)
-            k, v = tile.keys_of(call.key, -2), tile.keys_of(call.value, -2)
+            k = call.key_tile(operands.key, problem.key_axes, keys, u)
+            v = call.key_tile(operands.value, problem.value_axes, keys, u)
             visible = tile.visible()
             logits, slope = tile.logits(q, k, visible)
-            p = jnp.exp(logits - m_t[..., None]) * inv[..., None]
-            dp = call.product("kgid,kjd->kgij", do, v)
-            weights = p
-            keep = tile.keep()
+            p = jnp.exp(logits - m[..., None]) * inverse[..., None]
+            dp = call.product("kgid,kjd->kgij", dout, v)
+            weights, keep = p, tile.keep()
             if keep is not None:
                 weights = jnp.where(keep, p / problem.keep_prob, 0)
                 dp = jnp.where(keep, dp / problem.keep_prob, 0)
-            ds = p * (dp - delta_t[..., None])
+            ds = p * (dp - delta[..., None])
             if slope is not None:
                 ds = ds * slope
-            seen = fresh if visible is None else visible if fresh is None else visible & fresh
-            if seen is not None:
-                ds, weights = jnp.where(seen, ds, 0), jnp.where(seen, weights, 0)
+            counted = _all(visible, fresh)
+            if counted is not None:
+                ds, weights = jnp.where(counted, ds, 0), jnp.where(counted, weights, 0)
+            if masked:
                 k = _finite(k)
-            ds16, weights16 = ds.astype(call.dtype), weights.astype(call.dtype)
-            dq = dq + call.product("kgij,kjd->kgid", ds16, k)
-            grads = _accumulate(tile, grads, ds, ds16, weights16, q_clean, do_clean)
-            return dq, grads
+            narrow = ds.astype(call.dtype)
+            dq = dq + call.product("kgij,kjd->kgid", narrow, k)
+            dk = call.product("kgij,kgid->kjd", narrow, q_clean)
+            dv = call.product("kgij,kgid->kjd", weights.astype(call.dtype), dout_clean)
+            return dq, _add_tile(tile, gradients, dk * scale, dv, ds)
 
-        dq, grads = carry
         part = jnp.zeros((*call.B, d.K, d.G, rows.tile, d.D), call.acc)
-        dq_tile, grads = _loop(*_key_range(call, rows, keys, t), key_tile, (part, grads))
-        dq_tile = (dq_tile * jnp.asarray(problem.scale, call.acc)).astype(call.dtype)
-        if fresh is not None:
-            dq_tile = jnp.where(fresh, dq_tile, _slice(dq, -2, rows, t))
-        return _put(dq, dq_tile, -2, rows, t), grads
+        dq, gradients = _loop(*key_range(t), key_tile, (part, gradients))
+        dq = (dq * scale).astype(call.dtype)
+        if fresh is not None:  # the previous tile has the gradient of the rows both share
+            before = call.query_tile(dq_all, problem.query_axes, rows, t)
+            dq = jnp.where(fresh, dq, before)
+        return rows.put(dq_all, call.stored(dq, problem.query_axes), seq, t), gradients
 
-    dq, grads = _loop(0, rows.count, row_tile, (zeros.query, replace(zeros, query=None)))
-    return replace(grads, query=dq, key=grads.key * jnp.asarray(problem.scale, call.acc))
+    start = (zeros.query, replace(zeros, query=None))
+    dq, gradients = _loop(0, rows.count, row_tile, start)
+    return replace(gradients, query=dq)
 
 
-def _zero_gradients(call: _Call) -> Operands:
-    """Accumulators `*B ...`; those of bias and slopes keep the operand's dims of size 1."""
-    d, mapped = call.dims, call.problem.mapped
+def _zero_gradients(call: Call) -> Operands:
+    """Query's gradient as stored; accumulators `*B ...` that keep the dims in which bias and slopes broadcast."""
+    d, problem = call.dims, call.problem
 
     def like(x):
         if x is None:
             return None
-        full = [call.B[at] if i < mapped else x.shape[at] for at, i in enumerate(call.kept)]
+        full = [call.B[at] if i < problem.mapped else x.shape[at] for at, i in enumerate(call.kept)]
         return jnp.zeros((*full, *x.shape[len(full) :]), call.acc)
 
+    query = jnp.zeros((*call.B, d.K, d.G, d.Sq, d.D), call.dtype)
     return Operands(
-        query=jnp.zeros((*call.B, d.K, d.G, d.Sq, d.D), call.dtype),
+        query=call.stored(query, problem.query_axes),
         key=jnp.zeros((*call.B, d.K, d.Skv, d.D), call.acc),
         value=jnp.zeros((*call.B, d.K, d.Skv, d.Dv), call.acc),
         bias=like(call.bias),
@@ -431,44 +337,36 @@ def _zero_gradients(call: _Call) -> Operands:
     )
 
 
-def _accumulate(tile: _Tile, grads: Operands, ds, ds16, weights16, q, do) -> Operands:
-    """Adds a tile's part to the gradients of key, value, bias and slopes."""
-    call = tile.call
-    dk = call.product("kgij,kgid->kjd", ds16, q)
-    dv = call.product("kgij,kgid->kjd", weights16, do)
-    grads = replace(
-        grads,
-        key=_put(grads.key, dk, -2, tile.keys, tile.u, add=True),
-        value=_put(grads.value, dv, -2, tile.keys, tile.u, add=True),
-    )
-    if grads.bias is not None:
-        grads = replace(grads, bias=_put_bias(tile, grads.bias, ds))
-    if grads.alibi_slopes is not None:
-        slopes = grads.alibi_slopes
-        part = _reduce_to(-ds * tile.distance(), (*slopes.shape, 1, 1))
-        grads = replace(grads, alibi_slopes=slopes + part.reshape(slopes.shape))
-    return grads
+def _add_tile(tile: _Tile, gradients: Operands, dk, dv, ds) -> Operands:
+    """The gradients with one tile's part added; ds is summed over the dims in which bias broadcasts."""
+
+    def along_keys(total, part):
+        if total.shape == part.shape:
+            return total + part
+        before = tile.keys.cut(total, -2, tile.u)
+        return tile.keys.put(total, before + part, -2, tile.u)
+
+    changes = {"key": along_keys(gradients.key, dk), "value": along_keys(gradients.value, dv)}
+    if gradients.bias is not None:
+        changes["bias"] = _add_bias(tile, gradients.bias, ds)
+    if gradients.alibi_slopes is not None:
+        slopes = gradients.alibi_slopes
+        part = _sum_to(-ds * tile.distance(), (*slopes.shape, 1, 1))
+        changes["alibi_slopes"] = slopes + part.reshape(slopes.shape)
+    return replace(gradients, **changes)
 
 
-def _put_bias(tile: _Tile, dbias, ds):
-    """Adds ds to the bias gradient, summed over the dims in which the bias broadcasts."""
-    target = list(ds.shape)
-    for axis in range(len(target)):
-        if dbias.shape[axis] == 1:
-            target[axis] = 1
-    part = _reduce_to(ds, tuple(target))
-    starts = [0] * ds.ndim
-    if dbias.shape[-2] != 1:
-        starts[-2] = tile.rows.start(tile.t)
-    if dbias.shape[-1] != 1:
-        starts[-1] = tile.keys.start(tile.u)
+def _add_bias(tile: _Tile, dbias, ds):
+    part = _sum_to(ds, tuple(1 if full == 1 else size for full, size in zip(dbias.shape, ds.shape, strict=True)))
     if dbias.shape == part.shape:
         return dbias + part
-    old = lax.dynamic_slice(dbias, starts, part.shape)
-    return lax.dynamic_update_slice(dbias, old + part, starts)
+    start = [0] * (dbias.ndim - 2)
+    start.append(0 if dbias.shape[-2] == 1 else tile.rows.start(tile.t))
+    start.append(0 if dbias.shape[-1] == 1 else tile.keys.start(tile.u))
+    before = lax.dynamic_slice(dbias, start, part.shape)
+    return lax.dynamic_update_slice(dbias, before + part, start)
 
 
-def _reduce_to(x, shape: tuple[int, ...]):
+def _sum_to(x, shape: tuple[int, ...]):
     axes = [axis for axis, (a, b) in enumerate(zip(x.shape, shape, strict=True)) if a != b]
     return jnp.sum(x, axis=axes, keepdims=True) if axes else x
-

@@ -1,0 +1,149 @@
+"""How a call splits over devices: batch and heads shard with no communication, everything else is whole.
+
+The rule is written once, in labels. Each operand and result is described by one label per dim, in the order
+it is stored; a label is a batch dim (an int), "N", "K", or None for what must be whole: a sequence, a
+head_dim, or a dim of size 1 that broadcasts. The gradient of an operand that broadcasts over a sharded dim
+is a sum over shards, and only there a `psum` appears.
+
+Sharded sequences are gathered: sequence parallelism is a function that the caller names, not a rule.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_fa import compat
+from jax_fa.problem import Axes, Dims, Operands, Problem, dims, gradient_shape, out_shape, stored_shape
+
+Labels = tuple[Any, ...]
+
+
+class Partition:
+    """The labels of one call's operands, statistics and gradients."""
+
+    def __init__(self, problem: Problem, operands: Operands) -> None:
+        self.problem = problem
+        self.dims: Dims = dims(problem, operands)
+
+    def _labels(self, shape: Sequence[int], names: Labels, axes: Axes | None = None) -> Labels:
+        """Labels of an array stored in the order of `axes`; `names` are those of its dims after `*B`."""
+        d = self.dims
+        labels = (*range(len(d.B)), *names)
+        if axes is not None:
+            labels = stored_shape(labels, axes)
+        sizes = {"N": d.N, "K": d.K, **dict(enumerate(d.B))}
+        return tuple(x if sizes.get(x, 1) > 1 and size == sizes[x] else None for x, size in zip(labels, shape, strict=True))
+
+    def operand(self, name: str, shape: Sequence[int]) -> Labels:
+        p = self.problem
+        stored = {
+            "query": ((None, "N", None), p.query_axes),
+            "key": ((None, "K", None), p.key_axes),
+            "value": ((None, "K", None), p.value_axes),
+        }
+        if name in stored:
+            return self._labels(shape, *stored[name])
+        by_batch = name in ("dropout_seed", "drop_bits")
+        rest = len(shape) - len(self.dims.B)
+        return self._labels(shape, (None,) * rest if by_batch else ("N", *(None,) * (rest - 1)))
+
+    def out(self) -> Labels:
+        return self._labels(out_shape(self.problem, self.dims), (None, "N", None), self.problem.out_axes)
+
+    def stats(self) -> Labels:
+        d = self.dims
+        return self._labels((*d.B, d.N, d.Sq), ("N", None))
+
+    def gradient(self, name: str, shape: Sequence[int]) -> Labels:
+        return self.operand(name, gradient_shape(self.problem, self.dims, name, tuple(shape)))
+
+    def wrap(self, run: Callable, inputs: list[Labels], results: list[Labels], summed: list[bool]) -> Callable:
+        """`run` (flat operands to flat results) as a function that XLA's partitioners can split.
+
+        `summed[i]`: result i is a sum over every sharded dim that it does not have.
+        """
+
+        def partition(mesh, args, outs):
+            given = _given(mesh, [*args, *outs], [*inputs, *results])
+            axes = self._usable(mesh, given)
+
+            def local(*leaves):
+                with compat.no_mesh():
+                    parts = run(*leaves)
+                return tuple(
+                    _psum(part, axes, labels) if total else part
+                    for part, labels, total in zip(parts, results, summed, strict=True)
+                )
+
+            shard = lambda labels: NamedSharding(mesh, PartitionSpec(*(axes.get(x) for x in labels)))  # noqa: E731
+            return mesh, local, tuple(map(shard, results)), tuple(map(shard, inputs))
+
+        def infer(mesh, args, outs):
+            axes = self._usable(mesh, _given(mesh, args, inputs))
+            return tuple(NamedSharding(mesh, PartitionSpec(*(axes.get(x) for x in labels))) for labels in results)
+
+        rule, whole, sizes = self._shardy_rule(inputs, results)
+        wrapped = custom_partitioning(lambda *leaves: tuple(run(*leaves)))
+        wrapped.def_partition(
+            partition,
+            infer_sharding_from_operands=infer,
+            decode_shardings=False,
+            sharding_rule=rule,
+            need_replication_factors=whole,
+            **sizes,
+        )
+        return wrapped
+
+    def _usable(self, mesh, given: dict[Any, tuple[str, ...]]) -> dict[Any, tuple[str, ...]]:
+        """The mesh axes each label is sharded over, without those that would split a group of heads badly."""
+        d = self.dims
+
+        def divides(label, size):
+            return size % math.prod(mesh.shape[axis] for axis in given.get(label, ())) == 0
+
+        axes = {i: given[i] for i, size in enumerate(d.B) if i in given and divides(i, size)}
+        heads = given.get("N") or given.get("K") or ()
+        given = {**given, "N": heads}
+        if heads and divides("N", d.K):
+            axes["N"] = axes["K"] = heads
+        elif heads and d.K == 1 and divides("N", d.N):
+            axes["N"] = heads  # one key head serves all shards; its gradient is their sum
+        return axes
+
+    def _shardy_rule(self, inputs: list[Labels], results: list[Labels]) -> tuple[str, tuple[str, ...], dict[str, int]]:
+        """The labels in the language of Shardy: query heads are the compound factor (k g)."""
+        d, whole = self.dims, []
+
+        def factor(label) -> str:
+            if isinstance(label, int):
+                return f"b{label}"
+            if label == "K" or (label == "N" and d.G == 1):
+                return "k"
+            if label == "N":
+                return "(k g)" if d.K > 1 else "g"
+            whole.append(f"w{len(whole)}")
+            return whole[-1]
+
+        sides = [", ".join(" ".join(map(factor, labels)) for labels in side) for side in (inputs, results)]
+        compound = "(k g)" in sides[0]
+        return " -> ".join(sides), tuple(whole), {"g": d.G} if compound else {}
+
+
+def _given(mesh, arrays, labels: list[Labels]) -> dict[Any, tuple[str, ...]]:
+    """For each label the mesh axes of the first array that shards it."""
+    axes: dict[Any, tuple[str, ...]] = {}
+    for array, names in zip(arrays, labels, strict=True):
+        for label, entry in zip(names, compat.mesh_axes(array.sharding, mesh), strict=False):
+            if label is not None and entry:
+                axes.setdefault(label, entry)
+    return axes
+
+
+def _psum(part, axes: dict[Any, tuple[str, ...]], labels: Labels):
+    missing = {axis for label, names in axes.items() if label not in labels for axis in names}
+    missing -= {axis for label in labels for axis in axes.get(label, ())}
+    return jax.lax.psum(part, tuple(sorted(missing))) if missing else part

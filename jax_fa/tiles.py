@@ -1,0 +1,139 @@
+"""Tiles of the operands, in canonical order, for backends written in plain JAX.
+
+Arrays stay as they are stored; a tile is cut out first and put into canonical order then, so no layout costs
+a copy of a whole operand. In a tile the heads are split as `K G` and batch dims of size 1 are left out:
+`*B K G rows D` for query and out, `*B K keys D` for key and value, `*#B #K #G #rows #keys` for the rest.
+"""
+
+import math
+import string
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fa.problem import Axes, Dims, Operands, Problem, accumulator_dtype, dims
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A sequence axis cut into equal tiles; the last one is moved back to end with the axis."""
+
+    size: int
+    tile: int
+
+    @classmethod
+    def of(cls, size: int, most: int) -> "Axis":
+        """Tiles of at most `most`, as equal as can be."""
+        count = max(1, -(-size // most))
+        return cls(size, -(-size // count))
+
+    @property
+    def count(self) -> int:
+        return -(-self.size // self.tile)
+
+    @property
+    def ragged(self) -> bool:
+        """The last tile overlaps the one before."""
+        return self.count * self.tile != self.size
+
+    def start(self, t):
+        return jnp.minimum(t * self.tile, self.size - self.tile) if self.ragged else t * self.tile
+
+    def positions(self, t):
+        return self.start(t) + jnp.arange(self.tile, dtype=jnp.int32)
+
+    def fresh(self, t):
+        """Which positions of tile t no earlier tile has; None if all."""
+        return self.positions(t) >= t * self.tile if self.ragged else None
+
+    def cut(self, x, axis: int, t):
+        """Tile t of x along an axis of this size; an axis of size 1 broadcasts and stays whole."""
+        if x.shape[axis] == 1 or self.count == 1:
+            return x
+        return lax.dynamic_slice_in_dim(x, self.start(t), self.tile, axis)
+
+    def put(self, x, part, axis: int, t):
+        """x with tile t along the axis replaced."""
+        if self.count == 1:
+            return part.astype(x.dtype)
+        return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), self.start(t), axis)
+
+
+class Call:
+    """The operands of one call, and the way from the order they are stored in to canonical order and back."""
+
+    def __init__(self, problem: Problem, operands: Operands) -> None:
+        self.problem, self.operands = problem, operands
+        self.dims: Dims = dims(problem, operands)
+        self.dtype = operands.query.dtype
+        self.acc = accumulator_dtype(self.dtype)
+        self.kept = tuple(i for i, size in enumerate(self.dims.B) if size != 1)
+        self.B = tuple(self.dims.B[i] for i in self.kept)
+        self.bias = self.by_head(operands.bias)
+        self.mask = self.by_head(operands.mask)
+        self.lower, self.upper = self.by_head(operands.lower), self.by_head(operands.upper)
+        self.slopes = self.by_head(operands.alibi_slopes)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of all batch entries."""
+        return math.prod(self.B) * self.dims.N
+
+    @property
+    def empty(self) -> bool:
+        d = self.dims
+        return 0 in (*self.B, d.N, d.Sq, d.Skv)
+
+    def squeeze(self, x):
+        """x without the batch dims whose full size is 1."""
+        return x.reshape(tuple(x.shape[i] for i in self.kept) + x.shape[self.problem.batch_rank :])
+
+    def by_head(self, x):
+        """`*#B #N ...` -> `*#B #K #G ...`."""
+        if x is None:
+            return None
+        x = self.squeeze(x)
+        at = len(self.B)
+        heads = (self.dims.K, self.dims.G) if x.shape[at] != 1 else (1, 1)
+        return x.reshape(*x.shape[:at], *heads, *x.shape[at + 1 :])
+
+    def query_tile(self, x, axes: Axes, rows: Axis, t):
+        """Rows of query, out or dout as `*#B K G rows D`."""
+        d = self.dims
+        x = self._tile(x, axes, rows, t)  # *#B rows N D
+        x = x.reshape(*x.shape[:-2], d.K, d.G, x.shape[-1])
+        return jnp.moveaxis(x, -4, -2)
+
+    def key_tile(self, x, axes: Axes, keys: Axis, t):
+        """Rows of key or value as `*#B K keys D`."""
+        return jnp.swapaxes(self._tile(x, axes, keys, t), -3, -2)
+
+    def _tile(self, x, axes: Axes, along: Axis, t):
+        x = along.cut(x, axes[self.problem.batch_rank], t)
+        return self.squeeze(x.transpose(axes))
+
+    def stored(self, x, axes: Axes):
+        """`*B K (G) S D` (batch dims of size 1 left out) in the order of `axes`."""
+        d = self.dims
+        length, width = x.shape[-2:]
+        x = jnp.swapaxes(x.reshape(*d.B, -1, length, width), -3, -2)
+        return x.transpose([axes.index(i) for i in range(len(axes))])
+
+    def product(self, spec: str, x, y):
+        """einsum over operands with leading `*#B`, e.g. "kgid,kjd->kgij", accumulated in `acc`.
+
+        A batch dim of size 1 is left out of that operand, so nothing is broadcast in memory.
+        """
+        letters = string.ascii_uppercase[: len(self.B)]
+        inputs, output = spec.split("->")
+        names, arrays = [], []
+        for part, array in zip(inputs.split(","), (x, y), strict=True):
+            lead, rest = array.shape[: len(self.B)], array.shape[len(self.B) :]
+            names.append("".join(c for c, size in zip(letters, lead, strict=True) if size != 1) + part)
+            arrays.append(array.reshape(*(size for size in lead if size != 1), *rest))
+        present = [c for c in letters if any(c in name for name in names)]
+        spec = f"{','.join(names)}->{''.join(present)}{output}"
+        result = jnp.einsum(spec, *arrays, preferred_element_type=self.acc)
+        sizes = dict(zip(present, result.shape, strict=False))
+        return result.reshape(*(sizes.get(c, 1) for c in letters), *result.shape[len(present) :])
