@@ -1,4 +1,6 @@
-"""The public entries with JAX's conventions: `dot_product_attention`, `flash_attention`, `explain`.
+"""The public entries with JAX's conventions: `dot_product_attention` and `flash_attention`.
+
+Each comes with a `..._request` function that checks and canonicalizes without running anything.
 
 (`jax_fa.cann` holds the third entry, with CANN's conventions.)
 """
@@ -82,7 +84,7 @@ def dot_product_attention(
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
     """
-    problem, operands = _dot_product_attention_request(
+    problem, operands = dot_product_attention_request(
         query,
         key,
         value,
@@ -109,7 +111,7 @@ def dot_product_attention(
     return out, jnp.swapaxes(residual, -1, -2).astype(dtype).reshape(shape[:-1])
 
 
-def _dot_product_attention_request(
+def dot_product_attention_request(
     query,
     key,
     value,
@@ -247,7 +249,7 @@ def flash_attention(
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
     """
-    problem, operands = _flash_attention_request(
+    problem, operands = flash_attention_request(
         query,
         key,
         value,
@@ -266,7 +268,7 @@ def flash_attention(
     return (result.out, result.logsumexp) if return_logsumexp else result.out
 
 
-def _flash_attention_request(
+def flash_attention_request(
     query,
     key,
     value,

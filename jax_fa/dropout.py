@@ -72,7 +72,7 @@ def keep_tile(
 ) -> Bool[Array, "*S R C"]:
     """Keep bits of the given rows and of `columns` columns from `first_column` (may be traced) on."""
     blocks = -(-columns // BLOCK) + 1  # the range may begin inside a block
-    counters = (first_column // BLOCK) * 4 + jnp.arange(4 * blocks)
+    counters = (first_column // BLOCK) * 4 + jnp.arange(4 * blocks, dtype=jnp.int32)
     wide = (..., None, None)
     words = philox4x32(
         (counters, rows[:, None], stream[..., 0][wide], stream[..., 1][wide]),

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Align = Literal["top-left", "bottom-right"]
-_UNBOUNDED = 2**30  # larger token counts are clamped to this, so that sums with positions stay within int32
+_UNBOUNDED = 2**29  # larger token counts are clamped to this, so that sums with positions stay within int32
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def _static_value(value):
         return value.static()
     if isinstance(value, (list, tuple)):
         return tuple(_static_value(v) for v in value)
+    if isinstance(value, np.integer):
+        return int(value)
     return TRACED if hasattr(value, "shape") else value
 
 
@@ -115,8 +117,9 @@ def _int_array(value) -> jax.Array:
 
 
 def _check_int_array(name: str, value) -> None:
-    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-        raise TypeError(f"{name} must hold integers; got dtype {jnp.result_type(value)}.")
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    if np.size(value) and not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integers; got dtype {dtype}.")
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,8 @@ class Band(Mask):
         (queries that start at another position than the keys).
     """
 
-    left: int | None = None
-    right: int | None = None
+    left: int | np.integer | None = None
+    right: int | np.integer | None = None
     align: Align = "top-left"
     offset: Any = 0
 
@@ -141,7 +144,8 @@ class Band(Mask):
         for name in ("left", "right"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name))
-        if isinstance(self.offset, (float, bool)):
+        array = hasattr(self.offset, "dtype") and jnp.issubdtype(self.offset.dtype, jnp.integer)
+        if isinstance(self.offset, bool) or not (array or isinstance(self.offset, int)):
             raise TypeError(f"offset must be an int or an integer array; got {self.offset!r}.")
 
     def check(self, batch, heads, sq, skv) -> None:
@@ -150,12 +154,13 @@ class Band(Mask):
             raise ValueError(f"offset must broadcast to (*B, N, Sq)={(*batch, heads, sq)}; got shape {shape}.")
 
     def rows(self, rows: Rows, skv: int) -> tuple[Any, Any]:
-        offset = self.offset
-        if isinstance(offset, (int, np.integer)):
-            offset = _clamp(int(offset))
-        at = rows.i + _offset(self.align, rows) + offset
-        lower = None if self.left is None else at - _clamp(self.left)
-        upper = None if self.right is None else at + (_clamp(self.right) + 1)
+        at, known = rows.i + _offset(self.align, rows), 0
+        if isinstance(self.offset, (int, np.integer)):
+            known = int(self.offset)
+        else:
+            at = at + jnp.clip(_int_array(self.offset), -_UNBOUNDED, _UNBOUNDED)
+        lower = None if self.left is None else at + _clamp(known - int(self.left))
+        upper = None if self.right is None else at + _clamp(known + int(self.right) + 1)
         return lower, upper
 
 
@@ -176,7 +181,9 @@ class SlidingWindow(Band):
     With `right=0` it is a causal window of `left + 1` keys.
     """
 
-    def __init__(self, left: int | None, right: int | None = 0, align: Align = "top-left") -> None:
+    def __init__(
+        self, left: int | np.integer | None, right: int | np.integer | None = 0, align: Align = "top-left"
+    ) -> None:
         for name, value in (("left", left), ("right", right)):
             if value is not None:
                 _check_int(name, value)
@@ -474,16 +481,28 @@ def lead(x, rank: int):
 
 
 def _register(cls: type, data: tuple[str, ...]) -> None:
-    """Makes a mask a pytree: its arrays are leaves, the rest is static."""
-    static = tuple(f.name for f in fields(cls) if f.name not in data)
+    """Makes a mask a pytree: its arrays are leaves, the rest (Python ints and tuples of them too) is static."""
+    names = tuple(f.name for f in fields(cls))
 
     def flatten(mask):
-        return [getattr(mask, name) for name in data], tuple(getattr(mask, name) for name in static)
+        # What was a leaf stays one, whatever `jax.tree.map` has put in its place.
+        leaves = getattr(mask, "_leaves", None)
+        if leaves is None:
+            leaves = tuple(name for name in data if not _is_static(getattr(mask, name)))
+        static = {name: _static_value(getattr(mask, name)) for name in names if name not in leaves}
+        return [getattr(mask, name) for name in leaves], (leaves, tuple(static.items()))
 
     def unflatten(aux, children):
-        return _bare(cls, dict(zip(static, aux, strict=True)) | dict(zip(data, children, strict=True)))
+        leaves, static = aux
+        return _bare(cls, dict(static) | dict(zip(leaves, children, strict=True)) | {"_leaves": leaves})
 
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+
+
+def _is_static(value) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_static(v) for v in value)
+    return value is None or isinstance(value, (int, np.integer))
 
 
 for _cls, _data in (

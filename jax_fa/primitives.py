@@ -43,7 +43,8 @@ class Backward:
 def forward(problem: Problem, operands: Operands) -> tuple[Any, Any, Any]:
     """Binds the forward: (out, softmax max, softmax sum)."""
     leaves, tree = jax.tree.flatten(operands)
-    return fwd_p.bind(*leaves, tree=tree, problem=problem)
+    out, m, l = fwd_p.bind(*leaves, tree=tree, problem=problem)
+    return out, m, l
 
 
 def backward(problem: Problem, args: Backward) -> Operands:

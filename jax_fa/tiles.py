@@ -7,9 +7,11 @@ a copy of a whole operand. In a tile the heads are split as `K G` and batch dims
 
 import math
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_fa.problem import Axes, Dims, Operands, Problem, accumulator_dtype, dims
@@ -24,18 +26,20 @@ class Axis:
 
     @classmethod
     def of(cls, size: int, most: int) -> "Axis":
-        """Tiles of at most `most`, as equal as can be."""
+        """Tiles of at most `most`, as equal as can be; exactly `most` for a symbolic size, which must be padded."""
+        if is_symbolic(size):
+            return cls(size, most)
         count = max(1, -(-size // most))
         return cls(size, -(-size // count))
 
     @property
     def count(self) -> int:
-        return -(-self.size // self.tile)
+        return self.size // self.tile if is_symbolic(self.size) else -(-self.size // self.tile)
 
     @property
     def ragged(self) -> bool:
         """The last tile overlaps the one before."""
-        return self.count * self.tile != self.size
+        return not is_symbolic(self.size) and self.count * self.tile != self.size
 
     def start(self, t):
         return jnp.minimum(t * self.tile, self.size - self.tile) if self.ragged else t * self.tile
@@ -49,15 +53,67 @@ class Axis:
 
     def cut(self, x, axis: int, t):
         """Tile t of x along an axis of this size; an axis of size 1 broadcasts and stays whole."""
-        if x.shape[axis] == 1 or self.count == 1:
+        if x.shape[axis] == 1 or self.tile == self.size:
             return x
         return lax.dynamic_slice_in_dim(x, self.start(t), self.tile, axis)
 
     def put(self, x, part, axis: int, t):
         """x with tile t along the axis replaced."""
-        if self.count == 1:
+        if self.tile == self.size:
             return part.astype(x.dtype)
         return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), self.start(t), axis)
+
+
+def is_symbolic(size) -> bool:
+    """A dim of `jax.export.symbolic_shape`, which has no number yet."""
+    return not isinstance(size, (int, np.integer))
+
+
+class Padding:
+    """Makes symbolic sequence lengths whole numbers of tiles; the keys added are masked, the rows cut off again."""
+
+    def __init__(self, problem: Problem, operands: Operands, tile: int) -> None:
+        self.problem, self.operands = problem, operands
+        d = self.dims = dims(problem, operands)
+        self.extra = {size: (size + tile - 1) // tile * tile - size for size in (d.Sq, d.Skv) if is_symbolic(size)}
+
+    def _pad(self, x, sizes: dict[int, Any]):
+        """x padded at the end of each axis in `sizes` (axis: length), unless that axis has size 1."""
+        widths = [(0, 0)] * x.ndim
+        for axis, size in sizes.items():
+            if size in self.extra and x.shape[axis] == size:
+                widths[axis] = (0, self.extra[size])
+        return jnp.pad(x, widths)
+
+    def operand(self, name: str, x):
+        p, d, rank = self.problem, self.dims, self.problem.batch_rank
+        axes = {
+            "query": {p.query_axes[rank]: d.Sq},
+            "key": {p.key_axes[rank]: d.Skv},
+            "value": {p.value_axes[rank]: d.Skv},
+            "bias": {rank + 1: d.Sq, rank + 2: d.Skv},
+            "mask": {rank + 1: d.Sq, rank + 2: d.Skv},
+        }
+        rows = name in ("lower", "upper", "drop_offset")
+        return self._pad(x, axes.get(name, {rank + 1: d.Sq} if rows else {}))
+
+    def operands_padded(self) -> Operands:
+        padded = self.operands.map(self.operand)
+        if self.dims.Skv in self.extra and padded.upper is None:
+            rank = self.problem.batch_rank
+            padded = replace(padded, upper=jnp.full((1,) * (rank + 2), self.dims.Skv, jnp.int32))
+        return padded
+
+    def out(self, x):
+        return None if x is None else self._pad(x, {self.problem.out_axes[self.problem.batch_rank]: self.dims.Sq})
+
+    def stats(self, x):
+        return None if x is None else self._pad(x, {x.ndim - 1: self.dims.Sq})
+
+    @staticmethod
+    def cut(x, shape):
+        """The part of x that was there before padding."""
+        return lax.slice(x, [0] * x.ndim, shape)
 
 
 class Call:
@@ -117,7 +173,8 @@ class Call:
         """`*B K (G) S D` (batch dims of size 1 left out) in the order of `axes`."""
         d = self.dims
         length, width = x.shape[-2:]
-        x = jnp.swapaxes(x.reshape(*d.B, -1, length, width), -3, -2)
+        heads = math.prod(x.shape[len(self.B) : -2])  # not -1, which has no meaning in an empty array
+        x = jnp.swapaxes(x.reshape(*d.B, heads, length, width), -3, -2)
         return x.transpose([axes.index(i) for i in range(len(axes))])
 
     def product(self, spec: str, x, y):

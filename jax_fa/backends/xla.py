@@ -15,6 +15,7 @@ back through the probabilities: key and query through s anyway, value added to s
 that sees a non-finite value is NaN as a whole, with its statistics.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ import numpy as np
 from jax import lax
 
 from jax_fa import dropout, softmax
-from jax_fa.problem import Operands, Problem, gradient_shape
-from jax_fa.tiles import Axis, Call
+from jax_fa.problem import Operands, Problem, gradient_shape, out_shape
+from jax_fa.tiles import Axis, Call, Padding, is_symbolic
 
 name = "xla"
 platforms = None  # every one
@@ -43,36 +44,32 @@ def why_not(problem: Problem, operands: Operands) -> str | None:
 
 def forward(problem: Problem, operands: Operands):
     """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
-    call = Call(problem, operands)
-    d = call.dims
-    shape = (*call.B, d.K, d.G, d.Sq)
-    out = call.stored(jnp.zeros((*shape, d.Dv), call.dtype), problem.out_axes)
-    m, l = softmax.start(shape, call.acc)
-    if not call.empty:
-        out, m, l = _forward(call, out, m, l)
-    stats = (*d.B, d.N, d.Sq)
-    return out, m.reshape(stats), l.reshape(stats)
+    padding = Padding(problem, operands, MIN_TILE)
+    if padding.extra:
+        results = _forward(Call(problem, padding.operands_padded()))
+        d = padding.dims
+        stats = (*d.B, d.N, d.Sq)
+        shapes = out_shape(problem, d), stats, stats
+        return tuple(map(padding.cut, results, shapes))
+    return _forward(Call(problem, operands))
 
 
 def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
     """Gradients of query, key, value and, where present, bias and alibi_slopes."""
-    call = Call(problem, operands)
-    saved = _Saved(out, dout, *(call.by_head(x) for x in (m, l, dlogsumexp)))
-    gradients = _zero_gradients(call)
-    if not call.empty:
-        gradients = _backward(call, saved, gradients)
-
-    def finish(name, gradient):
-        operand = getattr(operands, name)
-        if name in ("key", "value"):
-            gradient = call.stored(gradient, getattr(problem, f"{name}_axes"))
-        return gradient.reshape(gradient_shape(problem, call.dims, name, operand.shape)).astype(operand.dtype)
-
-    return gradients.map(finish)
+    padding = Padding(problem, operands, MIN_TILE)
+    if padding.extra:
+        out, dout = padding.out(out), padding.out(dout)
+        m, l, dlogsumexp = (padding.stats(x) for x in (m, l, dlogsumexp))
+        padded = _backward(Call(problem, padding.operands_padded()), out, m, l, dout, dlogsumexp)
+        shapes = lambda name: gradient_shape(problem, padding.dims, name, getattr(operands, name).shape)  # noqa: E731
+        return padded.map(lambda name, x: padding.cut(x, shapes(name)))
+    return _backward(Call(problem, operands), out, m, l, dout, dlogsumexp)
 
 
 def _tiling(call: Call) -> tuple[Axis, Axis]:
     d = call.dims
+    if any(map(is_symbolic, (call.heads, d.Sq, d.Skv))):
+        return Axis.of(d.Sq, MIN_TILE), Axis.of(d.Skv, MIN_TILE)
     if call.heads * d.Sq * d.Skv <= ONE_TILE_ELEMENTS:
         return Axis.of(d.Sq, d.Sq), Axis.of(d.Skv, d.Skv)
     keys = Axis.of(d.Skv, MAX_KEYS)
@@ -90,7 +87,7 @@ def _loop(first, last, body, carry):
 def _key_ranges(call: Call, rows: Axis, keys: Axis):
     """A function of a row tile: the first and one past the last key tile that some row of it can see."""
     lower, upper = call.lower, call.upper
-    if (lower is None and upper is None) or keys.count == 1:
+    if (lower is None and upper is None) or keys.tile == keys.size:
         return lambda t: (0, keys.count)
 
     def tiles(bound, reduce):
@@ -98,10 +95,11 @@ def _key_ranges(call: Call, rows: Axis, keys: Axis):
         bound = jnp.moveaxis(bound, -1, 0)
         if bound.shape[0] == 1:
             return reduce(bound)[None]
-        starts = np.minimum(np.arange(rows.count) * rows.tile, rows.size - rows.tile)
+        width = rows.tile * math.prod(bound.shape[1:])
         if rows.ragged:
+            starts = np.minimum(np.arange(rows.count) * rows.tile, rows.size - rows.tile)
             bound = bound[starts[:, None] + np.arange(rows.tile)]
-        return reduce(bound.reshape(rows.count, -1), axis=1)
+        return reduce(bound.reshape(rows.count, width), axis=1)
 
     def at(x, t):
         return x[0] if x.shape[0] == 1 else lax.dynamic_index_in_dim(x, t, keepdims=False)
@@ -202,8 +200,13 @@ def _nan_unless_finite(x):
     return jnp.sum(x * jnp.zeros((), x.dtype), axis=-1)
 
 
-def _forward(call: Call, out, m, l):
+def _forward(call: Call):
     problem, operands, d = call.problem, call.operands, call.dims
+    shape, stats = (*call.B, d.K, d.G, d.Sq), (*d.B, d.N, d.Sq)
+    out = call.stored(jnp.zeros((*shape, d.Dv), call.dtype), problem.out_axes)
+    m, l = softmax.start(shape, call.acc)
+    if call.empty:
+        return out, m.reshape(stats), l.reshape(stats)
     rows, keys = _tiling(call)
     key_range = _key_ranges(call, rows, keys)
     seq = problem.out_axes[problem.batch_rank]
@@ -238,7 +241,8 @@ def _forward(call: Call, out, m, l):
             rows.put(l, l_tile, -1, t),
         )
 
-    return _loop(0, rows.count, row_tile, (out, m, l))
+    out, m, l = _loop(0, rows.count, row_tile, (out, m, l))
+    return out, m.reshape(stats), l.reshape(stats)
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,23 @@ class _Saved:
     dlogsumexp: object
 
 
-def _backward(call: Call, saved: _Saved, zeros: Operands) -> Operands:
+def _backward(call: Call, out, m, l, dout, dlogsumexp) -> Operands:
+    saved = _Saved(out, dout, *(call.by_head(x) for x in (m, l, dlogsumexp)))
+    gradients = _zero_gradients(call)
+    if not call.empty:
+        gradients = _sum_tiles(call, saved, gradients)
+
+    def finish(name, gradient):
+        operand = getattr(call.operands, name)
+        if name in ("key", "value"):
+            gradient = call.stored(gradient, getattr(call.problem, f"{name}_axes"))
+        shape = gradient_shape(call.problem, call.dims, name, operand.shape)
+        return gradient.reshape(shape).astype(operand.dtype)
+
+    return gradients.map(finish)
+
+
+def _sum_tiles(call: Call, saved: _Saved, zeros: Operands) -> Operands:
     problem, operands, d = call.problem, call.operands, call.dims
     rows, keys = _tiling(call)
     key_range = _key_ranges(call, rows, keys)
@@ -363,6 +383,7 @@ def _add_bias(tile: _Tile, dbias, ds):
     start = [0] * (dbias.ndim - 2)
     start.append(0 if dbias.shape[-2] == 1 else tile.rows.start(tile.t))
     start.append(0 if dbias.shape[-1] == 1 else tile.keys.start(tile.u))
+    start = [jnp.asarray(at, jnp.int32) for at in start]  # with x64 a plain 0 would be int64
     before = lax.dynamic_slice(dbias, start, part.shape)
     return lax.dynamic_update_slice(dbias, before + part, start)
 

@@ -1,0 +1,101 @@
+"""The main job: checks the numbers, then trains a small GPT with jax_fa and with jax.nn, side by side."""
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+import jax_fa
+from jax_fa.demo import baseline, checks, gpt, race, report
+
+DTYPES = ("float32", "bfloat16", "float16")
+OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
+
+
+@jax.numpy_dtype_promotion("standard")  # jax.nn mixes 16-bit dtypes with float32 itself
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the main job; returns its exit code: 0 all numbers agree, 1 some do not."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: python -m pip install matplotlib")
+    try:
+        config = _config(options)
+        explanation = _explain(config, options.implementation)
+    except (ValueError, NotImplementedError) as error:
+        parser.error(str(error))
+    ours = partial(jax_fa.dot_product_attention, implementation=options.implementation)
+
+    report.environment()
+    report.backends(explanation)
+    report.checks_header()
+    results = []
+    for case in checks.QUICK_CASES if options.quick else checks.CASES:
+        results.append(checks.check(case, ours))
+        report.check(results[-1])
+
+    report.race_header(config)
+    runs = race.run(config, {"jax_fa": ours, "jax.nn": baseline.attention}, report.progress(config.steps))
+    agreement = race.agreement(config, *runs.values())
+    report.race(runs, agreement)
+    if options.plot:
+        report.plot(options.plot, config, runs)
+    report.verdict(results, runs, agreement)
+    return OK if all(result.ok for result in results) and agreement.ok else MISS
+
+
+def _explain(config: gpt.Config, implementation: str | None) -> jax_fa.Explanation:
+    """What would run the model's attention here. Raises NotImplementedError where nothing can."""
+    ask = partial(jax_fa.explain, *race.operands(config), is_causal=True, implementation=implementation)
+    here = next(iter(ask().chosen))  # the first platform is the one we are on
+    explanation = ask(platforms=(here,))
+    if explanation.chosen[here] is None:
+        raise NotImplementedError(f"no backend can serve the model's attention.\n{explanation}")
+    return explanation
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_fa",
+        description="Checks jax_fa against float64 and jax.nn.dot_product_attention, then trains a small GPT "
+        "on Python's own documentation, once with each, and compares losses, step times and memory.",
+        epilog="Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments.",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases, a smaller model: under a minute")
+    parser.add_argument(
+        "--seq-len", type=_positive, metavar="S", help="characters per sequence (default 1024)"
+    )
+    parser.add_argument(
+        "--batch", type=_positive, metavar="B", help="sequences per step (default: 2; quick: 1)"
+    )
+    parser.add_argument(
+        "--steps", type=_positive, metavar="N", help="training steps (default: 100; quick: 12)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of activations (default: float32)"
+    )
+    parser.add_argument(
+        "--implementation", metavar="NAME", help="jax_fa backend (default: the best that can)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw loss curves and step times (needs matplotlib)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
+    return int(text)
+
+
+def _config(options: argparse.Namespace) -> gpt.Config:
+    defaults = gpt.Config(layers=2, batch=1, steps=12) if options.quick else gpt.Config()
+    return gpt.Config(
+        layers=defaults.layers,
+        seq_len=options.seq_len or defaults.seq_len,
+        batch=options.batch or defaults.batch,
+        steps=options.steps or defaults.steps,
+        dtype=jnp.dtype(options.dtype),
+    )

@@ -1,0 +1,106 @@
+"""Sequences packed along one axis (CANN's layout TND): where each row and each key stands.
+
+Sequence b holds the rows `query[b-1] <= i < query[b]` and the keys `key[b-1] <= j < key[b]`; `query` and
+`key` are cumulative ends without a leading 0. Rows and keys past the last end belong to no sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def known(x) -> np.ndarray | None:
+    """The values of x where they can be read now; None while they are traced or live on other hosts."""
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return None
+    return np.asarray(x)
+
+
+def integers(name: str, value) -> tuple[int, ...] | np.ndarray | jax.Array:
+    """A list, tuple or int as a tuple (static: part of the program); an array stays as it is (data)."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return (int(value),)
+    if isinstance(value, (list, tuple)) and all(type(x) is int or isinstance(x, np.integer) for x in value):
+        return tuple(int(x) for x in value)
+    array = value if hasattr(value, "dtype") else jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integers; got dtype {array.dtype}.")
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have one dimension; got shape {array.shape}.")
+    # Not converted here: under jit that would hide the values of a NumPy array from the checks.
+    return array
+
+
+class Places(NamedTuple):
+    """What there is to know of rows (or keys): int32 arrays with one entry each."""
+
+    sequence: Any  # which sequence; the last one for those that belong to none
+    inside: Any  # bool: belongs to a sequence
+    position: Any  # in its own sequence
+    first_row: Any  # where its sequence begins
+    first_key: Any
+    sq: Any  # the lengths of its sequence
+    skv: Any
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The sequences of one call; Sq and Skv are the lengths of the packed axes."""
+
+    query: tuple[int, ...] | np.ndarray | jax.Array
+    key: tuple[int, ...] | np.ndarray | jax.Array
+    Sq: int
+    Skv: int
+
+    @property
+    def count(self) -> int:
+        return len(self.query)
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The lengths of every sequence, or None while they are traced."""
+        query, key = known(self.query), known(self.key)
+        if query is None or key is None:
+            return None
+        return np.diff(query.astype(np.int64), prepend=0), np.diff(key.astype(np.int64), prepend=0)
+
+    def sizes(self) -> tuple[jax.Array, jax.Array]:
+        """The lengths of every sequence as int32 arrays."""
+        (query, query_ends), (key, key_ends) = _bounds(self.query), _bounds(self.key)
+        return query_ends - query, key_ends - key
+
+    def rows(self) -> Places:
+        return self._places(self.query, self.Sq)
+
+    def keys(self) -> Places:
+        return self._places(self.key, self.Skv)
+
+    def _places(self, axis, size: int) -> Places:
+        at = jnp.arange(size, dtype=jnp.int32)
+        starts, ends = _bounds(axis)
+        found = jnp.searchsorted(ends, at, side="right").astype(jnp.int32)
+        sequence = jnp.minimum(found, self.count - 1)
+        first_row, first_key = _bounds(self.query)[0][sequence], _bounds(self.key)[0][sequence]
+        sq, skv = (size[sequence] for size in self.sizes())
+        position = at - starts[sequence]
+        return Places(sequence, found < self.count, position, first_row, first_key, sq, skv)
+
+
+def _bounds(ends) -> tuple[jax.Array, jax.Array]:
+    ends = jnp.asarray(ends, jnp.int32)
+    return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
+
+
+def check_ends(name: str, ends, total: int, packed_axis: str) -> None:
+    """Raises ValueError unless cumulative ends, where they are known, rise from 0 to at most `total`."""
+    values = known(ends)
+    if values is None or not values.size:
+        return
+    if np.any(np.diff(values, prepend=0) < 0):
+        raise ValueError(
+            f"{name} must be cumulative ends that start at 0 or more and do not decrease; got {ends}."
+        )
+    if values[-1] > total:
+        raise ValueError(f"{name} must end at most at {packed_axis}={total}; got {ends}.")
