@@ -95,7 +95,8 @@ def race(runs: dict[str, Run], agreement: Agreement) -> None:
 
 
 def _race_row(label: str, values: Sequence[str], comment: str) -> None:
-    print(f"  {label:28}" + "".join(f"{value:>12}" for value in values) + f"   {comment}")
+    line = f"  {label:28}" + "".join(f"{value:>12}" for value in values) + f"   {comment}"
+    print(line.rstrip())
 
 
 def _seconds(value: float) -> str:

@@ -1,0 +1,76 @@
+"""What every test needs: eight CPU devices, strict dtypes, small tiles, the backends that are present."""
+
+import os
+
+# Read when JAX starts, hence before its import. Compiling takes nearly all the time of the tests, and half of
+# it goes into LLVM's optimizations, which these small arrays do not need; flags that are given come last and win.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
+
+import cases
+import jax
+import jaxtyping
+import pytest
+from hypothesis import HealthCheck, settings
+
+from jax_fa import backends
+from jax_fa.backends import xla
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Every example compiles: few of them, always the same, and without a clock.
+settings.register_profile(
+    "jax_fa",
+    max_examples=10,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("jax_fa")
+
+PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+# A call of up to ONE_TILE_ELEMENTS logits would be a single tile.
+_SMALL = {"MIN_TILE": cases.ROWS, "MAX_ROWS": cases.ROWS, "MAX_KEYS": cases.KEYS, "ONE_TILE_ELEMENTS": 0}
+_REAL = {name: getattr(xla, name) for name in _SMALL}
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        serving = [b.name for b in backends.BACKENDS if b.platforms is None or PLATFORM in b.platforms]
+        metafunc.parametrize("backend", serving)
+
+
+def _set_tiles(sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        setattr(xla, name, size)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_tiles():
+    """Small tiles for all tests: compiled functions are shared, so the sizes must not change in between."""
+    _set_tiles(_SMALL)
+    yield
+    _set_tiles(_REAL)
+
+
+@pytest.fixture
+def real_tiles(small_tiles):
+    """The tiles of the library, for one test."""
+    jax.clear_caches()
+    _set_tiles(_REAL)
+    yield
+    jax.clear_caches()
+    _set_tiles(_SMALL)
+
+
+@pytest.fixture
+def no_type_checker():
+    """Lets wrong arguments through to the library's own checks, as they are without the tests' type checker."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

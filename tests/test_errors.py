@@ -1,0 +1,303 @@
+"""Every error of the public functions: its type and its text.
+
+(Those of `jax_fa.masks` stand in test_masks.py.)
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_fa
+from jax_fa import masks
+
+pytestmark = pytest.mark.usefixtures("no_type_checker")
+
+
+def _zeros(*shape: int, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+Q, KV = _zeros(2, 5, 4, 8), _zeros(2, 7, 2, 8)
+KEY = jax.random.key(0)
+
+
+def attend(query=Q, key=KV, value=KV, **options):
+    return jax_fa.flash_attention(query, key, value, **options)
+
+
+def dot(query=Q, key=KV, value=KV, *args, **options):
+    return jax_fa.dot_product_attention(query, key, value, *args, **options)
+
+
+def traced(function, *args):
+    return jax.jit(function)(*args)
+
+
+# Both entries share these: (name, arguments, exception, text).
+SHARED = [
+    (
+        "integer-query",
+        {"query": _zeros(2, 5, 4, 8, dtype=jnp.int32)},
+        TypeError,
+        r"query must have a floating dtype; got int32\.",
+    ),
+    (
+        "other-key-dtype",
+        {"key": _zeros(2, 7, 2, 8, dtype=jnp.bfloat16)},
+        TypeError,
+        r"key must have query's dtype float32; got bfloat16\.",
+    ),
+    (
+        "other-value-dtype",
+        {"value": _zeros(2, 7, 2, 8, dtype=jnp.float16)},
+        TypeError,
+        r"value must have query's dtype float32; got float16\.",
+    ),
+    (
+        "batch",
+        {"key": _zeros(3, 7, 2, 8), "value": _zeros(3, 7, 2, 8)},
+        ValueError,
+        r"key must have batch dims B=\(2,\); got \(3,\)\. "
+        r"\(query has shape \(2, 5, 4, 8\), key \(3, 7, 2, 8\); layout BSND\.\)",
+    ),
+    (
+        "head-dim",
+        {"key": _zeros(2, 7, 2, 6), "value": _zeros(2, 7, 2, 6)},
+        ValueError,
+        r"key must have query's head_dim D=8; got 6\. \(query has shape .*, key \(2, 7, 2, 6\); layout BSND\.\)",
+    ),
+    (
+        "value-length",
+        {"value": _zeros(2, 6, 2, 8)},
+        ValueError,
+        r"value must have key's \(\*B, Skv, K\)=\(2, 7, 2\); got \(2, 6, 2\)\. "
+        r"\(key has shape \(2, 7, 2, 8\), value \(2, 6, 2, 8\); layout BSND\.\)",
+    ),
+    (
+        "value-heads",
+        {"value": _zeros(2, 7, 1, 8)},
+        ValueError,
+        r"value must have key's \(\*B, Skv, K\)=\(2, 7, 2\); got \(2, 7, 1\)\.",
+    ),
+    (
+        "zero-head-dim",
+        {"query": _zeros(2, 5, 4, 0), "key": _zeros(2, 7, 2, 0), "value": _zeros(2, 7, 2, 0)},
+        ValueError,
+        r"query must have head_dim D of at least 1; got shape \(2, 5, 4, 0\) \(BSND\)\.",
+    ),
+    (
+        "heads",
+        {"query": _zeros(2, 5, 3, 8)},
+        ValueError,
+        r"query must have a number of heads N that is a multiple of key's K; got N=3, K=2 "
+        r"from shapes \(2, 5, 3, 8\) and \(2, 7, 2, 8\) \(BSND\)\.",
+    ),
+    (
+        "no-heads",
+        {"key": _zeros(2, 7, 0, 8), "value": _zeros(2, 7, 0, 8)},
+        ValueError,
+        r"multiple of key's K; got N=4, K=0",
+    ),
+    ("scale-shape", {"scale": jnp.ones(2)}, ValueError, r"scale must be a scalar or None; got shape \(2,\)\."),
+    ("scale-nan", {"scale": float("nan")}, ValueError, r"scale must be finite; got nan\."),
+    ("scale-infinite", {"scale": -np.inf}, ValueError, r"scale must be finite; got -inf\."),
+    (
+        "cap-zero",
+        {"logits_soft_cap": 0.0},
+        ValueError,
+        r"logits_soft_cap must be a positive finite Python number or None; got 0\.0\.",
+    ),
+    ("cap-negative", {"logits_soft_cap": -1}, ValueError, r"logits_soft_cap must be a positive .*; got -1\."),
+    ("cap-infinite", {"logits_soft_cap": np.inf}, ValueError, r"logits_soft_cap must be a positive .*; got inf\."),
+    ("rate-one", {"dropout_rate": 1.0}, ValueError, r"dropout_rate must be a Python number in \[0, 1\); got 1\.0\."),
+    ("rate-negative", {"dropout_rate": -0.1}, ValueError, r"dropout_rate must be .* in \[0, 1\); got -0\.1\."),
+    (
+        "no-dropout-key",
+        {"dropout_rate": 0.5},
+        ValueError,
+        r"dropout_key must be a jax\.random key when dropout_rate > 0 \(it is 0\.5\); got None\.",
+    ),
+    (
+        "boolean-bias",
+        {"bias": _zeros(5, 7, dtype=bool)},
+        TypeError,
+        r"bias must be numeric, it is added to the logits; got dtype bool\. Pass it as mask\.",
+    ),
+    (
+        "complex-bias",
+        {"bias": _zeros(5, 7, dtype=jnp.complex64)},
+        TypeError,
+        r"bias must be real; got dtype complex64\.",
+    ),
+    (
+        "bias-shape",
+        {"bias": _zeros(2, 5, 7)},
+        ValueError,
+        r"bias must broadcast to \(\*B, N, Sq, Skv\)=\(2, 4, 5, 7\); got shape \(2, 5, 7\)\.",
+    ),
+    (
+        "mask-shape",
+        {"mask": _zeros(3, 7, dtype=bool)},
+        ValueError,
+        r"mask must broadcast to \(\*B, N, Sq, Skv\)=\(2, 4, 5, 7\); got shape \(3, 7\)\.",
+    ),
+    (
+        "float-mask",
+        {"mask": _zeros(5, 7)},
+        TypeError,
+        r"mask must be boolean \(True = visible\); got dtype float32\. For an additive mask use bias\.",
+    ),
+    (
+        "unknown-implementation",
+        {"implementation": "cudnn"},
+        ValueError,
+        r"implementation must be None or one of 'xla'.*; got 'cudnn'\.",
+    ),
+]
+
+FLASH = [
+    (lambda: attend(layout="BHSD"), ValueError, r"layout must be one of BSND, BNSD, SBND, SND, NSD; got 'BHSD'\."),
+    (
+        lambda: attend(_zeros(4, 8), _zeros(2, 8), _zeros(2, 8)),
+        ValueError,
+        r"query must have a rank that fits layout 'BSND'; got 2 dimensions\.",
+    ),
+    (lambda: attend(layout="SND"), ValueError, r"query must have a rank that fits layout 'SND'; got 4 dimensions\."),
+    (
+        lambda: attend(Q[0], KV[0], KV[0], layout="SBND"),
+        ValueError,
+        r"query must have a rank that fits layout 'SBND'; got 3 dimensions\.",
+    ),
+    (lambda: attend(key=KV[0]), ValueError, r"key must have 4 dimensions \(BSND\); got shape \(7, 2, 8\)\."),
+    (lambda: attend(value=KV[0]), ValueError, r"value must have 4 dimensions \(BSND\); got shape \(7, 2, 8\)\."),
+    (
+        lambda: attend(key=_zeros(2, 3, 7, 8), value=_zeros(2, 3, 7, 8), layout="BNSD"),
+        ValueError,
+        r"got N=5, K=3 from shapes \(2, 5, 4, 8\) and \(2, 3, 7, 8\) \(BNSD\)\.",
+    ),
+    (
+        lambda: attend(mask="causal"),
+        TypeError,
+        r"mask must be a jax_fa\.masks\.Mask or a boolean array; got str\. For an additive mask use bias\.",
+    ),
+    (
+        lambda: attend(mask=masks.Lengths(key=jnp.array([1, 2, 3]))),
+        ValueError,
+        r"key lengths must have one entry per batch entry, shape \(2,\); got shape \(3,\)\.",
+    ),
+    (
+        lambda: attend(alibi_slopes=jnp.ones(4, jnp.int32)),
+        TypeError,
+        r"alibi_slopes must have a floating dtype; got int32\.",
+    ),
+    (
+        lambda: attend(alibi_slopes=_zeros(2)),
+        ValueError,
+        r"alibi_slopes must have shape \(N,\) or \(\*B, N\) with B=\(2,\), N=4; got \(2,\)\.",
+    ),
+    (lambda: attend(alibi_slopes=_zeros(3, 4)), ValueError, r"alibi_slopes must have shape .*; got \(3, 4\)\."),
+    (
+        lambda: traced(lambda cap: attend(logits_soft_cap=cap), 1.0),
+        ValueError,
+        r"logits_soft_cap must be a positive finite Python number or None; got ",
+    ),
+    (
+        lambda: traced(lambda rate: attend(dropout_rate=rate, dropout_key=KEY), 0.5),
+        ValueError,
+        r"dropout_rate must be a Python number in \[0, 1\); got ",
+    ),
+]
+
+DOT = [
+    (lambda: dot(_zeros(4, 8)), ValueError, r"query must have 4 dimensions .* or 3 \(S, N, D\); got shape \(4, 8\)\."),
+    (lambda: dot(key=_zeros(1, 2, 7, 2, 8)), ValueError, r"key must have 4 dimensions .*; got shape \(1, 2, 7, 2, 8\)\."),
+    (
+        lambda: dot(value=_zeros(2, 7, 2, 6)),
+        ValueError,
+        r"value must have key's shape \(2, 7, 2, 8\); got \(2, 7, 2, 6\)\. "
+        r"\(jax_fa\.flash_attention takes values of another head_dim\.\)",
+    ),
+    (
+        lambda: dot(Q, KV, KV, masks.Causal()),
+        TypeError,
+        r"bias must be an array; got Causal\(.*\)\. Structured masks: jax_fa\.flash_attention\.",
+    ),
+    (lambda: dot(mask=masks.Causal()), TypeError, r"mask must be an array; got Causal\(.*\)\. Structured masks"),
+    (
+        lambda: dot(bias=_zeros(1, 2, 4, 5, 7)),
+        ValueError,
+        r"bias must have at most 4 dimensions; got shape \(1, 2, 4, 5, 7\)\.",
+    ),
+    (
+        lambda: dot(local_window_size=(1, 2, 3)),
+        ValueError,
+        r"local_window_size must be an int, a pair \(left, right\) or None; got \(1, 2, 3\)\.",
+    ),
+    (lambda: dot(local_window_size=1.5), ValueError, r"local_window_size must be an int, .*; got 1\.5\."),
+    (lambda: dot(local_window_size=True), ValueError, r"local_window_size must be an int, .*; got True\."),
+    (
+        lambda: dot(query_seq_lengths=_zeros(2)),
+        TypeError,
+        r"query_seq_lengths must hold integers; got dtype float32\.",
+    ),
+    (
+        lambda: dot(key_value_seq_lengths=jnp.arange(3)),
+        ValueError,
+        r"key_value_seq_lengths must have shape \(B,\)=\(2,\); got \(3,\)\.",
+    ),
+]
+
+OTHER = [
+    (
+        lambda: jax_fa.dropout_mask(KEY, 0.5, (2, 3, 4)),
+        ValueError,
+        r"shape must be \(B, N, Sq, Skv\); got \(2, 3, 4\)\.",
+    ),
+    (
+        lambda: jax_fa.dropout_mask(KEY, 1.0, (1, 2, 3, 4)),
+        ValueError,
+        r"dropout_rate must be in \[0, 1\); got 1\.0\.",
+    ),
+    (
+        lambda: jax_fa.explain(Q, KV, KV, entry="attention"),
+        ValueError,
+        r"entry must be one of dot_product_attention, flash_attention, flash_attention_score; got 'attention'\.",
+    ),
+    (lambda: jax_fa.explain(Q, KV, KV[:, :6]), ValueError, r"value must have key's \(\*B, Skv, K\)=\(2, 7, 2\); got"),
+]
+
+
+@pytest.mark.parametrize("entry", [attend, dot], ids=["flash_attention", "dot_product_attention"])
+@pytest.mark.parametrize(("options", "kind", "message"), [x[1:] for x in SHARED], ids=[x[0] for x in SHARED])
+def test_errors_of_both_entries(entry, options, kind, message):
+    with pytest.raises(kind, match=message):
+        entry(**options)
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), [*FLASH, *DOT, *OTHER])
+def test_errors(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+PLANNED = {name for name in ("cpu", "mosaic", "ascend") if name not in jax_fa.api.backends.names()}
+
+
+@pytest.mark.parametrize("name", sorted(PLANNED))
+@pytest.mark.parametrize("entry", [attend, dot], ids=["flash_attention", "dot_product_attention"])
+def test_backends_that_are_not_here_yet(entry, name):
+    with pytest.raises(NotImplementedError, match=rf"implementation='{name}': .* is not part of this version; use "):
+        entry(implementation=name)
+
+
+def test_a_backend_that_refuses_says_why(monkeypatch):
+    """NotImplementedError with the reason, when the call is compiled."""
+    monkeypatch.setattr(jax_fa.api.backends.xla, "why_not", lambda problem, operands: "it does not like this")
+    with pytest.raises(
+        NotImplementedError,
+        match=r"implementation='xla' cannot serve this call on platform '\w+'\. xla: it does not like this\.",
+    ):
+        jax.jit(lambda q: attend(q, implementation="xla"))(Q)
+    with pytest.raises(NotImplementedError, match=r"Any backend cannot serve this call .*xla: it does not like this"):
+        jax.jit(attend)(Q)

@@ -1,0 +1,88 @@
+"""Output, log-sum-exp and softmax statistics against the oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import BY_NAME, CASES, REAL_TILES, check, expected
+
+import jax_fa
+from jax_fa import masks, request
+from jax_fa.attention import attention
+
+
+def _run(case, backend):
+    with case.context():
+        run = jax.jit(lambda x: case.flash_attention(x, implementation=backend))
+        return run(case.stored_operands())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_logsumexp(case, backend):
+    out, lse = _run(case, backend)
+    check(case, out, lse)
+    # Rows that see nothing are 0 exactly.
+    unseen = np.moveaxis(expected(case)[0].l == 0, -1, -2)
+    assert not case.canonical(out)[unseen].any()
+
+
+@pytest.mark.parametrize("case", REAL_TILES, ids=str)
+def test_output_with_the_tiles_of_the_library(case, backend, real_tiles):
+    check(case, *_run(case, backend))
+
+
+@pytest.mark.parametrize("name", ["mqa", "mask-lengths", "soft-cap", "mask-nothing", "dropout", "bfloat16-causal"])
+def test_softmax_statistics(name, backend):
+    """m and l are taken after scale, bias, cap and mask, before dropout; (-FLT_MAX, 0) where nothing is seen."""
+    case = BY_NAME[name]
+    x = {n: jnp.asarray(a) for n, a in case.operands().items()}
+    mask = None if case.mask is None else masks.as_mask(case.library_mask())
+    problem, operands = request.build(
+        **x,
+        axes=(0, 1, 2, 3),
+        layout="BSND",
+        mask=mask,
+        logits_soft_cap=case.soft_cap,
+        dropout_rate=case.dropout,
+        dropout_key=case.dropout_key(),
+        implementation=backend,
+    )
+    found = jax.jit(attention, static_argnums=0)(problem, operands)
+    want = expected(case)[0]
+    for name, ours, oracles in (("m", found.softmax_max, want.m), ("l", found.softmax_sum, want.l)):
+        assert ours.dtype == jnp.float32
+        oracle.assert_close_to_oracle(ours, oracles, oracles, f"{case}: {name}", 2e-6)
+
+
+def test_the_logsumexp_is_optional(backend):
+    case = BY_NAME["mask-causal"]
+    x = case.stored_operands()
+    alone = jax_fa.flash_attention(**x, mask=masks.Causal(), implementation=backend)
+    assert isinstance(alone, jax.Array)
+    np.testing.assert_array_equal(alone, _run(case, backend)[0])
+
+
+@pytest.mark.parametrize("kind", ["traced", "array", "numpy"])
+def test_scale_may_be_any_scalar(kind, backend):
+    """A traced scale multiplies the query; the result is that of the same Python number."""
+    case = BY_NAME["scale"]
+    x = case.stored_operands()
+
+    def run(scale):
+        return jax_fa.flash_attention(**x, mask=case.library_mask(), scale=scale, implementation=backend)
+
+    given = {"traced": jnp.float32, "array": jnp.float32, "numpy": np.float64}[kind](case.scale)
+    check(case, (jax.jit(run) if kind == "traced" else run)(given))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float16", "bfloat16", "float32"])
+def test_bias_of_another_dtype(dtype, backend):
+    """Bias is added in float32, whatever its dtype."""
+    case = BY_NAME["bias-BNQK"]
+    x = case.operands()
+    bias = (8 * x["bias"]).round() / (1 if dtype == "int32" else 8)
+    given = jnp.asarray(bias.astype(jnp.dtype(dtype)))
+    out = jax_fa.flash_attention(**case.stored_operands() | {"bias": given}, implementation=backend)
+    wide = jax_fa.flash_attention(**case.stored_operands() | {"bias": bias}, implementation=backend)
+    np.testing.assert_array_equal(out, wide)

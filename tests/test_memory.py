@@ -1,0 +1,73 @@
+"""Temporary memory grows linearly in the length, forward and backward. Nothing runs here: XLA plans memory."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_fa
+from jax_fa.masks import Causal
+
+pytestmark = pytest.mark.usefixtures("real_tiles")
+N, K, D = 4, 2, 32
+MIB = 2**20
+
+
+def _float(*shape: int):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+# What else the call takes, by length: none of it is S x S.
+EXTRAS = {
+    "plain": lambda s: {},
+    "causal": lambda s: {"mask": Causal()},
+    "bias-of-keys": lambda s: {"bias": _float(N, 1, s)},
+    "mask-of-keys": lambda s: {"mask": jax.ShapeDtypeStruct((1, 1, 1, s), bool)},
+    "alibi": lambda s: {"alibi_slopes": _float(N)},
+    "dropout": lambda s: {"dropout_key": jax.eval_shape(lambda: jax.random.key(0))},
+}
+
+
+def _temporary(backend, gradient: bool, q, kv, extras) -> int:
+    """Bytes of temporary memory that the compiled call needs."""
+    rate = 0.1 if "dropout_key" in extras else 0.0
+
+    def attend(q, k, v, extras):
+        return jax_fa.flash_attention(q, k, v, **extras, dropout_rate=rate, implementation=backend)
+
+    def loss(floats, others):
+        return jnp.sum(attend(*floats["qkv"], floats["extras"] | others) ** 2)
+
+    if not gradient:
+        return jax.jit(attend).lower(q, kv, kv, extras).compile().memory_analysis().temp_size_in_bytes
+    floats = {n: x for n, x in extras.items() if n in ("bias", "alibi_slopes")}
+    others = {n: x for n, x in extras.items() if n not in floats}
+    lowered = jax.jit(jax.grad(loss)).lower({"qkv": (q, kv, kv), "extras": floats}, others)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("kind", EXTRAS)
+def test_memory_is_linear_in_the_length(kind, gradient, backend):
+    """Twice the length needs at most about twice the memory; an S x S array would need four times."""
+    short, long = (
+        _temporary(backend, gradient, _float(1, s, N, D), _float(1, s, K, D), EXTRAS[kind](s)) for s in (2048, 4096)
+    )
+    assert long <= 2.2 * short + MIB
+    assert long < N * 4096 * 4096  # bytes: a quarter of the logits of all heads
+
+
+@pytest.mark.parametrize(("gradient", "limit"), [(False, 64 * MIB), (True, 192 * MIB)], ids=["forward", "backward"])
+def test_memory_of_a_usual_call(gradient, limit, backend):
+    """B=1, S=4096, N=8, D=64, float32, causal: the logits alone would be 512 MiB."""
+    x = _float(1, 4096, 8, 64)
+    assert _temporary(backend, gradient, x, x, {"mask": Causal()}) < limit
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
+def test_sizes_of_one_in_masks_and_biases_stay_one(gradient, backend):
+    """A bias and a mask of (B, 1, 1, Skv) need no more memory than the call without them, but for themselves."""
+    B, s = 8, 1024
+    q, kv = _float(B, s, N, D), _float(B, s, K, D)
+    extras = {"bias": _float(B, 1, 1, s), "mask": jax.ShapeDtypeStruct((B, 1, 1, s), bool)}
+    plain, full = (_temporary(backend, gradient, q, kv, x) for x in ({}, extras))
+    assert full < 1.5 * plain + 2 * MIB

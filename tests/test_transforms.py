@@ -1,0 +1,262 @@
+"""jit, scan, remat, second derivatives, export: the transformations that are not vmap or sharding."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import BY_NAME, check
+from programs import primitives
+
+import jax_fa
+from jax_fa.masks import Causal, Lengths
+
+OUT, STATS = "flash_attention_out", "flash_attention_stats"
+SQ, N, K, D = 37, 4, 2, 8
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def _layer(backend, x, w):
+    """Self-attention with a residual connection."""
+    qkv = (x @ w).reshape(*x.shape[:2], N + 2 * K, D)
+    q, k, v = qkv[:, :, :N], qkv[:, :, N : N + K], qkv[:, :, N + K :]
+    return x + jax_fa.flash_attention(q, k, v, mask=Causal(), implementation=backend).reshape(x.shape)
+
+
+X = _normal(2, SQ, N * D)
+W = _normal(3, N * D, (N + 2 * K) * D) / 8
+
+
+# --- scan and remat
+
+
+@pytest.mark.parametrize("policy", [None, (OUT, STATS)], ids=["plain", "keep-results"])
+def test_scan_over_layers_with_remat(policy, backend):
+    """jit(grad(scan(remat(layer)))) is the gradient of the layers one after the other."""
+    keep = None if policy is None else jax.checkpoint_policies.save_only_these_names(*policy)
+    layer = jax.checkpoint(partial(_layer, backend), policy=keep)
+
+    def scanned(x, w):
+        return jnp.sum(jnp.sin(jax.lax.scan(lambda x, w: (layer(x, w), None), x, w)[0]))
+
+    def one_by_one(x, w):
+        for i in range(len(w)):
+            x = _layer(backend, x, w[i])
+        return jnp.sum(jnp.sin(x))
+
+    found = jax.jit(jax.value_and_grad(scanned, argnums=(0, 1)))(X, W)
+    want = jax.value_and_grad(one_by_one, argnums=(0, 1))(X, W)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, want)
+
+
+@pytest.mark.parametrize(
+    ("names", "forwards"),
+    [((OUT, STATS), 1), ((OUT,), 2), ((STATS,), 2), ((), 2)],
+    ids=["out+stats", "out", "stats", "nothing"],
+)
+def test_kept_results_save_the_second_forward(names, forwards):
+    """A remat policy that keeps output and statistics runs the forward once; any other runs it twice."""
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    layer = jax.checkpoint(partial(_layer, None), policy=policy)
+    found = primitives(jax.grad(lambda x, w: jnp.sum(layer(x, w))), X, W[0])
+    assert (found["flash_attention_fwd"], found["flash_attention_bwd"]) == (forwards, 1)
+
+
+def test_what_nobody_uses_is_not_computed():
+    """The gradient of key alone still needs the one backward; no gradient needs none."""
+    q, kv = _normal(1, 9, N, D), _normal(1, 9, K, D)
+
+    def loss(k):
+        return jnp.sum(jax_fa.flash_attention(q, k, kv))
+
+    assert primitives(loss, kv)["flash_attention_bwd"] == 0
+    assert primitives(jax.grad(loss), kv)["flash_attention_bwd"] == 1
+
+
+# --- forward mode and second derivatives
+
+
+def _second_order(attention):
+    def loss(qkv):
+        return jnp.sum(jnp.sin(attention(*qkv)))
+
+    return loss
+
+
+SMALL = tuple(_normal(1, n, heads, 2) for n, heads in ((3, 2), (4, 1), (4, 1)))
+TANGENTS = tuple(_normal(*x.shape[::-1]).T.reshape(x.shape) for x in SMALL)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3, "local_window_size": 1}], ids=str)
+def test_hessian(options, backend):
+    """jax.hessian (forward over reverse), against the hessian of jax.nn."""
+    ours = _second_order(partial(jax_fa.dot_product_attention, implementation=backend, **options))
+    theirs = _second_order(partial(jax.nn.dot_product_attention, **options))
+    found, want = jax.jit(jax.hessian(ours))(SMALL), jax.jit(jax.hessian(theirs))(SMALL)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, want)
+
+
+def test_hessian_vector_product(backend):
+    """jvp(grad) over several tiles and with a bias, against jax.nn."""
+    primals = (_normal(1, SQ, 2, 4), _normal(1, 45, 1, 4), _normal(1, 45, 1, 4), _normal(2, SQ, 45))
+    tangents = tuple(np.roll(x, 1) for x in primals)
+
+    def product(attention):
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(attention(*x, is_causal=True))))
+        return jax.jit(lambda x, t: jax.jvp(gradient, (x,), (t,)))(primals, tangents)
+
+    found = product(partial(jax_fa.dot_product_attention, implementation=backend))
+    want = product(jax.nn.dot_product_attention)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, want)
+
+
+@pytest.mark.parametrize(
+    "is_causal",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(
+                raises=ValueError, reason="a loop over the tiles that a mask leaves has no reverse derivative"
+            ),
+        ),
+    ],
+    ids=["all-tiles", "tiles-by-mask"],
+)
+def test_reverse_over_reverse(is_causal, backend):
+    """grad(grad), as for a gradient penalty, over several tiles, against jax.nn."""
+    q, kv = _normal(1, SQ, 2, 4), _normal(1, 45, 1, 4)
+
+    def penalty(attention):
+        gradient = jax.grad(lambda q: jnp.sum(jnp.sin(attention(q, kv, kv, is_causal=is_causal))))
+        return jax.jit(jax.grad(lambda q: jnp.sum(gradient(q) ** 2)))(q)
+
+    found = penalty(partial(jax_fa.dot_product_attention, implementation=backend))
+    np.testing.assert_allclose(found, penalty(jax.nn.dot_product_attention), rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_is_refused_by_jax():
+    """A custom_vjp has no jvp; the message is JAX's own."""
+    with pytest.raises(TypeError, match=r"can't apply forward-mode .* \(jvp\) to a custom_vjp function"):
+        jax.jvp(jax_fa.flash_attention, SMALL, TANGENTS)
+
+
+# --- export
+
+
+def _specs(batch) -> list:
+    shapes = [(batch, SQ, N, D), (batch, SQ, K, D), (batch, SQ, K, D)]
+    return [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+
+
+def _attend_and_gradient(q, k, v):
+    def loss(q, k, v):
+        out = jax_fa.flash_attention(q, k, v, mask=Causal())
+        return jnp.sum(jnp.sin(out)), out
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+
+@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "cuda", "tpu")], ids="+".join)
+def test_export(platforms):
+    """Exported for one platform or several, forward and backward, and called on the CPU."""
+    x = [_normal(2, *spec.shape[1:]) for spec in _specs(2)]
+    run = jax.jit(_attend_and_gradient)
+    exported = jax.export.export(run, platforms=platforms)(*_specs(2))
+    assert exported.platforms == platforms
+    found = jax.tree.leaves(exported.call(*x))
+    for a, b in zip(found, jax.tree.leaves(run(*x)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_export_with_a_symbolic_batch():
+    """One exported program for every batch size."""
+    (batch,) = jax.export.symbolic_shape("b")
+    exported = jax.export.export(jax.jit(_attend_and_gradient), platforms=("cpu",))(*_specs(batch))
+    for size in (1, 3):
+        q, k, v = (_normal(size, *spec.shape[1:]) for spec in _specs(size))
+        (_, out), gradients = exported.call(q, k, v)
+        want = oracle.attention(q, k, v, visible=oracle.causal(SQ, SQ))
+        np.testing.assert_allclose(out, want.out, atol=1e-5)
+        for found, right in zip(gradients, want.gradients(np.cos(want.out)).values(), strict=True):
+            np.testing.assert_allclose(found, right, atol=1e-4)
+
+
+# --- programs are shared, and always give the same
+
+
+def _compilations(function) -> int:
+    count = []
+
+    def listen(event: str, *_, **__) -> None:
+        if event.endswith("backend_compile_duration"):
+            count.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        function()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(count)
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_one_program_per_shape(jit, backend):
+    """A second call compiles nothing, whatever its values; a new shape compiles."""
+
+    def gradient(x, length):
+        mask = Causal() & Lengths(key=length)
+        run = partial(jax_fa.flash_attention, mask=mask, implementation=backend)
+        return jax.grad(lambda x: jnp.sum(run(x, x, x)))(x)
+
+    run = jax.jit(gradient) if jit else gradient
+    x, length = jnp.asarray(_normal(2, 19, 3, 4)), jnp.array([3, 19], jnp.int32)
+    other, other_length = x + 1, length - 2
+    assert _compilations(lambda: run(x, length)) > 0
+    assert _compilations(lambda: run(other, other_length)) == 0
+    assert _compilations(lambda: run(x[:, :18], length)) > 0
+
+
+@pytest.mark.parametrize("name", ["everything", "bfloat16-causal"])
+def test_results_are_bitwise_repeatable(name, backend):
+    """The same program twice, and the same program compiled anew."""
+    case = BY_NAME[name]
+    dout, dlse = case.cotangents()
+    args = (case.stored_operands(), case.stored(dout), dlse)
+    run = jax.jit(lambda *x: case.gradient(*x, implementation=backend))
+    first = run(*args)
+    again = run(*args)
+    jax.clear_caches()
+    anew = run(*args)
+    for other in (again, anew):
+        jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+@pytest.mark.parametrize("name", ["mask-lengths", "mask-nothing", "everything", "float16-causal"])
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_nan_and_inf_detectors_stay_quiet(name, jit, backend):
+    """Rows that see nothing and padding make neither NaN nor infinity, nowhere on the way."""
+    case = BY_NAME[name]
+    dout, dlse = case.cotangents()
+    operands, arrays = case.stored_operands(), case.arrays()
+
+    def gradient(operands, arrays, dout, dlse):
+        return case.gradient(operands, dout, dlse, implementation=backend, **arrays)
+
+    with jax.debug_nans(True), jax.debug_infs(True):
+        run = jax.jit(gradient) if jit else gradient
+        (out, lse), gradients = jax.block_until_ready(run(operands, arrays, case.stored(dout), dlse))
+    check(case, out, lse, gradients)
+
+
+def test_nan_detector_speaks():
+    """... while a real NaN is reported."""
+    x = _normal(1, 9, 1, 2)
+    x[0, 3] = np.nan
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        jax.block_until_ready(jax_fa.flash_attention(x, x, x))
