@@ -6,18 +6,23 @@ Each comes with a `..._request` function that checks and canonicalizes without r
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jax_fa import backends, masks, request
 from jax_fa.attention import attention
 from jax_fa.masks import Mask
 from jax_fa.problem import Operands, Problem
 
-_LAYOUTS = {"BSND": (0, 1, 2, 3), "BNSD": (0, 2, 1, 3), "SBND": (1, 0, 2, 3), "SND": (0, 1, 2), "NSD": (1, 0, 2)}
+_LAYOUTS = {
+    "BSND": (0, 1, 2, 3),
+    "BNSD": (0, 2, 1, 3),
+    "SBND": (1, 0, 2, 3),
+    "SND": (0, 1, 2),
+    "NSD": (1, 0, 2),
+}
 
 
 def dot_product_attention(
@@ -130,7 +135,9 @@ def dot_product_attention_request(
     logits_soft_cap=None,
 ) -> tuple[Problem, Operands]:
     backends.check_implementation(implementation)
-    query, key, value = (_four_dims(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    query, key, value = (
+        _four_dims(name, x) for name, x in (("query", query), ("key", key), ("value", value))
+    )
     if value.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"value must have key's shape {key.shape}; got {value.shape}. "

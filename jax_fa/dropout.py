@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32, UInt8, UInt32
 
+from jax_fa.problem import Shape, Size
+
 BLOCK = 32  # columns whose counters lie together
 
 
@@ -54,7 +56,7 @@ def seed_words(dropout_key) -> UInt32[Array, "2"]:
     return jax.random.bits(dropout_key, (2,), jnp.uint32)
 
 
-def streams(batch: tuple[int, ...], heads: int) -> UInt32[Array, "*B N 2"]:
+def streams(batch: Shape, heads: Size) -> UInt32[Array, "*B N 2"]:
     """The (head, batch) counter words of every batch entry and head."""
     b = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape(*batch, 1)
     n = jnp.arange(heads, dtype=jnp.uint32)
@@ -126,7 +128,5 @@ def dropout_mask(
     if 0 in shape:
         return jnp.zeros((0,), jnp.uint8)
     rows = jnp.arange(Sq, dtype=jnp.int32)
-    keep = keep_tile(
-        seed_words(dropout_key), streams((B,), N), rows, jnp.int32(0), Skv, 1.0 - dropout_rate
-    )
+    keep = keep_tile(seed_words(dropout_key), streams((B,), N), rows, jnp.int32(0), Skv, 1.0 - dropout_rate)
     return jnp.packbits(keep.reshape(-1), bitorder="little")

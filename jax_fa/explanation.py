@@ -1,6 +1,7 @@
 """`explain`: which backend would serve a call on which platform, and why each other one would not."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax_fa.masks import Mask
 from jax_fa.problem import Dims, Problem, dims
 
 PLATFORMS = ("cpu", "cuda", "tpu", "ascend")
-_REQUESTS = {
+_REQUESTS: dict[str, Callable[..., Any]] = {
     "dot_product_attention": api.dot_product_attention_request,
     "flash_attention": api.flash_attention_request,
     "flash_attention_score": cann.flash_attention_score_request,
@@ -38,7 +39,9 @@ class Explanation:
 
     def __str__(self) -> str:
         d = self.dims
-        lines = [f"{self.entry}: B={d.B} Sq={d.Sq} Skv={d.Skv} N={d.N} K={d.K} D={d.D} Dv={d.Dv} {self.dtype}"]
+        lines = [
+            f"{self.entry}: B={d.B} Sq={d.Sq} Skv={d.Skv} N={d.N} K={d.K} D={d.D} Dv={d.Dv} {self.dtype}"
+        ]
         for platform, reasons in self.reasons.items():
             chosen = self.chosen[platform]
             lines.append(f"  {platform}: {chosen or 'no backend can serve this call'}")
@@ -53,7 +56,9 @@ class Explanation:
         return f"could, but {chosen} comes first"
 
 
-def explain(*args: Any, entry: str | None = None, platforms: tuple[str, ...] | None = None, **kwargs: Any) -> Explanation:
+def explain(
+    *args: Any, entry: str | None = None, platforms: tuple[str, ...] | None = None, **kwargs: Any
+) -> Explanation:
     """Says which backend would run a call, without running it.
 
     Args:
@@ -74,6 +79,8 @@ def explain(*args: Any, entry: str | None = None, platforms: tuple[str, ...] | N
         raise ValueError(f"entry must be one of {', '.join(_REQUESTS)}; got {entry!r}.")
     platforms = platforms or tuple(dict.fromkeys((_here(), *PLATFORMS)))
     implementation = kwargs.get("implementation")
+    leaves: list[Any]
+    tree: Any
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
     problems: list[Problem] = []
@@ -100,7 +107,7 @@ def explain(*args: Any, entry: str | None = None, platforms: tuple[str, ...] | N
         dims=dims(problem, operands),
         dtype=str(operands.query.dtype),
         chosen=chosen,
-        reasons={platform: found | backends.PLANNED for platform, found in reasons.items()},
+        reasons={platform: {**found, **backends.PLANNED} for platform, found in reasons.items()},
     )
 
 

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa.problem import Shape, Size
+
 Align = Literal["top-left", "bottom-right"]
 _UNBOUNDED = 2**29  # larger token counts are clamped to this, so that sums with positions stay within int32
 
@@ -52,21 +54,22 @@ class Mask:
     def __rand__(self, other) -> "Mask":
         return as_mask(other) & self
 
-    def check(self, batch: tuple[int, ...], heads: int, sq: int, skv: int) -> None:
+    def check(self, batch: Shape, heads: Size, sq: Size, skv: Size) -> None:
         """Raises ValueError or TypeError where the mask does not fit a call of these sizes."""
 
-    def rows(self, rows: Rows, skv: int) -> tuple[Any, Any]:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         """(lower, upper) for the given rows, each None where unbounded; `skv` counts all keys."""
         raise NotImplementedError
 
     def static(self) -> "Mask":
         """This mask with every array replaced by TRACED: hashable, a description and not a mask to use."""
-        return _bare(type(self), {f.name: _static_value(getattr(self, f.name)) for f in fields(self)})
+        names = [f.name for f in fields(self)]  # type: ignore[arg-type]
+        return _bare(type(self), {name: _static_value(getattr(self, name)) for name in names})
 
 
 def _bare(cls: type, values: dict[str, Any]):
     """An object of cls without the checks of its constructor: JAX puts placeholders into pytrees."""
-    mask = object.__new__(cls)
+    mask: Any = object.__new__(cls)
     for name, value in values.items():
         object.__setattr__(mask, name, value)
     return mask
@@ -151,9 +154,11 @@ class Band(Mask):
     def check(self, batch, heads, sq, skv) -> None:
         shape = np.shape(self.offset)
         if shape and not broadcasts(shape, (*batch, heads, sq)):
-            raise ValueError(f"offset must broadcast to (*B, N, Sq)={(*batch, heads, sq)}; got shape {shape}.")
+            raise ValueError(
+                f"offset must broadcast to (*B, N, Sq)={(*batch, heads, sq)}; got shape {shape}."
+            )
 
-    def rows(self, rows: Rows, skv: int) -> tuple[Any, Any]:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         at, known = rows.i + _offset(self.align, rows), 0
         if isinstance(self.offset, (int, np.integer)):
             known = int(self.offset)
@@ -210,7 +215,7 @@ class Prefix(Mask):
     def check(self, batch, heads, sq, skv) -> None:
         _check_batch_shape("length", self.length, batch)
 
-    def rows(self, rows: Rows, skv: int) -> tuple[Any, Any]:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         causal = rows.i + _offset(self.align, rows) + 1
         return None, jnp.maximum(causal, _int_array(self.length)[..., None, None])
 
@@ -246,7 +251,7 @@ class Lengths(Mask):
         skv = rows.skv if self.key is None else _int_array(self.key)[..., None, None]
         return replace(rows, sq=sq, skv=skv)
 
-    def rows(self, rows: Rows, skv: int) -> tuple[Any, Any]:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         upper = None if self.key is None else _int_array(self.key)[..., None, None]
         if self.query is not None:
             inside = rows.i < _int_array(self.query)[..., None, None]
@@ -259,7 +264,7 @@ class _Packed(Mask):
 
     within: Mask | None
 
-    def _placed(self, rows: Rows, skv: int, start_q, start_k, sq, length_k, empty) -> tuple[Any, Any]:
+    def _placed(self, rows: Rows, skv: Size, start_q, start_k, sq, length_k, empty) -> tuple[Any, Any]:
         lower, upper = start_k, start_k + length_k
         if self.within is not None:
             lo, hi = self.within.rows(Rows(rows.i - start_q, sq, length_k), skv)
@@ -316,7 +321,7 @@ class CumulativeLengths(_Packed):
             if not hasattr(value, "shape") and np.size(value) and np.max(value) > full:
                 raise ValueError(f"cumulative {name} lengths must not exceed {full}; got {value}.")
 
-    def rows(self, rows: Rows, skv: int) -> tuple[Any, Any]:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         end_q = _int_array(self.query)
         end_k = end_q if self.key is None else _int_array(self.key)
         count = end_q.shape[-1]
@@ -362,9 +367,11 @@ class SegmentIds(_Packed):
             value = self.query if value is None else value
             shape = np.shape(value)
             if shape[-1:] != (full,) or not broadcasts(shape[:-1], batch):
-                raise ValueError(f"{name} segment ids must have shape (*B, {full}) with B={batch}; got {shape}.")
+                raise ValueError(
+                    f"{name} segment ids must have shape (*B, {full}) with B={batch}; got {shape}."
+                )
 
-    def rows(self, rows: Rows, skv: int) -> tuple[Any, Any]:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         ids_q = _int_array(self.query)
         ids_k = ids_q if self.key is None else _int_array(self.key)
         start_k = _searchsorted(ids_k, ids_q, "left")
@@ -403,14 +410,18 @@ class Dense(Mask):
     def __post_init__(self) -> None:
         dtype = jnp.result_type(self.array)
         if dtype != jnp.bool_:
-            raise TypeError(f"mask must be boolean (True = visible); got dtype {dtype}. For an additive mask use bias.")
+            raise TypeError(
+                f"mask must be boolean (True = visible); got dtype {dtype}. For an additive mask use bias."
+            )
 
     def check(self, batch, heads, sq, skv) -> None:
         full = (*batch, heads, sq, skv)
         if not broadcasts(np.shape(self.array), full):
-            raise ValueError(f"mask must broadcast to (*B, N, Sq, Skv)={full}; got shape {np.shape(self.array)}.")
+            raise ValueError(
+                f"mask must broadcast to (*B, N, Sq, Skv)={full}; got shape {np.shape(self.array)}."
+            )
 
-    def rows(self, rows: Rows, skv: int) -> tuple[Any, Any]:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         return None, None
 
 
@@ -424,7 +435,7 @@ class Intersection(Mask):
         for mask in self.masks:
             mask.check(batch, heads, sq, skv)
 
-    def rows(self, rows: Rows, skv: int) -> tuple[Any, Any]:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         for mask in self.masks:
             if isinstance(mask, Lengths):
                 rows = mask.aligned(rows)
@@ -440,20 +451,22 @@ def _combine(fn, a, b):
     return b if a is None else a if b is None else fn(a, b)
 
 
-def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+def broadcasts(shape: Shape, full: Shape) -> bool:
     if len(shape) > len(full):
         return False
     tail = full[len(full) - len(shape) :]
     return all(a == b or a == 1 for a, b in zip(shape, tail, strict=True))
 
 
-def _check_batch_shape(name: str, value, batch: tuple[int, ...]) -> None:
+def _check_batch_shape(name: str, value, batch: Shape) -> None:
     shape = np.shape(value)
     if shape and shape != tuple(batch):
-        raise ValueError(f"{name} must have one entry per batch entry, shape {tuple(batch)}; got shape {shape}.")
+        raise ValueError(
+            f"{name} must have one entry per batch entry, shape {tuple(batch)}; got shape {shape}."
+        )
 
 
-def intervals(mask: Mask | None, batch: tuple[int, ...], heads: int, sq: int, skv: int):
+def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size):
     """What the kernels take: `(lower, upper, dense)`, each with `len(batch)` leading dims, or None.
 
     lower and upper are int32 of shape `*#B #N #Sq` within 0..skv, dense is boolean `*#B #N #Sq #Skv`.
@@ -471,7 +484,7 @@ def intervals(mask: Mask | None, batch: tuple[int, ...], heads: int, sq: int, sk
     return _fit(lower, rank + 2, skv), _fit(upper, rank + 2, skv), lead(dense, rank + 3)
 
 
-def _fit(bound, rank: int, skv: int):
+def _fit(bound, rank: int, skv: Size):
     return None if bound is None else lead(jnp.clip(bound, 0, skv).astype(jnp.int32), rank)
 
 

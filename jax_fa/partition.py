@@ -35,8 +35,11 @@ class Partition:
         labels = (*range(len(d.B)), *names)
         if axes is not None:
             labels = stored_shape(labels, axes)
-        sizes = {"N": d.N, "K": d.K, **dict(enumerate(d.B))}
-        return tuple(x if sizes.get(x, 1) > 1 and size == sizes[x] else None for x, size in zip(labels, shape, strict=True))
+        sizes: dict[Any, int] = {"N": d.N, "K": d.K} | dict(enumerate(d.B))
+        return tuple(
+            label if sizes.get(label, 1) > 1 and size == sizes[label] else None
+            for label, size in zip(labels, shape, strict=True)
+        )
 
     def operand(self, name: str, shape: Sequence[int]) -> Labels:
         p = self.problem
@@ -61,14 +64,16 @@ class Partition:
     def gradient(self, name: str, shape: Sequence[int]) -> Labels:
         return self.operand(name, gradient_shape(self.problem, self.dims, name, tuple(shape)))
 
-    def wrap(self, run: Callable, inputs: list[Labels], results: list[Labels], summed: list[bool]) -> Callable:
+    def wrap(
+        self, run: Callable, inputs: list[Labels], results: list[Labels], summed: list[bool]
+    ) -> Callable:
         """`run` (flat operands to flat results) as a function that XLA's partitioners can split.
 
         `summed[i]`: result i is a sum over every sharded dim that it does not have.
         """
 
         def partition(mesh, args, outs):
-            given = _given(mesh, [*args, *outs], [*inputs, *results])
+            given = _given(mesh, [*args, *outs], inputs + results)
             axes = self._usable(mesh, given)
 
             def local(*leaves):
@@ -79,12 +84,11 @@ class Partition:
                     for part, labels, total in zip(parts, results, summed, strict=True)
                 )
 
-            shard = lambda labels: NamedSharding(mesh, PartitionSpec(*(axes.get(x) for x in labels)))  # noqa: E731
-            return mesh, local, tuple(map(shard, results)), tuple(map(shard, inputs))
+            return mesh, local, _shardings(mesh, axes, results), _shardings(mesh, axes, inputs)
 
         def infer(mesh, args, outs):
             axes = self._usable(mesh, _given(mesh, args, inputs))
-            return tuple(NamedSharding(mesh, PartitionSpec(*(axes.get(x) for x in labels))) for labels in results)
+            return _shardings(mesh, axes, results)
 
         rule, whole, sizes = self._shardy_rule(inputs, results)
         wrapped = custom_partitioning(lambda *leaves: tuple(run(*leaves)))
@@ -105,7 +109,9 @@ class Partition:
         def divides(label, size):
             return size % math.prod(mesh.shape[axis] for axis in given.get(label, ())) == 0
 
-        axes = {i: given[i] for i, size in enumerate(d.B) if i in given and divides(i, size)}
+        axes: dict[Any, tuple[str, ...]] = {
+            i: given[i] for i, size in enumerate(d.B) if i in given and divides(i, size)
+        }
         heads = given.get("N") or given.get("K") or ()
         given = {**given, "N": heads}
         if heads and divides("N", d.K):
@@ -114,9 +120,12 @@ class Partition:
             axes["N"] = heads  # one key head serves all shards; its gradient is their sum
         return axes
 
-    def _shardy_rule(self, inputs: list[Labels], results: list[Labels]) -> tuple[str, tuple[str, ...], dict[str, int]]:
+    def _shardy_rule(
+        self, inputs: list[Labels], results: list[Labels]
+    ) -> tuple[str, tuple[str, ...], dict[str, int]]:
         """The labels in the language of Shardy: query heads are the compound factor (k g)."""
-        d, whole = self.dims, []
+        d = self.dims
+        whole: list[str] = []
 
         def factor(label) -> str:
             if isinstance(label, int):
@@ -141,6 +150,10 @@ def _given(mesh, arrays, labels: list[Labels]) -> dict[Any, tuple[str, ...]]:
             if label is not None and entry:
                 axes.setdefault(label, entry)
     return axes
+
+
+def _shardings(mesh, axes: dict[Any, tuple[str, ...]], arrays: list[Labels]) -> tuple[NamedSharding, ...]:
+    return tuple(NamedSharding(mesh, PartitionSpec(*(axes.get(x) for x in labels))) for labels in arrays)
 
 
 def _psum(part, axes: dict[Any, tuple[str, ...]], labels: Labels):

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-Array = jax.Array
 Axes = tuple[int, ...]
+Size = Any  # an int, or a symbolic dimension of `jax.export`
+Shape = tuple[Size, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,12 @@ class Problem:
 
     def map_front(self, **batched: int | None) -> "Problem":
         """This problem with one more batch dim at the front; `batched` says where each array keeps it."""
-        axes = {}
+        axes: dict[str, Any] = {}
         for name in ("query", "key", "value", "out"):
             at = batched.get(name) or 0
             old = getattr(self, f"{name}_axes")
             axes[f"{name}_axes"] = (at, *(axis + (axis >= at) for axis in old))
-        return replace(self, **axes, mapped=self.mapped + 1)
+        return replace(self, mapped=self.mapped + 1, **axes)
 
 
 @jax.tree_util.register_dataclass
@@ -95,24 +96,24 @@ DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes")
 class Dims:
     """The sizes of a call; `B` is the full batch shape."""
 
-    B: tuple[int, ...]
-    Sq: int
-    Skv: int
-    N: int
-    K: int
-    D: int
-    Dv: int
+    B: Shape
+    Sq: Size
+    Skv: Size
+    N: Size
+    K: Size
+    D: Size
+    Dv: Size
 
     @property
-    def G(self) -> int:
+    def G(self) -> Size:
         return self.N // self.K
 
 
-def canonical_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+def canonical_shape(shape: tuple[Any, ...], axes: Axes) -> tuple[Any, ...]:
     return tuple(shape[axis] for axis in axes)
 
 
-def stored_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+def stored_shape(shape: tuple[Any, ...], axes: Axes) -> tuple[Any, ...]:
     """The shape of an array stored in the order `axes` whose canonical shape is `shape`."""
     return tuple(shape[axes.index(i)] for i in range(len(axes)))
 
@@ -129,11 +130,11 @@ def dims(problem: Problem, operands: Operands) -> Dims:
     return Dims(B, q[rank], k[rank], q[rank + 1], k[rank + 1], q[rank + 2], v[rank + 2])
 
 
-def out_shape(problem: Problem, d: Dims) -> tuple[int, ...]:
+def out_shape(problem: Problem, d: Dims) -> Shape:
     return stored_shape((*d.B, d.Sq, d.N, d.Dv), problem.out_axes)
 
 
-def gradient_shape(problem: Problem, d: Dims, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def gradient_shape(problem: Problem, d: Dims, name: str, shape: Shape) -> Shape:
     """The gradient has its operand's shape, but keeps in full the batch dims that vmap added."""
     full = d.B[: problem.mapped]
     if name in ("query", "key", "value"):

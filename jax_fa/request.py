@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import dropout, masks
-from jax_fa.problem import Axes, Operands, Problem, accumulator_dtype, canonical_shape
+from jax_fa.problem import Axes, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
 
 def build(
@@ -114,7 +114,7 @@ def _expect(name, layout, what, want, got, other, x, other_name="query") -> str:
     )
 
 
-def _scale(query, scale, D: int):
+def _scale(query, scale, D: Size):
     """(query, static scale). A traced scale is multiplied into the query, in float32, so that it has a gradient."""
     if scale is None:
         return query, 1.0 / math.sqrt(D)
@@ -141,11 +141,13 @@ def _dropout_rate(rate, key) -> float:
     if isinstance(rate, jax.core.Tracer) or not 0.0 <= float(rate) < 1.0:
         raise ValueError(f"dropout_rate must be a Python number in [0, 1); got {rate}.")
     if float(rate) > 0.0 and key is None:
-        raise ValueError(f"dropout_key must be a jax.random key when dropout_rate > 0 (it is {rate}); got None.")
+        raise ValueError(
+            f"dropout_key must be a jax.random key when dropout_rate > 0 (it is {rate}); got None."
+        )
     return float(rate)
 
 
-def _bias(bias, full: tuple[int, ...], acc):
+def _bias(bias, full: Shape, acc):
     if bias is None:
         return None
     bias = jnp.asarray(bias)
@@ -160,12 +162,14 @@ def _bias(bias, full: tuple[int, ...], acc):
     return masks.lead(bias, len(full))
 
 
-def _slopes(slopes, batch: tuple[int, ...], N: int) -> Any:
+def _slopes(slopes, batch: Shape, N: Size) -> Any:
     if slopes is None:
         return None
     slopes = jnp.asarray(slopes)
     if not jnp.issubdtype(slopes.dtype, jnp.floating):
         raise TypeError(f"alibi_slopes must have a floating dtype; got {slopes.dtype}.")
     if slopes.shape[-1:] != (N,) or not masks.broadcasts(slopes.shape, (*batch, N)):
-        raise ValueError(f"alibi_slopes must have shape (N,) or (*B, N) with B={batch}, N={N}; got {slopes.shape}.")
+        raise ValueError(
+            f"alibi_slopes must have shape (N,) or (*B, N) with B={batch}, N={N}; got {slopes.shape}."
+        )
     return masks.lead(slopes, len(batch) + 1)

@@ -8,24 +8,23 @@ a copy of a whole operand. In a tile the heads are split as `K G` and batch dims
 import math
 import string
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_fa.problem import Axes, Dims, Operands, Problem, accumulator_dtype, dims
+from jax_fa.problem import Axes, Dims, Operands, Problem, Size, accumulator_dtype, dims
 
 
 @dataclass(frozen=True)
 class Axis:
     """A sequence axis cut into equal tiles; the last one is moved back to end with the axis."""
 
-    size: int
-    tile: int
+    size: Size
+    tile: Size
 
     @classmethod
-    def of(cls, size: int, most: int) -> "Axis":
+    def of(cls, size: Size, most: int) -> "Axis":
         """Tiles of at most `most`, as equal as can be; exactly `most` for a symbolic size, which must be padded."""
         if is_symbolic(size):
             return cls(size, most)
@@ -33,7 +32,7 @@ class Axis:
         return cls(size, -(-size // count))
 
     @property
-    def count(self) -> int:
+    def count(self) -> Size:
         return self.size // self.tile if is_symbolic(self.size) else -(-self.size // self.tile)
 
     @property
@@ -75,9 +74,11 @@ class Padding:
     def __init__(self, problem: Problem, operands: Operands, tile: int) -> None:
         self.problem, self.operands = problem, operands
         d = self.dims = dims(problem, operands)
-        self.extra = {size: (size + tile - 1) // tile * tile - size for size in (d.Sq, d.Skv) if is_symbolic(size)}
+        self.extra = {
+            size: (size + tile - 1) // tile * tile - size for size in (d.Sq, d.Skv) if is_symbolic(size)
+        }
 
-    def _pad(self, x, sizes: dict[int, Any]):
+    def _pad(self, x, sizes: dict[int, Size]):
         """x padded at the end of each axis in `sizes` (axis: length), unless that axis has size 1."""
         widths = [(0, 0)] * x.ndim
         for axis, size in sizes.items():
@@ -105,7 +106,11 @@ class Padding:
         return padded
 
     def out(self, x):
-        return None if x is None else self._pad(x, {self.problem.out_axes[self.problem.batch_rank]: self.dims.Sq})
+        return (
+            None
+            if x is None
+            else self._pad(x, {self.problem.out_axes[self.problem.batch_rank]: self.dims.Sq})
+        )
 
     def stats(self, x):
         return None if x is None else self._pad(x, {x.ndim - 1: self.dims.Sq})
@@ -132,7 +137,7 @@ class Call:
         self.slopes = self.by_head(operands.alibi_slopes)
 
     @property
-    def heads(self) -> int:
+    def heads(self) -> Size:
         """Query heads of all batch entries."""
         return math.prod(self.B) * self.dims.N
 

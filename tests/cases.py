@@ -369,7 +369,10 @@ _ALL = {"mask": "causal_bottom_lengths", "bias": "1NQK", "slopes": "N", "soft_ca
 
 CASES: tuple[Case, ...] = (
     *(Case(name=f"lengths-{a}-{b}", Sq=a, Skv=b, feature=False) for a, b in _LENGTHS),
-    *(Case(name=f"causal-{a}-{b}", Sq=a, Skv=b, mask="causal_bottom", feature=False) for a, b in _LENGTHS_CAUSAL),
+    *(
+        Case(name=f"causal-{a}-{b}", Sq=a, Skv=b, mask="causal_bottom", feature=False)
+        for a, b in _LENGTHS_CAUSAL
+    ),
     *(
         Case(name="empty-" + "-".join(f"{k}" for k in sizes), bias="BNQK", slopes="N", feature=False, **sizes)
         for sizes in _EMPTY
@@ -419,7 +422,10 @@ BY_NAME = {case.name: case for case in CASES}
 FEATURES = tuple(case for case in CASES if case.feature)
 # Run with the tiles of the library, which the long ones cross and the others do not fill.
 REAL_TILES = (
-    *(BY_NAME[name] for name in ("bias-BNQK", "mask-lengths", "dropout-causal", "everything", "bfloat16-causal")),
+    *(
+        BY_NAME[name]
+        for name in ("bias-BNQK", "mask-lengths", "dropout-causal", "everything", "bfloat16-causal")
+    ),
     Case(name="real-causal", B=(1,), Sq=1030, Skv=1030, N=2, K=1, mask="causal"),
     Case(name="real-bias", B=(1,), Sq=1290, Skv=1100, N=2, K=1, bias="1NQK", mask="segments"),
     Case(name="real-bfloat16", B=(1,), Sq=1100, Skv=1030, N=2, K=2, dtype="bfloat16", mask="window_bottom"),

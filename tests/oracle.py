@@ -112,7 +112,11 @@ def _align(align: str, sq: int, skv: int) -> int:
 
 def band(sq: int, skv: int, left=None, right=None, align="top-left", offset=0) -> np.ndarray:
     """i + off - left <= j <= i + off + right; in Python integers, so that nothing overflows."""
-    i = np.arange(sq, dtype=np.int64)[:, None] + _align(align, sq, skv) + np.asarray(offset, np.int64)[..., None]
+    i = (
+        np.arange(sq, dtype=np.int64)[:, None]
+        + _align(align, sq, skv)
+        + np.asarray(offset, np.int64)[..., None]
+    )
     j = np.arange(skv, dtype=np.int64)
     visible = np.ones(np.broadcast_shapes(i.shape, (skv,)), bool)
     if left is not None:

@@ -34,7 +34,9 @@ def test_known_answers(philox, counter, key, result):
 
 def test_philox_of_many_counters():
     random = np.random.default_rng(0).integers(0, 2**32, (6, 1000), dtype=np.uint32)
-    for ours, want in zip(dropout.philox4x32(random[:4], random[4:]), oracle.philox4x32(random[:4], random[4:]), strict=True):
+    for ours, want in zip(
+        dropout.philox4x32(random[:4], random[4:]), oracle.philox4x32(random[:4], random[4:]), strict=True
+    ):
         np.testing.assert_array_equal(ours, want)
 
 
@@ -48,7 +50,9 @@ def _unpack(packed, shape) -> np.ndarray:
     return np.unpackbits(np.asarray(packed), bitorder="little")[:size].reshape(shape).astype(bool)
 
 
-@pytest.mark.parametrize("shape", [(B, N, SQ, SKV), (1, 1, 1, 1), (3, 1, 2, 32), (1, 2, 33, 31), (1, 1, 2, 300)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(B, N, SQ, SKV), (1, 1, 1, 1), (3, 1, 2, 32), (1, 2, 33, 31), (1, 1, 2, 300)], ids=str
+)
 @pytest.mark.parametrize("rate", [RATE, 0.0, 0.999])
 def test_dropout_mask_is_the_documented_layout(shape, rate):
     key = jax.random.key(11)
@@ -72,7 +76,9 @@ def _weights(key, rate=RATE, *, batch=B, backend=None, **options) -> np.ndarray:
     """The attention weights `B N Sq Skv` after dropout: q = 0 makes them equal, v = 1 picks them out."""
     q, k = jnp.zeros((batch, SQ, N, SKV)), jnp.zeros((batch, SKV, K, SKV))
     v = jnp.broadcast_to(jnp.eye(SKV)[:, None], (batch, SKV, K, SKV))
-    out = jax_fa.flash_attention(q, k, v, dropout_rate=rate, dropout_key=key, implementation=backend, **options)
+    out = jax_fa.flash_attention(
+        q, k, v, dropout_rate=rate, dropout_key=key, implementation=backend, **options
+    )
     return np.moveaxis(np.asarray(out), -2, -3)
 
 
@@ -98,7 +104,9 @@ def test_rate(rate):
     for axis in range(5):
         dropped = 1 - (keep if axis == 4 else keep.mean(axis=tuple(i for i in range(4) if i != axis)))
         count = keep.size if axis == 4 else keep.size / shape[axis]
-        np.testing.assert_allclose(dropped.mean() if axis == 4 else dropped, rate, atol=6 * math.sqrt(rate * (1 - rate) / count))
+        np.testing.assert_allclose(
+            dropped.mean() if axis == 4 else dropped, rate, atol=6 * math.sqrt(rate * (1 - rate) / count)
+        )
 
 
 def test_bits_are_not_correlated():

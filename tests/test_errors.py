@@ -99,7 +99,12 @@ SHARED = [
         ValueError,
         r"multiple of key's K; got N=4, K=0",
     ),
-    ("scale-shape", {"scale": jnp.ones(2)}, ValueError, r"scale must be a scalar or None; got shape \(2,\)\."),
+    (
+        "scale-shape",
+        {"scale": jnp.ones(2)},
+        ValueError,
+        r"scale must be a scalar or None; got shape \(2,\)\.",
+    ),
     ("scale-nan", {"scale": float("nan")}, ValueError, r"scale must be finite; got nan\."),
     ("scale-infinite", {"scale": -np.inf}, ValueError, r"scale must be finite; got -inf\."),
     (
@@ -109,9 +114,24 @@ SHARED = [
         r"logits_soft_cap must be a positive finite Python number or None; got 0\.0\.",
     ),
     ("cap-negative", {"logits_soft_cap": -1}, ValueError, r"logits_soft_cap must be a positive .*; got -1\."),
-    ("cap-infinite", {"logits_soft_cap": np.inf}, ValueError, r"logits_soft_cap must be a positive .*; got inf\."),
-    ("rate-one", {"dropout_rate": 1.0}, ValueError, r"dropout_rate must be a Python number in \[0, 1\); got 1\.0\."),
-    ("rate-negative", {"dropout_rate": -0.1}, ValueError, r"dropout_rate must be .* in \[0, 1\); got -0\.1\."),
+    (
+        "cap-infinite",
+        {"logits_soft_cap": np.inf},
+        ValueError,
+        r"logits_soft_cap must be a positive .*; got inf\.",
+    ),
+    (
+        "rate-one",
+        {"dropout_rate": 1.0},
+        ValueError,
+        r"dropout_rate must be a Python number in \[0, 1\); got 1\.0\.",
+    ),
+    (
+        "rate-negative",
+        {"dropout_rate": -0.1},
+        ValueError,
+        r"dropout_rate must be .* in \[0, 1\); got -0\.1\.",
+    ),
     (
         "no-dropout-key",
         {"dropout_rate": 0.5},
@@ -157,20 +177,32 @@ SHARED = [
 ]
 
 FLASH = [
-    (lambda: attend(layout="BHSD"), ValueError, r"layout must be one of BSND, BNSD, SBND, SND, NSD; got 'BHSD'\."),
+    (
+        lambda: attend(layout="BHSD"),
+        ValueError,
+        r"layout must be one of BSND, BNSD, SBND, SND, NSD; got 'BHSD'\.",
+    ),
     (
         lambda: attend(_zeros(4, 8), _zeros(2, 8), _zeros(2, 8)),
         ValueError,
         r"query must have a rank that fits layout 'BSND'; got 2 dimensions\.",
     ),
-    (lambda: attend(layout="SND"), ValueError, r"query must have a rank that fits layout 'SND'; got 4 dimensions\."),
+    (
+        lambda: attend(layout="SND"),
+        ValueError,
+        r"query must have a rank that fits layout 'SND'; got 4 dimensions\.",
+    ),
     (
         lambda: attend(Q[0], KV[0], KV[0], layout="SBND"),
         ValueError,
         r"query must have a rank that fits layout 'SBND'; got 3 dimensions\.",
     ),
     (lambda: attend(key=KV[0]), ValueError, r"key must have 4 dimensions \(BSND\); got shape \(7, 2, 8\)\."),
-    (lambda: attend(value=KV[0]), ValueError, r"value must have 4 dimensions \(BSND\); got shape \(7, 2, 8\)\."),
+    (
+        lambda: attend(value=KV[0]),
+        ValueError,
+        r"value must have 4 dimensions \(BSND\); got shape \(7, 2, 8\)\.",
+    ),
     (
         lambda: attend(key=_zeros(2, 3, 7, 8), value=_zeros(2, 3, 7, 8), layout="BNSD"),
         ValueError,
@@ -196,7 +228,11 @@ FLASH = [
         ValueError,
         r"alibi_slopes must have shape \(N,\) or \(\*B, N\) with B=\(2,\), N=4; got \(2,\)\.",
     ),
-    (lambda: attend(alibi_slopes=_zeros(3, 4)), ValueError, r"alibi_slopes must have shape .*; got \(3, 4\)\."),
+    (
+        lambda: attend(alibi_slopes=_zeros(3, 4)),
+        ValueError,
+        r"alibi_slopes must have shape .*; got \(3, 4\)\.",
+    ),
     (
         lambda: traced(lambda cap: attend(logits_soft_cap=cap), 1.0),
         ValueError,
@@ -210,8 +246,16 @@ FLASH = [
 ]
 
 DOT = [
-    (lambda: dot(_zeros(4, 8)), ValueError, r"query must have 4 dimensions .* or 3 \(S, N, D\); got shape \(4, 8\)\."),
-    (lambda: dot(key=_zeros(1, 2, 7, 2, 8)), ValueError, r"key must have 4 dimensions .*; got shape \(1, 2, 7, 2, 8\)\."),
+    (
+        lambda: dot(_zeros(4, 8)),
+        ValueError,
+        r"query must have 4 dimensions .* or 3 \(S, N, D\); got shape \(4, 8\)\.",
+    ),
+    (
+        lambda: dot(key=_zeros(1, 2, 7, 2, 8)),
+        ValueError,
+        r"key must have 4 dimensions .*; got shape \(1, 2, 7, 2, 8\)\.",
+    ),
     (
         lambda: dot(value=_zeros(2, 7, 2, 6)),
         ValueError,
@@ -223,7 +267,11 @@ DOT = [
         TypeError,
         r"bias must be an array; got Causal\(.*\)\. Structured masks: jax_fa\.flash_attention\.",
     ),
-    (lambda: dot(mask=masks.Causal()), TypeError, r"mask must be an array; got Causal\(.*\)\. Structured masks"),
+    (
+        lambda: dot(mask=masks.Causal()),
+        TypeError,
+        r"mask must be an array; got Causal\(.*\)\. Structured masks",
+    ),
     (
         lambda: dot(bias=_zeros(1, 2, 4, 5, 7)),
         ValueError,
@@ -264,7 +312,11 @@ OTHER = [
         ValueError,
         r"entry must be one of dot_product_attention, flash_attention, flash_attention_score; got 'attention'\.",
     ),
-    (lambda: jax_fa.explain(Q, KV, KV[:, :6]), ValueError, r"value must have key's \(\*B, Skv, K\)=\(2, 7, 2\); got"),
+    (
+        lambda: jax_fa.explain(Q, KV, KV[:, :6]),
+        ValueError,
+        r"value must have key's \(\*B, Skv, K\)=\(2, 7, 2\); got",
+    ),
 ]
 
 
@@ -287,7 +339,9 @@ PLANNED = {name for name in ("cpu", "mosaic", "ascend") if name not in jax_fa.ap
 @pytest.mark.parametrize("name", sorted(PLANNED))
 @pytest.mark.parametrize("entry", [attend, dot], ids=["flash_attention", "dot_product_attention"])
 def test_backends_that_are_not_here_yet(entry, name):
-    with pytest.raises(NotImplementedError, match=rf"implementation='{name}': .* is not part of this version; use "):
+    with pytest.raises(
+        NotImplementedError, match=rf"implementation='{name}': .* is not part of this version; use "
+    ):
         entry(implementation=name)
 
 
@@ -299,5 +353,7 @@ def test_a_backend_that_refuses_says_why(monkeypatch):
         match=r"implementation='xla' cannot serve this call on platform '\w+'\. xla: it does not like this\.",
     ):
         jax.jit(lambda q: attend(q, implementation="xla"))(Q)
-    with pytest.raises(NotImplementedError, match=r"Any backend cannot serve this call .*xla: it does not like this"):
+    with pytest.raises(
+        NotImplementedError, match=r"Any backend cannot serve this call .*xla: it does not like this"
+    ):
         jax.jit(attend)(Q)

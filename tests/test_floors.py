@@ -11,7 +11,16 @@ ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
     {"problem", "compat"},
     {"masks", "softmax", "dropout", "tiles", "packed"},
-    {"backends.xla", "backends.cpu", "backends.mosaic", "backends.ascend", "request", "pse", "sparse", "partition"},
+    {
+        "backends.xla",
+        "backends.cpu",
+        "backends.mosaic",
+        "backends.ascend",
+        "request",
+        "pse",
+        "sparse",
+        "partition",
+    },
     {"backends"},
     {"primitives"},
     {"attention"},
@@ -68,7 +77,7 @@ def test_every_file_has_a_floor():
 def test_imports_point_down(module):
     ours = {name for name in _of(module) if name.split(".")[0] == "jax_fa"}
     wrong = {name for name in ours if FLOOR[name] >= FLOOR[module]}
-    assert not wrong, f"{module} (floor {FLOOR[module]}) imports {({name: FLOOR[name] for name in wrong})}"
+    assert not wrong, f"{module} (floor {FLOOR[module]}) imports { ({name: FLOOR[name] for name in wrong}) }"
 
 
 @pytest.mark.parametrize("module", FILES)

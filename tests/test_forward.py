@@ -32,7 +32,9 @@ def test_output_with_the_tiles_of_the_library(case, backend, real_tiles):
     check(case, *_run(case, backend))
 
 
-@pytest.mark.parametrize("name", ["mqa", "mask-lengths", "soft-cap", "mask-nothing", "dropout", "bfloat16-causal"])
+@pytest.mark.parametrize(
+    "name", ["mqa", "mask-lengths", "soft-cap", "mask-nothing", "dropout", "bfloat16-causal"]
+)
 def test_softmax_statistics(name, backend):
     """m and l are taken after scale, bias, cap and mask, before dropout; (-FLT_MAX, 0) where nothing is seen."""
     case = BY_NAME[name]

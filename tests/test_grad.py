@@ -57,7 +57,9 @@ def test_gradient_of_one_operand(name, backend):
         return jnp.sum(out * dout) + jnp.sum(lse * dlse)
 
     g = case.canonical_gradients({name: jax.jit(jax.grad(loss))(x[name])})[name]
-    oracle.assert_close_to_oracle(g, expected(case)[1][name], naive(case)[2][name], name, oracle.FLOOR["float32"])
+    oracle.assert_close_to_oracle(
+        g, expected(case)[1][name], naive(case)[2][name], name, oracle.FLOOR["float32"]
+    )
 
 
 def test_gradient_of_a_traced_scale(backend):
@@ -89,14 +91,20 @@ def test_gradients_of_rows_and_keys_that_nothing_sees_are_zero(backend):
 @pytest.mark.parametrize("name", ["query", "key", "value", "bias", "alibi_slopes"])
 def test_the_oracle_itself(name):
     """Its gradients are the central differences of its results."""
-    case = Case(name="oracle", B=(2,), Sq=4, Skv=5, D=3, Dv=2, N=2, K=1, mask="causal", bias="1NQ1", slopes="BN")
+    case = Case(
+        name="oracle", B=(2,), Sq=4, Skv=5, D=3, Dv=2, N=2, K=1, mask="causal", bias="1NQ1", slopes="BN"
+    )
     x = {n: np.asarray(a, np.float64) for n, a in case.operands().items()}
     dout, dlse = (np.asarray(c, np.float64) for c in case.cotangents())
     direction = case.random(name).standard_normal(x[name].shape)
 
     def run(step):
         y = x | {name: x[name] + step * direction}
-        extra = {"bias": y["bias"], "slopes": y["alibi_slopes"], "keep": case.random("keep").random(case.full) < 0.7}
+        extra = {
+            "bias": y["bias"],
+            "slopes": y["alibi_slopes"],
+            "keep": case.random("keep").random(case.full) < 0.7,
+        }
         options = {"visible": case.visible(), "soft_cap": 1.5, "keep_prob": 0.7}
         return oracle.attention(y["query"], y["key"], y["value"], **extra, **options)
 

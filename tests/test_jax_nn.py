@@ -87,7 +87,10 @@ CALLS = (
     Call("mask-3d", {"mask": _bool(N, 1, S)}, batched=False, shape=(1, T, S, N, K, H)),
     Call("key-lengths", {"key_value_seq_lengths": _int(37, 5)}),
     Call("query-lengths", {"query_seq_lengths": _int(18, 3)}),
-    Call("both-lengths", {"query_seq_lengths": _int(0, 17), "key_value_seq_lengths": _int(30, 9), "is_causal": True}),
+    Call(
+        "both-lengths",
+        {"query_seq_lengths": _int(0, 17), "key_value_seq_lengths": _int(30, 9), "is_causal": True},
+    ),
     Call("window-int", {"local_window_size": 4}),
     Call("window-pair", {"local_window_size": (2, 9)}),
     Call("window-zero", {"local_window_size": (0, 0)}),
@@ -97,7 +100,11 @@ CALLS = (
     Call(
         "everything",
         {"bias": _float(1, N, T, S), "mask": _bool(B, 1, T, S), "is_causal": True, "scale": 0.4}
-        | {"local_window_size": (11, 2), "key_value_seq_lengths": _int(16, 37), "query_seq_lengths": _int(17, 18)},
+        | {
+            "local_window_size": (11, 2),
+            "key_value_seq_lengths": _int(16, 37),
+            "query_seq_lengths": _int(17, 18),
+        },
     ),
     Call("bfloat16", {"is_causal": True}, dtype="bfloat16"),
     Call("bfloat16-bias", {"bias": _float(N, T, S)}, dtype="bfloat16"),
@@ -203,7 +210,12 @@ def test_python_lists_and_scalars(backend):
 def test_our_own_arguments(backend):
     """Dropout and the soft cap are those of `flash_attention`."""
     q, k, v, _ = Call("own").operands()
-    own = {"dropout_rate": 0.4, "dropout_key": jax.random.key(3), "logits_soft_cap": 1.5, "implementation": backend}
+    own = {
+        "dropout_rate": 0.4,
+        "dropout_key": jax.random.key(3),
+        "logits_soft_cap": 1.5,
+        "implementation": backend,
+    }
     out = jax_fa.dot_product_attention(q, k, v, is_causal=True, **own)
     same = jax_fa.flash_attention(q, k, v, mask=jax_fa.masks.Causal(), **own)
     np.testing.assert_array_equal(out, same)

@@ -50,7 +50,9 @@ def test_every_kind(kind, B):
 def test_every_kind_with_64_bit_integers(kind):
     case = Case(name="masks")
     with jax.enable_x64(True):
-        mask = jax.tree.map(lambda x: x.astype(jnp.int64) if x.dtype == jnp.int32 else x, KINDS[kind].make(case))
+        mask = jax.tree.map(
+            lambda x: x.astype(jnp.int64) if x.dtype == jnp.int32 else x, KINDS[kind].make(case)
+        )
         same(masks.as_mask(mask), KINDS[kind].visible(case), case.B, case.Sq, case.Skv, case.N)
 
 
@@ -60,7 +62,9 @@ _properties = partial(settings, max_examples=40)
 
 
 @_properties()
-@given(SIZES, SIZES, st.none() | st.integers(-9, 9), st.none() | st.integers(-9, 9), ALIGN, st.integers(-9, 9))
+@given(
+    SIZES, SIZES, st.none() | st.integers(-9, 9), st.none() | st.integers(-9, 9), ALIGN, st.integers(-9, 9)
+)
 def test_band(sq, skv, left, right, align, offset):
     same(Band(left, right, align, offset), oracle.band(sq, skv, left, right, align, offset), (), sq, skv)
 
@@ -137,7 +141,10 @@ def test_segment_ids(data, sq, skv, within):
 def test_intersections(data):
     """Any set of kinds, in any order, sees what all of them see."""
     case = Case(name="intersection", Sq=9, Skv=7)
-    simple = [kind for kind in KINDS if "lengths" not in kind and "_" not in kind] + ["band_negative", "dense_padding"]
+    simple = [kind for kind in KINDS if "lengths" not in kind and "_" not in kind] + [
+        "band_negative",
+        "dense_padding",
+    ]
     chosen = data.draw(st.permutations(simple))[: data.draw(st.integers(2, 4))]
     first, *others = (masks.as_mask(KINDS[kind].make(case)) for kind in chosen)
     want = np.ones((), bool)
@@ -164,7 +171,13 @@ def test_band_offset_per_row_and_head():
 
 @pytest.mark.parametrize("ends", [[0, 3, 5], [3, 3, 5], [5], []], ids=str)
 def test_empty_sequences_are_harmless(ends):
-    same(CumulativeLengths(np.array(ends, np.int32)), oracle.cumulative(5, 5, np.array(ends, np.int32)), (), 5, 5)
+    same(
+        CumulativeLengths(np.array(ends, np.int32)),
+        oracle.cumulative(5, 5, np.array(ends, np.int32)),
+        (),
+        5,
+        5,
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (5, 1), (1, 1, 8), (2, 1, 5, 8), (2, 2, 1, 1)], ids=str)
@@ -190,7 +203,10 @@ HOST = {
     "host_prefix": (Prefix((1, 4)), oracle.prefix(9, 7, [1, 4])),
     "host_lengths": (Lengths((3, 9), (7, 0)), oracle.lengths(9, 7, [3, 9], [7, 0])),
     "host_cumulative": (CumulativeLengths((2, 5), [3, 4]), oracle.cumulative(9, 7, [2, 5], [3, 4])),
-    "host_numpy_integers": (Band(np.int64(2), np.int8(1), offset=np.int32(1)), oracle.band(9, 7, 2, 1, offset=1)),
+    "host_numpy_integers": (
+        Band(np.int64(2), np.int8(1), offset=np.int32(1)),
+        oracle.band(9, 7, 2, 1, offset=1),
+    ),
 }
 
 
@@ -230,7 +246,9 @@ def test_static_descriptions(kind):
 
 def test_the_structure_of_a_mask_survives_tree_map():
     """So `in_axes` can be made from a mask."""
-    mask = Causal() & Lengths(key=jnp.array([3, 4])) & SegmentIds(jnp.zeros(9, int), jnp.zeros(7, int), Causal())
+    mask = (
+        Causal() & Lengths(key=jnp.array([3, 4])) & SegmentIds(jnp.zeros(9, int), jnp.zeros(7, int), Causal())
+    )
     axes = jax.tree.map(lambda _: 0, mask)
     assert jax.tree.leaves(axes) == [0, 0, 0]
     assert jax.tree.structure(axes) == jax.tree.structure(mask)
@@ -272,7 +290,11 @@ def test_boolean_arrays_join_masks():
 ERRORS = [
     (lambda: Band("1"), TypeError, r"left must be an int or None; got '1'\."),
     (lambda: Band(1, True), TypeError, r"right must be an int or None; got True\."),
-    (lambda: Band(1, 1, "center"), ValueError, r'align must be "top-left" or "bottom-right"; got \'center\'\.'),
+    (
+        lambda: Band(1, 1, "center"),
+        ValueError,
+        r'align must be "top-left" or "bottom-right"; got \'center\'\.',
+    ),
     (lambda: Prefix(3, "left"), ValueError, r'align must be "top-left" or "bottom-right"; got \'left\'\.'),
     (lambda: Band(offset=1.5), TypeError, r"offset must be an int or an integer array; got 1\.5\."),
     (lambda: Band(offset=True), TypeError, r"offset must be an int or an integer array; got True\."),
@@ -281,12 +303,20 @@ ERRORS = [
         TypeError,
         r"offset must be an int or an integer array; got .*float32",
     ),
-    (lambda: SlidingWindow(-1), ValueError, r"left must be at least 0 in a sliding window; got -1\. See Band\."),
+    (
+        lambda: SlidingWindow(-1),
+        ValueError,
+        r"left must be at least 0 in a sliding window; got -1\. See Band\.",
+    ),
     (lambda: SlidingWindow(1, -2), ValueError, r"right must be at least 0 in a sliding window; got -2\."),
     (lambda: SlidingWindow(1.5), TypeError, r"left must be an int or None; got 1\.5\."),
     (lambda: Prefix(np.ones(2, np.float32)), TypeError, r"length must hold integers; got dtype float32\."),
     (lambda: Lengths(key=np.ones(2)), TypeError, r"key lengths must hold integers; got dtype float"),
-    (lambda: Dense(np.ones((5, 8), np.float32)), TypeError, r"mask must be boolean .* got dtype float32\. .* bias\."),
+    (
+        lambda: Dense(np.ones((5, 8), np.float32)),
+        TypeError,
+        r"mask must be boolean .* got dtype float32\. .* bias\.",
+    ),
     (
         lambda: CumulativeLengths((3, 2)),
         ValueError,
@@ -308,13 +338,20 @@ ERRORS = [
         r"query segment ids must not decrease along the sequence; got \[0 1 0\]\.",
     ),
     (lambda: SegmentIds(np.ones(3)), TypeError, r"query segment ids must hold integers; got dtype float"),
-    (lambda: Causal() & "mask", TypeError, r"mask must be a jax_fa\.masks\.Mask or a boolean array; got str\."),
+    (
+        lambda: Causal() & "mask",
+        TypeError,
+        r"mask must be a jax_fa\.masks\.Mask or a boolean array; got str\.",
+    ),
     (lambda: Causal() & np.ones((5, 8)), TypeError, r"mask must be boolean .* got dtype float"),
 ]
 MISFITS = [
     (Band(offset=np.arange(4)), r"offset must broadcast to \(\*B, N, Sq\)=\(2, 4, 5\); got shape \(4,\)\."),
     (Prefix((1, 2, 3)), r"length must have one entry per batch entry, shape \(2,\); got shape \(3,\)\."),
-    (Lengths(query=np.arange(3)), r"query lengths must have one entry per batch entry, shape \(2,\); got shape \(3,\)\."),
+    (
+        Lengths(query=np.arange(3)),
+        r"query lengths must have one entry per batch entry, shape \(2,\); got shape \(3,\)\.",
+    ),
     (Lengths(query=(1, 6)), r"query lengths must be in 0\.\.5; got \(1, 6\)\."),
     (Lengths(key=(-1, 6)), r"key lengths must be in 0\.\.8; got \(-1, 6\)\."),
     (CumulativeLengths((3, 6)), r"cumulative query lengths must not exceed 5; got \(3, 6\)\."),
@@ -323,10 +360,19 @@ MISFITS = [
         CumulativeLengths(np.ones((3, 2), int)),
         r"cumulative query lengths must have shape \(sequences,\) or \(\*B, sequences\) with B=\(2,\); got \(3, 2\)\.",
     ),
-    (SegmentIds(np.zeros(8, int)), r"query segment ids must have shape \(\*B, 5\) with B=\(2,\); got \(8,\)\."),
+    (
+        SegmentIds(np.zeros(8, int)),
+        r"query segment ids must have shape \(\*B, 5\) with B=\(2,\); got \(8,\)\.",
+    ),
     (SegmentIds(np.zeros(5, int)), r"key segment ids must have shape \(\*B, 8\) with B=\(2,\); got \(5,\)\."),
-    (Dense(np.ones((3, 8), bool)), r"mask must broadcast to \(\*B, N, Sq, Skv\)=\(2, 4, 5, 8\); got shape \(3, 8\)\."),
-    (Causal() & Prefix((1, 2, 3)), r"length must have one entry per batch entry, shape \(2,\); got shape \(3,\)\."),
+    (
+        Dense(np.ones((3, 8), bool)),
+        r"mask must broadcast to \(\*B, N, Sq, Skv\)=\(2, 4, 5, 8\); got shape \(3, 8\)\.",
+    ),
+    (
+        Causal() & Prefix((1, 2, 3)),
+        r"length must have one entry per batch entry, shape \(2,\); got shape \(3,\)\.",
+    ),
 ]
 
 

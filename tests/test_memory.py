@@ -50,13 +50,16 @@ def _temporary(backend, gradient: bool, q, kv, extras) -> int:
 def test_memory_is_linear_in_the_length(kind, gradient, backend):
     """Twice the length needs at most about twice the memory; an S x S array would need four times."""
     short, long = (
-        _temporary(backend, gradient, _float(1, s, N, D), _float(1, s, K, D), EXTRAS[kind](s)) for s in (2048, 4096)
+        _temporary(backend, gradient, _float(1, s, N, D), _float(1, s, K, D), EXTRAS[kind](s))
+        for s in (2048, 4096)
     )
     assert long <= 2.2 * short + MIB
     assert long < N * 4096 * 4096  # bytes: a quarter of the logits of all heads
 
 
-@pytest.mark.parametrize(("gradient", "limit"), [(False, 64 * MIB), (True, 192 * MIB)], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("gradient", "limit"), [(False, 64 * MIB), (True, 192 * MIB)], ids=["forward", "backward"]
+)
 def test_memory_of_a_usual_call(gradient, limit, backend):
     """B=1, S=4096, N=8, D=64, float32, causal: the logits alone would be 512 MiB."""
     x = _float(1, 4096, 8, 64)

@@ -12,7 +12,16 @@ from cases import KINDS, Case
 import jax_fa
 
 # Each hides some keys from all rows, or from some; the arrays cross several tiles.
-MASKS = ("lengths", "causal", "window", "segments_causal", "dense", "dense_padding", "cumulative", "prefix_window")
+MASKS = (
+    "lengths",
+    "causal",
+    "window",
+    "segments_causal",
+    "dense",
+    "dense_padding",
+    "cumulative",
+    "prefix_window",
+)
 
 
 def _case(mask: str) -> Case:
@@ -126,7 +135,9 @@ def test_large_logits_do_not_overflow(dtype, backend):
     k = jnp.linspace(-100, 100, 40 * 8).reshape(1, 40, 1, 8).astype(dtype)
     v = jnp.ones((1, 40, 1, 8), dtype)
     run = jax.value_and_grad(
-        lambda q: jnp.sum(jax_fa.flash_attention(q, k, v, scale=10.0, implementation=backend).astype(jnp.float32))
+        lambda q: jnp.sum(
+            jax_fa.flash_attention(q, k, v, scale=10.0, implementation=backend).astype(jnp.float32)
+        )
     )
     out, gradient = jax.jit(run)(q)
     np.testing.assert_allclose(out, 40 * 8, rtol=1e-2)

@@ -12,7 +12,11 @@ KIND = st.sampled_from([None, *(kind for kind in KINDS if kind != "nothing")])
 @st.composite
 def calls(draw) -> Case:
     layout = draw(st.sampled_from(["BSND", "BNSD", "SBND", "SND", "NSD"]))
-    B = () if "B" not in layout else draw(st.sampled_from([(1,), (2,)] if layout == "SBND" else [(), (2,), (2, 2)]))
+    B = (
+        ()
+        if "B" not in layout
+        else draw(st.sampled_from([(1,), (2,)] if layout == "SBND" else [(), (2,), (2, 2)]))
+    )
     heads = draw(st.sampled_from([(1, 1), (4, 2), (3, 1)]))
     dtype = draw(st.sampled_from(["float32", "float32", "bfloat16", "float16"]))
     options = {

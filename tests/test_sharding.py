@@ -21,7 +21,10 @@ pytestmark = pytest.mark.skipif(len(DEVICES) < 8, reason="needs eight CPU device
 
 def _mesh(kind: AxisType = AxisType.Auto, **axes: int):
     return jax.make_mesh(
-        tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes), devices=DEVICES[: np.prod([*axes.values()])]
+        tuple(axes.values()),
+        tuple(axes),
+        axis_types=(kind,) * len(axes),
+        devices=DEVICES[: np.prod([*axes.values()])],
     )
 
 
@@ -89,7 +92,8 @@ def _compiled(layout: Layout, function, *args):
     """The compiled program of sharded arguments (each a pair of a tree and its specs), and those arguments."""
     mesh = _mesh(**layout.mesh)
     placed = [
-        jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs) for tree, specs in args
+        jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
+        for tree, specs in args
     ]
     return jax.jit(function).lower(*placed).compile(), placed
 
@@ -103,11 +107,15 @@ def _operands(layout: Layout):
 def test_forward(layout, backend):
     """Right numbers, results where the query lies, and no communication."""
     case = layout.case
-    program, args = _compiled(layout, partial(case.flash_attention, implementation=backend), _operands(layout))
+    program, args = _compiled(
+        layout, partial(case.flash_attention, implementation=backend), _operands(layout)
+    )
     out, lse = program(*args)
     check(case, np.asarray(out), np.asarray(lse))
     for name, x in (("out", out), ("lse", lse)):
-        assert x.sharding.is_equivalent_to(NamedSharding(_mesh(**layout.mesh), layout.spec(name)), x.ndim), name
+        assert x.sharding.is_equivalent_to(NamedSharding(_mesh(**layout.mesh), layout.spec(name)), x.ndim), (
+            name
+        )
     assert "all-" not in program.as_text()
 
 
@@ -117,7 +125,9 @@ def test_gradient(layout, backend):
     case = layout.case
     dout, dlse = case.cotangents()
     cotangents = ((case.stored(dout), layout.spec("out")), (dlse, layout.spec("lse")))
-    program, args = _compiled(layout, partial(case.gradient, implementation=backend), _operands(layout), *cotangents)
+    program, args = _compiled(
+        layout, partial(case.gradient, implementation=backend), _operands(layout), *cotangents
+    )
     (out, lse), gradients = program(*args)
     check(case, np.asarray(out), np.asarray(lse), {n: np.asarray(g) for n, g in gradients.items()})
     text = program.as_text()
@@ -153,7 +163,10 @@ def test_other_shardings_are_right_too(query, key, backend):
 
 def _qkv(batch: int, heads: int, key_heads: int) -> list[np.ndarray]:
     normal = np.random.default_rng(batch + heads).standard_normal
-    return [normal((batch, n, h, 8)).astype(np.float32) for n, h in ((19, heads), (33, key_heads), (33, key_heads))]
+    return [
+        normal((batch, n, h, 8)).astype(np.float32)
+        for n, h in ((19, heads), (33, key_heads), (33, key_heads))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +276,9 @@ def test_explicit_axes(spec, stats_spec, sizes, backend):
     want = oracle.attention(*qkv, visible=oracle.causal(qkv[0].shape[1], qkv[1].shape[1]))
     np.testing.assert_allclose(np.asarray(out), want.out, atol=1e-5)
     np.testing.assert_allclose(np.asarray(lse), want.lse, atol=1e-5)
-    for found, right in zip(gradients, want.gradients(np.cos(want.out), -np.sin(want.lse)).values(), strict=True):
+    for found, right in zip(
+        gradients, want.gradients(np.cos(want.out), -np.sin(want.lse)).values(), strict=True
+    ):
         np.testing.assert_allclose(np.asarray(found), right, atol=1e-4)
 
 

@@ -92,7 +92,9 @@ SMALL = tuple(_normal(1, n, heads, 2) for n, heads in ((3, 2), (4, 1), (4, 1)))
 TANGENTS = tuple(_normal(*x.shape[::-1]).T.reshape(x.shape) for x in SMALL)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3, "local_window_size": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"scale": 0.3, "local_window_size": 1}], ids=str
+)
 def test_hessian(options, backend):
     """jax.hessian (forward over reverse), against the hessian of jax.nn."""
     ours = _second_order(partial(jax_fa.dot_product_attention, implementation=backend, **options))

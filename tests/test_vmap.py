@@ -125,7 +125,9 @@ def test_subsets_of_arguments(mapped, backend):
         _close(jax.tree.map(lambda a, i=i: a[i], found), loop[i])
 
 
-@pytest.mark.parametrize("mapped", [("query",), ("key", "value"), ("bias",), ("length",), tuple(_mapped())], ids="+".join)
+@pytest.mark.parametrize(
+    "mapped", [("query",), ("key", "value"), ("bias",), ("length",), tuple(_mapped())], ids="+".join
+)
 def test_gradient_of_vmap(mapped, backend):
     """grad(vmap): what is not mapped collects the gradients of all elements."""
 
@@ -152,7 +154,10 @@ def test_nested(backend):
     found = jax.jit(jax.vmap(inner, in_axes=(0, None, None)))(x["query"][:2], x["key"], x["value"])
     for i in range(2):
         for j in range(SIZE):
-            _close(jax.tree.map(lambda a, i=i, j=j: a[i, j], found), run(x["query"][i], x["key"][j], x["value"][j]))
+            _close(
+                jax.tree.map(lambda a, i=i, j=j: a[i, j], found),
+                run(x["query"][i], x["key"][j], x["value"][j]),
+            )
 
 
 # --- positions of the mapped axis
@@ -166,7 +171,9 @@ def test_positions(axes, backend):
     names = ("query", "key", "value")
     every = _mapped()
     mapped = tuple(name for name, axis in zip(names, axes, strict=True) if axis is not None)
-    moved = [every[n][0] if a is None else jnp.moveaxis(every[n], 0, a) for n, a in zip(names, axes, strict=True)]
+    moved = [
+        every[n][0] if a is None else jnp.moveaxis(every[n], 0, a) for n, a in zip(names, axes, strict=True)
+    ]
     floats, others = _arguments((), 0)
 
     def run(q, k, v):
@@ -187,7 +194,9 @@ def test_what_is_not_mapped_is_not_copied(backend):
     x = _mapped()
     shared = {n: x[n][0] for n in ("key", "value", "bias")}
     run = jax.vmap(lambda q: jax_fa.flash_attention(q, **shared, implementation=backend))
-    found = [e for e in equations(jax.make_jaxpr(run)(x["query"])) if e.primitive.name == "flash_attention_fwd"]
+    found = [
+        e for e in equations(jax.make_jaxpr(run)(x["query"])) if e.primitive.name == "flash_attention_fwd"
+    ]
     assert len(found) == 1
     shapes = [v.aval.shape for v in found[0].invars]
     assert (SIZE, SQ, N, D) in shapes
@@ -210,7 +219,9 @@ def test_heads_one_by_one(backend):
     k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))
 
     def one_head(q, k, v):
-        return jax_fa.flash_attention(q[:, None], k[:, None], v[:, None], mask=Causal(), implementation=backend)[:, 0]
+        return jax_fa.flash_attention(
+            q[:, None], k[:, None], v[:, None], mask=Causal(), implementation=backend
+        )[:, 0]
 
     found = jax.vmap(one_head, in_axes=1, out_axes=1)(q, k, v)
     _close(found, jax_fa.flash_attention(q, k, v, mask=Causal(), implementation=backend))

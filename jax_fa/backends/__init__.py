@@ -59,6 +59,8 @@ def choose(platform: str, problem: Problem, operands: Operands) -> ModuleType:
         wanted = problem.implementation in (None, backend.name)
         if wanted and found[backend.name] is None:
             return backend
-    listed = "; ".join(f"{name}: {why}" for name, why in found.items() if problem.implementation in (None, name))
+    listed = "; ".join(
+        f"{name}: {why}" for name, why in found.items() if problem.implementation in (None, name)
+    )
     asked = f"implementation={problem.implementation!r}" if problem.implementation else "Any backend"
     raise NotImplementedError(f"{asked} cannot serve this call on platform {platform!r}. {listed}.")

@@ -17,13 +17,14 @@ that sees a non-finite value is NaN as a whole, with its statistics.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jax_fa import dropout, softmax
-from jax_fa.problem import Operands, Problem, gradient_shape, out_shape
+from jax_fa.problem import Operands, Problem, Shape, gradient_shape, out_shape
 from jax_fa.tiles import Axis, Call, Padding, is_symbolic
 
 name = "xla"
@@ -61,8 +62,11 @@ def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) 
         out, dout = padding.out(out), padding.out(dout)
         m, l, dlogsumexp = (padding.stats(x) for x in (m, l, dlogsumexp))
         padded = _backward(Call(problem, padding.operands_padded()), out, m, l, dout, dlogsumexp)
-        shapes = lambda name: gradient_shape(problem, padding.dims, name, getattr(operands, name).shape)  # noqa: E731
-        return padded.map(lambda name, x: padding.cut(x, shapes(name)))
+
+        def cut(name, x):
+            return padding.cut(x, gradient_shape(problem, padding.dims, name, getattr(operands, name).shape))
+
+        return padded.map(cut)
     return _backward(Call(problem, operands), out, m, l, dout, dlogsumexp)
 
 
@@ -77,8 +81,9 @@ def _tiling(call: Call) -> tuple[Axis, Axis]:
     return Axis.of(d.Sq, max(MIN_TILE, min(MAX_ROWS, rows))), keys
 
 
-def _loop(first, last, body, carry):
+def _loop(bounds: tuple[Any, Any], body, carry):
     """fori_loop; a single known turn is run in line, which compiles faster."""
+    first, last = bounds
     if isinstance(first, int) and isinstance(last, int) and last - first == 1:
         return body(first, carry)
     return lax.fori_loop(first, last, body, carry)
@@ -233,7 +238,7 @@ def _forward(call: Call):
 
         part = (*call.B, d.K, d.G, rows.tile)
         start = (jnp.zeros((*part, d.Dv), call.acc), *softmax.start(part, call.acc))
-        acc, m_tile, l_tile = _loop(*key_range(t), key_tile, start)
+        acc, m_tile, l_tile = _loop(key_range(t), key_tile, start)
         out_tile = softmax.finish(acc, l_tile * problem.keep_prob).astype(call.dtype)
         return (
             rows.put(out, call.stored(out_tile, problem.out_axes), seq, t),
@@ -241,7 +246,7 @@ def _forward(call: Call):
             rows.put(l, l_tile, -1, t),
         )
 
-    out, m, l = _loop(0, rows.count, row_tile, (out, m, l))
+    out, m, l = _loop((0, rows.count), row_tile, (out, m, l))
     return out, m.reshape(stats), l.reshape(stats)
 
 
@@ -325,7 +330,7 @@ def _sum_tiles(call: Call, saved: _Saved, zeros: Operands) -> Operands:
             return dq, _add_tile(tile, gradients, dk * scale, dv, ds)
 
         part = jnp.zeros((*call.B, d.K, d.G, rows.tile, d.D), call.acc)
-        dq, gradients = _loop(*key_range(t), key_tile, (part, gradients))
+        dq, gradients = _loop(key_range(t), key_tile, (part, gradients))
         dq = (dq * scale).astype(call.dtype)
         if fresh is not None:  # the previous tile has the gradient of the rows both share
             before = call.query_tile(dq_all, problem.query_axes, rows, t)
@@ -333,7 +338,7 @@ def _sum_tiles(call: Call, saved: _Saved, zeros: Operands) -> Operands:
         return rows.put(dq_all, call.stored(dq, problem.query_axes), seq, t), gradients
 
     start = (zeros.query, replace(zeros, query=None))
-    dq, gradients = _loop(0, rows.count, row_tile, start)
+    dq, gradients = _loop((0, rows.count), row_tile, start)
     return replace(gradients, query=dq)
 
 
@@ -377,17 +382,19 @@ def _add_tile(tile: _Tile, gradients: Operands, dk, dv, ds) -> Operands:
 
 
 def _add_bias(tile: _Tile, dbias, ds):
-    part = _sum_to(ds, tuple(1 if full == 1 else size for full, size in zip(dbias.shape, ds.shape, strict=True)))
+    part = _sum_to(
+        ds, tuple(1 if full == 1 else size for full, size in zip(dbias.shape, ds.shape, strict=True))
+    )
     if dbias.shape == part.shape:
         return dbias + part
-    start = [0] * (dbias.ndim - 2)
-    start.append(0 if dbias.shape[-2] == 1 else tile.rows.start(tile.t))
-    start.append(0 if dbias.shape[-1] == 1 else tile.keys.start(tile.u))
-    start = [jnp.asarray(at, jnp.int32) for at in start]  # with x64 a plain 0 would be int64
+    at: list[Any] = [0] * (dbias.ndim - 2)
+    at.append(0 if dbias.shape[-2] == 1 else tile.rows.start(tile.t))
+    at.append(0 if dbias.shape[-1] == 1 else tile.keys.start(tile.u))
+    start = [jnp.asarray(x, jnp.int32) for x in at]  # with x64 a plain 0 would be int64
     before = lax.dynamic_slice(dbias, start, part.shape)
     return lax.dynamic_update_slice(dbias, before + part, start)
 
 
-def _sum_to(x, shape: tuple[int, ...]):
+def _sum_to(x, shape: Shape):
     axes = [axis for axis, (a, b) in enumerate(zip(x.shape, shape, strict=True)) if a != b]
     return jnp.sum(x, axis=axes, keepdims=True) if axes else x

@@ -40,8 +40,8 @@ def backends(explanation: jax_fa.Explanation) -> None:
 
 def checks_header() -> None:
     _title("Numbers: largest error / largest value, against float64 (ok: ours at most twice jax.nn's)")
-    print(f"{'':42}{'':10}{'output':^18}{'log-sum-exp':^18}{'gradients':^18}")
-    print(f"{'case':42}{'dtype':10}" + f"{'ours':>8}{'jax.nn':>9} " * 3)
+    print(f"{'':42}{'':10}{'output':^18}{'log-sum-exp':^18}{'gradients':^18}".rstrip())
+    print(f"{'case':42}{'dtype':10}" + (f"{'ours':>8}{'jax.nn':>9} " * 3).rstrip())
 
 
 def check(result: Result) -> None:
@@ -83,6 +83,7 @@ def progress(steps: int) -> Callable[[int, dict[str, Run]], None]:
 def race(runs: dict[str, Run], agreement: Agreement) -> None:
     """The table of both runs, and how ours compares."""
     ours, theirs = runs.values()
+    print()
     _race_row("", list(runs), "")
     _race_row("last loss", [f"{run.losses[-1]:.4f}" for run in runs.values()], _curves(agreement))
     for label, name, show in (
