@@ -204,9 +204,9 @@ def _lengths(query, key, batch: int) -> Mask | None:
 
 
 def flash_attention(
-    query: Float[Array, "*B Sq N D"],
-    key: Float[Array, "*B Skv K D"],
-    value: Float[Array, "*B Skv K Dv"],
+    query: Float[ArrayLike, "..."],
+    key: Float[ArrayLike, "..."],
+    value: Float[ArrayLike, "..."],
     *,
     bias: Float[ArrayLike, "*#B #N #Sq #Skv"] | None = None,
     mask: Mask | Bool[ArrayLike, "*#B #N #Sq #Skv"] | None = None,

@@ -102,8 +102,9 @@ def _key_ranges(call: Call, rows: Axis, keys: Axis):
             return reduce(bound)[None]
         width = rows.tile * math.prod(bound.shape[1:])
         if rows.ragged:
-            starts = np.minimum(np.arange(rows.count) * rows.tile, rows.size - rows.tile)
-            bound = bound[starts[:, None] + np.arange(rows.tile)]
+            # Not a NumPy index: a partitioned program must not close over arrays.
+            starts = rows.start(jnp.arange(rows.count, dtype=jnp.int32))
+            bound = bound[starts[:, None] + jnp.arange(rows.tile, dtype=jnp.int32)]
         return reduce(bound.reshape(rows.count, width), axis=1)
 
     def at(x, t):
@@ -390,7 +391,8 @@ def _add_bias(tile: _Tile, dbias, ds):
     at: list[Any] = [0] * (dbias.ndim - 2)
     at.append(0 if dbias.shape[-2] == 1 else tile.rows.start(tile.t))
     at.append(0 if dbias.shape[-1] == 1 else tile.keys.start(tile.u))
-    start = [jnp.asarray(x, jnp.int32) for x in at]  # with x64 a plain 0 would be int64
+    # With x64 a plain 0 would be int64.
+    start = [np.int32(x) if isinstance(x, int) else x.astype(jnp.int32) for x in at]
     before = lax.dynamic_slice(dbias, start, part.shape)
     return lax.dynamic_update_slice(dbias, before + part, start)
 
