@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import ArrayLike, Bool, Float
 
-from jax_fa import backends, masks, request
+from jax_fa import backends, compat, masks, request
 from jax_fa.attention import attention
 from jax_fa.masks import Mask
 from jax_fa.problem import Operands, Problem
@@ -116,6 +116,7 @@ def dot_product_attention(
     return out, jnp.swapaxes(residual, -1, -2).astype(dtype).reshape(shape[:-1])
 
 
+@compat.lenient()
 def dot_product_attention_request(
     query,
     key,
@@ -275,6 +276,7 @@ def flash_attention(
     return (result.out, result.logsumexp) if return_logsumexp else result.out
 
 
+@compat.lenient()
 def flash_attention_request(
     query,
     key,

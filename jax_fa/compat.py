@@ -1,5 +1,7 @@
 """The one place for what differs between JAX versions or is not public."""
 
+import contextlib
+
 import jax
 from jax._src import dispatch, sharding_impls
 from jax.interpreters import mlir
@@ -40,9 +42,18 @@ class Placement:
         return self._aval.update(shape=tuple(shape), dtype=dtype, sharding=sharding, weak_type=False)
 
 
-def no_mesh():
-    """A context in which arrays carry no sharding in their types, whatever mesh the caller has set."""
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+@contextlib.contextmanager
+def lenient():
+    """A context (or decorator) in which our own code may broadcast, however strict the caller is about theirs."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@contextlib.contextmanager
+def plain():
+    """A context for our own code in which arrays carry no sharding in their types, whatever mesh the caller set."""
+    with lenient(), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        yield
 
 
 def lower_plain(fn, ctx, *args):
@@ -50,9 +61,9 @@ def lower_plain(fn, ctx, *args):
 
     Shardings and manual axes are types of the surrounding program; inside, everything is local and plain.
     """
-    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    with no_mesh():
-        return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(avals_in=plain), *args)
+    local = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    with plain():
+        return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(avals_in=local), *args)
 
 
 def is_partitioned(ctx) -> bool:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32, UInt8, UInt32
 
+from jax_fa import compat
 from jax_fa.problem import Shape, Size
 
 BLOCK = 32  # columns whose counters lie together
@@ -102,6 +103,7 @@ def explicit_keep_tile(
     return (taken >> (bit & 7).astype(jnp.uint8)) & 1 == 1
 
 
+@compat.lenient()
 def dropout_mask(
     dropout_key, dropout_rate: float, shape: tuple[int, int, int, int]
 ) -> UInt8[Array, " bytes"]:

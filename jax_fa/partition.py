@@ -77,7 +77,7 @@ class Partition:
             axes = self._usable(mesh, given)
 
             def local(*leaves):
-                with compat.no_mesh():
+                with compat.plain():
                     parts = run(*leaves)
                 return tuple(
                     _psum(part, axes, labels) if total else part

@@ -262,3 +262,43 @@ def test_nan_detector_speaks():
     x[0, 3] = np.nan
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
         jax.block_until_ready(jax_fa.flash_attention(x, x, x))
+
+
+@pytest.mark.parametrize("entry", ["dot_product_attention", "flash_attention", "flash_attention_score"])
+def test_strict_settings_of_the_caller_are_theirs(entry):
+    """jax_numpy_rank_promotion="raise" and strict dtype promotion hold for the caller's code, not for ours."""
+    x = jnp.ones((2, 9, 2, 4))
+    calls = {
+        "dot_product_attention": lambda q: jax_fa.dot_product_attention(
+            q,
+            x,
+            x,
+            jnp.ones((1, 9)),
+            is_causal=True,
+            query_seq_lengths=jnp.array([3, 9]),
+            local_window_size=4,
+            return_residual=True,
+            dropout_rate=0.5,
+            dropout_key=jax.random.key(0),
+        ),
+        "flash_attention": lambda q: jax_fa.flash_attention(
+            q,
+            x,
+            x,
+            mask=jax_fa.masks.Prefix(jnp.array([1, 2])),
+            alibi_slopes=jnp.ones(2),
+            return_logsumexp=True,
+        ),
+        "flash_attention_score": lambda q: jax_fa.flash_attention_score(
+            q, x, x, jnp.ones((1, 2, 9, 9)), head_num=2, input_layout="BSND", sparse_mode=3
+        ),
+    }
+
+    def loss(q):
+        return sum(jnp.sum(part) for part in jax.tree.leaves(calls[entry](q)))
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert jnp.isfinite(jax.jit(jax.grad(loss))(x)).all()
+        assert jnp.isfinite(jax.grad(loss)(x)).all()
+        tangent = jax.jvp(jax.grad(loss), (x,), (x,))[1]
+    assert jnp.isfinite(tangent).all()
