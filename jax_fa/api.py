@@ -6,10 +6,11 @@ Each comes with a `..._request` function that checks and canonicalizes without r
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike, Bool, Float
+from jaxtyping import ArrayLike, Bool, Float, Num
 
 from jax_fa import backends, compat, masks, request
 from jax_fa.attention import attention
@@ -25,22 +26,26 @@ _LAYOUTS = {
 }
 
 
+# What jax.nn takes: whatever jnp.asarray makes an array of.
+Like = ArrayLike | Sequence[Any]
+
+
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    query: Like,
+    key: Like,
+    value: Like,
+    bias: Like | None = None,
+    mask: Like | None = None,
     *,
-    scale: float | ArrayLike | None = None,
+    scale: float | Like | None = None,
     is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
+    query_seq_lengths: Like | None = None,
+    key_value_seq_lengths: Like | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
     dropout_rate: float = 0.0,
-    dropout_key: ArrayLike | None = None,
+    dropout_key: Like | None = None,
     logits_soft_cap: float | None = None,
 ):
     """A drop-in for `jax.nn.dot_product_attention` in O(S) memory.
@@ -107,7 +112,7 @@ def dot_product_attention(
         logits_soft_cap=logits_soft_cap,
     )
     result = attention(problem, operands)
-    shape = jnp.shape(query)
+    shape = jnp.asarray(query).shape
     out = result.out.reshape(shape)
     if not return_residual:
         return out
@@ -209,9 +214,9 @@ def flash_attention(
     key: Float[ArrayLike, "..."],
     value: Float[ArrayLike, "..."],
     *,
-    bias: Float[ArrayLike, "*#B #N #Sq #Skv"] | None = None,
-    mask: Mask | Bool[ArrayLike, "*#B #N #Sq #Skv"] | None = None,
-    alibi_slopes: Float[ArrayLike, "*#B N"] | None = None,
+    bias: Num[ArrayLike, "..."] | None = None,
+    mask: Mask | Bool[ArrayLike, "..."] | None = None,
+    alibi_slopes: Float[ArrayLike, "..."] | None = None,
     scale: float | ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
