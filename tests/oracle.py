@@ -28,6 +28,11 @@ class Attention:
     lse: np.ndarray
     _saved: dict[str, Any]
 
+    @property
+    def cancellation(self) -> dict[str, float]:
+        """By operand, for gradients that are long sums; known after `gradients`."""
+        return self._saved["cancellation"]
+
     def gradients(self, dout, dlse=None) -> dict[str, np.ndarray]:
         """Gradients of every operand that was given, of that operand's shape."""
         s = self._saved
@@ -48,11 +53,23 @@ class Attention:
             "key": sum_groups(scale * np.einsum("...nij,...ind->...jnd", ds, q)),
             "value": sum_groups(np.einsum("...nij,...ind->...jnd", s["kept"] * w, dout)),
         }
+        # How much larger the terms of a sum are than the sum: a row's ds add up to almost nothing, and what is
+        # left of them is known only as well as they are.
+        s["cancellation"] = {}
         if s["bias_shape"] is not None:
             found["bias"] = _sum_to(ds, s["bias_shape"])
+            terms = _sum_to(np.abs(ds), s["bias_shape"])
+            s["cancellation"]["bias"] = _ratio(terms, found["bias"])
         if s["slopes_shape"] is not None:
             found["alibi_slopes"] = _sum_to(-(ds * s["distance"]).sum(axis=(-2, -1)), s["slopes_shape"])
+            terms = _sum_to((np.abs(ds) * s["distance"]).sum(axis=(-2, -1)), s["slopes_shape"])
+            s["cancellation"]["alibi_slopes"] = _ratio(terms, found["alibi_slopes"])
         return found
+
+
+def _ratio(terms, total) -> float:
+    norm = float(np.linalg.norm(total))
+    return float(np.linalg.norm(terms)) / norm if norm > 1e-12 else 1.0
 
 
 def attention(
