@@ -1,0 +1,77 @@
+// One attention call as the CPU kernels see it: pointers, extents and strides, and nothing of XLA.
+//
+// Letters as everywhere: B flattened batch entries, Sq, Skv lengths, N query heads, K key/value heads,
+// G = N / K, D query/key head_dim, Dv value head_dim.
+//
+// The kernels are compiled once per instruction set. A linker keeps one copy of an inline function, whichever
+// file it came from, so an inline function shared between them could bring AVX-512 to a machine without it.
+// Hence here: plain data and always-inlined functions only, no standard library.
+#pragma once
+
+#include <stdint.h>
+
+#define JAX_FA_INLINE inline __attribute__((always_inline))
+
+namespace jax_fa {
+
+enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8 };
+
+JAX_FA_INLINE int64_t ItemSize(DType t) {
+  return t == DType::kU8 ? 1 : t == DType::kBF16 || t == DType::kF16 ? 2 : 4;
+}
+
+// An array of the call. Strides are in elements; a dim of size 1 that broadcasts has stride 0.
+struct View {
+  char* data = nullptr;  // nullptr: absent
+  DType dtype = DType::kF32;
+  const int64_t* batch = nullptr;  // offset of each flattened batch entry
+  int64_t head = 0, row = 0, col = 0;
+
+  JAX_FA_INLINE explicit operator bool() const { return data != nullptr; }
+
+  JAX_FA_INLINE char* Bytes(int64_t b, int64_t h, int64_t r = 0, int64_t c = 0) const {
+    return data + (batch[b] + h * head + r * row + c * col) * ItemSize(dtype);
+  }
+  template <typename T>
+  JAX_FA_INLINE T* At(int64_t b, int64_t h, int64_t r = 0, int64_t c = 0) const {
+    return reinterpret_cast<T*>(Bytes(b, h, r, c));
+  }
+};
+
+enum class Alibi : uint8_t { kNone, kLinear, kSqrt };
+
+struct Call {
+  int64_t B = 0, Sq = 0, Skv = 0, N = 0, K = 0, D = 0, Dv = 0;
+  float scale = 1.0f, keep_prob = 1.0f, soft_cap = 0.0f;  // soft_cap 0: none
+  Alibi alibi = Alibi::kNone;
+  uint32_t threshold = 0;  // a 16-bit number below it keeps its element
+
+  View query, key, value, out;     // row: position, col: head_dim
+  View bias, mask;                 // row: query, col: key; mask: nonzero = visible
+  View lower, upper;               // int32 [.., N, Sq]
+  View slopes;                     // float [.., N]
+  View seed, stream;               // uint32: [.., 2] per batch entry, [.., N, 2]
+  View drop_bits, drop_offset;     // uint8 [.., bytes], int32 [.., N, Sq, 2]
+  int64_t drop_bytes = 0;          // length of one batch entry's bits
+  View m, l;                       // float [.., N, Sq]
+
+  // Backward only. dbias (float, zero when the kernel starts) and dslopes have the operand's broadcast dims.
+  View dout, dlogsumexp, dquery, dkey, dvalue, dbias, dslopes;
+
+  JAX_FA_INLINE int64_t G() const { return N / K; }
+};
+
+// Runs fn(context, 0), ..., fn(context, count - 1), possibly in parallel, and returns when all are done.
+struct Runner {
+  using Task = void (*)(void* context, int64_t index);
+  void (*run)(const Runner* self, int64_t count, Task fn, void* context);
+};
+
+// Defined once, for the baseline instruction set: this thread's scratch of at least that many floats, aligned
+// to 64 bytes and kept from call to call (fresh pages cost more than the work on small calls); memory that
+// the caller frees. Both throw std::bad_alloc.
+float* ThreadScratch(int64_t floats);
+float* AllocateFloats(int64_t floats);
+void FreeFloats(float* p);
+
+}  // namespace jax_fa

@@ -1,0 +1,59 @@
+// Which instruction set runs. Compiled with baseline flags only.
+
+#include "cpu/kernel.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace jax_fa {
+
+#define JAX_FA_DECLARE(isa)                         \
+  namespace isa {                                   \
+  void RunForward(const Call&, const Runner&);      \
+  void RunBackward(const Call&, const Runner&);     \
+  double RunFma(int64_t, float*);                   \
+  }
+#if defined(JAX_FA_X86)
+JAX_FA_DECLARE(avx512)
+JAX_FA_DECLARE(avx2)
+#endif
+JAX_FA_DECLARE(portable)
+
+namespace {
+
+#if defined(JAX_FA_X86)
+// __builtin_cpu_supports also asks whether the operating system saves the registers.
+bool HasAvx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool HasAvx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+bool Always() { return true; }
+
+constexpr Kernels kAll[] = {
+#if defined(JAX_FA_X86)
+    {"avx512", HasAvx512, avx512::RunForward, avx512::RunBackward, avx512::RunFma},
+    {"avx2", HasAvx2, avx2::RunForward, avx2::RunBackward, avx2::RunFma},
+#endif
+    {"portable", Always, portable::RunForward, portable::RunBackward, portable::RunFma},
+};
+
+}  // namespace
+
+const Kernels* AllKernels(int* count) {
+  *count = static_cast<int>(sizeof(kAll) / sizeof(kAll[0]));
+  return kAll;
+}
+
+const Kernels* ChosenKernels() {
+  const char* wanted = std::getenv("JAX_FA_CPU_ISA");
+  const bool any = wanted == nullptr || *wanted == '\0';
+  for (const Kernels& k : kAll)
+    if ((any || std::strcmp(wanted, k.name) == 0) && k.supported()) return &k;
+  return nullptr;
+}
+
+}  // namespace jax_fa

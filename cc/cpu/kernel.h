@@ -1,0 +1,23 @@
+// The kernels of every instruction set that was compiled, and the choice among them.
+#pragma once
+
+#include "call.h"
+
+namespace jax_fa {
+
+struct Kernels {
+  const char* name;
+  bool (*supported)();  // by this processor and operating system
+  void (*forward)(const Call&, const Runner&);
+  void (*backward)(const Call&, const Runner&);
+  // For benchmarks: runs multiply-adds alone and returns the number of operations; sink holds three floats.
+  double (*fma)(int64_t iterations, float* sink);
+};
+
+// Best first; the last one runs everywhere.
+const Kernels* AllKernels(int* count);
+
+// The best one supported, or the one that JAX_FA_CPU_ISA names. nullptr if that is not to be had.
+const Kernels* ChosenKernels();
+
+}  // namespace jax_fa

@@ -1,0 +1,68 @@
+// The kernels for one instruction set: included by one .cc file each, which sets JAX_FA_ISA (the namespace)
+// and is compiled with that set's flags. Everything but the two entries has internal linkage, and nothing of
+// the standard library is used, so that code of one set is never called for another (see call.h).
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "call.h"
+
+namespace jax_fa {
+namespace JAX_FA_ISA {
+namespace {
+
+constexpr float kFloatMax = 3.40282346638528859812e+38f;
+
+#include "cpu/convert.h"
+
+#include "cpu/simd.h"
+
+#include "cpu/scratch.h"
+
+#include "cpu/philox.h"
+
+#include "cpu/gemm.h"
+#include "cpu/pack.h"
+
+#include "cpu/rows.h"
+
+// 0 if all n numbers are finite, else NaN.
+inline float ZeroOrNaN(const float* x, int64_t n) {
+  F sum = Set(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = Fma(Load(x + i), Set(0.0f), sum);
+  float total = Sum(sum);
+  for (; i < n; ++i) total += x[i] * 0.0f;
+  return total;
+}
+
+#include "cpu/forward.h"
+
+#include "cpu/backward.h"
+
+// As many independent multiply-adds as fill the pipeline; returns how many floating-point operations.
+inline double FmaLoop(int64_t iterations, float* sink) {
+  constexpr int kChains = 12;
+  F acc[kChains];
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) acc[i] = Set(static_cast<float>(i));
+  const F a = Set(sink[0]), b = Set(sink[1]);
+  for (int64_t n = 0; n < iterations; ++n)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) acc[i] = Fma(acc[i], a, b);
+  F total = acc[0];
+#pragma GCC unroll 12
+  for (int i = 1; i < kChains; ++i) total = total + acc[i];
+  sink[2] = Sum(total);
+  return 2.0 * kLanes * kChains * static_cast<double>(iterations);
+}
+
+}  // namespace
+
+double RunFma(int64_t iterations, float* sink) { return FmaLoop(iterations, sink); }
+void RunForward(const Call& c, const Runner& runner) { Forward(c, runner); }
+void RunBackward(const Call& c, const Runner& runner) { Backward(c, runner); }
+
+}  // namespace JAX_FA_ISA
+}  // namespace jax_fa

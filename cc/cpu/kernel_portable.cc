@@ -1,0 +1,2 @@
+#define JAX_FA_ISA portable
+#include "cpu/kernel.inl"

@@ -1,0 +1,153 @@
+// A float vector of the instruction set this file is compiled for, in some twenty functions.
+//
+// Included once per instruction set, inside that set's namespace (see kernel.inl). The portable path uses
+// the vector extensions of GCC and Clang, which also serve Arm.
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define JAX_FA_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define JAX_FA_AVX2 1
+#endif
+
+#if defined(JAX_FA_AVX512)
+constexpr int kLanes = 16, kPanelVectors = 4, kRows = 6;
+using F = __m512;
+using Mask = __mmask16;
+inline F Load(const float* p) { return _mm512_loadu_ps(p); }
+inline void Store(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline F Set(float x) { return _mm512_set1_ps(x); }
+inline F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F Max(F a, F b) { return _mm512_max_ps(a, b); }
+inline Mask First(int n) { return static_cast<Mask>((1u << n) - 1u); }
+inline F LoadFirst(const float* p, int n) { return _mm512_maskz_loadu_ps(First(n), p); }
+inline void StoreFirst(float* p, F x, int n) { _mm512_mask_storeu_ps(p, First(n), x); }
+inline F Select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+inline float Sum(F x) { return _mm512_reduce_add_ps(x); }
+inline F LoadBF16(const uint16_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline F LoadF16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Mask NonZero(const uint8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm_test_epi8_mask(x, x);
+}
+inline Mask Bits(uint32_t bits) { return static_cast<Mask>(bits); }
+// x * 2^n for integral n <= 0; 0 below the normal numbers.
+inline F ScaleByPowerOf2(F x, F n) { return _mm512_scalef_ps(x, n); }
+inline F Round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif defined(JAX_FA_AVX2)
+constexpr int kLanes = 8, kPanelVectors = 2, kRows = 6;
+using F = __m256;
+using Mask = __m256;
+inline F Load(const float* p) { return _mm256_loadu_ps(p); }
+inline void Store(float* p, F x) { _mm256_storeu_ps(p, x); }
+inline F Set(float x) { return _mm256_set1_ps(x); }
+inline F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F Max(F a, F b) { return _mm256_max_ps(a, b); }
+inline __m256i FirstInt(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Mask First(int n) { return _mm256_castsi256_ps(FirstInt(n)); }
+inline F LoadFirst(const float* p, int n) { return _mm256_maskload_ps(p, FirstInt(n)); }
+inline void StoreFirst(float* p, F x, int n) { _mm256_maskstore_ps(p, FirstInt(n), x); }
+inline F Select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
+inline float Sum(F x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline F LoadBF16(const uint16_t* p) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline F LoadF16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Mask NonZero(const uint8_t* p) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(x, _mm256_setzero_si256()));
+}
+inline Mask Bits(uint32_t bits) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(
+      _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each), each));
+}
+inline F Round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F ScaleByPowerOf2(F x, F n) {
+  const F lowest = _mm256_set1_ps(-126.0f);
+  const Mask tiny = _mm256_cmp_ps(n, lowest, _CMP_LT_OQ);
+  const __m256i e = _mm256_slli_epi32(
+      _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(lowest, n)), _mm256_set1_epi32(127)), 23);
+  return _mm256_blendv_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(e)), _mm256_setzero_ps(), tiny);
+}
+#else
+constexpr int kLanes = 4, kPanelVectors = 4, kRows = 4;
+typedef float F __attribute__((vector_size(16), aligned(4)));
+typedef int32_t Mask __attribute__((vector_size(16), aligned(4)));
+inline F Load(const float* p) { F x; __builtin_memcpy(&x, p, sizeof x); return x; }
+inline void Store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
+inline F Set(float x) { return F{x, x, x, x}; }
+inline F Fma(F a, F b, F c) { return a * b + c; }
+inline F Max(F a, F b) { return a > b ? a : b; }
+inline Mask First(int n) { return Mask{0, 1, 2, 3} < Mask{n, n, n, n}; }
+inline F LoadFirst(const float* p, int n) { F x{}; for (int i = 0; i < n; ++i) x[i] = p[i]; return x; }
+inline void StoreFirst(float* p, F x, int n) { for (int i = 0; i < n; ++i) p[i] = x[i]; }
+inline F Select(Mask m, F yes, F no) { return m ? yes : no; }
+inline float Sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline F LoadBF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatBF16(p[i]); return x; }
+inline F LoadF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatF16(p[i]); return x; }
+inline Mask NonZero(const uint8_t* p) { return Mask{p[0], p[1], p[2], p[3]} != Mask{0, 0, 0, 0}; }
+inline Mask Bits(uint32_t bits) {
+  const int b = static_cast<int>(bits);
+  return (Mask{b, b, b, b} & Mask{1, 2, 4, 8}) != Mask{0, 0, 0, 0};
+}
+inline F Round(F x) { F r; for (int i = 0; i < 4; ++i) r[i] = __builtin_rintf(x[i]); return r; }
+inline F ScaleByPowerOf2(F x, F n) {
+  const F lowest = Set(-126.0f);
+  const Mask tiny = n < lowest;
+  F clamped = n < lowest ? lowest : n;
+  clamped = clamped == clamped ? clamped : Set(0.0f);
+  const Mask e = (__builtin_convertvector(clamped, Mask) + 127) << 23;
+  F power; __builtin_memcpy(&power, &e, sizeof power);
+  return tiny ? Set(0.0f) : x * power;
+}
+#endif
+
+constexpr int kPanel = kLanes * kPanelVectors;  // columns of a packed panel
+
+// exp(x) for x <= 0 up to rounding: 2^(x log2 e) by a polynomial on [-1/2, 1/2]. Relative error about 1e-7
+// near 0; -inf gives 0, NaN gives NaN.
+inline F Exp(F x) {
+  const F t = Max(Set(-200.0f), x) * Set(1.44269504088896340736f);  // Max gives its second argument if NaN
+  const F n = Round(t);
+  const F f = t - n;
+  F p = Set(1.5403530393381609954e-4f);
+  p = Fma(p, f, Set(1.3333558146428443423e-3f));
+  p = Fma(p, f, Set(9.6181291076284771619e-3f));
+  p = Fma(p, f, Set(5.5504108664821579953e-2f));
+  p = Fma(p, f, Set(2.4022650695910071233e-1f));
+  p = Fma(p, f, Set(6.9314718055994530942e-1f));
+  p = Fma(p, f, Set(1.0f));
+  return ScaleByPowerOf2(p, n);
+}
+
+// tanh(x) = x P(x^2) / Q(x^2) on [-9, 9] (a rational minimax approximation; a few ulp). NaN stays NaN.
+inline F Tanh(F x) {
+  const F t = Max(Set(-9.0f), Set(0.0f) - Max(Set(-9.0f), Set(0.0f) - x));
+  const F y = t * t;
+  F p = Set(-2.76076847742355e-16f);
+  p = Fma(p, y, Set(2.00018790482477e-13f));
+  p = Fma(p, y, Set(-8.60467152213735e-11f));
+  p = Fma(p, y, Set(5.12229709037114e-08f));
+  p = Fma(p, y, Set(1.48572235717979e-05f));
+  p = Fma(p, y, Set(6.37261928875436e-04f));
+  p = Fma(p, y, Set(4.89352455891786e-03f));
+  F q = Set(1.19825839466702e-06f);
+  q = Fma(q, y, Set(1.18534705686654e-04f));
+  q = Fma(q, y, Set(2.26843463243900e-03f));
+  q = Fma(q, y, Set(4.89352518554385e-03f));
+  return t * p / q;
+}

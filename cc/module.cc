@@ -1,0 +1,39 @@
+// The Python module jax_fa._native: FFI handlers, and what the processor offers.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/kernel.h"
+#include "cpu_ffi.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_native, module) {
+  module.def("registrations", [] {
+    py::dict handlers;
+    handlers["jax_fa_cpu_forward"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuForward));
+    handlers["jax_fa_cpu_backward"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuBackward));
+    return handlers;
+  });
+  // Instruction sets compiled in, best first, and whether this machine has each.
+  module.def("instruction_sets", [] {
+    int count = 0;
+    const jax_fa::Kernels* kernels = jax_fa::AllKernels(&count);
+    py::dict sets;
+    for (int i = 0; i < count; ++i) sets[kernels[i].name] = kernels[i].supported();
+    return sets;
+  });
+  // For benchmarks: runs multiply-adds of one instruction set on this thread; returns how many operations.
+  module.def("fma_operations", [](const std::string& isa, int64_t iterations) {
+    int count = 0;
+    const jax_fa::Kernels* kernels = jax_fa::AllKernels(&count);
+    for (int i = 0; i < count; ++i) {
+      if (isa != kernels[i].name || !kernels[i].supported()) continue;
+      float sink[3] = {0.999f, 0.001f, 0.0f};
+      const py::gil_scoped_release release;
+      return kernels[i].fma(iterations, sink);
+    }
+    throw py::value_error("isa must be an instruction set that this machine has; got " + isa);
+  });
+}

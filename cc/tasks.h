@@ -1,0 +1,79 @@
+// Runs independent tasks on XLA's thread pool and the calling thread.
+//
+// A handler that blocks until the pool has run its tasks can deadlock: all threads of the pool may be such
+// handlers. Here the caller takes tasks from the same counter as its helpers, so that it gets through all of
+// them alone if no helper comes; at the end it waits only for tasks that a helper has already begun. A helper
+// that comes late finds nothing and touches nothing but the shared counter. No lock is held while a task runs.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "call.h"
+
+namespace jax_fa {
+
+template <typename Pool>
+class PoolRunner : public Runner {
+ public:
+  explicit PoolRunner(Pool& pool) : Runner{&PoolRunner::RunAll}, pool_(pool) {}
+
+ private:
+  struct Shared {
+    Task fn;
+    void* context;
+    int64_t count;
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+    std::exception_ptr failure;  // of the first task that threw; guarded by mutex
+
+    // Runs tasks until none is left to begin.
+    void Drain() {
+      for (;;) {
+        const int64_t i = next.fetch_add(1);
+        if (i >= count) return;
+        try {
+          fn(context, i);
+        } catch (...) {
+          const std::lock_guard<std::mutex> lock(mutex);
+          if (!failure) failure = std::current_exception();
+        }
+        if (done.fetch_add(1) + 1 == count) {
+          const std::lock_guard<std::mutex> lock(mutex);
+          all_done.notify_all();
+        }
+      }
+    }
+  };
+
+  static void RunAll(const Runner* self, int64_t count, Task fn, void* context) {
+    Pool& pool = static_cast<const PoolRunner*>(self)->pool_;
+    const int64_t helpers = count - 1 < pool.num_threads() ? count - 1 : pool.num_threads();
+    if (helpers <= 0) {
+      for (int64_t i = 0; i < count; ++i) fn(context, i);
+      return;
+    }
+    const auto shared = std::make_shared<Shared>();
+    shared->fn = fn;
+    shared->context = context;
+    shared->count = count;
+    try {
+      for (int64_t h = 0; h < helpers; ++h) pool.Schedule([shared] { shared->Drain(); });
+    } catch (...) {  // no memory for another helper: those on their way still need this frame, so go on
+    }
+    shared->Drain();
+    std::unique_lock<std::mutex> lock(shared->mutex);
+    shared->all_done.wait(lock, [&] { return shared->done.load() == count; });
+    if (shared->failure) std::rethrow_exception(std::move(shared->failure));  // the caller's alone from here on
+  }
+
+  Pool& pool_;
+};
+
+}  // namespace jax_fa

@@ -1,0 +1,288 @@
+// Runs kernels on problems and compares what comes out.
+#pragma once
+
+#include <chrono>
+#include <csignal>
+#include <cstdarg>
+
+#include "cpu/kernel.h"
+#include "spec.h"
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#include <sanitizer/common_interface_defs.h>
+#define JAX_FA_SANITIZED
+#endif
+
+// The library's allocator under other names: the kernels get either it or memory that faults where it ends.
+#define ThreadScratch RealThreadScratch
+#define AllocateFloats RealAllocateFloats
+#define FreeFloats RealFreeFloats
+#include "cpu/memory.cc"
+#undef ThreadScratch
+#undef AllocateFloats
+#undef FreeFloats
+
+namespace {
+bool g_real_memory = false;
+}
+
+namespace jax_fa {
+float* ThreadScratch(int64_t n) { return g_real_memory ? RealThreadScratch(n) : jax_fa_test::KernelMemory::Scratch(n); }
+float* AllocateFloats(int64_t n) {
+  return g_real_memory ? RealAllocateFloats(n) : jax_fa_test::KernelMemory::Allocate(n);
+}
+void FreeFloats(float* p) { g_real_memory ? RealFreeFloats(p) : jax_fa_test::KernelMemory::Free(p); }
+}  // namespace jax_fa
+
+namespace jax_fa_test {
+namespace {
+
+using jax_fa::Alibi;
+using jax_fa::Call;
+using jax_fa::Kernels;
+using jax_fa::Runner;
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+int g_failures = 0, g_cases = 0;
+char g_what[1024] = "starting";  // what runs now, for those who die of it
+std::map<std::string, double> g_worst;  // the largest error of each result, in units of its bound
+
+__attribute__((format(printf, 1, 2))) void Fail(const char* format, ...) {
+  std::printf("FAIL: ");
+  va_list args;
+  va_start(args, format);
+  std::vprintf(format, args);
+  va_end(args);
+  std::printf(" [%s]\n", g_what);
+  std::fflush(stdout);
+  if (++g_failures < 20) return;
+  std::printf("too many failures\n");
+  std::exit(1);
+}
+
+void Doing(const char* who, const char* pass, const std::string& text) {
+  std::snprintf(g_what, sizeof g_what, "%s %s: %s", who, pass, text.c_str());
+}
+
+void Say(const char* how) {
+  for (const char* s : {"FAIL: ", how, " [", static_cast<const char*>(g_what), "]\n"})
+    if (write(1, s, std::strlen(s)) < 0) return;
+}
+
+// Lines like those of Fail for a fault (memory outside an array, a write to an input, a division by zero) and
+// for a run that does not end.
+void WatchSignals() {
+#if defined(JAX_FA_SANITIZED)
+  __sanitizer_set_death_callback([] { Say("died"); });
+#else
+  const auto die = [](int) {
+    Say("died");
+    _exit(1);
+  };
+  for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) std::signal(signal, die);
+#endif
+  std::signal(SIGALRM, [](int) {
+    Say("does not end");
+    _exit(1);
+  });
+}
+
+std::vector<const Kernels*> Supported() {
+  int count = 0;
+  const Kernels* all = jax_fa::AllKernels(&count);
+  std::vector<const Kernels*> list;
+  for (int i = 0; i < count; ++i)
+    if (all[i].supported()) list.push_back(&all[i]);
+  return list;
+}
+
+// One task after the other, from the first or from the last.
+struct Serial : Runner {
+  explicit Serial(bool backwards) : Runner{&Serial::RunAll}, backwards(backwards) {}
+  static void RunAll(const Runner* self, int64_t count, Task fn, void* context) {
+    for (int64_t i = 0; i < count; ++i) fn(context, static_cast<const Serial*>(self)->backwards ? count - 1 - i : i);
+  }
+  bool backwards;
+};
+
+Call CallOf(const Problem& p) {
+  Call c;
+  c.B = p.B(), c.Sq = p.Sq, c.Skv = p.Skv, c.N = p.N, c.K = p.K, c.D = p.D, c.Dv = p.Dv;
+  c.scale = static_cast<float>(p.scale);
+  c.keep_prob = static_cast<float>(p.keep_prob);
+  c.soft_cap = static_cast<float>(p.cap);
+  c.alibi = p.alibi;
+  c.threshold = p.threshold;
+  c.query = p.query.view(), c.key = p.key.view(), c.value = p.value.view(), c.out = p.out.view();
+  c.bias = p.bias.view(), c.mask = p.mask.view(), c.lower = p.lower.view(), c.upper = p.upper.view();
+  c.slopes = p.slopes.view(), c.seed = p.seed.view(), c.stream = p.stream.view();
+  c.drop_bits = p.drop_bits.view(), c.drop_offset = p.drop_offset.view();
+  c.drop_bytes = p.drop_bits ? p.drop_bits.dims[kCol] : 0;
+  c.m = p.m.view(), c.l = p.l.view();
+  return c;
+}
+
+Call BackwardCallOf(const Problem& p) {
+  Call c = CallOf(p);
+  c.dout = p.dout.view(), c.dlogsumexp = p.dlogsumexp.view();
+  c.dquery = p.dquery.view(), c.dkey = p.dkey.view(), c.dvalue = p.dvalue.view();
+  c.dbias = p.dbias.view(), c.dslopes = p.dslopes.view();
+  return c;
+}
+
+struct Result {
+  const char* name;
+  Array* array;
+  const Quantity* expected;
+};
+using Values = std::vector<std::vector<double>>;  // of each result
+
+std::vector<Result> ForwardResults(Problem& p, const Reference* r = nullptr) {
+  return {{"out", &p.out, r ? &r->out : nullptr}, {"m", &p.m, r ? &r->m : nullptr}, {"l", &p.l, r ? &r->l : nullptr}};
+}
+
+std::vector<Result> BackwardResults(Problem& p, const Reference* r = nullptr) {
+  return {{"dquery", &p.dquery, r ? &r->dquery : nullptr},
+          {"dkey", &p.dkey, r ? &r->dkey : nullptr},
+          {"dvalue", &p.dvalue, r ? &r->dvalue : nullptr},
+          {"dbias", &p.dbias, r ? &r->dbias : nullptr},
+          {"dslopes", &p.dslopes, r ? &r->dslopes : nullptr}};
+}
+
+bool Same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+// Where two runs differ, as text; "" if nowhere.
+std::string Difference(const std::vector<Result>& results, const Values& a, const Values& b) {
+  for (size_t r = 0; r < results.size(); ++r)
+    for (size_t i = 0; i < a[r].size(); ++i)
+      if (!Same(a[r][i], b[r][i]))
+        return std::string(results[r].name) + "[" + std::to_string(i) + "] is " + std::to_string(a[r][i]) + " and " +
+               std::to_string(b[r][i]);
+  return "";
+}
+
+// Runs a kernel on cleared results and takes them out.
+Values Run(void (*kernel)(const Call&, const Runner&), const Call& c, const Runner& runner,
+           const std::vector<Result>& results) {
+  for (const Result& r : results)
+    if (*r.array) r.array->Clear(std::strcmp(r.name, "dbias") == 0);
+  kernel(c, runner);
+  Values values;
+  for (const Result& r : results) {
+    if (*r.array && !r.array->Read()) Fail("%s: bytes between its elements were written", r.name);
+    values.push_back(r.array->value);
+  }
+  if (!g_real_memory && KernelMemory::live() != 0) Fail("memory was not freed");
+  return values;
+}
+
+std::string Place(const Array& x, size_t at) {
+  std::string text;
+  for (int axis = 4; axis >= 0; --axis) {
+    text = std::to_string(at % static_cast<size_t>(x.dims[static_cast<size_t>(axis)])) + (axis < 4 ? "," : "") + text;
+    at /= static_cast<size_t>(x.dims[static_cast<size_t>(axis)]);
+  }
+  return "[" + text + "]";
+}
+
+class CaseTest {
+ public:
+  explicit CaseTest(const Spec& spec) : spec_(spec), reference_(problem_) { Maker(spec_, problem_).Make(); }
+
+  void Check() {
+    ++g_cases;
+    const Problem& p = problem_;
+    const std::vector<Result> forward = ForwardResults(problem_, &reference_);
+    Doing("reference", "forward", spec_.Text());
+    reference_.Forward();
+    const Values saved = CheckPass("forward", forward, CallOf(p), [](const Kernels& k) { return k.forward; });
+    for (size_t r = 0; r < forward.size(); ++r) {
+      forward[r].array->value = saved[r];
+      forward[r].array->Write();
+    }
+    Doing("reference", "backward", spec_.Text());
+    reference_.Backward();
+    const std::vector<Result> backward = BackwardResults(problem_, &reference_);
+    CheckPass("backward", backward, BackwardCallOf(p), [](const Kernels& k) { return k.backward; });
+  }
+
+ private:
+  template <typename Which>
+  Values CheckPass(const char* pass, const std::vector<Result>& results, const Call& c, const Which& which) {
+    Values first;
+    const Kernels* first_kernels = nullptr;
+    for (const Kernels* kernels : Supported()) {
+      Doing(kernels->name, pass, spec_.Text());
+      const Values values = Run(which(*kernels), c, Serial(false), results);
+      for (size_t r = 0; r < results.size(); ++r) Compare(results[r], values[r]);
+      const std::string difference = Difference(results, values, Run(which(*kernels), c, Serial(true), results));
+      if (!difference.empty()) Fail("the order of tasks changes %s", difference.c_str());
+      if (first_kernels == nullptr) {
+        first = values;
+        first_kernels = kernels;
+      } else {
+        CompareSets(results, first, values, first_kernels->name);
+      }
+    }
+    return first;
+  }
+
+  double Bound(const Result& result, size_t i) const {
+    const DType t = result.array->dtype;
+    const double u = std::ldexp(1.0, -FormatOf(t).digits), smallest = t == DType::kF16 ? 0x1p-25 : 1e-30;
+    return result.expected->error[i] + u * std::fabs(result.expected->value[i]) + smallest;
+  }
+
+  void Compare(const Result& result, const std::vector<double>& got) const {
+    const Quantity& expected = *result.expected;
+    double& worst = g_worst[result.name];
+    for (size_t i = 0; i < got.size(); ++i) {
+      const double x = got[i], r = expected.value[i];
+      if (expected.tainted[i]) {
+        if (MustBeNaN(result, r) && !std::isnan(x)) return Wrong(result, i, x, kNaN, 0.0);
+        continue;
+      }
+      const double bound = Bound(result, i);
+      const bool overflows = std::fabs(r) + bound >= FormatOf(result.array->dtype).overflow;
+      if (overflows && std::isinf(x) && (x > 0) == (r > 0)) continue;
+      if (!(std::fabs(x - r) <= bound)) return Wrong(result, i, x, r, bound);
+      if (result.array->dtype == DType::kF32) worst = std::max(worst, std::fabs(x - r) / bound);
+    }
+  }
+
+  // Of results that a NaN reached: those where the definition gives NaN, and whole rows of masked calls. An
+  // infinity may also vanish in exp(-inf).
+  bool MustBeNaN(const Result& result, double r) const {
+    if (!std::isnan(spec_.garbage)) return false;
+    if (std::isnan(r)) return true;
+    const bool dropped = spec_.philox || spec_.bits;
+    return problem_.Masked() && !(dropped && result.array == &problem_.dvalue);
+  }
+
+  // Instruction sets agree to within what each may be off.
+  void CompareSets(const std::vector<Result>& results, const Values& a, const Values& b, const char* other) const {
+    for (size_t r = 0; r < results.size(); ++r)
+      for (size_t i = 0; i < a[r].size(); ++i) {
+        if (results[r].expected->tainted[i] || Same(a[r][i], b[r][i])) continue;
+        const double bound = Bound(results[r], i), u = bound - results[r].expected->error[i];
+        if (!(std::fabs(a[r][i] - b[r][i]) <= bound + u))
+          return Fail("%s%s is %.9g, and with %s %.9g", results[r].name, Place(*results[r].array, i).c_str(), b[r][i],
+                      other, a[r][i]);
+      }
+  }
+
+  static void Wrong(const Result& result, size_t i, double got, double expected, double bound) {
+    Fail("%s%s is %.9g, expected %.9g within %.3g", result.name, Place(*result.array, i).c_str(), got, expected, bound);
+  }
+
+  Spec spec_;
+  Problem problem_;
+  Reference reference_;
+};
+
+void Check(const Spec& spec) { CaseTest(spec).Check(); }
+
+}  // namespace
+}  // namespace jax_fa_test

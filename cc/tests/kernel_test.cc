@@ -1,0 +1,442 @@
+// Tests of the CPU kernels, every instruction set that this machine has, and of the task runner.
+//
+//   kernel_test quick       in seconds: a few of everything
+//   kernel_test full        every length, head_dim and broadcast pattern, and many random cases
+//   kernel_test sanitized   what lies between, for builds with sanitizers
+//   kernel_test threads     task runner, and kernels on thread pools
+//   kernel_test random A B  the random cases of the seeds from A to below B
+//
+// Prints a line per failure and exits with 1 if there is any.
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+#include "check.h"
+#include "tasks_test.h"
+
+namespace jax_fa_test {
+namespace {
+
+namespace convert {
+#include "cpu/convert.h"
+}
+
+constexpr int64_t kLengths[] = {1,  2,  5,  6,   7,   15,  16,  17,  63,  64,  65,
+                                95, 96, 97, 127, 129, 383, 385, 511, 512, 513, 700};
+constexpr int64_t kSizes[] = {1, 3, 8, 16, 17, 40, 64, 80, 100, 128, 130, 256};
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+constexpr Bounds kAllBounds[] = {Bounds::kNone, Bounds::kCausal, Bounds::kCausalEnd, Bounds::kWindow,
+                                 Bounds::kAnything, Bounds::kLengths, Bounds::kFrom};
+
+constexpr uint64_t kSmallSeeds = 1000;  // smaller seeds give smaller cases
+
+Spec RandomSpec(uint64_t seed) {
+  const double most_work = seed < kSmallSeeds ? 4e6 : 4e7;
+  Random random(seed * 7919 + 1);
+  const auto axes = [&](int64_t absent, int all) {
+    return random.OneIn(absent) ? static_cast<int>(random.Below(all + 1)) : kNoAxes;
+  };
+  Spec s;
+  s.seed = seed;
+  do {
+    s.B1 = 1 + random.Below(3), s.B2 = random.OneIn(2) ? 1 : 2;
+    s.K = 1 + random.Below(3), s.N = s.K * (random.OneIn(2) ? 1 : 1 + random.Below(4));
+    s.Sq = random.OneIn(30) ? 0 : random.Pick(kLengths);
+    s.Skv = random.OneIn(30) ? 0 : random.Pick(kLengths);
+    s.D = random.Pick(kSizes);
+    s.Dv = random.OneIn(2) ? s.D : random.Pick(kSizes);
+  } while (static_cast<double>(s.B1 * s.B2 * s.N * s.Sq * s.Skv * (s.D + s.Dv)) > most_work);
+  s.dtype = random.Pick(kDTypes);
+  s.bounds = random.Pick(kAllBounds);
+  s.bound_axes = random.OneIn(2) ? 8 : static_cast<int>(random.Below(16));
+  s.mask = axes(3, 31);
+  s.bias = axes(3, 31);
+  s.infinite_bias = random.OneIn(4);
+  s.scale = (random.OneIn(5) ? -1.0 : 1.0) / std::sqrt(static_cast<double>(s.D));
+  if (random.OneIn(4)) s.cap = 0.5 + 5.0 * random.Uniform();
+  if (random.OneIn(4)) s.alibi = random.OneIn(2) ? Alibi::kLinear : Alibi::kSqrt;
+  s.slope_axes = static_cast<int>(random.Below(8));
+  if (random.OneIn(4)) s.philox = true;
+  if (random.OneIn(6)) s.bits = true;
+  if (s.philox || s.bits) s.keep = 0.5 + 0.45 * random.Uniform();
+  if (s.philox && random.OneIn(8)) s.keep = 1.0;
+  s.dlogsumexp = random.OneIn(3);
+  s.layout = random.OneIn(2) ? 1 : 0;
+  if (random.OneIn(3)) s.garbage = random.OneIn(3) ? kInf : kNaN;
+  s.seen_garbage = random.OneIn(2);
+  return s;
+}
+
+void CheckRandom(uint64_t from, uint64_t to) {
+  for (uint64_t seed = from; seed < to; ++seed) Check(RandomSpec(seed));
+}
+
+// Every pair of lengths (every `stride`-th of them), with causal and other bounds in turn.
+void CheckLengths(int stride) {
+  int at = 0;
+  for (int64_t Sq : kLengths)
+    for (int64_t Skv : kLengths) {
+      if (++at % stride != 0) continue;
+      Spec s;
+      s.Sq = Sq, s.Skv = Skv, s.D = 8, s.Dv = 3;
+      s.bounds = kAllBounds[at % 7];
+      s.dtype = kDTypes[at % 3];
+      s.seed = static_cast<uint64_t>(at);
+      Check(s);
+    }
+}
+
+void CheckSizes(int stride) {
+  int at = 0;
+  for (int64_t D : kSizes)
+    for (int64_t Dv : kSizes) {
+      if (++at % stride != 0) continue;
+      Spec s;
+      s.Sq = 33, s.Skv = 70, s.N = 2, s.D = D, s.Dv = Dv;
+      s.bounds = at % 2 ? Bounds::kCausalEnd : Bounds::kNone;
+      s.dtype = kDTypes[at % 3];
+      s.scale = 1.0 / std::sqrt(static_cast<double>(D));
+      s.layout = at % 4 == 3;
+      s.seed = static_cast<uint64_t>(at);
+      Check(s);
+    }
+}
+
+// Bias with its gradient and mask in every broadcast pattern.
+void CheckBroadcasts(int stride) {
+  for (int axes = 0; axes < 32; axes += stride) {
+    Spec s;
+    s.B1 = 2, s.B2 = 3, s.N = 4, s.K = 2, s.Sq = 21, s.Skv = 300, s.D = 5, s.Dv = 4;
+    s.seed = static_cast<uint64_t>(axes);
+    s.mask = kNoAxes, s.bias = axes;
+    Check(s);
+    s.mask = axes, s.bias = 31 - axes, s.dtype = DType::kBF16;
+    Check(s);
+    s.bias = kNoAxes, s.garbage = kNaN, s.layout = 1, s.Skv = 37;
+    Check(s);
+    s.bounds = Bounds::kAnything, s.bound_axes = axes & 15, s.mask = kNoAxes, s.alibi = Alibi::kLinear;
+    s.slope_axes = axes & 7, s.dlogsumexp = true;
+    Check(s);
+  }
+}
+
+// One property each.
+void CheckTable(bool all) {
+  Spec base;
+  base.Sq = 45, base.Skv = 70, base.N = 4, base.K = 2;
+  std::vector<Spec> specs;
+  const auto add = [&](const auto& change, bool quick = true) {
+    Spec s = base;
+    s.seed = 1000 + specs.size();
+    change(s);
+    if (quick || all) specs.push_back(s);
+  };
+  for (DType t : kDTypes) {
+    add([&](Spec& s) { s.dtype = t; });
+    add([&](Spec& s) { s.dtype = t, s.bounds = Bounds::kCausal, s.philox = true, s.keep = 0.7, s.N = s.K = 1; });
+    add([&](Spec& s) { s.dtype = t, s.layout = 1, s.cap = 2.0, s.bias = 28; });
+  }
+  add([](Spec& s) { s.bits = true, s.keep = 0.75, s.Skv = 301; });
+  add([](Spec& s) { s.bits = s.philox = true, s.keep = 0.6, s.bounds = Bounds::kWindow; });
+  add([](Spec& s) { s.philox = true, s.keep = 1.0; });
+  add([](Spec& s) { s.philox = true, s.keep = 0x1p-16, s.Sq = 300, s.Skv = 400, s.D = s.Dv = 4; });
+  add([](Spec& s) { s.dlogsumexp = true; });
+  add([](Spec& s) { s.scale = -0.5; });
+  add([](Spec& s) { s.amplitude = 100.0; });                                    // logits of +-1e4
+  add([](Spec& s) { s.amplitude = 100.0, s.scale = -0.25, s.bounds = Bounds::kCausal; });
+  add([](Spec& s) { s.amplitude = 20.0, s.cap = 30.0; });
+  add([](Spec& s) { s.bias = 24, s.infinite_bias = true; });
+  add([](Spec& s) { s.bias = 8, s.infinite_bias = true; });                     // whole rows of it
+  add([](Spec& s) { s.bias = 24, s.infinite_bias = true, s.cap = 3.0; });
+  add([](Spec& s) { s.alibi = Alibi::kSqrt, s.bounds = Bounds::kCausalEnd; });
+  add([](Spec& s) { s.alibi = Alibi::kLinear, s.cap = 4.0, s.slope_axes = 4; });
+  add([](Spec& s) { s.mask = 0; });
+  add([](Spec& s) { s.bounds = Bounds::kLengths, s.bound_axes = 0, s.garbage = kNaN; });
+  for (double garbage : {kNaN, kInf}) {
+    add([&](Spec& s) { s.garbage = garbage, s.mask = 31, s.bounds = Bounds::kWindow, s.bias = 28; });
+    add([&](Spec& s) { s.garbage = garbage, s.seen_garbage = true, s.bounds = Bounds::kAnything, s.bound_axes = 15; });
+    add([&](Spec& s) { s.garbage = garbage, s.seen_garbage = true, s.mask = 24, s.philox = true, s.keep = 0.8; });
+    add([&](Spec& s) { s.garbage = garbage, s.seen_garbage = true, s.dlogsumexp = true, s.cap = 5.0; });
+  }
+  for (int64_t Sq : {0, 1, 7}) {
+    add([&](Spec& s) { s.Sq = Sq, s.Skv = 0, s.bias = 24, s.alibi = Alibi::kLinear; });
+    add([&](Spec& s) { s.Sq = 0, s.Skv = Sq, s.bias = 16, s.alibi = Alibi::kLinear; });
+  }
+  // Few rows and many keys: the keys are split.
+  const auto size = [](Spec& s, int64_t Sq, int64_t Skv, int64_t N, int64_t K, int64_t D, int64_t Dv) {
+    s.Sq = Sq, s.Skv = Skv, s.N = N, s.K = K, s.D = D, s.Dv = Dv;
+  };
+  add([&](Spec& s) { size(s, 1, 5000, 1, 1, 64, 64); });
+  add([&](Spec& s) { size(s, 1, 5000, 8, 1, 16, 16), s.bounds = Bounds::kLengths, s.bound_axes = 0; });
+  const bool full = false;  // not in the quick table
+  add([&](Spec& s) { size(s, 3, 3001, 8, 2, 16, 16), s.mask = 31, s.garbage = kNaN, s.seen_garbage = true; }, full);
+  add([&](Spec& s) { size(s, 1, 5000, 4, 2, 256, 130), s.philox = true, s.keep = 0.9, s.bias = 16; }, full);
+  add([&](Spec& s) { size(s, 5, 2049, 4, 2, 16, 16), s.B1 = 3, s.bounds = Bounds::kAnything, s.bound_axes = 9; }, full);
+  add([&](Spec& s) { size(s, 2, 5000, 4, 2, 16, 16), s.amplitude = 100.0, s.bounds = Bounds::kFrom; }, full);
+  // More than one task of rows, block of keys and group of rows; large head_dims take smaller blocks.
+  add([&](Spec& s) { size(s, 103, 1100, 1, 1, 4, 4), s.philox = true, s.keep = 0.9; });
+  add([&](Spec& s) { size(s, 401, 1100, 4, 1, 16, 16), s.bounds = Bounds::kCausalEnd; }, full);
+  add([&](Spec& s) { size(s, 800, 800, 1, 1, 64, 64), s.bounds = Bounds::kCausal; }, full);
+  add([&](Spec& s) { size(s, 1030, 1030, 1, 1, 16, 16), s.bounds = Bounds::kWindow, s.mask = s.bias = 24; }, full);
+  add([&](Spec& s) { size(s, 210, 1300, 2, 1, 130, 100), s.philox = true, s.keep = 0.5; }, full);
+  add([&](Spec& s) { size(s, 97, 700, 2, 2, 300, 17), s.alibi = Alibi::kLinear; }, full);
+  add([&](Spec& s) { size(s, 97, 700, 1, 1, 17, 300), s.bias = 8; }, full);
+  add([&](Spec& s) { size(s, 7, 1500, 12, 3, 16, 16), s.B1 = 5, s.bounds = Bounds::kAnything; }, full);
+  add([&](Spec& s) { size(s, 9, 20, 2, 2, 16, 16), s.B1 = 9, s.B2 = 7, s.bias = 2; }, full);
+  for (const Spec& s : specs) Check(s);
+}
+
+// "A row's result does not depend on how rows are grouped": a few rows alone give the same bits.
+void CheckRowsAlone() {
+  Spec s;
+  s.Sq = 400, s.Skv = 1100, s.N = s.K = 1, s.D = 20, s.Dv = 9, s.bounds = Bounds::kWindow;
+  constexpr int64_t kFew = 100;  // fewer than a task's, more than those for which keys are split
+  Problem all;
+  Maker(s, all).Make();
+  for (const Kernels* kernels : Supported()) {
+    Doing(kernels->name, "forward", "some rows alone");
+    const Values expected = Run(kernels->forward, CallOf(all), Serial(false), ForwardResults(all));
+    for (int64_t first = 0; first + kFew <= s.Sq; first += 37) {
+      Spec few = s;
+      few.Sq = kFew;
+      Problem p;
+      Maker(few, p).Make();
+      for (auto [from, to] :
+           {std::pair(&all.query, &p.query), std::pair(&all.key, &p.key), std::pair(&all.value, &p.value),
+            std::pair(&all.lower, &p.lower), std::pair(&all.upper, &p.upper)}) {
+        const bool rows = to != &p.key && to != &p.value;
+        for (int64_t r = 0; r < to->dims[kRow]; ++r)
+          for (int64_t c = 0; c < to->dims[kCol]; ++c)
+            to->value[to->Index(0, 0, r, c)] = from->at(0, 0, rows ? first + r : r, c);
+        to->Write();
+      }
+      const Values got = Run(kernels->forward, CallOf(p), Serial(false), ForwardResults(p));
+      Values cut = got;
+      for (size_t r = 0; r < got.size(); ++r) {
+        const size_t width = got[r].size() / kFew;
+        for (size_t i = 0; i < got[r].size(); ++i) cut[r][i] = expected[r][static_cast<size_t>(first) * width + i];
+      }
+      const std::string difference = Difference(ForwardResults(p), got, cut);
+      if (!difference.empty()) return Fail("rows from %lld on: %s", static_cast<long long>(first), difference.c_str());
+    }
+  }
+}
+
+// No batch entries: nothing is read or written.
+void CheckNoBatch() {
+  Spec s;
+  s.B1 = 0, s.Sq = 3, s.Skv = 4, s.N = s.K = 1;
+  Check(s);
+}
+
+// ---- 16-bit floats ----
+
+// As XLA sets its threads: numbers below the normal ones count as zero.
+class FlushSubnormals {
+ public:
+  explicit FlushSubnormals(bool flush) {
+#if defined(__SSE__)
+    before_ = _mm_getcsr();
+    if (flush) _mm_setcsr(before_ | 0x8040);
+#else
+    (void)flush;
+#endif
+  }
+  ~FlushSubnormals() {
+#if defined(__SSE__)
+    _mm_setcsr(before_);
+#endif
+  }
+
+ private:
+  unsigned before_ = 0;
+};
+
+void CheckConversions(int64_t count) {
+  Doing("convert.h", "", "");
+  for (DType t : {DType::kBF16, DType::kF16}) {
+    const bool half = t == DType::kF16;
+    const char* name = half ? "f16" : "bf16";
+    for (int flush = 0; flush < (half ? 2 : 1); ++flush) {
+      for (int h = 0; h < 65536; ++h) {
+        const auto bits = static_cast<uint16_t>(h);
+        const double expected = Decode16(bits, t);
+        float got;
+        uint16_t back;
+        {
+          const FlushSubnormals mode(flush);
+          got = half ? convert::ToFloatF16(bits) : convert::ToFloatBF16(bits);
+          back = half ? convert::FromFloatF16(got) : convert::FromFloatBF16(got);
+        }
+        const bool nan = std::isnan(expected);
+        if (!Same(got, expected) || (!nan && std::signbit(got) != std::signbit(expected)))
+          return Fail("%s 0x%04x is %.9g%s, expected %.9g", name, h, static_cast<double>(got),
+                      flush ? " (flushing)" : "", expected);
+        if (nan ? !std::isnan(Decode16(back, t)) : back != bits)
+          return Fail("%s 0x%04x comes back as 0x%04x", name, h, back);
+      }
+    }
+    const auto check = [&](float f) {
+      const double expected = Rounded(f, t);
+      const uint16_t got = half ? convert::FromFloatF16(f) : convert::FromFloatBF16(f);
+      const bool same = std::isnan(f) ? std::isnan(Decode16(got, t)) : got == Encode16(expected, t);
+      if (!same) Fail("%.9g becomes %s 0x%04x, expected %.9g", static_cast<double>(f), name, got, expected);
+      return same;
+    };
+    // Around the middle of any two neighbours, and anywhere.
+    for (int h = 0; h < 0x7f80 && h < (half ? 0x7c00 : 0x7f80); ++h) {
+      const double a = Decode16(static_cast<uint16_t>(h), t), b = Decode16(static_cast<uint16_t>(h + 1), t);
+      const auto middle = static_cast<float>(std::isinf(b) ? FormatOf(t).overflow : (a + b) / 2);
+      for (float f : {middle, std::nextafter(middle, 0.0f), std::nextafter(middle, HUGE_VALF)})
+        if (!check(f) || !check(-f)) return;
+    }
+    Random random(5);
+    for (int64_t i = 0; i < count; ++i)
+      if (!check(convert::BitsToFloat(static_cast<uint32_t>(random.Bits())))) return;
+  }
+}
+
+// Attention to one key returns its value: every number of a format passes through loads and stores as it is.
+void CheckEveryNumber() {
+  for (DType t : {DType::kBF16, DType::kF16}) {
+    for (int variant = 0; variant < (t == DType::kF16 ? 4 : 2); ++variant) {  // strided or not; flushing or not
+      Problem p;
+      p.B1 = 4, p.N = p.K = 64, p.Dv = 256;
+      const Storage storage{"01324", variant % 2 ? 2 : 1};
+      const auto array = [&](DType dtype, int64_t col) { return Array(dtype, {4, 1, 64, 1, col}, 1, 4, storage); };
+      p.query = array(t, 1), p.key = array(t, 1), p.value = array(t, 256), p.out = array(t, 256);
+      p.m = array(DType::kF32, 1), p.l = array(DType::kF32, 1);
+      for (size_t i = 0; i < 65536; ++i) p.value.value[i] = Decode16(static_cast<uint16_t>(i), t);
+      for (Array* x : {&p.query, &p.key, &p.value}) x->Write();
+      for (const Kernels* kernels : Supported()) {
+        Doing(kernels->name, "forward", "every number");
+        Values got;
+        {
+          const FlushSubnormals mode(variant >= 2);
+          got = Run(kernels->forward, CallOf(p), Serial(false), ForwardResults(p));
+        }
+        for (size_t i = 0; i < 65536; ++i)
+          if (!Same(got[0][i], p.value.value[i])) {
+            Fail("out%s is %.9g, its value %.9g (variant %d)", Place(p.out, i).c_str(), got[0][i], p.value.value[i],
+                 variant);
+            break;
+          }
+      }
+    }
+  }
+}
+
+// exp and tanh as the results show them: of two keys with logits 0 and -x and values 0 and 1 comes
+// exp(-x) / (1 + exp(-x)); of one key comes its capped logit as the max.
+void CheckFunctions() {
+  constexpr int64_t kCount = 5000;
+  constexpr double kEps = 0x1p-24;
+  Problem p;
+  p.Sq = kCount, p.Skv = 2;
+  const auto array = [](int64_t rows) { return Array(DType::kF32, {1, 1, 1, rows, 1}, 1, 1, Storage()); };
+  p.query = array(kCount), p.key = array(2), p.value = array(2);
+  p.out = array(kCount), p.m = array(kCount), p.l = array(kCount);
+  for (size_t i = 0; i < kCount; ++i) p.query.value[i] = 100.0 * static_cast<double>(i) / kCount;
+  p.key.value = {0.0, -1.0}, p.value.value = {0.0, 1.0};
+  for (Array* x : {&p.query, &p.key, &p.value}) x->Write();
+  for (const Kernels* kernels : Supported()) {
+    Doing(kernels->name, "forward", "exp");
+    const Values got = Run(kernels->forward, CallOf(p), Serial(false), ForwardResults(p));
+    for (size_t i = 0; i < kCount; ++i) {
+      const double x = p.query.value[i], expected = std::exp(-x) / (1.0 + std::exp(-x));
+      if (std::fabs(got[0][i] - expected) <= expected * kEps * (6.0 + 1.2 * x) + 1e-37) continue;
+      Fail("exp(-x) / (1 + exp(-x)) is %.9g, expected %.9g, for x = %.9g", got[0][i], expected, x);
+      break;
+    }
+  }
+  p.Skv = 1, p.cap = 1.0;
+  p.key.value = {1.0, 0.0};
+  for (size_t i = 0; i < kCount; ++i) p.query.value[i] = 12.0 * (2.0 * static_cast<double>(i) / kCount - 1.0);
+  for (Array* x : {&p.query, &p.key}) x->Write();
+  for (const Kernels* kernels : Supported()) {
+    Doing(kernels->name, "forward", "tanh");
+    const Values got = Run(kernels->forward, CallOf(p), Serial(false), ForwardResults(p));
+    for (size_t i = 0; i < kCount; ++i) {
+      const double expected = std::tanh(p.query.value[i]);
+      if (std::fabs(got[1][i] - expected) <= std::fabs(expected) * kEps * 6.0) continue;
+      Fail("tanh(%.9g) is %.9g, expected %.9g", p.query.value[i], got[1][i], expected);
+      break;
+    }
+  }
+}
+
+void CheckPhilox() {  // the known answers of Random123
+  Doing("reference", "philox", "");
+  const auto check = [](const Philox& x, std::array<uint32_t, 4> expected) {
+    for (size_t i = 0; i < 4; ++i)
+      if (x.word[i] != expected[i]) Fail("word %zu is %08x", i, x.word[i]);
+  };
+  check({0, 0, 0, 0, 0, 0}, {0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u});
+  check({~0u, ~0u, ~0u, ~0u, ~0u, ~0u}, {0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu});
+  check({0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u, 0xa4093822u, 0x299f31d0u},
+        {0xd16cfe09u, 0x94fdcceb, 0x5001e420u, 0x24126ea1u});
+}
+
+void CheckMemory() {
+  Doing("memory.cc", "", "");
+  float* before = nullptr;
+  for (int64_t n : {1, 15, 16, 1000, 17, 100000}) {
+    float* p = jax_fa::RealThreadScratch(n);
+    float* q = jax_fa::RealAllocateFloats(n);
+    for (float* x : {p, q}) {
+      if (reinterpret_cast<uintptr_t>(x) % 64 != 0) Fail("memory is not aligned");
+      std::memset(x, 1, static_cast<size_t>(n) * sizeof(float));
+    }
+    if (n == 17 && p != before) Fail("a smaller request does not get the kept memory");
+    before = p;
+    jax_fa::RealFreeFloats(q);
+  }
+  jax_fa::RealFreeFloats(nullptr);
+}
+
+int Main(const std::vector<std::string>& args) {
+  const std::string mode = args.empty() ? "quick" : args[0];
+  WatchSignals();
+  for (const Kernels* k : Supported()) std::printf("%s ", k->name);
+  std::printf("(%s)\n", mode.c_str());
+  std::fflush(stdout);
+  const auto start = std::chrono::steady_clock::now();
+  if (mode == "random" && args.size() == 3) {
+    CheckRandom(std::strtoull(args[1].c_str(), nullptr, 10), std::strtoull(args[2].c_str(), nullptr, 10));
+  } else if (mode == "quick" || mode == "sanitized" || mode == "full") {
+    const bool quick = mode == "quick", full = mode == "full";
+    CheckPhilox();
+    CheckMemory();
+    CheckConversions(quick ? 100000 : full ? 20000000 : 1000000);
+    CheckEveryNumber();
+    CheckFunctions();
+    CheckNoBatch();
+    CheckRowsAlone();
+    CheckTable(!quick);
+    CheckBroadcasts(quick ? 3 : 1);
+    CheckSizes(quick ? 11 : full ? 1 : 5);
+    CheckLengths(quick ? 37 : full ? 1 : 5);
+    CheckRandom(0, quick ? 40 : full ? kSmallSeeds + 500 : 120);
+    alarm(quick ? 120 : 600);
+    CheckTasks();
+  } else if (mode == "threads") {
+    alarm(600);
+    CheckTasks();
+    CheckRandom(0, 20);
+  } else {
+    std::printf("usage: kernel_test [quick | full | sanitized | threads | random FROM TO]\n");
+    return 2;
+  }
+  alarm(0);
+  for (const auto& [name, worst] : g_worst)
+    std::printf("largest error of %s: %.2f of its bound\n", name.c_str(), worst);
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  std::printf("%d cases, %d failures, %.0f s\n", g_cases, g_failures, took.count());
+  return g_failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace jax_fa_test
+
+int main(int argc, char** argv) { return jax_fa_test::Main({argv + 1, argv + argc}); }

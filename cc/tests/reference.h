@@ -1,0 +1,250 @@
+// Attention by its definition, in double, and how far a float computation of it may be off.
+//
+//   s = cap(scale q.k + bias - slope distance),  m = max s,  l = sum exp(s - m),  p = exp(s - m) / l
+//   out = sum keep p v / keep_prob,  ds = p (keep dout.v / keep_prob - delta) cap',  delta = dout.out - dlogsumexp
+//   dq = scale ds k,  dk = scale ds^T q,  dv = (keep p / keep_prob)^T dout,  dbias = ds,  dslope = -ds distance
+//
+// Sums run over the visible keys only, so what is hidden is never read. Next to every number stands a bound of
+// the rounding errors, to first order, from the magnitudes that enter its sums: an error of one lost key, a
+// wrong neighbour or a shifted bit is far beyond it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "array.h"
+
+namespace jax_fa_test {
+
+struct Problem {
+  int64_t B1 = 1, B2 = 1, Sq = 1, Skv = 1, N = 1, K = 1, D = 1, Dv = 1;
+  double scale = 1.0, keep_prob = 1.0, cap = 0.0;
+  jax_fa::Alibi alibi = jax_fa::Alibi::kNone;
+  uint32_t threshold = 0;
+  Array query, key, value, bias, mask, lower, upper, slopes, seed, stream, drop_bits, drop_offset;
+  Array dout, dlogsumexp;
+  Array out, m, l, dquery, dkey, dvalue, dbias, dslopes;
+
+  int64_t B() const { return B1 * B2; }
+  int64_t G() const { return N / K; }
+  bool Masked() const { return lower || upper || mask; }
+  bool Visible(int64_t b, int64_t n, int64_t i, int64_t j) const {
+    return !(lower && static_cast<double>(j) < lower.at(b, n, i)) &&
+           !(upper && static_cast<double>(j) >= upper.at(b, n, i)) && !(mask && mask.at(b, n, i, j) == 0.0);
+  }
+  bool Kept(int64_t b, int64_t n, int64_t i, int64_t j) const {
+    if (seed) {
+      const auto u = [](double x) { return static_cast<uint32_t>(x); };
+      const auto c = static_cast<uint32_t>(4 * (j / 32) + j % 8 / 2);
+      const Philox x(c, static_cast<uint32_t>(i), u(stream.at(b, n, 0, 0)), u(stream.at(b, n, 0, 1)),
+                     u(seed.at(b, 0, 0, 0)), u(seed.at(b, 0, 0, 1)));
+      const uint32_t word = x.word[j / 8 % 4];
+      if ((j % 2 ? word >> 16 : word & 0xFFFF) >= threshold) return false;
+    }
+    if (drop_bits) {
+      const auto bit = static_cast<int64_t>(drop_offset.at(b, n, i, 0) * 8 + drop_offset.at(b, n, i, 1)) + j;
+      if (!((static_cast<int>(drop_bits.at(b, 0, 0, bit / 8)) >> (bit % 8)) & 1)) return false;
+    }
+    return true;
+  }
+};
+
+// What a result should be, its error bound, and whether a number that is not finite reached it by way of the
+// softmax; then it may be NaN even where the definition gives a number, since kernels give up whole rows.
+struct Quantity {
+  std::vector<double> value, error;
+  std::vector<uint8_t> tainted;
+  void Resize(size_t n) {
+    value.assign(n, 0.0);
+    error.assign(n, 0.0);
+    tainted.assign(n, 0);
+  }
+  void Add(size_t at, double x, double e) {
+    value[at] += x;
+    error[at] += e;
+  }
+};
+
+class Reference {
+ public:
+  explicit Reference(const Problem& p) : p_(p) {}
+
+  Quantity out, m, l, dquery, dkey, dvalue, dbias, dslopes;
+
+  void Forward() {
+    out.Resize(p_.out.value.size()), m.Resize(p_.m.value.size()), l.Resize(p_.l.value.size());
+    ForEachRow([&](int64_t b, int64_t n, int64_t i) {
+      Look(b, n, i);
+      const size_t stat = p_.m.Index(b, n, i), first = p_.out.Index(b, n, i);
+      m.value[stat] = row_.m, l.value[stat] = row_.l;
+      double most = 0.0;
+      for (const Seen& x : seen_) most = x.p > 0.0 ? std::max(most, x.logit_error) : most;
+      m.error[stat] = kEps * most;
+      for (const Seen& x : seen_) l.error[stat] += x.p * row_.l * (x.error + std::expm1(kEps * 2 * most));
+      m.tainted[stat] = l.tainted[stat] = row_.tainted;
+      for (int64_t d = 0; d < p_.Dv; ++d) out.tainted[first + static_cast<size_t>(d)] = row_.tainted;
+      for (const Seen& x : seen_) {
+        if (x.keep == 0.0 || row_.l == 0.0) continue;
+        const double* v = &p_.value.value[p_.value.Index(b, n / p_.G(), x.j)];
+        for (int64_t d = 0; d < p_.Dv; ++d)
+          out.Add(first + static_cast<size_t>(d), x.keep * x.p * v[d],
+                  x.keep * (x.p * x.error + kTiny) * std::fabs(v[d]));
+      }
+    });
+  }
+
+  // From the `out` that the forward stored.
+  void Backward() {
+    dquery.Resize(p_.dquery.value.size());
+    dkey.Resize(p_.dkey.value.size()), dvalue.Resize(p_.dvalue.value.size());
+    dbias.Resize(p_.dbias.value.size()), dslopes.Resize(p_.dslopes.value.size());
+    const int64_t pairs = p_.B() * p_.N * p_.Sq * p_.Skv;
+    const double per_key = Growth(p_.G() * p_.Sq), per_row = Growth(p_.Skv);
+    const double per_bias = Growth(pairs / std::max<int64_t>(1, static_cast<int64_t>(dbias.value.size())));
+    ForEachRow([&](int64_t b, int64_t n, int64_t i) {
+      Look(b, n, i);
+      const int64_t k = n / p_.G();
+      const double *q = &p_.query.value[p_.query.Index(b, n, i)], *dout = &p_.dout.value[p_.dout.Index(b, n, i)];
+      const double* o = &p_.out.value[p_.out.Index(b, n, i)];
+      double delta = p_.dlogsumexp ? -p_.dlogsumexp.at(b, n, i) : 0.0, delta_size = std::fabs(delta);
+      for (int64_t d = 0; d < p_.Dv; ++d) delta += dout[d] * o[d], delta_size += std::fabs(dout[d] * o[d]);
+      const bool weights_tainted = row_.tainted || !AllFinite(dout, p_.Dv);
+      const bool tainted = !seen_.empty() && (weights_tainted || !std::isfinite(delta));
+      const size_t to_q = p_.dquery.Index(b, n, i);
+      for (int64_t d = 0; d < p_.D; ++d) dquery.tainted[to_q + static_cast<size_t>(d)] |= tainted;
+      for (const Seen& x : seen_) {
+        const size_t at_k = p_.key.Index(b, k, x.j), at_v = p_.value.Index(b, k, x.j);
+        const double *key = &p_.key.value[at_k], *value = &p_.value.value[at_v];
+        double dp = 0.0, dp_size = 0.0;
+        for (int64_t d = 0; d < p_.Dv; ++d) dp += dout[d] * value[d], dp_size += std::fabs(dout[d] * value[d]);
+        const double inner = (x.keep == 0.0 ? 0.0 : x.keep * dp) - delta;
+        const double ds = x.p * inner * x.slope;
+        const double ds_error =
+            (x.p * x.error + kTiny) * std::fabs(inner) * x.slope +
+            x.p * kEps * (x.slope * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner)) +
+                          x.slope_error * std::fabs(inner));
+        const double in_row = std::fabs(p_.scale) * (ds_error + kEps * per_row * std::fabs(ds));
+        const double in_key = std::fabs(p_.scale) * (ds_error + kEps * per_key * std::fabs(ds));
+        const double weight = x.keep * x.p, weight_error = x.keep * (x.p * x.error + kTiny) + kEps * per_key * weight;
+        for (int64_t d = 0; d < p_.D; ++d) {
+          const auto at = static_cast<size_t>(d);
+          dquery.Add(to_q + at, p_.scale * ds * key[d], in_row * std::fabs(key[d]));
+          dkey.Add(at_k + at, p_.scale * ds * q[d], in_key * std::fabs(q[d]));
+          dkey.tainted[at_k + at] |= tainted;
+        }
+        for (int64_t d = 0; d < p_.Dv; ++d) {
+          const auto at = static_cast<size_t>(d);
+          if (x.keep != 0.0) dvalue.Add(at_v + at, weight * dout[d], weight_error * std::fabs(dout[d]));
+          dvalue.tainted[at_v + at] |= weights_tainted;
+        }
+        if (p_.dbias) {
+          const size_t at = p_.dbias.Index(b, n, i, x.j);
+          dbias.Add(at, ds, ds_error + kEps * per_bias * std::fabs(ds));
+          dbias.tainted[at] |= tainted;
+        }
+        if (p_.dslopes) {
+          const size_t at = p_.dslopes.Index(b, n);
+          const double away = Distance(i, x.j);
+          dslopes.Add(at, -ds * away, (ds_error + kEps * Growth(pairs) * std::fabs(ds)) * away);
+          dslopes.tainted[at] |= tainted;
+        }
+      }
+    });
+  }
+
+ private:
+  static constexpr double kEps = 0x1p-24, kTiny = 1e-37;  // kernels have no exp(x) below the normal numbers
+
+  struct Seen {
+    int64_t j;
+    double s, p, keep;          // keep: 0 or 1 / keep_prob
+    double slope, slope_error;  // of the soft cap; errors in units of kEps
+    double logit_error;
+    double error;               // of p, relative, not in units
+  };
+  struct Row {
+    double m, l;
+    bool tainted;
+  };
+
+  // Rounding errors of a float sum of n terms, in units of kEps times the sum of their magnitudes.
+  static double Growth(int64_t n) { return 4.0 + 2.0 * std::sqrt(static_cast<double>(n)); }
+
+  static bool AllFinite(const double* x, int64_t n) {
+    return std::all_of(x, x + n, [](double y) { return std::isfinite(y); });
+  }
+
+  double Distance(int64_t i, int64_t j) const {
+    const double away = std::fabs(static_cast<double>(j - i));
+    return p_.alibi == jax_fa::Alibi::kSqrt ? std::sqrt(away) : away;
+  }
+
+  template <typename Fn>
+  void ForEachRow(const Fn& fn) {
+    for (int64_t b = 0; b < p_.B(); ++b)
+      for (int64_t n = 0; n < p_.N; ++n)
+        for (int64_t i = 0; i < p_.Sq; ++i) fn(b, n, i);
+  }
+
+  // The keys that row i sees, with probabilities, into seen_ and row_.
+  void Look(int64_t b, int64_t n, int64_t i) {
+    const double none = -static_cast<double>(std::numeric_limits<float>::max());
+    seen_.clear();
+    row_ = {none, 0.0, false};
+    const int64_t k = n / p_.G();
+    for (int64_t j = 0; j < p_.Skv; ++j) {
+      if (!p_.Visible(b, n, i, j)) continue;
+      const double* q = &p_.query.value[p_.query.Index(b, n, i)];
+      const double* key = &p_.key.value[p_.key.Index(b, k, j)];
+      Seen x{j, 0.0, 0.0, p_.Kept(b, n, i, j) ? 1.0 / p_.keep_prob : 0.0, 1.0, 0.0, 0.0, 0.0};
+      double dot = 0.0, size = 0.0;
+      for (int64_t d = 0; d < p_.D; ++d) dot += q[d] * key[d], size += std::fabs(q[d] * key[d]);
+      double z = p_.scale * dot;
+      x.logit_error = Growth(p_.D) * std::fabs(p_.scale) * size;
+      row_.tainted |= !AllFinite(q, p_.D) || !AllFinite(key, p_.D) ||
+                      !AllFinite(&p_.value.value[p_.value.Index(b, k, j)], p_.Dv);
+      if (p_.bias) {
+        const double y = p_.bias.at(b, n, i, j);
+        z += y;
+        if (std::isfinite(y)) x.logit_error += 2 * std::fabs(y);
+        row_.tainted |= !(y < std::numeric_limits<double>::infinity());
+      }
+      if (p_.slopes) {
+        const double y = p_.slopes.at(b, n) * Distance(i, j);
+        z -= y;
+        x.logit_error += 6 * std::fabs(y);
+      }
+      if (p_.cap != 0.0) {
+        if (std::isfinite(z)) x.logit_error += 4 * std::fabs(z);
+        const double t = std::tanh(z / p_.cap);
+        x.slope = 1.0 - t * t;
+        x.slope_error = 2.0 * x.slope * x.logit_error / p_.cap + 24.0;
+        x.logit_error = x.slope * x.logit_error + 8.0 * p_.cap * std::fabs(t);
+        z = p_.cap * t;
+      }
+      x.s = z;
+      if (!(row_.m >= z)) row_.m = std::isnan(row_.m) ? row_.m : z;
+      seen_.push_back(x);
+    }
+    double mean = 0.0;
+    for (Seen& x : seen_) {
+      x.p = std::exp(x.s - row_.m);
+      row_.l += x.p;
+      if (x.p > 0.0) mean += x.p * x.logit_error;
+    }
+    for (Seen& x : seen_) {
+      if (x.p == 0.0) continue;
+      const double units = 2 * x.logit_error + 2 * mean / row_.l + Growth(p_.Skv) + 16 + 2 * std::fabs(x.s - row_.m);
+      x.error = std::expm1(kEps * units);
+      x.p /= row_.l;
+    }
+  }
+
+  const Problem& p_;
+  std::vector<Seen> seen_;
+  Row row_{};
+};
+
+}  // namespace jax_fa_test

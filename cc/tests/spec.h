@@ -1,0 +1,235 @@
+// A case in numbers, and the problem made of it.
+#pragma once
+
+#include <string>
+
+#include "reference.h"
+
+namespace jax_fa_test {
+
+enum class Bounds { kNone, kCausal, kCausalEnd, kWindow, kAnything, kLengths, kFrom };
+constexpr int kNoAxes = -1;  // of an operand: absent; else a bit per axis in which it is full size, batch first
+
+struct Spec {
+  int64_t B1 = 1, B2 = 1, Sq = 1, Skv = 1, N = 1, K = 1, D = 16, Dv = 16;
+  DType dtype = DType::kF32;
+  Bounds bounds = Bounds::kNone;
+  int bound_axes = 8;
+  int mask = kNoAxes, bias = kNoAxes;
+  bool infinite_bias = false;  // some of it -inf
+  double scale = 0.25, amplitude = 1.0, cap = 0.0, keep = 1.0;
+  jax_fa::Alibi alibi = jax_fa::Alibi::kNone;
+  int slope_axes = 7;
+  bool philox = false, bits = false, dlogsumexp = false;
+  int layout = 0;              // 0: B S N D without gaps; else any order, drawn from the seed
+  double garbage = 0.0;        // NaN or infinity: where nobody sees it, and in a few places that are seen
+  bool seen_garbage = false;
+  uint64_t seed = 1;
+
+  std::string Text() const {
+    static const char* const kDTypes[] = {"f32", "bf16", "f16"};
+    static const char* const kBounds[] = {"none", "causal", "causal-end", "window", "anything", "lengths", "from"};
+    char text[512];
+    std::snprintf(text, sizeof text,
+                  "B=%lldx%lld Sq=%lld Skv=%lld N=%lld K=%lld D=%lld Dv=%lld %s bounds=%s/%d mask=%d bias=%d%s "
+                  "scale=%g amplitude=%g cap=%g alibi=%d/%d dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s "
+                  "seed=%llu",
+                  Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv),
+                  kDTypes[static_cast<int>(dtype)], kBounds[static_cast<int>(bounds)], bound_axes, mask, bias,
+                  infinite_bias ? "(-inf)" : "", scale, amplitude, cap, static_cast<int>(alibi), slope_axes,
+                  philox ? "philox " : "", bits ? "bits " : "", keep, dlogsumexp, layout, garbage,
+                  seen_garbage ? "(seen)" : "", static_cast<unsigned long long>(seed));
+    return text;
+  }
+
+ private:
+  static long long Int(int64_t x) { return static_cast<long long>(x); }
+};
+
+class Maker {
+ public:
+  Maker(const Spec& s, Problem& p) : s_(s), p_(p), random_(s.seed) {}
+
+  void Make() {
+    p_.B1 = s_.B1, p_.B2 = s_.B2, p_.Sq = s_.Sq, p_.Skv = s_.Skv, p_.N = s_.N, p_.K = s_.K, p_.D = s_.D, p_.Dv = s_.Dv;
+    p_.scale = static_cast<float>(s_.scale), p_.cap = static_cast<float>(s_.cap);
+    p_.alibi = s_.alibi;
+    p_.query = Stored(s_.dtype, {s_.B1, s_.B2, s_.N, s_.Sq, s_.D});
+    p_.key = Stored(s_.dtype, {s_.B1, s_.B2, s_.K, s_.Skv, s_.D});
+    p_.value = Stored(s_.dtype, {s_.B1, s_.B2, s_.K, s_.Skv, s_.Dv});
+    p_.dout = Stored(s_.dtype, {s_.B1, s_.B2, s_.N, s_.Sq, s_.Dv});
+    for (Array* x : {&p_.query, &p_.key}) Draw(*x, s_.amplitude);
+    for (Array* x : {&p_.value, &p_.dout}) Draw(*x, 1.0);
+    if (s_.dlogsumexp) Draw(p_.dlogsumexp = Stats(), 1.0);
+    MakeMasks();
+    if (s_.bias != kNoAxes) {
+      p_.bias = Plain(random_.OneIn(2) ? s_.dtype : DType::kF32, Full(s_.bias, s_.Skv));
+      Draw(p_.bias, 1.0);
+      for (double& x : p_.bias.value)
+        if (s_.infinite_bias && random_.OneIn(4)) x = -std::numeric_limits<double>::infinity();
+      p_.dbias = Plain(DType::kF32, p_.bias.dims);
+    }
+    if (s_.alibi != jax_fa::Alibi::kNone) {
+      p_.slopes = Plain(DType::kF32, Full(s_.slope_axes & 7, 1));
+      for (double& x : p_.slopes.value) x = 0.3 * random_.Uniform();
+      p_.dslopes = Plain(DType::kF32, p_.slopes.dims);
+    }
+    MakeDropout();
+    MakeResults();
+    if (s_.garbage != 0.0) Spoil();
+    for (Array* x : {&p_.query, &p_.key, &p_.value, &p_.dout, &p_.dlogsumexp, &p_.lower, &p_.upper, &p_.mask, &p_.bias,
+                     &p_.slopes, &p_.seed, &p_.stream, &p_.drop_bits, &p_.drop_offset})
+      if (*x) x->Write();
+  }
+
+ private:
+  Dims Full(int axes, int64_t col) const {
+    return {axes & 1 ? s_.B1 : 1, axes & 2 ? s_.B2 : 1, axes & 4 ? s_.N : 1, axes & 8 ? s_.Sq : 1, axes & 16 ? col : 1};
+  }
+  Array Make(DType dtype, const Dims& dims, Storage storage) {
+    storage.at_end = !random_.OneIn(4);
+    return Array(dtype, dims, s_.B2, s_.B1, storage);
+  }
+  // An operand of the attention: in any order of axes.
+  Array Stored(DType dtype, const Dims& dims) {
+    static const char* const kOrders[] = {"01324", "01234", "30124", "01243", "42310", "13024"};
+    Storage storage{"01324"};
+    if (s_.layout != 0) {
+      storage.order = random_.Pick(kOrders);
+      storage.step = random_.OneIn(6) ? 3 : 1;
+      storage.gap = random_.OneIn(3) ? random_.Below(6) : 0;
+    }
+    return Make(dtype, dims, storage);
+  }
+  // Stored as its axes are written.
+  Array Plain(DType dtype, const Dims& dims) {
+    Storage storage;
+    if (s_.layout != 0 && random_.OneIn(4)) storage.step = 2, storage.gap = 1;
+    return Make(dtype, dims, storage);
+  }
+  Array Pairs(DType dtype, Dims dims) { return Make(dtype, dims, Storage()); }
+  Array Stats() { return Make(DType::kF32, {s_.B1, s_.B2, s_.N, s_.Sq, 1}, Storage()); }
+
+  void Draw(Array& x, double amplitude) {
+    for (double& y : x.value) y = amplitude * random_.Normal();
+  }
+
+  void MakeMasks() {
+    const auto bound = [&](Array& x, const auto& fn) {
+      x = Pairs(DType::kI32, Full(s_.bound_axes & 15, 1));
+      for (size_t at = 0; at < x.value.size(); ++at)
+        x.value[at] = static_cast<double>(fn(static_cast<int64_t>(at) % std::max<int64_t>(1, x.dims[kRow])));
+    };
+    const int64_t offset = s_.Skv - s_.Sq, width = s_.Skv / 3 + 1;
+    switch (s_.bounds) {
+      case Bounds::kNone: break;
+      case Bounds::kCausal: bound(p_.upper, [](int64_t i) { return i + 1; }); break;
+      case Bounds::kCausalEnd: bound(p_.upper, [&](int64_t i) { return i + 1 + offset; }); break;
+      case Bounds::kWindow:
+        bound(p_.lower, [&](int64_t i) { return i + offset - width; });
+        bound(p_.upper, [&](int64_t i) { return i + offset + width / 2; });
+        break;
+      case Bounds::kAnything: {  // empty and turned round, before 0 and beyond the end
+        const auto any = [&](int64_t) { return random_.Below(s_.Skv + 20) - 10; };
+        bound(p_.lower, any);
+        bound(p_.upper, any);
+        std::vector<double>&lower = p_.lower.value, &upper = p_.upper.value;
+        for (size_t at = 0; at < lower.size(); ++at)
+          if (!random_.OneIn(4) && lower[at] > upper[at]) std::swap(lower[at], upper[at]);
+        if (!upper.empty()) upper[0] = 2147483647.0, lower[0] = -2147483648.0;
+        break;
+      }
+      case Bounds::kLengths: bound(p_.upper, [&](int64_t) { return random_.Below(s_.Skv + 1); }); break;
+      case Bounds::kFrom: bound(p_.lower, [&](int64_t) { return random_.Below(s_.Skv + 1); }); break;
+    }
+    if (s_.mask == kNoAxes) return;
+    p_.mask = Plain(DType::kU8, Full(s_.mask, s_.Skv));
+    const int64_t row = std::max<int64_t>(1, p_.mask.dims[kCol]);
+    for (size_t at = 0; at < p_.mask.value.size(); ++at) {
+      if (static_cast<int64_t>(at) % row == 0) density_ = random_.OneIn(5) ? 0 : 1 + random_.Below(4);
+      p_.mask.value[at] = random_.Below(4) < density_ ? 1.0 : 0.0;
+    }
+  }
+
+  void MakeDropout() {
+    if (s_.philox) {
+      p_.threshold = static_cast<uint32_t>(std::lround(s_.keep * 65536));
+      p_.keep_prob = static_cast<float>(s_.keep);
+      p_.seed = Pairs(DType::kU32, {random_.OneIn(2) ? s_.B1 : 1, s_.B2, 1, 1, 2});
+      p_.stream = Pairs(DType::kU32, {s_.B1, s_.B2, s_.N, 1, 2});
+      for (Array* x : {&p_.seed, &p_.stream})
+        for (double& y : x->value) y = static_cast<double>(random_.Bits() >> 32);
+    }
+    if (s_.bits) {
+      p_.keep_prob = static_cast<float>(s_.keep);
+      const bool of_head = random_.OneIn(2);
+      p_.drop_offset = Pairs(DType::kI32, {1, 1, of_head ? s_.N : 1, s_.Sq, 2});
+      const int64_t rows = p_.drop_offset.dims[kHead] * s_.Sq;
+      p_.drop_bits = Pairs(DType::kU8, {s_.B1, random_.OneIn(2) ? s_.B2 : 1, 1, 1, (rows * s_.Skv + 7) / 8 + 1});
+      for (int64_t r = 0; r < rows; ++r) {
+        p_.drop_offset.value[static_cast<size_t>(2 * r)] = static_cast<double>(r * s_.Skv / 8);
+        p_.drop_offset.value[static_cast<size_t>(2 * r + 1)] = static_cast<double>(r * s_.Skv % 8);
+      }
+      for (double& x : p_.drop_bits.value)  // each bit kept with probability 3/4
+        x = static_cast<double>((random_.Bits() | random_.Bits()) & 255);
+    }
+  }
+
+  void MakeResults() {
+    p_.out = Stored(s_.dtype, p_.dout.dims);
+    p_.m = Stats(), p_.l = Stats();
+    p_.dquery = Stored(s_.dtype, p_.query.dims);
+    p_.dkey = Stored(s_.dtype, p_.key.dims);
+    p_.dvalue = Stored(s_.dtype, p_.value.dims);
+  }
+
+  // Puts what is not finite wherever no row or no key is seen, and into a few places that are.
+  void Spoil() {
+    for (int64_t b = 0; b < p_.B(); ++b) {
+      for (int64_t n = 0; n < s_.N; ++n)
+        for (int64_t i = 0; i < s_.Sq; ++i) {
+          bool sees = false;
+          for (int64_t j = 0; j < s_.Skv && !sees; ++j) sees = p_.Visible(b, n, i, j);
+          if (sees) continue;
+          SpoilRow(p_.query, b, n, i);
+          SpoilRow(p_.dout, b, n, i);
+          if (p_.dlogsumexp) SpoilRow(p_.dlogsumexp, b, n, i);
+        }
+      for (int64_t k = 0; k < s_.K; ++k)
+        for (int64_t j = 0; j < s_.Skv; ++j) {
+          bool seen = false;
+          for (int64_t n = k * p_.G(); n < (k + 1) * p_.G() && !seen; ++n)
+            for (int64_t i = 0; i < s_.Sq && !seen; ++i) seen = p_.Visible(b, n, i, j);
+          if (seen) continue;
+          SpoilRow(p_.key, b, k, j);
+          SpoilRow(p_.value, b, k, j);
+        }
+    }
+    if (p_.bias) {
+      std::vector<uint8_t> seen(p_.bias.value.size(), 0);
+      for (int64_t b = 0; b < p_.B(); ++b)
+        for (int64_t n = 0; n < s_.N; ++n)
+          for (int64_t i = 0; i < s_.Sq; ++i)
+            for (int64_t j = 0; j < s_.Skv; ++j) seen[p_.bias.Index(b, n, i, j)] |= p_.Visible(b, n, i, j);
+      for (size_t at = 0; at < seen.size(); ++at)
+        if (!seen[at]) p_.bias.value[at] = s_.garbage;
+    }
+    if (!s_.seen_garbage) return;
+    for (Array* x : {&p_.query, &p_.key, &p_.value, &p_.dout, &p_.bias, &p_.dlogsumexp})
+      if (*x && !x->value.empty() && random_.OneIn(2))
+        x->value[static_cast<size_t>(random_.Below(static_cast<int64_t>(x->value.size())))] = s_.garbage;
+  }
+  // All of a row, or one number of it.
+  void SpoilRow(Array& x, int64_t b, int64_t h, int64_t r) {
+    const bool all = random_.OneIn(2);
+    for (int64_t c = 0; c < x.dims[kCol]; ++c)
+      if (all || c == x.dims[kCol] / 2) x.value[x.Index(b, h, r, c)] = random_.OneIn(2) ? s_.garbage : -s_.garbage;
+  }
+
+  const Spec& s_;
+  Problem& p_;
+  Random random_;
+  int64_t density_ = 0;
+};
+
+}  // namespace jax_fa_test
