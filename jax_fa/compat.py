@@ -4,6 +4,7 @@ import contextlib
 
 import jax
 from jax._src import dispatch, sharding_impls
+from jax._src.export import _export
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -96,3 +97,14 @@ def mesh_axes(sharding, mesh) -> tuple[tuple[str, ...], ...]:
     except ValueError:
         return ()
     return tuple(entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec)
+
+
+def guarantee_custom_call(target: str) -> None:
+    """Lets `jax.export` serialize programs that call this FFI target, which it does for JAX's own.
+
+    That is a promise: a target's operands, results and attributes keep their meaning, and what changes gets a
+    new name. Where JAX has moved its list, `jax.export` asks for its `disabled_checks` instead.
+    """
+    stable = getattr(_export, "_CUSTOM_CALL_TARGETS_GUARANTEED_STABLE", None)
+    if isinstance(stable, set):
+        stable.add(target)

@@ -208,7 +208,8 @@ def join_statistics(parts: list[np.ndarray], layout: str) -> np.ndarray:
 
 # --- the measure of error
 
-# What a correct result may differ from the oracle by, whatever the naive one does.
+# What a correct result may differ from the oracle by, whatever the naive one does: a quarter of a unit in the
+# last place in the mean; twice that in the maximum, which is what rounding the exact number may cost.
 FLOOR = {"float32": 1e-6, "bfloat16": 2**-9, "float16": 2**-12}
 
 
@@ -227,5 +228,5 @@ def assert_close(ours, exact, naive, dtype: str, what: str) -> None:
         size = norm(exact.reshape(-1)) or 1
         error, allowed = (norm((x - exact).reshape(-1)) / size for x in (ours, naive))
         assert allowed <= 30 * FLOOR[dtype], f"{what}: the naive result is off by {allowed:.3g} ({name})"
-        bound = 2 * allowed + FLOOR[dtype]
+        bound = 2 * allowed + FLOOR[dtype] * (2 if name == "max" else 1)
         assert error <= bound, f"{what}: {name} error {error:.3g} exceeds {bound:.3g} (naive: {allowed:.3g})"

@@ -9,7 +9,7 @@ import jax_fa
 
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
-    {"problem", "compat"},
+    {"problem", "compat", "_native"},
     {"masks", "softmax", "dropout", "tiles", "packed"},
     {
         "backends.xla",

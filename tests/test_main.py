@@ -11,8 +11,10 @@ import pytest
 
 import jax_fa
 from jax_fa import demo
+from jax_fa.backends import cpu as native
 from jax_fa.demo import baseline, checks, gpt, race
 
+BEST = "cpu" if native.missing is None else "xla"
 TINY = ["--quick", "--steps", "3", "--seq-len", "96"]
 
 
@@ -92,7 +94,7 @@ def test_training_end_to_end(one_case, capsys):
     assert demo.main(TINY) == 0
     out = capsys.readouterr().out
     assert f"jax_fa {jax_fa.__version__}, Python" in out
-    assert "cpu: xla" in out
+    assert f"cpu: {BEST}" in out
     assert "step    3  loss: jax_fa" in out
     assert "temporary memory of a step" in out
     assert out.splitlines()[-1].startswith("OK: 1 of 1 cases right, losses agree; a step takes ")
@@ -127,7 +129,7 @@ def test_losses_that_differ_give_1(one_case, capsys, monkeypatch):
         (["--batch", "two"], "argument --batch: must be a positive integer; got 'two'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--seq-len", "100000000"], "seq_len must be less than the text's"),
-        (["--implementation", "nope"], "implementation must be None or one of 'xla'"),
+        (["--implementation", "nope"], "implementation must be None or one of 'cpu', 'xla'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

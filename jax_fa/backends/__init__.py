@@ -11,13 +11,12 @@ where forward and backward are plain traceable functions.
 
 from types import ModuleType
 
-from jax_fa.backends import xla
+from jax_fa.backends import cpu, xla
 from jax_fa.problem import Operands, Problem
 
-BACKENDS: tuple[ModuleType, ...] = (xla,)
+BACKENDS: tuple[ModuleType, ...] = (cpu, xla)
 # Known names that this version does not bring yet, so that asking for one gets a reason and not a riddle.
 PLANNED = {
-    "cpu": "the native CPU kernel is not part of this version",
     "mosaic": "the Pallas Mosaic GPU kernel is not part of this version",
     "ascend": "the CANN adapter is not part of this version",
 }

@@ -1,0 +1,275 @@
+"""Times the native CPU kernels against the machine's peak, `jax.nn`, our portable backend and PyTorch.
+
+    python benchmarks/cpu_attention.py [--rounds 7] [--only TEXT] [--json FILE]
+
+All that is compared in a row is called in turn within one process, and every ratio is of medians of one run;
+see README.md beside this file.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+import jax_fa
+from jax_fa import _native
+from jax_fa.masks import Causal, SlidingWindow
+
+# A peer where it is installed.
+torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    name: str
+    B: int = 1
+    Sq: int = 4096
+    Skv: int = 0  # 0: Sq
+    N: int = 8
+    K: int = 0  # 0: N
+    D: int = 64
+    dtype: str = "float32"
+    mask: str = "full"
+    extra: str = ""  # bias, mask or dropout
+    peers: bool = True
+
+    @property
+    def keys(self) -> int:
+        return self.Skv or self.Sq
+
+    @property
+    def forward_flops(self) -> float:
+        """Multiply-adds of the visible pairs, counted as two operations each, in two products."""
+        pairs = float(self.Sq) * self.keys
+        if self.mask == "causal":
+            pairs = self.Sq * (self.Sq + 1) / 2
+        elif self.mask.startswith("window"):
+            width = int(self.mask.split()[1])
+            pairs = sum(min(i + 1, width) for i in range(self.Sq))
+        return 4.0 * self.B * self.N * self.D * pairs
+
+    @property
+    def decodes(self) -> bool:
+        return self.Sq == 1
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        for D in (64, 128):
+            for mask in ("full", "causal"):
+                cases.append(Case(name="S=4096", D=D, mask=mask, dtype=dtype))
+        for mask in ("full", "causal"):
+            cases.append(Case(name="S=1024", Sq=1024, mask=mask, dtype=dtype))
+        cases.append(Case(name="S=128", Sq=128, dtype=dtype))
+        cases.append(Case(name="decode", Sq=1, Skv=32768, N=32, K=8, D=128, dtype=dtype))
+    cases.append(Case(name="window", Sq=16384, mask="window 512", peers=False))
+    cases.append(Case(name="S=16384", Sq=16384, mask="causal", peers=False))
+    cases.append(Case(name="GQA 8:2", K=2, mask="causal"))
+    for extra in ("bias", "mask", "dropout"):
+        cases.append(Case(name=f"with {extra}", extra=extra, peers=False))
+    return cases
+
+
+# --- what a case runs
+
+
+def _arrays(case: Case) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    K = case.K or case.N
+    shapes = {
+        "q": (case.B, case.Sq, case.N, case.D),
+        "k": (case.B, case.keys, K, case.D),
+        "v": (case.B, case.keys, K, case.D),
+        "dout": (case.B, case.Sq, case.N, case.D),
+    }
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def _ours(case: Case, implementation: str) -> Callable[..., Any]:
+    keywords: dict[str, Any] = {"implementation": implementation}
+    if case.mask == "causal":
+        keywords["mask"] = Causal()
+    elif case.mask.startswith("window"):
+        keywords["mask"] = SlidingWindow(int(case.mask.split()[1]) - 1, 0)
+    rng = np.random.default_rng(1)
+    if case.extra == "bias":
+        keywords["bias"] = jnp.asarray(rng.standard_normal((1, case.N, case.Sq, case.keys), np.float32))
+    elif case.extra == "mask":
+        keywords["mask"] = jnp.asarray(rng.random((case.B, 1, case.Sq, case.keys)) < 0.9)
+    elif case.extra == "dropout":
+        keywords |= {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}
+    return partial(jax_fa.flash_attention, **keywords)
+
+
+def _jax_programs(case: Case, attention: Callable[..., Any]) -> dict[str, Callable[[], Any]]:
+    a = {name: jnp.asarray(x, case.dtype) for name, x in _arrays(case).items()}
+    forward = jax.jit(attention)
+    programs = {"forward": lambda: jax.block_until_ready(forward(a["q"], a["k"], a["v"]))}
+    if not case.decodes:
+        pull_back = jax.jit(lambda vjp, dout: vjp(dout))
+
+        @jax.jit
+        def differentiate(q, k, v):
+            return jax.vjp(attention, q, k, v)[1]
+
+        vjp = differentiate(a["q"], a["k"], a["v"])
+        programs["backward"] = lambda: jax.block_until_ready(pull_back(vjp, a["dout"]))
+    return programs
+
+
+def _torch_programs(case: Case) -> dict[str, Callable[[], Any]]:
+    """PyTorch in its best layout: contiguous BNSD."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    a = {
+        name: torch.from_numpy(np.ascontiguousarray(x.swapaxes(1, 2))).to(getattr(torch, case.dtype))
+        for name, x in _arrays(case).items()
+    }
+    keywords = {"is_causal": case.mask == "causal", "enable_gqa": bool(case.K)}
+    q, k, v = (a[name].requires_grad_(not case.decodes) for name in "qkv")
+
+    def forward():
+        with torch.no_grad():
+            return attend(q, k, v, **keywords)
+
+    programs: dict[str, Callable[[], Any]] = {"forward": forward}
+    if not case.decodes:
+        out = attend(q, k, v, **keywords)
+        programs["backward"] = lambda: torch.autograd.grad(out, (q, k, v), a["dout"], retain_graph=True)
+    return programs
+
+
+# --- the machine's limits
+
+
+def fma_peak() -> float:
+    """Multiply-add operations per second of all cores, in the best instruction set."""
+    isa = next(name for name, there in _native.instruction_sets().items() if there)
+    iterations = 4_000_000
+
+    def work() -> None:
+        _native.fma_operations(isa, iterations)
+
+    threads = [threading.Thread(target=work) for _ in range(THREADS)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return THREADS * _native.fma_operations(isa, 1) * iterations / (time.perf_counter() - start)
+
+
+def read_bandwidth(x: np.ndarray) -> float:
+    """Bytes per second that all cores read from memory."""
+    parts = np.array_split(x, THREADS)
+    threads = [threading.Thread(target=part.max) for part in parts]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return x.nbytes / (time.perf_counter() - start)
+
+
+# --- measuring
+
+
+def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """One row per direction: medians of everything compared, called in turn."""
+    contestants = {"cpu": _jax_programs(case, _ours(case, "cpu"))}
+    if case.peers:
+        contestants["xla"] = _jax_programs(case, _ours(case, "xla"))
+        theirs = partial(jax.nn.dot_product_attention, is_causal=case.mask == "causal")
+        if case.dtype != "float16":  # XLA's CPU compiler refuses jax.nn's float16 products
+            contestants["jax.nn"] = _jax_programs(case, theirs)
+        if torch is not None:
+            contestants["torch"] = _torch_programs(case)
+    memory = np.ones(2**26, np.float32)
+    rows = []
+    for direction in ("forward", "backward"):
+        runs = {name: programs[direction] for name, programs in contestants.items() if direction in programs}
+        if not runs:
+            continue
+        for run in runs.values():
+            run()
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        peaks, bandwidths = [], []
+        for _ in range(rounds):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+            peaks.append(fma_peak())
+            bandwidths.append(read_bandwidth(memory))
+        median = {name: float(np.median(times)) for name, times in seconds.items()}
+        flops = case.forward_flops * (1.0 if direction == "forward" else 2.5)
+        item = jnp.dtype(case.dtype).itemsize
+        read = 2 * case.B * case.keys * (case.K or case.N) * case.D * item
+        rows.append(
+            asdict(case)
+            | {
+                "direction": direction,
+                "seconds": median,
+                "gflops": flops / median["cpu"] / 1e9,
+                "of_peak": flops / median["cpu"] / float(np.median(peaks)),
+                "of_bandwidth": read / median["cpu"] / float(np.median(bandwidths)),
+                "ratio": {name: median[name] / median["cpu"] for name in median if name != "cpu"},
+            }
+        )
+    return rows
+
+
+def _describe(row: dict[str, Any]) -> str:
+    label = f"{row['name']:>12} D={row['D']:<3} {row['dtype']:>8} {row['mask']:>10} {row['direction']:>8}"
+    limit = f"{row['of_bandwidth']:5.0%} of bandwidth" if row["Sq"] == 1 else f"{row['of_peak']:5.0%} of peak"
+    ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["ratio"].items())
+    return f"{label}  {row['seconds']['cpu'] * 1e3:9.3f} ms {row['gflops']:7.1f} GF/s {limit}  {ratios}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="calls of each contestant (default: %(default)s)"
+    )
+    parser.add_argument("--only", default="", help="only cases whose line contains this text")
+    parser.add_argument("--json", help="also write all figures to this file")
+    options = parser.parse_args()
+    versions = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "jax_fa": jax_fa.__version__,
+        "torch": None if torch is None else torch.__version__,
+        "machine": f"{platform.machine()}, {THREADS} cores",
+        "instruction_sets": _native.instruction_sets(),
+    }
+    print("  ".join(f"{name} {value}" for name, value in versions.items()))
+    print(f"FMA peak {fma_peak() / 1e9:.0f} GF/s; ratios say how many times longer the other takes")
+    rows = []
+    for case in _cases():
+        text = f"{case.name} D={case.D} {case.dtype} {case.mask}"
+        if options.only in text:
+            for row in measure(case, options.rounds):
+                print(_describe(row), flush=True)
+                rows.append(row)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"versions": versions, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

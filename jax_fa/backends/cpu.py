@@ -1,0 +1,119 @@
+"""The native CPU backend: C++ kernels (`cc/cpu/`) behind the XLA FFI.
+
+The kernels take arrays in the order they are stored in, so no operand is transposed or copied on the way.
+"""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa import compat, dropout
+from jax_fa.problem import DIFFERENTIABLE, Operands, Problem, dims, gradient_shape, out_shape
+
+missing: str | None = None  # why the extension is not there
+try:
+    import jax_fa._native as _native
+except ImportError as error:
+    missing = str(error)
+
+name = "cpu"
+platforms = ("cpu",)
+
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+_MAX_HEAD_DIM = 768
+_ALIBI = {None: 0, "linear": 1, "sqrt": 2}
+
+
+if missing is None:
+    # At import, so that exported programs find their targets in a process that traces none.
+    for target, handler in _native.registrations().items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+        compat.guarantee_custom_call(target)
+
+
+def why_not(problem: Problem, operands: Operands) -> str | None:
+    """Why this call cannot run here, or None."""
+    if missing is not None:
+        return f"the native extension is not installed ({missing}); reinstall with a C++17 compiler at hand"
+    wanted = os.environ.get("JAX_FA_CPU_ISA")
+    if wanted and not _native.instruction_sets().get(wanted):
+        return f"JAX_FA_CPU_ISA={wanted!r} is not one this machine has: {_available()}"
+    if operands.query.dtype not in _DTYPES:
+        return f"serves float32, bfloat16 and float16, not {operands.query.dtype}"
+    d = dims(problem, operands)
+    if not all(isinstance(size, (int, np.integer)) for size in (*d.B, d.Sq, d.Skv, d.N)):
+        return "symbolic dimensions are not supported"
+    if max(d.D, d.Dv) > _MAX_HEAD_DIM:
+        return f"head_dim is at most {_MAX_HEAD_DIM}, not {max(d.D, d.Dv)}"
+    return None
+
+
+def _available() -> str:
+    return ", ".join(isa for isa, there in _native.instruction_sets().items() if there)
+
+
+def forward(problem: Problem, operands: Operands):
+    """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
+    d = dims(problem, operands)
+    stats = jax.ShapeDtypeStruct((*d.B, d.N, d.Sq), jnp.float32)
+    out = jax.ShapeDtypeStruct(out_shape(problem, d), operands.query.dtype)
+    present, arrays = _arrays(operands)
+    call = jax.ffi.ffi_call("jax_fa_cpu_forward", (out, stats, stats))
+    return tuple(call(*arrays, problem=_attribute(problem, present)))
+
+
+def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
+    """Gradients of query, key, value and, where present, bias and alibi_slopes."""
+    d = dims(problem, operands)
+    present, arrays = _arrays(operands)
+    names = [name for name in DIFFERENTIABLE if getattr(operands, name) is not None]
+
+    def result(name: str) -> jax.ShapeDtypeStruct:
+        operand = getattr(operands, name)
+        # Sums over broadcast dims are float32, also where the operand is not.
+        dtype = operand.dtype if name in ("query", "key", "value") else jnp.float32
+        return jax.ShapeDtypeStruct(gradient_shape(problem, d, name, operand.shape), dtype)
+
+    saved = [out, m, l, dout] + ([] if dlogsumexp is None else [dlogsumexp.astype(jnp.float32)])
+    call = jax.ffi.ffi_call("jax_fa_cpu_backward", [result(name) for name in names])
+    gradients = dict(zip(names, call(*arrays, *saved, problem=_attribute(problem, present)), strict=True))
+    absent = {"query": None, "key": None, "value": None}
+    given = Operands(**absent | gradients)
+    return given.map(lambda name, x: x.astype(getattr(operands, name).dtype))
+
+
+def _arrays(operands: Operands) -> tuple[int, list[Any]]:
+    """Which operands are given, as a bit mask in field order, and their arrays."""
+    present, arrays = 0, []
+    for bit, (name, x) in enumerate(operands.items()):
+        if x is None:
+            continue
+        present |= 1 << bit
+        if name == "alibi_slopes" or (name == "bias" and x.dtype not in _DTYPES):
+            x = x.astype(jnp.float32)
+        arrays.append(x)
+    return present, arrays
+
+
+def _letters(axes: tuple[int, ...]) -> str:
+    """Axes as letters: attributes must be hashable, so an array will not do."""
+    return "".join(chr(ord("a") + axis) for axis in axes)
+
+
+def _attribute(problem: Problem, present: int) -> dict[str, Any]:
+    """The static part as the handlers' struct; every field has exactly the type that C++ expects."""
+    return {
+        "present": np.uint32(present),
+        "query_axes": _letters(problem.query_axes),
+        "key_axes": _letters(problem.key_axes),
+        "value_axes": _letters(problem.value_axes),
+        "out_axes": _letters(problem.out_axes),
+        "scale": np.float32(problem.scale),
+        "keep_prob": np.float32(problem.keep_prob),
+        "soft_cap": np.float32(problem.logits_soft_cap or 0.0),
+        "alibi": np.uint8(_ALIBI[problem.alibi]),
+        "threshold": np.uint32(dropout.threshold(problem.keep_prob)),
+    }

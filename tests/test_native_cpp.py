@@ -1,0 +1,98 @@
+"""The tests of the native kernels, which are a C++ program: builds it as a project of its own and runs it."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CC = Path(__file__).parent.parent / "cc"
+COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")
+
+if shutil.which("cmake") is None:
+    pytest.skip("needs cmake, which is not installed", allow_module_level=True)
+if not any(map(shutil.which, COMPILERS)):
+    pytest.skip(f"needs a C++ compiler; none of {', '.join(COMPILERS)} is installed", allow_module_level=True)
+
+
+def _run(*command, **environment: str) -> str:
+    done = subprocess.run(
+        [str(c) for c in command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
+
+
+def _build(directory: Path, **options: str) -> Path:
+    _run(
+        "cmake",
+        "-S",
+        CC / "tests",
+        "-B",
+        directory,
+        *(f"-D{name}={value}" for name, value in options.items()),
+    )
+    _run("cmake", "--build", directory, "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "4"))
+    return directory / "kernel_test"
+
+
+def _shared_code(directory: Path) -> list[str]:
+    """Symbols of the kernels that a linker merges with those of other files, by name."""
+    objects = sorted(directory.rglob("kernel_*.cc.o")) + sorted(directory.rglob("kernel_*.cc.obj"))
+    objects = [o for o in objects if o.name.split(".")[0] != "kernel_test"]
+    assert objects
+    found = []
+    for path in objects:
+        for line in _run("nm", "--format=posix", path).splitlines():
+            symbol = re.match(r"(\S+) [WVu]\b", line)
+            if symbol and symbol[1] != "DW.ref.__gxx_personality_v0":  # a pointer, the same for every set
+                found.append(f"{path.name}: {symbol[1]}")
+    return found
+
+
+def test_quick(tmp_path):
+    program = _build(tmp_path)
+    print(_run(program, "quick"))
+    if shutil.which("nm"):
+        assert _shared_code(tmp_path) == []
+
+
+def test_both_projects_compile_alike():
+    """The flags of the kernels stand in both CMakeLists.txt."""
+
+    def flags(path: Path) -> list[str]:
+        text = re.search(r"set\(KERNELS.*?-Wno-uninitialized>\)", path.read_text(), re.DOTALL)[0]
+        text = re.sub(r"#.*|target_include_directories.*|\.\./", "", text)
+        return text.split()
+
+    assert flags(CC / "CMakeLists.txt") == flags(CC / "tests" / "CMakeLists.txt")
+
+
+@pytest.mark.slow
+def test_full(tmp_path):
+    print(_run(_build(tmp_path, JAX_FA_WERROR="ON"), "full"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, which is not installed")
+def test_no_shared_code_without_optimization(tmp_path):
+    _build(tmp_path, CMAKE_BUILD_TYPE="Debug")
+    assert _shared_code(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_address_and_undefined_sanitizers(tmp_path):
+    program = _build(tmp_path, JAX_FA_SANITIZE="address,undefined")
+    print(_run(program, "sanitized", UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1"))
+
+
+@pytest.mark.slow
+def test_thread_sanitizer(tmp_path):
+    program = _build(tmp_path, JAX_FA_SANITIZE="thread")
+    print(_run(program, "threads", TSAN_OPTIONS="halt_on_error=1"))
