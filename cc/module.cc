@@ -24,6 +24,11 @@ PYBIND11_MODULE(_native, module) {
     for (int i = 0; i < count; ++i) sets[kernels[i].name] = kernels[i].supported();
     return sets;
   });
+  // The set that runs, or None where JAX_FA_CPU_ISA names one that this machine lacks.
+  module.def("chosen_instruction_set", []() -> py::object {
+    const jax_fa::Kernels* chosen = jax_fa::ChosenKernels();
+    return chosen == nullptr ? py::object(py::none()) : py::object(py::str(chosen->name));
+  });
   // For benchmarks: runs multiply-adds of one instruction set on this thread; returns how many operations.
   module.def("fma_operations", [](const std::string& isa, int64_t iterations) {
     int count = 0;

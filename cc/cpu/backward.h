@@ -10,7 +10,7 @@
 constexpr int64_t kBackwardRows = 192;
 
 struct BackwardPlan {
-  int64_t rows, key_block, dq_row, splits, split_keys;
+  int64_t rows, row_blocks, key_block, dq_row, splits, split_keys;
   int64_t groups = 0;
   Buffer memory;
   int64_t* group_of;  // the task group of each key head b * K + k
@@ -20,6 +20,7 @@ struct BackwardPlan {
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
     key_block = wide <= 64 ? 256 : wide <= 128 ? 512 : wide <= 256 ? 256 : 128;
     dq_row = Panels(c.D) * kPanel;
+    row_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
     // Heads that add to the same bias gradient form a group; without one, each head is its own.
     const int64_t count = c.B * c.K;
     group_of = memory.ints();
@@ -58,248 +59,341 @@ struct BackwardPlan {
   }
 };
 
+template <bool kPairs>
 struct BackwardScratch {
-  float *q, *dout, *p, *ds, *slope, *keys_t, *values_t, *keys, *dk, *dv, *stage, *tmp, *m, *inverse, *delta, *dq;
-  int32_t *lo, *hi;
-  int64_t s_row, dv_row;
+  float *q, *dout;            // rows of a block, as units
+  float *q_panels, *dout_panels;
+  float *p, *ds, *ds_rows;    // ds_rows: rows of ds as pairs
+  float *slope, *keys_t, *values_t, *keys, *dk, *dv, *stage, *tmp, *m, *inverse, *delta, *dq;
+  int32_t *lo, *hi, *block_lo, *block_hi;
+  int64_t q_row, dout_row, s_row, half_row, dv_row;
 
   BackwardScratch(const Call& c, const BackwardPlan& plan, bool own_dq) {
-    const int64_t kb = RoundUp(plan.key_block, kPanel), n = kBackwardRows;
+    const int64_t kb = RoundUp(plan.key_block, kPanel), n = kBackwardRows, row_units = Units<kPairs>(n);
+    q_row = RoundUp(Units<kPairs>(c.D), kLanes);
+    dout_row = RoundUp(Units<kPairs>(c.Dv), kLanes);
     dv_row = Panels(c.Dv) * kPanel;
     s_row = kb + kLanes;
-    const int64_t stage_size = kLanes * RoundUp(c.D > c.Dv ? c.D : c.Dv, kLanes);
-    const int64_t sizes[] = {n * plan.dq_row, n * dv_row, n * s_row, n * s_row, s_row, kb * c.D, kb * c.Dv,
-                             kb * plan.dq_row, kb * plan.dq_row, kb * dv_row, stage_size, kb,
+    half_row = kb / 2 + kLanes;
+    const int64_t sizes[] = {n * q_row, n * dout_row, row_units * plan.dq_row, row_units * dv_row, n * s_row, n * s_row,
+                             kPairs ? n * half_row : 0, s_row, kb * Units<kPairs>(c.D), kb * Units<kPairs>(c.Dv),
+                             Units<kPairs>(kb) * plan.dq_row, kb * plan.dq_row, kb * dv_row, StageSize(c), kb,
                              plan.rows, plan.rows, plan.rows, own_dq ? plan.rows * plan.dq_row : 0,
-                             plan.rows, plan.rows};
-    float* parts[18];
+                             plan.rows, plan.rows, plan.row_blocks, plan.row_blocks};
+    float* parts[23];
     TakeScratch(sizes, parts);
-    float** const names[] = {&q, &dout, &p, &ds, &slope, &keys_t, &values_t, &keys, &dk, &dv, &stage, &tmp, &m, &inverse, &delta, &dq};
-    for (int i = 0; i < 16; ++i) *names[i] = parts[i];
-    lo = reinterpret_cast<int32_t*>(parts[16]);
-    hi = reinterpret_cast<int32_t*>(parts[17]);
+    float** const names[] = {&q, &dout, &q_panels, &dout_panels, &p, &ds, &ds_rows, &slope, &keys_t, &values_t,
+                             &keys, &dk, &dv, &stage, &tmp, &m, &inverse, &delta, &dq};
+    for (int i = 0; i < 19; ++i) *names[i] = parts[i];
+    int32_t** const ints[] = {&lo, &hi, &block_lo, &block_hi};
+    for (int i = 0; i < 4; ++i) *ints[i] = reinterpret_cast<int32_t*>(parts[19 + i]);
   }
 };
 
+// Sum of x[i] y[i].
+inline float Dot(const float* x, const float* y, int64_t n) {
+  F sum = Set(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = Fma(Load(x + i), Load(y + i), sum);
+  float total = Sum(sum);
+  for (; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
 // Per row: max, 1 / sum (0 for a row that sees nothing; NaN where q or dout is not finite, so that only the
-// keys it sees hear of it), delta, and the visible range.
-inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardScratch& s, int64_t b, int64_t k) {
+// keys it sees hear of it), delta, and the visible range; that of each block of rows too.
+template <bool kPairs>
+inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
+                        int64_t k) {
   const bool masked = IsMasked(c);
+  const int64_t half = RoundUp(c.Dv, kLanes);
   for (int64_t r = 0; r < plan.rows; ++r) {
     const Row row = RowAt(c, b, k, r);
     const Range v = Visible(c, row);
     s.lo[r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);
     s.hi[r] = static_cast<int32_t>(v.Empty() ? 0 : v.hi);
+    int32_t &from = s.block_lo[r / kBackwardRows], &to = s.block_hi[r / kBackwardRows];
+    if (r % kBackwardRows == 0) from = INT32_MAX, to = 0;
+    if (!v.Empty()) {
+      from = s.lo[r] < from ? s.lo[r] : from;
+      to = s.hi[r] > to ? s.hi[r] : to;
+    }
     s.m[r] = *c.m.At<float>(b, row.n, row.i);
     const float l = *c.l.At<float>(b, row.n, row.i);
     s.inverse[r] = l == 0.0f ? 0.0f : 1.0f / l;
-    LoadRow(c.dout.Bytes(b, row.n, row.i), c.dout.dtype, c.dout.col, c.Dv, s.stage);
-    float* out = s.stage + RoundUp(c.Dv, kLanes);
-    LoadRow(c.out.Bytes(b, row.n, row.i), c.out.dtype, c.out.col, c.Dv, out);
-    double delta = 0.0;
-    for (int64_t d = 0; d < c.Dv; ++d) delta += static_cast<double>(s.stage[d]) * out[d];
-    if (c.dlogsumexp) delta -= *c.dlogsumexp.At<float>(b, row.n, row.i);
-    s.delta[r] = static_cast<float>(delta);
+    const float* dout = ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage);
+    s.delta[r] = Dot(dout, ReadRow<false>(c.out, b, row.n, row.i, c.Dv, s.stage + half), c.Dv);
+    if (c.dlogsumexp) s.delta[r] -= *c.dlogsumexp.At<float>(b, row.n, row.i);
     if (masked) {
-      s.inverse[r] += ZeroOrNaN(s.stage, c.Dv);
-      LoadRow(c.query.Bytes(b, row.n, row.i), c.query.dtype, c.query.col, c.D, s.stage);
-      s.inverse[r] += ZeroOrNaN(s.stage, c.D);
+      s.inverse[r] += ZeroOrNaN(dout, c.Dv);
+      s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.query, b, row.n, row.i, c.D, s.stage), c.D);
       if (v.Empty()) s.inverse[r] = 0.0f;
     }
   }
 }
 
-// One row as panels, times `factor`; zeros if masked calls hold something that is not finite.
-inline void PackRowClean(const View& x, int64_t b, int64_t h, int64_t i, int64_t width, float factor, bool clean,
-                         float* stage, int64_t r, int64_t rows, float* panels) {
-  LoadRow(x.Bytes(b, h, i), x.dtype, x.col, width, stage);
-  if (clean && ZeroOrNaN(stage, width) != 0.0f) Fill(stage, 0, width, 0.0f);
-  if (factor != 1.0f)
-    for (int64_t d = 0; d < width; ++d) stage[d] *= factor;
-  PackRow(stage, width, r, rows, panels);
+// Rows [r0, r0 + n) of the query heads of key head k, or keys, as panels. In masked calls those that are not all
+// finite are 0: what they would bring is in `inverse`, or hidden.
+template <bool kPairs, typename At>
+inline void PackClean(const View& x, bool masked, int64_t n, int64_t width, float* stage, float* panels,
+                      const At& at) {
+  PackRows<kPairs>(n, width, stage, panels, [&](int64_t i, float* own) {
+    const Row row = at(i);
+    const auto* numbers = ReadRow<kPairs>(x, row.b, row.n, row.i, width, own);
+    if (!masked || ZeroOrNaN(numbers, width) == 0.0f) return numbers;
+    Fill(own, 0, Units<kPairs>(width), 0.0f);
+    return reinterpret_cast<decltype(numbers)>(own);
+  });
 }
 
-// A (rows x depth, as panels of `rows` rows) times transposed panels of keys: rows of tile `t` only.
-inline void TimesTransposed(int64_t n, int64_t depth, const float* a, int64_t a_rows, const float* b, float* c,
-                            int64_t c_row) {
-  for (int64_t d = 0; d < depth; d += kPanel) {
-    const int64_t width = depth - d < kPanel ? depth - d : kPanel;
-    if (d == 0) {
-      Gemm<false>(n, width, a, kPanel, 1, b, c, c_row);
-    } else {
-      Gemm<true>(n, width, a + d / kPanel * a_rows * kPanel, kPanel, 1, b + d * kPanel, c, c_row);
-    }
+// The part of dbias that a row of ds adds.
+inline void AddToBias(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* ds) {
+  float* db = c.dbias.At<float>(row.b, row.n, row.i, j0 + from);
+  if (c.dbias.col == 0) {
+    float sum = 0.0f;
+    for (int64_t j = from; j < to; ++j) sum += ds[j];
+    *db += sum;
+  } else if (c.dbias.col == 1) {
+    Combine(to - from, db, ds + from, [](F x, F more) { return x + more; });
+  } else {
+    for (int64_t j = from; j < to; ++j) db[(j - from) * c.dbias.col] += ds[j];
   }
 }
 
-// Turns a row of products q.k and dout.v of keys [c0, c1) into weights p and ds, in place, 0 where hidden.
-inline void RowGradients(const Call& c, const BackwardScratch& s, const Row& row, int64_t r, int64_t j0, int64_t from,
-                         int64_t to, int64_t c0, int64_t c1, float* p, float* ds, float* dslope) {
+// Minus the sum of ds times the distance, which is a row's part of the gradient of the slope.
+inline float SlopeGradient(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* ds) {
+  double sum = 0.0;
+  const int64_t base = j0 - row.i;
+  for (int64_t j = from; j < to; ++j) {
+    const float away = __builtin_fabsf(static_cast<float>(base + j));
+    sum -= ds[j] * (c.alibi == Alibi::kSqrt ? __builtin_sqrtf(away) : away);
+  }
+  return static_cast<float>(sum);
+}
+
+// Turns a row of products q.k and dout.v with keys j0 + [c0, c1), of which it sees v, into weights p and ds, in
+// place, 0 where hidden.
+template <bool kPairs>
+inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const Row& row, int64_t r, int64_t j0, Range v,
+                         int64_t c0, int64_t c1, float* p, float* ds, float* dslope) {
+  if (v.Empty()) v = {c0, c0};
   float* slope = c.soft_cap != 0.0f ? s.slope : nullptr;
-  if (from < to) ToLogits(c, row, j0, from, to, nullptr, p, slope, s.tmp);
-  Fill(p, c0, from, -__builtin_inff());
-  Fill(p, to, c1, -__builtin_inff());
-  const float delta = s.delta[r], kept = 1.0f / c.keep_prob;
-  const F m = Set(s.m[r]), inverse = Set(s.inverse[r]);
-  for (int64_t j = c0; j < c1; j += kLanes) Store(p + j, Exp(Load(p + j) - m) * inverse);
-  Fill(p, c0, from, 0.0f);  // 0 * NaN, where inverse is NaN
-  Fill(p, to, c1, 0.0f);
-  if (c.mask && inverse[0] != inverse[0]) {
-    for (int64_t j = from; j < to; ++j)
-      if (!*c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + j)) p[j] = 0.0f;
+  F scale = Set(c.scale);
+  if (!IsPlain(c)) {
+    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, slope, s.tmp);
+    scale = Set(1.0f);
   }
-  const bool dropout = c.seed || c.drop_bits;
-  if (!dropout) {
-    const F dl = Set(delta);
-    for (int64_t j = c0; j < c1; j += kLanes) Store(ds + j, Load(p + j) * (Load(ds + j) - dl));
+  Fill(p, c0, v.lo, -__builtin_inff());
+  Fill(p, v.hi, c1, -__builtin_inff());
+  const F m = Set(-s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
+  if (!c.seed && !c.drop_bits) {
+    for (int64_t j = c0; j < c1; j += kLanes) {
+      const F w = Exp(Fma(Load(p + j), scale, m)) * inverse;
+      Store(p + j, w);
+      Store(ds + j, w * (Load(ds + j) - delta));
+    }
   } else {
     float* keep = s.tmp;  // 1 / keep_prob or 0
-    Fill(keep, from, to, kept);
-    Drop(c, row, j0, from, to, keep);
-    for (int64_t j = from; j < to; ++j) {
-      ds[j] = p[j] * (keep[j] == 0.0f ? -delta : ds[j] * keep[j] - delta);
-      p[j] = keep[j] == 0.0f ? 0.0f : p[j] * keep[j];
+    Fill(keep, 0, c1, 0.0f);
+    Fill(keep, v.lo, v.hi, 1.0f / c.keep_prob);
+    Drop(c, row, j0, v.lo, v.hi, keep);
+    const F none = Set(0.0f);
+    for (int64_t j = c0; j < c1; j += kLanes) {
+      const F w = Exp(Fma(Load(p + j), scale, m)) * inverse, kept = Load(keep + j);
+      const Mask dropped = IsZero(kept);  // a product 0 * NaN would not be 0
+      Store(p + j, Select(dropped, none, w * kept));
+      Store(ds + j, w * (Select(dropped, none, Load(ds + j) * kept) - delta));
     }
   }
-  if (slope != nullptr)
-    for (int64_t j = from; j < to; ++j) ds[j] *= slope[j];
-  Fill(ds, c0, from, 0.0f);
-  Fill(ds, to, c1, 0.0f);
-  if (IsMasked(c) && c.mask) {  // a hidden value may be NaN
-    for (int64_t j = from; j < to; ++j)
-      if (!*c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + j)) ds[j] = 0.0f;
+  if (slope != nullptr) Combine(v.hi - v.lo, ds + v.lo, slope + v.lo, [](F x, F by) { return x * by; });
+  float* const both[] = {p, ds};
+  for (float* x : both) {  // hidden products may be NaN, and so may `inverse`
+    Fill(x, c0, v.lo, 0.0f);
+    Fill(x, v.hi, c1, 0.0f);
+    if (c.mask && !v.Empty()) Hide(c, row, j0, v.lo, v.hi, 0.0f, x);
   }
-  if (c.dbias) {
-    float* db = c.dbias.At<float>(row.b, row.n, row.i, j0);
-    if (c.dbias.col == 0) {
-      float sum = 0.0f;
-      for (int64_t j = from; j < to; ++j) sum += ds[j];
-      *db += sum;
-    } else {
-      for (int64_t j = from; j < to; ++j) db[j * c.dbias.col] += ds[j];
+  if (v.Empty()) return;
+  if (c.dbias) AddToBias(c, row, j0, v.lo, v.hi, ds);
+  if (dslope != nullptr) *dslope += SlopeGradient(c, row, j0, v.lo, v.hi, ds);
+}
+
+// Floats of p and ds, columns [0, keys), to pairs: of rows in place (in the first of each two rows), and ds of
+// neighbouring columns to ds_rows.
+template <bool kPairs>
+inline void JoinRows(const BackwardScratch<kPairs>& s, int64_t rows, int64_t keys) {
+  using U = Unit<kPairs>;
+  for (int64_t r = 0; r < rows; r += 2) {
+    const bool two = r + 1 < rows;
+    float* const both[] = {s.p, s.ds};
+    for (float* x : both) {
+      float *first = x + r * s.s_row, *second = first + s.s_row;
+      for (int64_t j = 0; j < keys; j += 2 * kLanes) {
+        const F a = U::Join(Load(first + j), Load(first + j + kLanes));
+        const F b = two ? U::Join(Load(second + j), Load(second + j + kLanes)) : Set(0.0f);
+        F low, high;
+        U::Interleave(a, b, &low, &high);
+        Store(first + j, low);
+        Store(first + j + kLanes, high);
+        if (x == s.p) continue;
+        Store(s.ds_rows + r * s.half_row + j / 2, a);
+        if (two) Store(s.ds_rows + (r + 1) * s.half_row + j / 2, b);
+      }
     }
-  }
-  if (dslope != nullptr) {
-    double sum = 0.0;
-    const int64_t base = j0 - row.i;
-    for (int64_t j = from; j < to; ++j) {
-      const float away = __builtin_fabsf(static_cast<float>(base + j));
-      sum -= ds[j] * (c.alibi == Alibi::kSqrt ? __builtin_sqrtf(away) : away);
-    }
-    *dslope += static_cast<float>(sum);
   }
 }
 
-inline void BackwardHead(const Call& c, const BackwardPlan& plan, const BackwardScratch& s, int64_t b, int64_t k,
+// dk and dv of a block: tiles of kRows keys, over the rows that see any of them, a chunk of rows at a time.
+template <bool kPairs>
+inline void KeyGradients(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t rows,
+                         int64_t width, const RowTile* tiles, int64_t count) {
+  constexpr int64_t kMostParts = 512 / kRows + 1;
+  const int64_t per = Unit<kPairs>::kNumbers, units = Units<kPairs>(rows), parts = (width + kRows - 1) / kRows;
+  Range seen_by[kMostParts];  // rows, in units
+  for (int64_t t = 0; t < parts; ++t) {
+    const int64_t a = width * t / parts, e = width * (t + 1) / parts;
+    seen_by[t] = {units, 0};
+    for (int64_t u = 0; u < count; ++u) {
+      if (tiles[u].from >= e || tiles[u].to <= a) continue;
+      const int64_t first = tiles[u].r / per;
+      seen_by[t].lo = first < seen_by[t].lo ? first : seen_by[t].lo;
+      seen_by[t].hi = Units<kPairs>(tiles[u].r + tiles[u].n);
+    }
+  }
+  struct Product {
+    const float *weights, *panels;
+    float* sum;
+    int64_t sum_row, panel_count;
+  };
+  const Product products[] = {{s.p, s.dout_panels, s.dv, s.dv_row, Panels(c.Dv)},
+                              {s.ds, s.q_panels, s.dk, plan.dq_row, Panels(c.D)}};
+  const int64_t weights_row = per * s.s_row;  // pairs of rows lie in every second one
+  for (const Product& x : products) {
+    for (int64_t d = 0; d < x.panel_count; ++d) {
+      for (int64_t u0 = 0; u0 < units; u0 += kChunk) {
+        for (int64_t t = 0; t < parts; ++t) {
+          const int64_t a = width * t / parts, e = width * (t + 1) / parts;
+          const int64_t from = seen_by[t].lo > u0 ? seen_by[t].lo : u0;
+          const int64_t to = seen_by[t].hi < u0 + kChunk ? seen_by[t].hi : u0 + kChunk;
+          if (from >= to) continue;
+          Gemm<kPairs, true>(e - a, to - from, x.weights + from * weights_row + a, 1, weights_row,
+                             x.panels + (d * units + from) * kPanel, x.sum + a * x.sum_row + d * kPanel, x.sum_row);
+        }
+      }
+    }
+  }
+}
+
+// Rows [g0, g0 + rows) over one block of keys, already packed.
+template <bool kPairs>
+inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b, int64_t k,
+                          int64_t g0, int64_t rows, int64_t j0, int64_t width, float* dq, float* dslopes) {
+  const int64_t per = Unit<kPairs>::kNumbers, keys = RoundUp(width, per * kLanes);
+  RowTile tiles[kBackwardRows];
+  const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
+  if (count == 0) return;
+  const auto row_at = [&](int64_t i) { return RowAt(c, b, k, g0 + i); };
+  for (int64_t r = 0; r < rows; ++r) {
+    const Row row = row_at(r);
+    CopyRow<kPairs>(c.query, b, row.n, row.i, c.D, s.q + r * s.q_row);
+    CopyRow<kPairs>(c.dout, b, row.n, row.i, c.Dv, s.dout + r * s.dout_row);
+  }
+  PackClean<kPairs>(c.query, IsMasked(c), rows, c.D, s.stage, s.q_panels, row_at);
+  PackClean<kPairs>(c.dout, IsMasked(c), rows, c.Dv, s.stage, s.dout_panels, row_at);
+
+  const int64_t depth = Units<kPairs>(c.D), dv_depth = Units<kPairs>(c.Dv);
+  for (int64_t panel = 0; panel < Panels(width); ++panel) {
+    for (int64_t t = 0; t < count; ++t) {
+      const RowTile& tile = tiles[t];
+      if (tile.to <= panel * kPanel || tile.from >= (panel + 1) * kPanel) continue;
+      const int64_t at = tile.r * s.s_row + panel * kPanel;
+      Gemm<kPairs, false>(tile.n, depth, s.q + tile.r * s.q_row, s.q_row, 1, s.keys_t + panel * depth * kPanel, s.p + at,
+                          s.s_row);
+      Gemm<kPairs, false>(tile.n, dv_depth, s.dout + tile.r * s.dout_row, s.dout_row, 1,
+                          s.values_t + panel * dv_depth * kPanel, s.ds + at, s.s_row);
+    }
+  }
+
+  int64_t done = 0;
+  const auto clear = [&](int64_t to) {  // rows that see none of these keys
+    for (; done < to; ++done) {
+      Fill(s.p + done * s.s_row, 0, keys, 0.0f);
+      Fill(s.ds + done * s.s_row, 0, keys, 0.0f);
+    }
+  };
+  for (int64_t t = 0; t < count; ++t) {
+    const RowTile& tile = tiles[t];
+    clear(tile.r);
+    const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
+    for (int64_t r = tile.r; r < tile.r + tile.n; ++r) {
+      const Row row = row_at(r);
+      float *p = s.p + r * s.s_row, *ds = s.ds + r * s.s_row;
+      RowGradients<kPairs>(c, s, row, g0 + r, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1, p, ds,
+                           dslopes ? dslopes + row.n % c.G() : nullptr);
+      float* const both[] = {p, ds};
+      for (float* x : both) {
+        Fill(x, 0, c0, 0.0f);
+        Fill(x, c1, keys, 0.0f);
+      }
+    }
+    done = tile.r + tile.n;
+  }
+  clear(rows);
+  if constexpr (kPairs) JoinRows<kPairs>(s, rows, keys);
+
+  const float* ds_rows = kPairs ? s.ds_rows : s.ds;
+  const int64_t ds_row = kPairs ? s.half_row : s.s_row, key_units = Units<kPairs>(width);
+  for (int64_t d = 0; d < Panels(c.D); ++d) {
+    for (int64_t u0 = 0; u0 < key_units; u0 += kChunk) {
+      for (int64_t t = 0; t < count; ++t) {
+        const RowTile& tile = tiles[t];
+        const int64_t from = tile.from / per > u0 ? tile.from / per : u0, end = Units<kPairs>(tile.to);
+        const int64_t to = end < u0 + kChunk ? end : u0 + kChunk;
+        if (from >= to) continue;
+        Gemm<kPairs, true>(tile.n, to - from, ds_rows + tile.r * ds_row + from, ds_row, 1,
+                           s.keys + (d * key_units + from) * kPanel, dq + (g0 + tile.r) * plan.dq_row + d * kPanel,
+                           plan.dq_row);
+      }
+    }
+  }
+  KeyGradients<kPairs>(c, plan, s, rows, width, tiles, count);
+}
+
+template <bool kPairs>
+inline void BackwardHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b, int64_t k,
                          int64_t key0, int64_t key1, float* dq, float* dslopes) {
-  const bool masked = IsMasked(c);
-  PrepareRows(c, plan, s, b, k);
+  PrepareRows<kPairs>(c, plan, s, b, k);
   Fill(dq, 0, plan.rows * plan.dq_row, 0.0f);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
-    const int64_t keys = RoundUp(width, kLanes);
-    Fill(s.dk, 0, keys * plan.dq_row, 0.0f);
-    Fill(s.dv, 0, keys * s.dv_row, 0.0f);
+    Fill(s.dk, 0, width * plan.dq_row, 0.0f);
+    Fill(s.dv, 0, width * s.dv_row, 0.0f);
     bool packed = false;
-    for (int64_t g0 = 0; g0 < plan.rows; g0 += kBackwardRows) {
-      const int64_t rows = g0 + kBackwardRows < plan.rows ? kBackwardRows : plan.rows - g0;
-      RowTile tiles[kBackwardRows];
-      int64_t count = 0;
-      const int64_t parts = (rows + kRows - 1) / kRows;
-      for (int64_t t = 0; t < parts; ++t) {
-        RowTile tile{rows * t / parts, 0, width, 0};
-        tile.n = rows * (t + 1) / parts - tile.r;
-        for (int64_t r = g0 + tile.r; r < g0 + tile.r + tile.n; ++r) {
-          const int64_t from = s.lo[r] - j0 > 0 ? s.lo[r] - j0 : 0, to = s.hi[r] - j0 < width ? s.hi[r] - j0 : width;
-          if (from >= to) continue;
-          tile.from = from < tile.from ? from : tile.from;
-          tile.to = to > tile.to ? to : tile.to;
-        }
-        if (tile.from < tile.to) tiles[count++] = tile;
-      }
-      if (count == 0) continue;
+    for (int64_t block = 0; block < plan.row_blocks; ++block) {
+      if (s.block_lo[block] >= j0 + width || s.block_hi[block] <= j0) continue;
       if (!packed) {
-        PackTransposed(c.key, c.D, b, k, j0, width, s.stage, s.keys_t);
-        PackTransposed(c.value, c.Dv, b, k, j0, width, s.stage, s.values_t);
-        for (int64_t j = 0; j < width; ++j)
-          PackRowClean(c.key, b, k, j0 + j, c.D, 1.0f, masked, s.stage, j, width, s.keys);
+        PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, s.stage, s.keys_t);
+        PackTransposed<kPairs>(c.value, c.Dv, b, k, j0, width, s.stage, s.values_t);
+        PackClean<kPairs>(c.key, IsMasked(c), width, c.D, s.stage, s.keys,
+                          [&](int64_t j) { return Row{b, k, j0 + j}; });
         packed = true;
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        const Row row = RowAt(c, b, k, g0 + r);
-        PackRowClean(c.query, b, row.n, row.i, c.D, c.scale, masked, s.stage, r, rows, s.q);
-        PackRowClean(c.dout, b, row.n, row.i, c.Dv, 1.0f, masked, s.stage, r, rows, s.dout);
-      }
-      for (int64_t panel = 0; panel < Panels(width); ++panel) {
-        for (int64_t t = 0; t < count; ++t) {
-          const RowTile& tile = tiles[t];
-          if (tile.to <= panel * kPanel || tile.from >= (panel + 1) * kPanel) continue;
-          const int64_t at = tile.r * s.s_row + panel * kPanel;
-          TimesTransposed(tile.n, c.D, s.q + tile.r * kPanel, rows, s.keys_t + panel * c.D * kPanel, s.p + at, s.s_row);
-          TimesTransposed(tile.n, c.Dv, s.dout + tile.r * kPanel, rows, s.values_t + panel * c.Dv * kPanel, s.ds + at,
-                          s.s_row);
-        }
-      }
-      int64_t done = tiles[0].r;  // rows before are never read
-      for (int64_t t = 0; t < count; ++t) {
-        const RowTile& tile = tiles[t];
-        for (; done < tile.r; ++done) {
-          Fill(s.p + done * s.s_row, 0, keys, 0.0f);
-          Fill(s.ds + done * s.s_row, 0, keys, 0.0f);
-        }
-        const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
-        for (int64_t r = tile.r; r < tile.r + tile.n; ++r) {
-          const Row row = RowAt(c, b, k, g0 + r);
-          int64_t from = s.lo[g0 + r] - j0 > 0 ? s.lo[g0 + r] - j0 : 0;
-          int64_t to = s.hi[g0 + r] - j0 < width ? s.hi[g0 + r] - j0 : width;
-          if (from >= to) from = to = c0;
-          float *p = s.p + r * s.s_row, *ds = s.ds + r * s.s_row;
-          RowGradients(c, s, row, g0 + r, j0, from, to, c0, c1, p, ds, dslopes ? dslopes + row.n % c.G() : nullptr);
-          Fill(p, 0, c0, 0.0f);
-          Fill(ds, 0, c0, 0.0f);
-          Fill(p, c1, keys, 0.0f);
-          Fill(ds, c1, keys, 0.0f);
-        }
-        done = tile.r + tile.n;
-        for (int64_t d = 0; d < Panels(c.D); ++d) {
-          Gemm<true>(tile.n, tile.to - tile.from, s.ds + tile.r * s.s_row + tile.from, s.s_row, 1,
-                     s.keys + (d * width + tile.from) * kPanel, dq + (g0 + tile.r) * plan.dq_row + d * kPanel,
-                     plan.dq_row);
-        }
-      }
-      // dk and dv: tiles of kRows keys, over the rows that see any of them.
-      const int64_t key_parts = (width + kRows - 1) / kRows;
-      for (int64_t t = 0; t < key_parts; ++t) {
-        const int64_t a = width * t / key_parts, e = width * (t + 1) / key_parts;
-        int64_t first = rows, last = 0;
-        for (int64_t u = 0; u < count; ++u) {
-          if (tiles[u].from >= e || tiles[u].to <= a) continue;
-          first = tiles[u].r < first ? tiles[u].r : first;
-          last = tiles[u].r + tiles[u].n;
-        }
-        if (first >= last) continue;
-        for (int64_t d = 0; d < Panels(c.Dv); ++d)
-          Gemm<true>(e - a, last - first, s.p + first * s.s_row + a, 1, s.s_row,
-                     s.dout + (d * rows + first) * kPanel, s.dv + a * s.dv_row + d * kPanel, s.dv_row);
-        for (int64_t d = 0; d < Panels(c.D); ++d)
-          Gemm<true>(e - a, last - first, s.ds + first * s.s_row + a, 1, s.s_row,
-                     s.q + (d * rows + first) * kPanel, s.dk + a * plan.dq_row + d * kPanel, plan.dq_row);
-      }
+      const int64_t g0 = block * kBackwardRows, rows = g0 + kBackwardRows < plan.rows ? kBackwardRows : plan.rows - g0;
+      BackwardBlock<kPairs>(c, plan, s, b, k, g0, rows, j0, width, dq, dslopes);
     }
     for (int64_t j = 0; j < width; ++j) {
-      StoreRow(s.dk + j * plan.dq_row, c.dkey.Bytes(b, k, j0 + j), c.dkey.dtype, c.dkey.col, c.D);
-      StoreRow(s.dv + j * s.dv_row, c.dvalue.Bytes(b, k, j0 + j), c.dvalue.dtype, c.dvalue.col, c.Dv);
+      StoreRow(s.dk + j * plan.dq_row, c.scale, c.dkey.Bytes(b, k, j0 + j), c.dkey.dtype, c.dkey.col, c.D);
+      StoreRow(s.dv + j * s.dv_row, 1.0f, c.dvalue.Bytes(b, k, j0 + j), c.dvalue.dtype, c.dvalue.col, c.Dv);
     }
   }
 }
 
-inline void StoreQueryRow(const Call& c, const Row& row, float* dq) {
-  for (int64_t d = 0; d < c.D; ++d) dq[d] *= c.scale;
-  StoreRow(dq, c.dquery.Bytes(row.b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
+inline void StoreQueryRow(const Call& c, const Row& row, const float* dq) {
+  StoreRow(dq, c.scale, c.dquery.Bytes(row.b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
 }
 
 // `dbias` must be zero; `dslopes` is overwritten.
-void Backward(const Call& c, const Runner& runner) {
+template <bool kPairs>
+void BackwardAs(const Call& c, const Runner& runner) {
   const BackwardPlan plan(c);
   const int64_t heads = c.B * c.K, G = c.G(), head_size = plan.rows * plan.dq_row;
   const Buffer dq_parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
@@ -311,12 +405,12 @@ void Backward(const Call& c, const Runner& runner) {
     const int64_t group = task / plan.splits, split = task % plan.splits;
     const int64_t key0 = split * plan.split_keys;
     const int64_t key1 = key0 + plan.split_keys < c.Skv ? key0 + plan.split_keys : c.Skv;
-    const BackwardScratch s(c, plan, plan.splits == 1);
+    const BackwardScratch<kPairs> s(c, plan, plan.splits == 1);
     for (int64_t head = 0; head < heads; ++head) {
       if (plan.group_of[head] != group) continue;
       const int64_t b = head / c.K, k = head % c.K, part = head * plan.splits + split;
       float* dq = plan.splits == 1 ? s.dq : dq_parts.get() + part * head_size;
-      BackwardHead(c, plan, s, b, k, key0, key1, dq, c.dslopes ? slopes.get() + part * G : nullptr);
+      BackwardHead<kPairs>(c, plan, s, b, k, key0, key1, dq, c.dslopes ? slopes.get() + part * G : nullptr);
       if (plan.splits > 1) continue;
       for (int64_t r = 0; r < plan.rows; ++r) StoreQueryRow(c, RowAt(c, b, k, r), dq + r * plan.dq_row);
     }
@@ -326,7 +420,8 @@ void Backward(const Call& c, const Runner& runner) {
     Run(runner, heads, [&](int64_t head) {
       float* total = dq_parts.get() + head * plan.splits * head_size;
       for (int64_t split = 1; split < plan.splits; ++split)
-        for (int64_t x = 0; x < head_size; ++x) total[x] += total[split * head_size + x];
+        for (int64_t x = 0; x < head_size; x += kLanes)
+          Store(total + x, Load(total + x) + Load(total + split * head_size + x));
       for (int64_t r = 0; r < plan.rows; ++r)
         StoreQueryRow(c, RowAt(c, head / c.K, head % c.K, r), total + r * plan.dq_row);
     });

@@ -1,11 +1,11 @@
-// C[M][kPanel] (+)= sum_k A(i, k) B[k][kPanel], with B a packed panel and A read by broadcast.
+// C[M][kPanel] (+)= sum_k A(i, k) B[k][kPanel], with B a packed panel and A read by broadcast; k counts units.
 //
 // A is addressed by a row and a k stride, so row-major A (logits) and column-major A (the transposed
 // products of the backward) are the same code. kRows x kPanelVectors accumulators fill the registers.
 
-template <int M, bool kAdd>
-inline void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k,
-                     const float* __restrict b, float* __restrict c, int64_t c_row) {
+template <bool kPairs, int M, bool kAdd>
+inline void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k, const float* __restrict b,
+                     int64_t b_row, float* __restrict c, int64_t c_row) {
   F acc[M][kPanelVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
@@ -14,12 +14,12 @@ inline void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_
   for (int64_t k = 0; k < K; ++k) {
     F bv[kPanelVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) bv[v] = Load(b + k * kPanel + v * kLanes);
+    for (int v = 0; v < kPanelVectors; ++v) bv[v] = Load(b + k * b_row + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const F ai = Set(a[i * a_row + k * a_k]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kPanelVectors; ++v) acc[i][v] = Fma(ai, bv[v], acc[i][v]);
+      for (int v = 0; v < kPanelVectors; ++v) acc[i][v] = Unit<kPairs>::MulAdd(ai, bv[v], acc[i][v]);
     }
   }
 #pragma GCC unroll 8
@@ -33,21 +33,24 @@ inline void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_
 
 // The same for any number of rows, split as evenly as possible. With kAdd the sum over k starts from zero
 // and is added to C at the end: continuing C's accumulation would cost accuracy.
-template <bool kAdd>
-inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b,
-                 float* c, int64_t c_row) {
+template <bool kPairs, bool kAdd>
+inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
+                 int64_t c_row, int64_t b_row = kPanel) {
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t i0 = rows * t / tiles, n = rows * (t + 1) / tiles - i0;
     const float* at = a + i0 * a_row;
     float* ct = c + i0 * c_row;
     switch (n) {
-      case 1: GemmRows<1, kAdd>(K, at, a_row, a_k, b, ct, c_row); break;
-      case 2: GemmRows<2, kAdd>(K, at, a_row, a_k, b, ct, c_row); break;
-      case 3: GemmRows<3, kAdd>(K, at, a_row, a_k, b, ct, c_row); break;
-      case 4: GemmRows<4, kAdd>(K, at, a_row, a_k, b, ct, c_row); break;
-      case 5: GemmRows<5, kAdd>(K, at, a_row, a_k, b, ct, c_row); break;
-      default: GemmRows<6, kAdd>(K, at, a_row, a_k, b, ct, c_row); break;
+      case 1: GemmRows<kPairs, 1, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 2: GemmRows<kPairs, 2, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 3: GemmRows<kPairs, 3, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 4: GemmRows<kPairs, 4, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 5: GemmRows<kPairs, 5, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      default: GemmRows<kPairs, 6, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
     }
   }
 }
+
+// As much of a panel as stays in the first cache (24 KiB of it) while many tiles of rows pass.
+constexpr int64_t kChunk = 6144 / kPanel;

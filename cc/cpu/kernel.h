@@ -8,6 +8,7 @@ namespace jax_fa {
 struct Kernels {
   const char* name;
   bool (*supported)();  // by this processor and operating system
+  bool (*preferred)();  // to those after it, where supported
   void (*forward)(const Call&, const Runner&);
   void (*backward)(const Call&, const Runner&);
   // For benchmarks: runs multiply-adds alone and returns the number of operations; sink holds three floats.

@@ -27,19 +27,15 @@ constexpr float kFloatMax = 3.40282346638528859812e+38f;
 
 #include "cpu/rows.h"
 
-// 0 if all n numbers are finite, else NaN.
-inline float ZeroOrNaN(const float* x, int64_t n) {
-  F sum = Set(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = Fma(Load(x + i), Set(0.0f), sum);
-  float total = Sum(sum);
-  for (; i < n; ++i) total += x[i] * 0.0f;
-  return total;
-}
+#include "cpu/direct.h"
 
 #include "cpu/forward.h"
 
 #include "cpu/backward.h"
+
+inline bool InPairs(const Call& c) {
+  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16;
+}
 
 // As many independent multiply-adds as fill the pipeline; returns how many floating-point operations.
 inline double FmaLoop(int64_t iterations, float* sink) {
@@ -61,8 +57,20 @@ inline double FmaLoop(int64_t iterations, float* sink) {
 }  // namespace
 
 double RunFma(int64_t iterations, float* sink) { return FmaLoop(iterations, sink); }
-void RunForward(const Call& c, const Runner& runner) { Forward(c, runner); }
-void RunBackward(const Call& c, const Runner& runner) { Backward(c, runner); }
+void RunForward(const Call& c, const Runner& runner) {
+  if (InPairs(c)) {
+    ForwardAs<kHasPairs>(c, runner);
+  } else {
+    ForwardAs<false>(c, runner);
+  }
+}
+void RunBackward(const Call& c, const Runner& runner) {
+  if (InPairs(c)) {
+    BackwardAs<kHasPairs>(c, runner);
+  } else {
+    BackwardAs<false>(c, runner);
+  }
+}
 
 }  // namespace JAX_FA_ISA
 }  // namespace jax_fa

@@ -25,20 +25,95 @@ inline void LoadRow(const void* src, DType dtype, int64_t stride, int64_t n, flo
   }
 }
 
-inline void StoreRow(const float* src, void* dst, DType dtype, int64_t stride, int64_t n) {
+// `n` floats, times `factor`, to where and as what they are stored.
+inline void StoreRow(const float* src, float factor, void* dst, DType dtype, int64_t stride, int64_t n) {
+  const F f = Set(factor);
+  int64_t i = 0;
   if (dtype == DType::kF32) {
     float* d = static_cast<float*>(dst);
-    for (int64_t i = 0; i < n; ++i) d[i * stride] = src[i];
-  } else if (dtype == DType::kBF16) {
-    uint16_t* d = static_cast<uint16_t*>(dst);
-    for (int64_t i = 0; i < n; ++i) d[i * stride] = FromFloatBF16(src[i]);
+    if (stride == 1)
+      for (; i + kLanes <= n; i += kLanes) Store(d + i, Load(src + i) * f);
+    for (; i < n; ++i) d[i * stride] = src[i] * factor;
+    return;
+  }
+  uint16_t* d = static_cast<uint16_t*>(dst);
+  if (dtype == DType::kBF16) {
+    if (stride == 1)
+      for (; i + kLanes <= n; i += kLanes) StoreBF16(d + i, Load(src + i) * f);
+    for (; i < n; ++i) d[i * stride] = FromFloatBF16(src[i] * factor);
   } else {
-    uint16_t* d = static_cast<uint16_t*>(dst);
-    for (int64_t i = 0; i < n; ++i) d[i * stride] = FromFloatF16(src[i]);
+    if (stride == 1)
+      for (; i + kLanes <= n; i += kLanes) StoreF16(d + i, Load(src + i) * f);
+    for (; i < n; ++i) d[i * stride] = FromFloatF16(src[i] * factor);
   }
 }
 
+inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t Panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+inline void Fill(float* p, int64_t from, int64_t to, float x) {
+  const F v = Set(x);
+  for (; from + kLanes <= to; from += kLanes) Store(p + from, v);
+  for (; from < to; ++from) p[from] = x;
+}
+
+// 0 if all n numbers are finite, else NaN.
+inline float ZeroOrNaN(const float* x, int64_t n) {
+  F sum = Set(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = Fma(Load(x + i), Set(0.0f), sum);
+  float total = Sum(sum);
+  for (; i < n; ++i) total += x[i] * 0.0f;
+  return total;
+}
+
+inline float ZeroOrNaN(const uint16_t* x, int64_t n) {  // bfloat16
+  F sum = Set(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = Fma(LoadBF16(x + i), Set(0.0f), sum);
+  float total = Sum(sum);
+  for (; i < n; ++i) total += ToFloatBF16(x[i]) * 0.0f;
+  return total;
+}
+
+// Floats that staging rows of a call takes: kLanes rows, or two rows filled up to whole panels.
+inline int64_t StageSize(const Call& c) {
+  const int64_t wide = c.D > c.Dv ? c.D : c.Dv, rows = kLanes * RoundUp(wide, kLanes), panels = 2 * Panels(wide) * kPanel;
+  return rows > panels ? rows : panels;
+}
+
+// --- rows as units: floats, or the bfloat16 numbers as they are
+
+template <bool kPairs>
+struct Number { using Type = float; };
+template <>
+struct Number<true> { using Type = uint16_t; };
+
+// A row of an array as contiguous numbers: where it lies if it can be read from there, else copied to `stage`.
+template <bool kPairs>
+inline const typename Number<kPairs>::Type* ReadRow(const View& x, int64_t b, int64_t h, int64_t i, int64_t n,
+                                                    float* stage) {
+  using T = typename Number<kPairs>::Type;
+  const char* src = x.Bytes(b, h, i);
+  if ((kPairs || x.dtype == DType::kF32) && (x.col == 1 || n == 1)) return reinterpret_cast<const T*>(src);
+  if constexpr (kPairs) {
+    uint16_t* dst = reinterpret_cast<uint16_t*>(stage);
+    const uint16_t* s = reinterpret_cast<const uint16_t*>(src);
+    for (int64_t d = 0; d < n; ++d) dst[d] = s[d * x.col];
+    return dst;
+  } else {
+    LoadRow(src, x.dtype, x.col, n, stage);
+    return stage;
+  }
+}
+
+// A row of an array as units, the last one filled up with zero.
+template <bool kPairs>
+inline void CopyRow(const View& x, int64_t b, int64_t h, int64_t i, int64_t n, float* units) {
+  const auto* row = ReadRow<kPairs>(x, b, h, i, n, units);
+  if (reinterpret_cast<const void*>(row) != units) __builtin_memcpy(units, row, sizeof(*row) * static_cast<size_t>(n));
+  if (kPairs && n % 2 != 0) reinterpret_cast<uint16_t*>(units)[n] = 0;
+}
 
 // One row of `n` numbers into row `r` of panels of `rows` rows each ([panel][rows][kPanel]); the last panel
 // is filled up with zeros.
@@ -114,36 +189,73 @@ inline void TransposeBlock(const float* src, int64_t src_row, float* dst, int64_
 #endif
 }
 
-inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-inline void Fill(float* p, int64_t from, int64_t to, float x) {
-  const F v = Set(x);
-  for (; from + kLanes <= to; from += kLanes) Store(p + from, v);
-  for (; from < to; ++from) p[from] = x;
-}
-
-// Rows j0 .. j0 + n of key or value as transposed panels [panel][width][kPanel].
-inline void PackTransposed(const View& x, int64_t width, int64_t b, int64_t k, int64_t j0, int64_t n,
-                               float* stage, float* panels) {
-  const bool direct = x.dtype == DType::kF32 && x.col == 1 && width % kLanes == 0;
-  const int64_t ld = RoundUp(width, kLanes);
+// Rows j0 .. j0 + n of key or value as transposed panels [panel][units of width][kPanel]. `stage` holds kLanes rows.
+template <bool kPairs>
+inline void PackTransposed(const View& x, int64_t width, int64_t b, int64_t k, int64_t j0, int64_t n, float* stage,
+                           float* panels) {
+  const int64_t units = Units<kPairs>(width), ld = RoundUp(units, kLanes), per = Unit<kPairs>::kNumbers;
+  const bool direct = (kPairs || x.dtype == DType::kF32) && x.col == 1 && width % (kLanes * per) == 0 && x.row % per == 0;
   for (int64_t r = 0; r < Panels(n) * kPanel; r += kLanes) {
-    float* dst = panels + (r / kPanel) * width * kPanel + r % kPanel;
+    float* dst = panels + (r / kPanel) * units * kPanel + r % kPanel;
     if (direct && r + kLanes <= n) {
       const float* src = reinterpret_cast<const float*>(x.Bytes(b, k, j0 + r));
-      for (int64_t d = 0; d < width; d += kLanes) TransposeBlock(src + d, x.row, dst + d * kPanel, kPanel);
+      for (int64_t d = 0; d < units; d += kLanes) TransposeBlock(src + d, x.row / per, dst + d * kPanel, kPanel);
       continue;
     }
     for (int64_t i = 0; i < kLanes; ++i) {
       if (r + i < n) {
-        LoadRow(x.Bytes(b, k, j0 + r + i), x.dtype, x.col, width, stage + i * ld);
+        CopyRow<kPairs>(x, b, k, j0 + r + i, width, stage + i * ld);
       } else {
         Fill(stage + i * ld, 0, ld, 0.0f);
       }
     }
     int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) TransposeBlock(stage + d, ld, dst + d * kPanel, kPanel);
-    for (; d < width; ++d)
+    for (; d + kLanes <= units; d += kLanes) TransposeBlock(stage + d, ld, dst + d * kPanel, kPanel);
+    for (; d < units; ++d)
       for (int i = 0; i < kLanes; ++i) dst[d * kPanel + i] = stage[i * ld + d];
+  }
+}
+
+// Two rows of `n` bfloat16 numbers as pairs: row `r` of panels of `rows` rows each. Both are read up to a multiple
+// of kPanel numbers.
+template <bool kPairs>
+inline void PackPairs(const uint16_t* first, const uint16_t* second, int64_t n, int64_t r, int64_t rows,
+                      float* panels) {
+  for (int64_t p = 0; p < Panels(n); ++p) {
+    float* dst = panels + (p * rows + r) * kPanel;
+    for (int64_t c = 0; c < kPanel; c += 2 * kLanes) {
+      F low, high;
+      const int64_t at = p * kPanel + c;
+      Unit<kPairs>::Interleave(Load(reinterpret_cast<const float*>(first + at)),
+                               Load(reinterpret_cast<const float*>(second + at)), &low, &high);
+      Store(dst + c, low);
+      Store(dst + c + kLanes, high);
+    }
+  }
+}
+
+// Rows given by `read(i, stage)` (a pointer to `width` numbers; may use the stage), i = 0 .. n - 1, as panels
+// [panel][units of n][kPanel]. `stage` holds two rows, filled up to whole panels.
+template <bool kPairs, typename Read>
+inline void PackRows(int64_t n, int64_t width, float* stage, float* panels, const Read& read) {
+  if constexpr (!kPairs) {
+    for (int64_t i = 0; i < n; ++i) PackRow(read(i, stage), width, i, n, panels);
+  } else {
+    const int64_t full = Panels(width) * kPanel;
+    uint16_t* stages[2] = {reinterpret_cast<uint16_t*>(stage), reinterpret_cast<uint16_t*>(stage) + full};
+    for (int64_t i = 0; i < n; i += 2) {
+      const uint16_t* rows[2];
+      for (int64_t e = 0; e < 2; ++e) {
+        const uint16_t* row = i + e < n ? read(i + e, reinterpret_cast<float*>(stages[e])) : nullptr;
+        if (row == nullptr || width % kPanel != 0) {
+          const int64_t given = row == nullptr ? 0 : width;
+          if (row != nullptr && row != stages[e]) __builtin_memcpy(stages[e], row, sizeof(uint16_t) * static_cast<size_t>(width));
+          __builtin_memset(stages[e] + given, 0, sizeof(uint16_t) * static_cast<size_t>(full - given));
+          row = stages[e];
+        }
+        rows[e] = row;
+      }
+      PackPairs<kPairs>(rows[0], rows[1], width, i / 2, Units<true>(n), panels);
+    }
   }
 }

@@ -22,48 +22,89 @@ inline Range Visible(const Call& c, const Row& row) {
   return {lo < 0 ? 0 : lo, hi > c.Skv ? c.Skv : hi};
 }
 
+// Lanes of a vector at most.
+inline int Rest(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
+
 inline bool IsMasked(const Call& c) { return c.lower || c.upper || c.mask; }
 
-// Turns products q.k (already scaled) of keys j0 + [from, to) into logits, in place; `slope` (may be null)
-// takes the derivative of the soft cap. Columns are relative to key j0; `tmp` holds to - from floats.
-inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to,
-                     const float* poison, float* s, float* slope, float* tmp) {
+// Whether a row's logits are just its products, times the scale.
+inline bool IsPlain(const Call& c) {
+  return !c.bias && !c.slopes && c.soft_cap == 0.0f && !c.mask && c.scale > 0.0f;
+}
+
+// The part of the row's bias for keys j0 + [from, to), as floats: where it lies, or in `tmp`.
+inline const float* BiasOf(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float* tmp) {
+  if (c.bias.col == 0) {
+    LoadRow(c.bias.Bytes(row.b, row.n, row.i), c.bias.dtype, 1, 1, tmp);
+    Fill(tmp, 0, to - from, tmp[0]);
+    return tmp;
+  }
+  const char* src = c.bias.Bytes(row.b, row.n, row.i, j0 + from);
+  if (c.bias.dtype == DType::kF32 && c.bias.col == 1) return reinterpret_cast<const float*>(src);
+  LoadRow(src, c.bias.dtype, c.bias.col, to - from, tmp);
+  return tmp;
+}
+
+// x[j] = what(x[j], more[j]) for j < n, vector by vector; the last one is not written, nor `more` read, past n.
+template <typename What>
+inline void Combine(int64_t n, float* x, const float* more, const What& what) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) Store(x + j, what(Load(x + j), Load(more + j)));
+  if (j < n) {
+    const int rest = static_cast<int>(n - j);
+    StoreFirst(x + j, what(LoadFirst(x + j, rest), LoadFirst(more + j, rest)), rest);
+  }
+}
+
+// Sets x[from..to) to `value` where the row's mask hides the key.
+inline void Hide(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float value, float* x) {
+  const uint8_t* visible = c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + from);
+  x += from;
   const int64_t n = to - from;
+  if (c.mask.col == 0) {
+    if (!*visible) Fill(x, 0, n, value);
+    return;
+  }
+  int64_t j = 0;
+  if (c.mask.col == 1) {
+    // Not up to the last vector: a vector of flags may be read in one piece that is longer than a vector of floats.
+    for (; j + 16 <= n; j += kLanes) Store(x + j, Select(NonZero(visible + j), Load(x + j), Set(value)));
+  }
+  for (; j < n; ++j)
+    if (!visible[j * c.mask.col]) x[j] = value;
+}
+
+// Turns products q.k of keys j0 + [from, to) into logits, in place; `slope` (may be null) takes the derivative of
+// the soft cap. Columns are relative to key j0; `tmp` holds to - from floats. `poison` (may be null) is added.
+inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* poison,
+                     float* s, float* slope, float* tmp) {
+  const int64_t n = to - from;
+  const F scale = Set(c.scale);
   s += from;
   if (c.bias) {
-    if (c.bias.col == 0) {
-      LoadRow(c.bias.Bytes(row.b, row.n, row.i), c.bias.dtype, 1, 1, tmp);
-      const F x = Set(tmp[0]);
-      for (int64_t j = 0; j < n; j += kLanes) Store(s + j, Load(s + j) + x);
-    } else {
-      LoadRow(c.bias.Bytes(row.b, row.n, row.i, j0 + from), c.bias.dtype, c.bias.col, n, tmp);
-      for (int64_t j = 0; j < n; ++j) s[j] += tmp[j];
-    }
+    Combine(n, s, BiasOf(c, row, j0, from, to, tmp), [&](F x, F bias) { return Fma(x, scale, bias); });
+  } else {
+    Combine(n, s, s, [&](F x, F) { return x * scale; });
   }
   if (c.slopes) {
-    const float a = *c.slopes.At<float>(row.b, row.n);
-    const int64_t base = j0 + from - row.i;
-    if (c.alibi == Alibi::kSqrt) {
-      for (int64_t j = 0; j < n; ++j) s[j] -= a * __builtin_sqrtf(__builtin_fabsf(static_cast<float>(base + j)));
-    } else {
-      for (int64_t j = 0; j < n; ++j) s[j] -= a * __builtin_fabsf(static_cast<float>(base + j));
+    const F minus = Set(-*c.slopes.At<float>(row.b, row.n)), count = Count();
+    const int64_t base = j0 + from - row.i;  // exact as a float up to 2^24, as the slopes' definition has it
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const F away = Abs(count + Set(static_cast<float>(base + j)));
+      const F x = Fma(minus, c.alibi == Alibi::kSqrt ? Sqrt(away) : away, LoadFirst(s + j, Rest(n - j)));
+      StoreFirst(s + j, x, Rest(n - j));
     }
   }
   if (c.soft_cap != 0.0f) {
-    const float inverse = 1.0f / c.soft_cap;
+    const F inverse = Set(1.0f / c.soft_cap), cap = Set(c.soft_cap);
     for (int64_t j = 0; j < n; j += kLanes) {
-      const F t = Tanh(Load(s + j) * Set(inverse));
-      Store(s + j, t * Set(c.soft_cap));
-      if (slope != nullptr) Store(slope + from + j, Set(1.0f) - t * t);
+      const F t = Tanh(LoadFirst(s + j, Rest(n - j)) * inverse);
+      StoreFirst(s + j, t * cap, Rest(n - j));
+      if (slope != nullptr) StoreFirst(slope + from + j, Set(1.0f) - t * t, Rest(n - j));
     }
   }
-  if (poison != nullptr)
-    for (int64_t j = 0; j < n; ++j) s[j] += poison[from + j];
-  if (c.mask) {
-    const uint8_t* visible = c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + from);
-    for (int64_t j = 0; j < n; ++j)
-      if (!visible[j * c.mask.col]) s[j] = -__builtin_inff();
-  }
+  if (poison != nullptr) Combine(n, s, poison + from, [](F x, F more) { return x + more; });
+  if (c.mask) Hide(c, row, j0, from, to, -__builtin_inff(), s - from);
 }
 
 // Zeroes those of p[from..to) that dropout drops.
@@ -71,13 +112,20 @@ inline void Drop(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
   if (c.seed) {
     const uint32_t* seed = c.seed.At<uint32_t>(row.b, 0);
     const uint32_t* stream = c.stream.At<uint32_t>(row.b, row.n);
-    uint8_t keep[kKeepColumns];
-    for (int64_t j = j0 + from; j < j0 + to;) {
-      const int64_t block = j / kKeepColumns;
+    for (int64_t block = (j0 + from) / kKeepColumns; block * kKeepColumns < j0 + to; ++block) {
+      uint32_t keep[4];
       KeepColumns(seed, stream, static_cast<uint32_t>(row.i), static_cast<uint32_t>(block), c.threshold, keep);
-      const int64_t end = (block + 1) * kKeepColumns < j0 + to ? (block + 1) * kKeepColumns : j0 + to;
-      for (; j < end; ++j)
-        if (!keep[j - block * kKeepColumns]) p[j - j0] = 0.0f;
+      const int64_t first = block * kKeepColumns - j0;  // may lie before `from`, even before 0
+      for (int64_t j = 0; j < kKeepColumns; j += kLanes) {
+        const int64_t at = first + j;
+        const Mask kept = Bits(keep[j / 32] >> (j % 32));
+        if (at >= from && at + kLanes <= to) {
+          Store(p + at, Select(kept, Load(p + at), Set(0.0f)));
+        } else {
+          for (int64_t i = at < from ? from - at : 0; i < kLanes && at + i < to; ++i)
+            if (!(keep[j / 32] >> (j % 32 + i) & 1)) p[at + i] = 0.0f;
+        }
+      }
     }
   }
   if (c.drop_bits) {
@@ -92,7 +140,8 @@ inline void Drop(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
   }
 }
 
-inline float RowMax(const float* s, int64_t from, int64_t to, float m) {
+inline float RowMax(const float* s, int64_t from, int64_t to) {
+  float m = -__builtin_inff();
   F a = Set(m), b = a;
   int64_t j = from;
   for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
@@ -108,22 +157,101 @@ inline float RowMax(const float* s, int64_t from, int64_t to, float m) {
   return m;
 }
 
-// p = exp(s - m) in place over a whole number of vectors; returns the sum.
-inline float RowExp(float* s, int64_t from, int64_t to, float m) {
-  const F mv = Set(m);
+// p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
+// rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros.
+template <bool kPairs>
+inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
+  const F mv = Set(-m), f = Set(scale);
   F a = Set(0.0f), b = a;
   int64_t j = from;
   for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
-    const F x = Exp(Load(s + j) - mv), y = Exp(Load(s + j + kLanes) - mv);
-    Store(s + j, x);
-    Store(s + j + kLanes, y);
+    const F x = Exp(Fma(Load(s + j), f, mv)), y = Exp(Fma(Load(s + j + kLanes), f, mv));
+    if constexpr (kPairs) {
+      Store(s + j / 2, Unit<kPairs>::Join(x, y));
+    } else {
+      Store(s + j, x);
+      Store(s + j + kLanes, y);
+    }
     a = a + x;
     b = b + y;
   }
   for (; j < to; j += kLanes) {
-    const F x = Exp(Load(s + j) - mv);
-    Store(s + j, x);
+    const F x = Exp(Fma(Load(s + j), f, mv));
+    if constexpr (kPairs) {
+      Store(s + j / 2, Unit<kPairs>::Join(x, Set(0.0f)));
+    } else {
+      Store(s + j, x);
+    }
     a = a + x;
   }
   return Sum(a + b);
+}
+
+// The same rounding and storing alone.
+template <bool kPairs>
+inline void RowJoin(float* s, int64_t from, int64_t to) {
+  for (int64_t j = from; j < to; j += 2 * kLanes)
+    Store(s + j / 2, Unit<kPairs>::Join(Load(s + j), j + kLanes < to ? Load(s + j + kLanes) : Set(0.0f)));
+}
+
+// Turns a row's products with keys j0 + [c0, c1) into weights, of which it sees [v.lo, v.hi), and moves its max,
+// sum and output on.
+template <bool kPairs>
+inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1, const float* poison,
+                       float* tmp, float* x, float* m, float* l, float* acc) {
+  if (v.Empty()) v = {c0, c0};
+  float scale = c.scale;
+  if (!IsPlain(c) || poison != nullptr) {
+    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, poison, x, nullptr, tmp);
+    scale = 1.0f;
+  }
+  Fill(x, c0, v.lo, -__builtin_inff());
+  Fill(x, v.hi, c1, -__builtin_inff());
+  const float most = RowMax(x, c0, c1) * scale;
+  if (most > *m) {
+    const float rescale = __builtin_expf(*m - most);
+    const F f = Set(rescale);
+    for (int64_t d = 0; d < Panels(c.Dv) * kPanel; d += kLanes) Store(acc + d, Load(acc + d) * f);
+    *l *= rescale;
+    *m = most;
+  }
+  if (c.seed || c.drop_bits) {
+    *l += RowExp<false>(x, c0, c1, scale, *m);
+    Drop(c, row, j0, v.lo, v.hi, x);
+    if constexpr (kPairs) RowJoin<kPairs>(x, c0, c1);
+  } else {
+    *l += RowExp<kPairs>(x, c0, c1, scale, *m);
+  }
+}
+
+// --- which keys the rows of a block see
+
+struct RowTile {
+  int64_t r, n;      // first row within the block, and how many
+  int64_t from, to;  // keys it sees, relative to the block of keys
+};
+
+// The keys of j0 + [0, width) that a row with the range [lo, hi) sees, relative to j0; empty as (0, 0).
+inline Range Within(int32_t lo, int32_t hi, int64_t j0, int64_t width) {
+  const Range v{lo - j0 > 0 ? lo - j0 : 0, hi - j0 < width ? hi - j0 : width};
+  return v.Empty() ? Range{0, 0} : v;
+}
+
+// Tiles of up to kRows of `rows` rows with ranges lo, hi; those that see no key are left out. Returns how many.
+inline int64_t MakeTiles(const int32_t* lo, const int32_t* hi, int64_t rows, int64_t j0, int64_t width,
+                         RowTile* tiles) {
+  const int64_t parts = (rows + kRows - 1) / kRows;
+  int64_t count = 0;
+  for (int64_t t = 0; t < parts; ++t) {
+    RowTile tile{rows * t / parts, 0, width, 0};
+    tile.n = rows * (t + 1) / parts - tile.r;
+    for (int64_t r = tile.r; r < tile.r + tile.n; ++r) {
+      const Range v = Within(lo[r], hi[r], j0, width);
+      if (v.Empty()) continue;
+      tile.from = v.lo < tile.from ? v.lo : tile.from;
+      tile.to = v.hi > tile.to ? v.hi : tile.to;
+    }
+    if (tile.from < tile.to) tiles[count++] = tile;
+  }
+  return count;
 }

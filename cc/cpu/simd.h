@@ -1,4 +1,4 @@
-// A float vector of the instruction set this file is compiled for, in some twenty functions.
+// A float vector of the instruction set this file is compiled for, in some thirty functions.
 //
 // Included once per instruction set, inside that set's namespace (see kernel.inl). The portable path uses
 // the vector extensions of GCC and Clang, which also serve Arm.
@@ -30,14 +30,31 @@ inline F LoadBF16(const uint16_t* p) {
 inline F LoadF16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline void StoreF16(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void StoreBF16(uint16_t* p, F x) {
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i nan = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  r = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), r, nan);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+}
+inline F Sqrt(F x) { return _mm512_sqrt_ps(x); }
+inline F Abs(F x) { return _mm512_abs_ps(x); }
+inline F Count() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 inline Mask NonZero(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm_test_epi8_mask(x, x);
 }
 inline Mask Bits(uint32_t bits) { return static_cast<Mask>(bits); }
+inline Mask IsZero(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ); }
+// t = n + f with n integral and f in [-1/2, 1/2]; for t = -inf, f is 0.
+inline F Fraction(F t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2^n for integral n <= 0; 0 below the normal numbers.
 inline F ScaleByPowerOf2(F x, F n) { return _mm512_scalef_ps(x, n); }
-inline F Round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F NotBelow(F x, float) { return x; }  // Fraction and ScaleByPowerOf2 take any x
 #elif defined(JAX_FA_AVX2)
 constexpr int kLanes = 8, kPanelVectors = 2, kRows = 6;
 using F = __m256;
@@ -66,6 +83,22 @@ inline F LoadBF16(const uint16_t* p) {
 inline F LoadF16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline void StoreF16(uint16_t* p, F x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void StoreBF16(uint16_t* p, F x) {
+  const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i y = _mm256_blendv_epi8(r, nan, is_nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(y, y), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline F Sqrt(F x) { return _mm256_sqrt_ps(x); }
+inline F Abs(F x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+inline F Count() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
 inline Mask NonZero(const uint8_t* p) {
   const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(x, _mm256_setzero_si256()));
@@ -75,7 +108,9 @@ inline Mask Bits(uint32_t bits) {
   return _mm256_castsi256_ps(
       _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each), each));
 }
-inline F Round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Mask IsZero(F x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ); }
+inline F Fraction(F t) { return t - _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F NotBelow(F x, float least) { return _mm256_max_ps(_mm256_set1_ps(least), x); }  // NaN stays
 inline F ScaleByPowerOf2(F x, F n) {
   const F lowest = _mm256_set1_ps(-126.0f);
   const Mask tiny = _mm256_cmp_ps(n, lowest, _CMP_LT_OQ);
@@ -99,12 +134,19 @@ inline F Select(Mask m, F yes, F no) { return m ? yes : no; }
 inline float Sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline F LoadBF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatBF16(p[i]); return x; }
 inline F LoadF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatF16(p[i]); return x; }
+inline void StoreF16(uint16_t* p, F x) { for (int i = 0; i < 4; ++i) p[i] = FromFloatF16(x[i]); }
+inline void StoreBF16(uint16_t* p, F x) { for (int i = 0; i < 4; ++i) p[i] = FromFloatBF16(x[i]); }
+inline F Sqrt(F x) { F r; for (int i = 0; i < 4; ++i) r[i] = __builtin_sqrtf(x[i]); return r; }
+inline F Abs(F x) { return x < 0.0f ? -x : x; }
+inline F Count() { return F{0, 1, 2, 3}; }
 inline Mask NonZero(const uint8_t* p) { return Mask{p[0], p[1], p[2], p[3]} != Mask{0, 0, 0, 0}; }
 inline Mask Bits(uint32_t bits) {
   const int b = static_cast<int>(bits);
   return (Mask{b, b, b, b} & Mask{1, 2, 4, 8}) != Mask{0, 0, 0, 0};
 }
-inline F Round(F x) { F r; for (int i = 0; i < 4; ++i) r[i] = __builtin_rintf(x[i]); return r; }
+inline Mask IsZero(F x) { return x == Set(0.0f); }
+inline F Fraction(F t) { F f; for (int i = 0; i < 4; ++i) f[i] = t[i] - __builtin_rintf(t[i]); return f; }
+inline F NotBelow(F x, float least) { const F v = Set(least); return x < v ? v : x; }  // NaN stays
 inline F ScaleByPowerOf2(F x, F n) {
   const F lowest = Set(-126.0f);
   const Mask tiny = n < lowest;
@@ -121,9 +163,8 @@ constexpr int kPanel = kLanes * kPanelVectors;  // columns of a packed panel
 // exp(x) for x <= 0 up to rounding: 2^(x log2 e) by a polynomial on [-1/2, 1/2]. Relative error about 1e-7
 // near 0; -inf gives 0, NaN gives NaN.
 inline F Exp(F x) {
-  const F t = Max(Set(-200.0f), x) * Set(1.44269504088896340736f);  // Max gives its second argument if NaN
-  const F n = Round(t);
-  const F f = t - n;
+  const F t = NotBelow(x, -200.0f) * Set(1.44269504088896340736f);
+  const F f = Fraction(t);
   F p = Set(1.5403530393381609954e-4f);
   p = Fma(p, f, Set(1.3333558146428443423e-3f));
   p = Fma(p, f, Set(9.6181291076284771619e-3f));
@@ -131,7 +172,7 @@ inline F Exp(F x) {
   p = Fma(p, f, Set(2.4022650695910071233e-1f));
   p = Fma(p, f, Set(6.9314718055994530942e-1f));
   p = Fma(p, f, Set(1.0f));
-  return ScaleByPowerOf2(p, n);
+  return ScaleByPowerOf2(p, t - f);
 }
 
 // tanh(x) = x P(x^2) / Q(x^2) on [-9, 9] (a rational minimax approximation; a few ulp). NaN stays NaN.
@@ -150,4 +191,39 @@ inline F Tanh(F x) {
   q = Fma(q, y, Set(2.26843463243900e-03f));
   q = Fma(q, y, Set(4.89352518554385e-03f));
   return t * p / q;
+}
+
+// What the products are made of: 32-bit units in the lanes of an F, one float or (where the instruction set has
+// bfloat16 products) two neighbours along the sum, the first in the low half.
+template <bool kPairs>
+struct Unit {
+  static constexpr int64_t kNumbers = 1;
+  static JAX_FA_INLINE F MulAdd(F a, F b, F c) { return Fma(a, b, c); }
+};
+
+#if defined(JAX_FA_AVX512) && defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+template <>
+struct Unit<true> {
+  static constexpr int64_t kNumbers = 2;
+  static JAX_FA_INLINE F MulAdd(F a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  // Two vectors of floats, rounded, in their order.
+  static JAX_FA_INLINE F Join(F first, F second) { return (F)_mm512_cvtne2ps_pbh(second, first); }
+  // From 32 columns of two rows: pairs (row a, row b) of the first and of the last 16 columns.
+  static JAX_FA_INLINE void Interleave(F a, F b, F* first, F* last) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+    *first = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, low, y));
+    *last = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, high, y));
+  }
+};
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+template <bool kPairs>
+JAX_FA_INLINE int64_t Units(int64_t numbers) {
+  return (numbers + Unit<kPairs>::kNumbers - 1) / Unit<kPairs>::kNumbers;
 }

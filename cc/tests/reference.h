@@ -55,14 +55,17 @@ struct Problem {
 // softmax; then it may be NaN even where the definition gives a number, since kernels give up whole rows.
 struct Quantity {
   std::vector<double> value, error;
+  std::vector<double> terms;  // the sum of the magnitudes of its weighted terms
   std::vector<uint8_t> tainted;
   void Resize(size_t n) {
     value.assign(n, 0.0);
     error.assign(n, 0.0);
+    terms.assign(n, 0.0);
     tainted.assign(n, 0);
   }
   void Add(size_t at, double x, double e) {
     value[at] += x;
+    terms[at] += std::fabs(x);
     error[at] += e;
   }
 };

@@ -1,0 +1,2 @@
+#define JAX_FA_ISA avx512_bf16
+#include "cpu/kernel.inl"
