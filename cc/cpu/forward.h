@@ -32,7 +32,7 @@ struct ForwardPlan {
     const int64_t heads = c.B * c.K;
     shared = !direct && rows > kGroupRows &&
              heads * key_blocks * (keys_size + values_size + key_block) <= kSharedFloats;
-    task_rows = shared ? kGroupRows : kTaskRows;
+    task_rows = kTaskRows;
     while (task_rows > kGroupRows && heads * ((rows + task_rows - 1) / task_rows) < 64) task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
@@ -117,6 +117,7 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
     for (int64_t t = 0; t < count; ++t) {
       const RowTile& tile = tiles[t];
       if (tile.to <= p * kPanel || tile.from >= (p + 1) * kPanel) continue;
+      if (p + 1 < Panels(width)) Prefetch(packed.keys + (p + 1) * depth * kPanel, depth * kPanel, t, count);
       Gemm<kPairs, false>(tile.n, depth, q + tile.r * s.q_row, s.q_row, 1, packed.keys + p * depth * kPanel,
                           s.logits + tile.r * s.s_row + p * kPanel, s.s_row);
     }
@@ -140,6 +141,8 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
         const RowTile& tile = tiles[t];
         const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + kChunk ? tile.to : u0 + kChunk;
         if (from >= to) continue;
+        if (u0 + kChunk < last)
+          Prefetch(packed.values + (p * units + u0 + kChunk) * kPanel, kChunk * kPanel, t, count);
         Gemm<kPairs, true>(tile.n, to - from, s.logits + tile.r * s.s_row + from, s.s_row, 1,
                            packed.values + (p * units + from) * kPanel, acc + tile.r * dv + p * kPanel, dv);
       }
@@ -240,9 +243,9 @@ void ForwardAs(const Call& c, const Runner& runner) {
 
   Run(runner, heads * plan.blocks * plan.splits, [&](int64_t task) {
     const ForwardScratch<kPairs> s(c, plan);
-    // Last rows first: under a causal mask they are the longest.
-    const int64_t block = plan.blocks - 1 - task / (heads * plan.splits);
-    const int64_t head = task % (heads * plan.splits) / plan.splits, split = task % plan.splits;
+    // Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest.
+    const int64_t head = task / (plan.blocks * plan.splits), split = task % plan.splits;
+    const int64_t block = plan.blocks - 1 - task / plan.splits % plan.blocks;
     const int64_t b = head / c.K, k = head % c.K;
     const int64_t r0 = block * plan.task_rows, r1 = r0 + plan.task_rows < plan.rows ? r0 + plan.task_rows : plan.rows;
     const int64_t key0 = split * plan.split_keys;

@@ -1,10 +1,11 @@
 // C[M][kPanel] (+)= sum_k A(i, k) B[k][kPanel], with B a packed panel and A read by broadcast; k counts units.
 //
 // A is addressed by a row and a k stride, so row-major A (logits) and column-major A (the transposed
-// products of the backward) are the same code. kRows x kPanelVectors accumulators fill the registers.
+// products of the backward) are the same code. kRows x kPanelVectors accumulators fill the registers; inlined, the
+// compiler would keep its pointers in memory.
 
 template <bool kPairs, int M, bool kAdd>
-inline void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k, const float* __restrict b,
+__attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k, const float* __restrict b,
                      int64_t b_row, float* __restrict c, int64_t c_row) {
   F acc[M][kPanelVectors];
 #pragma GCC unroll 8
@@ -54,3 +55,9 @@ inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t
 
 // As much of a panel as stays in the first cache (24 KiB of it) while many tiles of rows pass.
 constexpr int64_t kChunk = 6144 / kPanel;
+
+// Asks for part `i` of `parts` of n floats that the next products read, so that they do not wait for the caches
+// beyond the first.
+inline void Prefetch(const float* p, int64_t n, int64_t i, int64_t parts) {
+  for (int64_t at = n * i / parts / 16 * 16; at < n * (i + 1) / parts; at += 16) __builtin_prefetch(p + at);
+}
