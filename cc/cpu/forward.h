@@ -19,6 +19,7 @@ struct ForwardPlan {
   int64_t splits, split_keys;  // key ranges whose partial results are merged
   int64_t keys_size, values_size;  // floats of a packed block
   bool direct;  // few rows, which read keys and values where they lie
+  int64_t task_heads;  // key heads of a task
   bool shared;  // packed once for all tasks
 
   explicit ForwardPlan(const Call& c) {
@@ -32,11 +33,12 @@ struct ForwardPlan {
     const int64_t heads = c.B * c.K;
     shared = !direct && rows > kGroupRows &&
              heads * key_blocks * (keys_size + values_size + key_block) <= kSharedFloats;
+    task_heads = direct ? c.K : 1;
     task_rows = kTaskRows;
     while (task_rows > kGroupRows && heads * ((rows + task_rows - 1) / task_rows) < 64) task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
-    const int64_t tasks = heads * blocks;
+    const int64_t tasks = heads / task_heads * blocks;
     splits = tasks == 0 || tasks >= 32 || rows > kGroupRows ? 1 : (64 + tasks - 1) / tasks;
     const int64_t most = c.Skv / 256;  // less is not worth the merging
     splits = splits < most ? splits : most;
@@ -61,11 +63,11 @@ struct ForwardScratch {
   int64_t q_row, s_row;
 
   ForwardScratch(const Call& c, const ForwardPlan<kPairs>& plan) {
-    const int64_t n = plan.task_rows, kb = RoundUp(plan.key_block, kPanel), dv = Panels(c.Dv) * kPanel;
+    const int64_t n = plan.direct ? plan.rows * plan.task_heads : plan.task_rows, kb = RoundUp(plan.key_block, kPanel), dv = Panels(c.Dv) * kPanel;
     q_row = Units<kPairs>(c.D);
     s_row = kb + kLanes;  // padded, so that rows do not meet in one cache set
     const bool packs = !plan.shared;
-    const int64_t sizes[] = {n * q_row, n * dv, n, n, kGroupRows * s_row, StageSize(c), kb,
+    const int64_t sizes[] = {n * q_row, n * dv, n, n, (n > kGroupRows ? n : kGroupRows) * s_row, StageSize(c), kb,
                              packs ? plan.keys_size : 0, packs ? plan.values_size : 0, kb, n, n};
     float* parts[12];
     TakeScratch(sizes, parts);
@@ -150,37 +152,66 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
   }
 }
 
-// One task: rows [r0, r1) of key head k of batch entry b over keys [key0, key1). Leaves the unnormalized output, max
-// and sum in the scratch. `block_at(j)` gives the packed block of keys from j on, or null data for "pack it yourself".
-template <bool kPairs, typename BlockAt>
-inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const ForwardScratch<kPairs>& s, int64_t b,
-                        int64_t k, int64_t r0, int64_t r1, int64_t key0, int64_t key1, const BlockAt& block_at) {
-  const int64_t n = r1 - r0, dv = Panels(c.Dv) * kPanel;
+// Takes rows [r0, r0 + n) of key head k to the scratch, from its row `at` on, for keys [key0, key1). Returns the range
+// of keys that any of them sees.
+template <bool kPairs>
+inline Range StartRows(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r0, int64_t n,
+                       int64_t at, int64_t key0, int64_t key1) {
+  const int64_t dv = Panels(c.Dv) * kPanel;
   Range all{key1, key0};
   for (int64_t r = 0; r < n; ++r) {
     const Row row = RowAt(c, b, k, r0 + r);
     Range v = Visible(c, row);
     v = {v.lo > key0 ? v.lo : key0, v.hi < key1 ? v.hi : key1};
-    s.lo[r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);
-    s.hi[r] = static_cast<int32_t>(v.Empty() ? 0 : v.hi);
+    s.lo[at + r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);
+    s.hi[at + r] = static_cast<int32_t>(v.Empty() ? 0 : v.hi);
     if (!v.Empty()) {
       all.lo = v.lo < all.lo ? v.lo : all.lo;
       all.hi = v.hi > all.hi ? v.hi : all.hi;
     }
-    CopyRow<kPairs>(c.query, b, row.n, row.i, c.D, s.q + r * s.q_row);
-    s.m[r] = -kFloatMax;
-    s.l[r] = 0.0f;
+    CopyRow<kPairs>(c.query, b, row.n, row.i, c.D, s.q + (at + r) * s.q_row);
+    s.m[at + r] = -kFloatMax;
+    s.l[at + r] = 0.0f;
   }
-  Fill(s.acc, 0, n * dv, 0.0f);
-  if (all.Empty()) return;
+  Fill(s.acc, at * dv, (at + n) * dv, 0.0f);
+  return all;
+}
 
+// Rows [r0, r0 + n) of key head k of batch entry b over keys [key0, key1). Leaves the unnormalized output, max and sum
+// in the scratch. `block_at(j)` gives the shared packed block of keys from j on.
+template <bool kPairs, typename BlockAt>
+inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const ForwardScratch<kPairs>& s, int64_t b,
+                        int64_t k, int64_t r0, int64_t n, int64_t key0, int64_t key1, const BlockAt& block_at) {
+  const Range all = StartRows<kPairs>(c, s, b, k, r0, n, 0, key0, key1);
+  if (all.Empty()) return;
   for (int64_t j0 = all.lo / plan.key_block * plan.key_block; j0 < all.hi; j0 += plan.key_block) {
     const int64_t width = (j0 + plan.key_block < c.Skv ? j0 + plan.key_block : c.Skv) - j0;
-    if (plan.direct && DirectBlock<kPairs>(c, s, b, k, r0, n, j0, width, all)) continue;
     Packed packed = plan.shared ? block_at(j0) : s.own;
     if (!plan.shared) PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
     for (int64_t g0 = 0; g0 < n; g0 += kGroupRows)
       ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + kGroupRows < n ? kGroupRows : n - g0, j0, width, packed);
+  }
+}
+
+// The same for few rows: those of all key heads, one after the other in the scratch.
+template <bool kPairs>
+inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const ForwardScratch<kPairs>& s, int64_t b,
+                       int64_t key0, int64_t key1) {
+  const int64_t n = plan.rows;
+  Range all{key1, key0};
+  for (int64_t k = 0; k < c.K; ++k) {
+    const Range seen = StartRows<kPairs>(c, s, b, k, 0, n, k * n, key0, key1);
+    all.lo = seen.lo < all.lo ? seen.lo : all.lo;
+    all.hi = seen.hi > all.hi ? seen.hi : all.hi;
+  }
+  for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
+    const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
+    if (DirectBlock<kPairs>(c, s, b, n, j0, width, all)) continue;
+    for (int64_t k = 0; k < c.K; ++k) {
+      Packed packed = s.own;
+      PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
+      ForwardGroup<kPairs>(c, s, b, k, -k * n, k * n, n, j0, width, packed);
+    }
   }
 }
 
@@ -241,29 +272,37 @@ void ForwardAs(const Call& c, const Runner& runner) {
     });
   }
 
-  Run(runner, heads * plan.blocks * plan.splits, [&](int64_t task) {
+  const int64_t groups = heads / plan.task_heads;
+  Run(runner, groups * plan.blocks * plan.splits, [&](int64_t task) {
     const ForwardScratch<kPairs> s(c, plan);
     // Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest.
-    const int64_t head = task / (plan.blocks * plan.splits), split = task % plan.splits;
+    const int64_t head = task / (plan.blocks * plan.splits) * plan.task_heads, split = task % plan.splits;
     const int64_t block = plan.blocks - 1 - task / plan.splits % plan.blocks;
     const int64_t b = head / c.K, k = head % c.K;
-    const int64_t r0 = block * plan.task_rows, r1 = r0 + plan.task_rows < plan.rows ? r0 + plan.task_rows : plan.rows;
+    const int64_t r0 = block * plan.task_rows, n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
     const int64_t key0 = split * plan.split_keys;
     const int64_t key1 = plan.splits == 1 || key0 + plan.split_keys > c.Skv ? c.Skv : key0 + plan.split_keys;
-    ForwardRows<kPairs>(c, plan, s, b, k, r0, r1, key0, key1, [&](int64_t j0) {
-      const int64_t index = head * plan.key_blocks + j0 / plan.key_block;
-      Packed packed = slot(index);
-      if (poisoned[index] == 0.0f) packed.poison = nullptr;
-      return packed;
-    });
-    for (int64_t r = 0; r < r1 - r0; ++r) {
-      if (plan.splits == 1) {
-        FinishRow(c, RowAt(c, b, k, r0 + r), s.acc + r * dv, s.m[r], s.l[r]);
-      } else {
-        float* part = partials.get() + ((head * plan.splits + split) * plan.rows + r0 + r) * partial;
-        __builtin_memcpy(part, s.acc + r * dv, sizeof(float) * static_cast<size_t>(dv));
-        part[dv] = s.m[r];
-        part[dv + 1] = s.l[r];
+    if (plan.direct) {
+      DirectRows<kPairs>(c, plan, s, b, key0, key1);
+    } else {
+      ForwardRows<kPairs>(c, plan, s, b, k, r0, n, key0, key1, [&](int64_t j0) {
+        const int64_t index = head * plan.key_blocks + j0 / plan.key_block;
+        Packed packed = slot(index);
+        if (poisoned[index] == 0.0f) packed.poison = nullptr;
+        return packed;
+      });
+    }
+    for (int64_t h = 0; h < plan.task_heads; ++h) {
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t at = h * n + r;
+        if (plan.splits == 1) {
+          FinishRow(c, RowAt(c, b, k + h, r0 + r), s.acc + at * dv, s.m[at], s.l[at]);
+        } else {
+          float* part = partials.get() + (((head + h) * plan.splits + split) * plan.rows + r0 + r) * partial;
+          __builtin_memcpy(part, s.acc + at * dv, sizeof(float) * static_cast<size_t>(dv));
+          part[dv] = s.m[at];
+          part[dv + 1] = s.l[at];
+        }
       }
     }
   });

@@ -169,6 +169,16 @@ void CheckTable(bool all) {
   };
   add([&](Spec& s) { size(s, 1, 5000, 1, 1, 64, 64); });
   add([&](Spec& s) { size(s, 1, 5000, 8, 1, 16, 16), s.bounds = Bounds::kLengths, s.bound_axes = 0; });
+  // ... and read where they lie.
+  for (DType t : kDTypes) {
+    add([&](Spec& s) { size(s, 1, 1300, 8, 2, 64, 128), s.dtype = t, s.bias = 16; });
+    add([&](Spec& s) { size(s, 3, 601, 3, 1, 128, 64), s.dtype = t, s.bounds = Bounds::kLengths, s.garbage = kNaN; });
+    add([&](Spec& s) { size(s, 7, 333, 2, 2, 32, 64), s.dtype = t, s.bounds = Bounds::kWindow, s.mask = 24; });
+    add([&](Spec& s) {
+      size(s, 5, 400, 3, 1, 64, 64), s.dtype = t, s.mask = 31, s.garbage = kNaN, s.seen_garbage = true;
+    });
+    add([&](Spec& s) { size(s, 2, 900, 2, 1, 64, 64), s.dtype = t, s.philox = true, s.keep = 0.8, s.B1 = 3; });
+  }
   const bool full = false;  // not in the quick table
   add([&](Spec& s) { size(s, 3, 3001, 8, 2, 16, 16), s.mask = 31, s.garbage = kNaN, s.seen_garbage = true; }, full);
   add([&](Spec& s) { size(s, 1, 5000, 4, 2, 256, 130), s.philox = true, s.keep = 0.9, s.bias = 16; }, full);
