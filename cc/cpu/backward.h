@@ -13,42 +13,55 @@ struct BackwardPlan {
   int64_t rows, row_blocks, key_block, dq_row, splits, split_keys;
   int64_t groups = 0;
   Buffer memory;
-  int64_t* group_of;  // the task group of each key head b * K + k
+  int64_t *heads, *starts;  // key heads b * K + k, group by group, and where each group starts
 
-  explicit BackwardPlan(const Call& c) : memory(6 * c.B * c.K + 2) {
+  explicit BackwardPlan(const Call& c) : memory(8 * c.B * c.K + 4) {
     rows = c.G() * c.Sq;
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
     key_block = wide <= 64 ? 256 : wide <= 128 ? 512 : wide <= 256 ? 256 : 128;
     dq_row = Panels(c.D) * kPanel;
     row_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
-    // Heads that add to the same bias gradient form a group; without one, each head is its own.
-    const int64_t count = c.B * c.K;
-    group_of = memory.ints();
-    int64_t* owner = group_of + count;  // of each group: where its bias gradient begins
-    const bool shared = c.dbias && (c.dbias.head == 0 || SharesBatch(c));
-    for (int64_t head = 0; head < count; ++head) {
-      const int64_t b = head / c.K, k = head % c.K;
-      int64_t g = groups;
-      if (shared) {
-        const int64_t own = c.dbias.batch[b] + k * c.G() * c.dbias.head;
-        for (g = 0; g < groups && owner[g] != own;) ++g;
-        owner[g] = own;
-      }
-      group_of[head] = g;
-      groups = g < groups ? groups : g + 1;
-    }
+    Group(c);
     // Splits keep more threads busy and cost a dq buffer each.
     const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
     const int64_t dq_bytes = c.B * c.K * rows * dq_row * 4 + 1;
     splits = groups >= 16 ? 1 : (16 + groups - 1) / (groups > 0 ? groups : 1);
-    const int64_t affordable = (int64_t{64} << 20) / dq_bytes;
-    splits = splits < affordable ? splits : affordable;
+    // ... up to 64 MiB, and four however large where there would be less than four tasks.
+    const int64_t affordable = (int64_t{64} << 20) / dq_bytes, least = groups > 0 ? 4 / groups : 1;
+    const int64_t most = affordable > least ? affordable : least;
+    splits = splits < most ? splits : most;
     if (c.dbias && c.dbias.col == 0) splits = 1;  // all keys add to one column
     splits = splits < key_blocks ? splits : key_blocks;
     splits = splits < 1 ? 1 : splits;
     split_keys = (key_blocks + splits - 1) / splits * key_block;
     splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
     splits = splits < 1 ? 1 : splits;
+  }
+
+  // Heads that add to the same bias gradient form a group; without one, each head is its own.
+  void Group(const Call& c) {
+    const int64_t count = c.B * c.K;
+    heads = memory.ints();
+    starts = heads + count;  // count + 1 of them
+    int64_t *owner = starts + count + 1, *group_of = owner + count;  // owner: where a group's bias gradient begins
+    const bool shared = c.dbias && (c.dbias.head == 0 || SharesBatch(c));
+    for (int64_t head = 0; head < count; ++head) {
+      int64_t g = groups;
+      if (shared) {
+        const int64_t own = c.dbias.batch[head / c.K] + head % c.K * c.G() * c.dbias.head;
+        for (g = groups - 1; g >= 0 && owner[g] != own;) --g;  // mostly that of the head before, or K before
+        if (g < 0) g = groups;
+        owner[g] = own;
+      }
+      group_of[head] = g;
+      groups = g < groups ? groups : g + 1;
+    }
+    for (int64_t g = 0; g <= groups; ++g) starts[g] = 0;
+    for (int64_t head = 0; head < count; ++head) ++starts[group_of[head] + 1];
+    for (int64_t g = 0; g < groups; ++g) starts[g + 1] += starts[g];
+    int64_t* next = owner;
+    for (int64_t g = 0; g < groups; ++g) next[g] = starts[g];
+    for (int64_t head = 0; head < count; ++head) heads[next[group_of[head]]++] = head;
   }
 
   // If any two entries share a gradient, one shares the first's: a batch axis broadcasts as a whole.
@@ -401,15 +414,16 @@ void BackwardAs(const Call& c, const Runner& runner) {
   const Buffer slopes(slope_count);
   Fill(slopes.get(), 0, slope_count, 0.0f);
 
+  const bool large = head_size > (int64_t{1} << 20);  // too large to be kept by each thread
   Run(runner, plan.groups * plan.splits, [&](int64_t task) {
     const int64_t group = task / plan.splits, split = task % plan.splits;
     const int64_t key0 = split * plan.split_keys;
     const int64_t key1 = key0 + plan.split_keys < c.Skv ? key0 + plan.split_keys : c.Skv;
-    const BackwardScratch<kPairs> s(c, plan, plan.splits == 1);
-    for (int64_t head = 0; head < heads; ++head) {
-      if (plan.group_of[head] != group) continue;
-      const int64_t b = head / c.K, k = head % c.K, part = head * plan.splits + split;
-      float* dq = plan.splits == 1 ? s.dq : dq_parts.get() + part * head_size;
+    const BackwardScratch<kPairs> s(c, plan, plan.splits == 1 && !large);
+    const Buffer own_dq(plan.splits == 1 && large ? head_size : 0);
+    for (int64_t i = plan.starts[group]; i < plan.starts[group + 1]; ++i) {
+      const int64_t head = plan.heads[i], b = head / c.K, k = head % c.K, part = head * plan.splits + split;
+      float* dq = plan.splits > 1 ? dq_parts.get() + part * head_size : large ? own_dq.get() : s.dq;
       BackwardHead<kPairs>(c, plan, s, b, k, key0, key1, dq, c.dslopes ? slopes.get() + part * G : nullptr);
       if (plan.splits > 1) continue;
       for (int64_t r = 0; r < plan.rows; ++r) StoreQueryRow(c, RowAt(c, b, k, r), dq + r * plan.dq_row);

@@ -131,10 +131,12 @@ inline bool DirectBlock(const Call& c, const Scratch& s, int64_t b, int64_t n, i
           return ReadRow<kPairs>(c.value, b, k, j0 + j + i, dv, own);
         });
       } else if (!in_place) {
-        for (int64_t i = 0; i < given; ++i)
-          for (int64_t p = 0; p < Panels(dv); ++p)
-            LoadRow(c.value.Bytes(b, k, j0 + j + i, p * kPanel), c.value.dtype, 1, kPanel,
-                    s.own.values + (p * given + i) * kPanel);
+        for (int64_t i = 0; i < given; ++i) {
+          const uint16_t* row = c.value.At<uint16_t>(b, k, j0 + j + i);
+          for (int64_t d = 0; d < dv; d += kLanes)
+            Store(s.own.values + (d / kPanel * given + i) * kPanel + d % kPanel,
+                  c.value.dtype == DType::kBF16 ? LoadBF16(row + d) : LoadF16(row + d));
+        }
       }
       for (int64_t p = 0; p < Panels(dv); ++p) {
         const float* panel = s.own.values + p * Units<kPairs>(given) * kPanel;

@@ -44,7 +44,7 @@ def why_not(problem: Problem, operands: Operands) -> str | None:
     if operands.query.dtype not in _DTYPES:
         return f"serves float32, bfloat16 and float16, not {operands.query.dtype}"
     d = dims(problem, operands)
-    if not all(isinstance(size, (int, np.integer)) for size in (*d.B, d.Sq, d.Skv, d.N)):
+    if not all(isinstance(size, (int, np.integer)) for size in (*d.B, d.Sq, d.Skv, d.N, d.K, d.D, d.Dv)):
         return "symbolic dimensions are not supported"
     if max(d.D, d.Dv) > _MAX_HEAD_DIM:
         return f"head_dim is at most {_MAX_HEAD_DIM}, not {max(d.D, d.Dv)}"
