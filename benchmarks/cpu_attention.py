@@ -30,6 +30,8 @@ from jax_fa.masks import Causal, SlidingWindow
 # A peer where it is installed.
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 
+# The threads of OpenMP, which PyTorch uses, and of XLA go on spinning for a while after a call.
+PAUSE = 0.05
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -156,13 +158,15 @@ def _torch_programs(case: Case) -> dict[str, Callable[[], Any]]:
 # --- the machine's limits
 
 
-def fma_peak() -> float:
-    """Multiply-add operations per second of all cores, in the best instruction set."""
-    isa = next(name for name, there in _native.instruction_sets().items() if there)
-    iterations = 4_000_000
+def fma_peak(dtype: str = "float32") -> float:
+    """Multiply-add operations per second of all cores, of the kind that the kernels use for a dtype."""
+    isa = _native.chosen_instruction_set()
+    if isa is None:
+        raise SystemExit(f"JAX_FA_CPU_ISA must be one of {_native.instruction_sets()}")
+    iterations, bf16 = 10_000_000, dtype == "bfloat16"
 
     def work() -> None:
-        _native.fma_operations(isa, iterations)
+        _native.fma_operations(isa, iterations, bf16)
 
     threads = [threading.Thread(target=work) for _ in range(THREADS)]
     start = time.perf_counter()
@@ -170,7 +174,7 @@ def fma_peak() -> float:
         thread.start()
     for thread in threads:
         thread.join()
-    return THREADS * _native.fma_operations(isa, 1) * iterations / (time.perf_counter() - start)
+    return THREADS * _native.fma_operations(isa, 1, bf16) * iterations / (time.perf_counter() - start)
 
 
 def read_bandwidth(x: np.ndarray) -> float:
@@ -210,10 +214,12 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         peaks, bandwidths = [], []
         for _ in range(rounds):
             for name, run in runs.items():
+                time.sleep(PAUSE)
                 start = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - start)
-            peaks.append(fma_peak())
+            time.sleep(PAUSE)
+            peaks.append(fma_peak(case.dtype))
             bandwidths.append(read_bandwidth(memory))
         median = {name: float(np.median(times)) for name, times in seconds.items()}
         flops = case.forward_flops * (1.0 if direction == "forward" else 2.5)
@@ -255,7 +261,7 @@ def main() -> None:
         "jax_fa": jax_fa.__version__,
         "torch": None if torch is None else torch.__version__,
         "machine": f"{platform.machine()}, {THREADS} cores",
-        "instruction_sets": _native.instruction_sets(),
+        "instruction_set": _native.chosen_instruction_set(),
     }
     print("  ".join(f"{name} {value}" for name, value in versions.items()))
     print(f"FMA peak {fma_peak() / 1e9:.0f} GF/s; ratios say how many times longer the other takes")

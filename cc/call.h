@@ -55,11 +55,25 @@ struct Call {
   int64_t drop_bytes = 0;          // length of one batch entry's bits
   View m, l;                       // float [.., N, Sq]
 
-  // Backward only. dbias (float, zero when the kernel starts) and dslopes have the operand's broadcast dims.
+  // Backward only. dbias (float) and dslopes have the operand's broadcast dims. dbias must be zero when the kernel
+  // starts, unless WritesAllBias.
   View dout, dlogsumexp, dquery, dkey, dvalue, dbias, dslopes;
 
   JAX_FA_INLINE int64_t G() const { return N / K; }
 };
+
+// Whether two batch entries add to the same bias gradient: then one shares the first's, as an axis broadcasts as a whole.
+JAX_FA_INLINE bool SharesBiasBatch(const Call& c) {
+  for (int64_t b = 1; b < c.B; ++b)
+    if (c.dbias.batch[b] == c.dbias.batch[0]) return true;
+  return false;
+}
+
+// Whether each number of dbias is the ds of one visible pair, so that it is just written.
+JAX_FA_INLINE bool WritesAllBias(const Call& c) {
+  return !c.lower && !c.upper && !c.mask && c.dbias.col == 1 && (c.dbias.row != 0 || c.Sq == 1) &&
+         (c.dbias.head != 0 || c.N == 1) && !SharesBiasBatch(c);
+}
 
 // Runs fn(context, 0), ..., fn(context, count - 1), possibly in parallel, and returns when all are done.
 struct Runner {

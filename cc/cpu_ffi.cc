@@ -214,10 +214,13 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
     if (c.bias) {
       const ffi::AnyBuffer x = Ret(rets, result++);
       c.dbias = views.Canonical(x, "hrc");
-      std::memset(x.untyped_data(), 0, x.size_bytes());
+      if (!WritesAllBias(c)) std::memset(x.untyped_data(), 0, x.size_bytes());
     }
     if (c.slopes) c.dslopes = views.Canonical(Ret(rets, result++), "h");
-    if (c.B == 0 || c.N == 0) return;
+    if (c.B == 0 || c.N == 0) {  // what broadcasts still has a gradient
+      for (size_t i = 0; i < result; ++i) std::memset(Ret(rets, i).untyped_data(), 0, Ret(rets, i).size_bytes());
+      return;
+    }
     PoolRunner<ffi::ThreadPool> runner(pool);
     Chosen().backward(c, runner);
   });

@@ -29,15 +29,16 @@ PYBIND11_MODULE(_native, module) {
     const jax_fa::Kernels* chosen = jax_fa::ChosenKernels();
     return chosen == nullptr ? py::object(py::none()) : py::object(py::str(chosen->name));
   });
-  // For benchmarks: runs multiply-adds of one instruction set on this thread; returns how many operations.
-  module.def("fma_operations", [](const std::string& isa, int64_t iterations) {
+  // For benchmarks: runs the multiply-adds that one instruction set uses for a dtype, alone, on this thread; returns
+  // how many operations.
+  module.def("fma_operations", [](const std::string& isa, int64_t iterations, bool bf16) {
     int count = 0;
     const jax_fa::Kernels* kernels = jax_fa::AllKernels(&count);
     for (int i = 0; i < count; ++i) {
       if (isa != kernels[i].name || !kernels[i].supported()) continue;
       float sink[3] = {0.999f, 0.001f, 0.0f};
       const py::gil_scoped_release release;
-      return kernels[i].fma(iterations, sink);
+      return kernels[i].fma(iterations, bf16, sink);
     }
     throw py::value_error("isa must be an instruction set that this machine has; got " + isa);
   });

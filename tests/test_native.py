@@ -6,7 +6,7 @@
 import math
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import jax
@@ -74,13 +74,17 @@ def test_the_set_that_is_asked_for_runs(monkeypatch):
     """Vectors of other lengths sum in another order, which shows: the variable is not just ignored."""
     there = [isa for isa, has in cpu._native.instruction_sets().items() if has]
     assert "portable" in there
+    monkeypatch.delenv(ISA, raising=False)
+    best = cpu._native.chosen_instruction_set()
+    run = _program(replace(BLOCKS, name="native-blocks-bf16", dtype="bfloat16"))
     bits = {}
     for isa in ("", *there):
         monkeypatch.setenv(ISA, isa)
-        (out, _), gradients = _program(BLOCKS)()
-        parts = [np.asarray(x).tobytes() for x in (out, *gradients.values())]
+        (out, lse), gradients = run()
+        parts = [np.asarray(x).tobytes() for x in (out, lse, *gradients.values())]
         bits[isa] = b"".join(parts)
-    assert bits[""] == bits[there[0]], "the best set is the default"
+        assert cpu._native.chosen_instruction_set() == (isa or best)
+    assert bits[""] == bits[best]
     assert len({bits[isa] for isa in there}) == len(there)
 
 

@@ -44,7 +44,7 @@ struct BackwardPlan {
     heads = memory.ints();
     starts = heads + count;  // count + 1 of them
     int64_t *owner = starts + count + 1, *group_of = owner + count;  // owner: where a group's bias gradient begins
-    const bool shared = c.dbias && (c.dbias.head == 0 || SharesBatch(c));
+    const bool shared = c.dbias && (c.dbias.head == 0 || SharesBiasBatch(c));
     for (int64_t head = 0; head < count; ++head) {
       int64_t g = groups;
       if (shared) {
@@ -63,13 +63,6 @@ struct BackwardPlan {
     for (int64_t g = 0; g < groups; ++g) next[g] = starts[g];
     for (int64_t head = 0; head < count; ++head) heads[next[group_of[head]]++] = head;
   }
-
-  // If any two entries share a gradient, one shares the first's: a batch axis broadcasts as a whole.
-  static bool SharesBatch(const Call& c) {
-    for (int64_t b = 1; b < c.B; ++b)
-      if (c.dbias.batch[b] == c.dbias.batch[0]) return true;
-    return false;
-  }
 };
 
 template <bool kPairs>
@@ -80,9 +73,11 @@ struct BackwardScratch {
   float *slope, *keys_t, *values_t, *keys, *dk, *dv, *stage, *tmp, *m, *inverse, *delta, *dq;
   int32_t *lo, *hi, *block_lo, *block_hi;
   int64_t q_row, dout_row, s_row, half_row, dv_row;
+  bool writes_all_bias;
 
   BackwardScratch(const Call& c, const BackwardPlan& plan, bool own_dq) {
     const int64_t kb = RoundUp(plan.key_block, kPanel), n = kBackwardRows, row_units = Units<kPairs>(n);
+    writes_all_bias = c.dbias && WritesAllBias(c);
     q_row = RoundUp(Units<kPairs>(c.D), kLanes);
     dout_row = RoundUp(Units<kPairs>(c.Dv), kLanes);
     dv_row = Panels(c.Dv) * kPanel;
@@ -103,14 +98,25 @@ struct BackwardScratch {
   }
 };
 
-// Sum of x[i] y[i].
-inline float Dot(const float* x, const float* y, int64_t n) {
-  F sum = Set(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = Fma(Load(x + i), Load(y + i), sum);
-  float total = Sum(sum);
-  for (; i < n; ++i) total += x[i] * y[i];
-  return total;
+// delta = dout.out - dlogsumexp of rows [r, r + n). Summed in the order of the products dout.v, so that for a row that
+// sees one key, where out is v, the two cancel exactly.
+template <int kMost, typename Scratch>
+inline void Deltas(const Call& c, const Scratch& s, int64_t b, int64_t k, int64_t r, int64_t n) {
+  const int64_t width = RoundUp(c.Dv, kLanes);
+  const float *dout[kMost], *out[kMost];
+  float sum[kMost] = {};
+  for (int64_t i = 0; i < kMost; ++i) {
+    const Row row = RowAt(c, b, k, i < n ? r + i : r);
+    dout[i] = ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage + 2 * i * width);
+    out[i] = ReadRow<false>(c.out, b, row.n, row.i, c.Dv, s.stage + (2 * i + 1) * width);
+  }
+  for (int64_t d = 0; d < c.Dv; ++d)
+#pragma GCC unroll 4
+    for (int i = 0; i < kMost; ++i) sum[i] += dout[i][d] * out[i][d];
+  for (int64_t i = 0; i < n; ++i) {
+    const Row row = RowAt(c, b, k, r + i);
+    s.delta[r + i] = c.dlogsumexp ? sum[i] - *c.dlogsumexp.At<float>(b, row.n, row.i) : sum[i];
+  }
 }
 
 // Per row: max, 1 / sum (0 for a row that sees nothing; NaN where q or dout is not finite, so that only the
@@ -119,7 +125,9 @@ template <bool kPairs>
 inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
                         int64_t k) {
   const bool masked = IsMasked(c);
-  const int64_t half = RoundUp(c.Dv, kLanes);
+  constexpr int64_t kTogether = kLanes >= 8 ? 4 : 2;  // two rows of each lie in the stage
+  for (int64_t r = 0; r < plan.rows; r += kTogether)
+    Deltas<kTogether>(c, s, b, k, r, r + kTogether < plan.rows ? kTogether : plan.rows - r);
   for (int64_t r = 0; r < plan.rows; ++r) {
     const Row row = RowAt(c, b, k, r);
     const Range v = Visible(c, row);
@@ -134,11 +142,8 @@ inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardS
     s.m[r] = *c.m.At<float>(b, row.n, row.i);
     const float l = *c.l.At<float>(b, row.n, row.i);
     s.inverse[r] = l == 0.0f ? 0.0f : 1.0f / l;
-    const float* dout = ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage);
-    s.delta[r] = Dot(dout, ReadRow<false>(c.out, b, row.n, row.i, c.Dv, s.stage + half), c.Dv);
-    if (c.dlogsumexp) s.delta[r] -= *c.dlogsumexp.At<float>(b, row.n, row.i);
     if (masked) {
-      s.inverse[r] += ZeroOrNaN(dout, c.Dv);
+      s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage), c.Dv);
       s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.query, b, row.n, row.i, c.D, s.stage), c.D);
       if (v.Empty()) s.inverse[r] = 0.0f;
     }
@@ -160,9 +165,11 @@ inline void PackClean(const View& x, bool masked, int64_t n, int64_t width, floa
 }
 
 // The part of dbias that a row of ds adds.
-inline void AddToBias(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* ds) {
+inline void AddToBias(const Call& c, bool alone, const Row& row, int64_t j0, int64_t from, int64_t to, const float* ds) {
   float* db = c.dbias.At<float>(row.b, row.n, row.i, j0 + from);
-  if (c.dbias.col == 0) {
+  if (alone) {
+    __builtin_memcpy(db, ds + from, sizeof(float) * static_cast<size_t>(to - from));
+  } else if (c.dbias.col == 0) {
     float sum = 0.0f;
     for (int64_t j = from; j < to; ++j) sum += ds[j];
     *db += sum;
@@ -198,10 +205,10 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   }
   Fill(p, c0, v.lo, -__builtin_inff());
   Fill(p, v.hi, c1, -__builtin_inff());
-  const F m = Set(-s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
+  const F m = Set(-s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]), log2e = Set(kLog2E);
   if (!c.seed && !c.drop_bits) {
     for (int64_t j = c0; j < c1; j += kLanes) {
-      const F w = Exp(Fma(Load(p + j), scale, m)) * inverse;
+      const F w = Exp2(Fma(Load(p + j), scale, m) * log2e) * inverse;
       Store(p + j, w);
       Store(ds + j, w * (Load(ds + j) - delta));
     }
@@ -212,7 +219,7 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
     Drop(c, row, j0, v.lo, v.hi, keep);
     const F none = Set(0.0f);
     for (int64_t j = c0; j < c1; j += kLanes) {
-      const F w = Exp(Fma(Load(p + j), scale, m)) * inverse, kept = Load(keep + j);
+      const F w = Exp2(Fma(Load(p + j), scale, m) * log2e) * inverse, kept = Load(keep + j);
       const Mask dropped = IsZero(kept);  // a product 0 * NaN would not be 0
       Store(p + j, Select(dropped, none, w * kept));
       Store(ds + j, w * (Select(dropped, none, Load(ds + j) * kept) - delta));
@@ -226,7 +233,7 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
     if (c.mask && !v.Empty()) Hide(c, row, j0, v.lo, v.hi, 0.0f, x);
   }
   if (v.Empty()) return;
-  if (c.dbias) AddToBias(c, row, j0, v.lo, v.hi, ds);
+  if (c.dbias) AddToBias(c, s.writes_all_bias, row, j0, v.lo, v.hi, ds);
   if (dslope != nullptr) *dslope += SlopeGradient(c, row, j0, v.lo, v.hi, ds);
 }
 
@@ -404,7 +411,7 @@ inline void StoreQueryRow(const Call& c, const Row& row, const float* dq) {
   StoreRow(dq, c.scale, c.dquery.Bytes(row.b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
 }
 
-// `dbias` must be zero; `dslopes` is overwritten.
+// `dslopes` is overwritten.
 template <bool kPairs>
 void BackwardAs(const Call& c, const Runner& runner) {
   const BackwardPlan plan(c);

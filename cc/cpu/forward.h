@@ -295,6 +295,7 @@ void ForwardAs(const Call& c, const Runner& runner) {
     for (int64_t h = 0; h < plan.task_heads; ++h) {
       for (int64_t r = 0; r < n; ++r) {
         const int64_t at = h * n + r;
+        if (s.m[at] != -kFloatMax) s.m[at] *= MaxScale(c);
         if (plan.splits == 1) {
           FinishRow(c, RowAt(c, b, k + h, r0 + r), s.acc + at * dv, s.m[at], s.l[at]);
         } else {

@@ -11,7 +11,7 @@ namespace jax_fa {
   namespace isa {                                   \
   void RunForward(const Call&, const Runner&);      \
   void RunBackward(const Call&, const Runner&);     \
-  double RunFma(int64_t, float*);                   \
+  double RunFma(int64_t, bool, float*);             \
   }
 #if defined(JAX_FA_X86)
 JAX_FA_DECLARE(avx512_bf16)

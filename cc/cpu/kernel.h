@@ -11,8 +11,9 @@ struct Kernels {
   bool (*preferred)();  // to those after it, where supported
   void (*forward)(const Call&, const Runner&);
   void (*backward)(const Call&, const Runner&);
-  // For benchmarks: runs multiply-adds alone and returns the number of operations; sink holds three floats.
-  double (*fma)(int64_t iterations, float* sink);
+  // For benchmarks: runs the multiply-adds of products alone, of floats or as for bfloat16 arrays, and returns the
+  // number of operations; sink holds three floats.
+  double (*fma)(int64_t iterations, bool bf16, float* sink);
 };
 
 // Best first; the last one runs everywhere.

@@ -38,6 +38,7 @@ inline bool InPairs(const Call& c) {
 }
 
 // As many independent multiply-adds as fill the pipeline; returns how many floating-point operations.
+template <bool kPairs>
 inline double FmaLoop(int64_t iterations, float* sink) {
   constexpr int kChains = 12;
   F acc[kChains];
@@ -46,17 +47,19 @@ inline double FmaLoop(int64_t iterations, float* sink) {
   const F a = Set(sink[0]), b = Set(sink[1]);
   for (int64_t n = 0; n < iterations; ++n)
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) acc[i] = Fma(acc[i], a, b);
+    for (int i = 0; i < kChains; ++i) acc[i] = Unit<kPairs>::MulAdd(a, b, acc[i]);
   F total = acc[0];
 #pragma GCC unroll 12
   for (int i = 1; i < kChains; ++i) total = total + acc[i];
   sink[2] = Sum(total);
-  return 2.0 * kLanes * kChains * static_cast<double>(iterations);
+  return 2.0 * kLanes * Unit<kPairs>::kNumbers * kChains * static_cast<double>(iterations);
 }
 
 }  // namespace
 
-double RunFma(int64_t iterations, float* sink) { return FmaLoop(iterations, sink); }
+double RunFma(int64_t iterations, bool bf16, float* sink) {
+  return bf16 ? FmaLoop<kHasPairs>(iterations, sink) : FmaLoop<false>(iterations, sink);
+}
 void RunForward(const Call& c, const Runner& runner) {
   if (InPairs(c)) {
     ForwardAs<kHasPairs>(c, runner);

@@ -157,15 +157,15 @@ inline float RowMax(const float* s, int64_t from, int64_t to) {
   return m;
 }
 
-// p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
+// p = exp(scale (s - m)) in place over a whole number of vectors; returns the sum. With kPairs the results are
 // rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros.
 template <bool kPairs>
 inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
-  const F mv = Set(-m), f = Set(scale);
+  const F mv = Set(m), f = Set(scale * kLog2E);  // what is equal to the max becomes 1 exactly
   F a = Set(0.0f), b = a;
   int64_t j = from;
   for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
-    const F x = Exp(Fma(Load(s + j), f, mv)), y = Exp(Fma(Load(s + j + kLanes), f, mv));
+    const F x = Exp2((Load(s + j) - mv) * f), y = Exp2((Load(s + j + kLanes) - mv) * f);
     if constexpr (kPairs) {
       Store(s + j / 2, Unit<kPairs>::Join(x, y));
     } else {
@@ -176,7 +176,7 @@ inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
     b = b + y;
   }
   for (; j < to; j += kLanes) {
-    const F x = Exp(Fma(Load(s + j), f, mv));
+    const F x = Exp2((Load(s + j) - mv) * f);
     if constexpr (kPairs) {
       Store(s + j / 2, Unit<kPairs>::Join(x, Set(0.0f)));
     } else {
@@ -194,22 +194,27 @@ inline void RowJoin(float* s, int64_t from, int64_t to) {
     Store(s + j / 2, Unit<kPairs>::Join(Load(s + j), j + kLanes < to ? Load(s + j + kLanes) : Set(0.0f)));
 }
 
+// What the max of a row counts in: products not yet scaled where these are its logits, so that one multiplication
+// does for scale and exponential.
+inline float MaxScale(const Call& c) { return IsPlain(c) ? c.scale : 1.0f; }
+
 // Turns a row's products with keys j0 + [c0, c1) into weights, of which it sees [v.lo, v.hi), and moves its max,
 // sum and output on.
 template <bool kPairs>
 inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1, const float* poison,
                        float* tmp, float* x, float* m, float* l, float* acc) {
   if (v.Empty()) v = {c0, c0};
-  float scale = c.scale;
-  if (!IsPlain(c) || poison != nullptr) {
+  const float scale = MaxScale(c);
+  if (!IsPlain(c)) {
     if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, poison, x, nullptr, tmp);
-    scale = 1.0f;
+  } else if (poison != nullptr) {
+    Combine(v.hi - v.lo, x + v.lo, poison + v.lo, [](F y, F more) { return y + more; });
   }
   Fill(x, c0, v.lo, -__builtin_inff());
   Fill(x, v.hi, c1, -__builtin_inff());
-  const float most = RowMax(x, c0, c1) * scale;
+  const float most = RowMax(x, c0, c1);
   if (most > *m) {
-    const float rescale = __builtin_expf(*m - most);
+    const float rescale = __builtin_expf((*m - most) * scale);
     const F f = Set(rescale);
     for (int64_t d = 0; d < Panels(c.Dv) * kPanel; d += kLanes) Store(acc + d, Load(acc + d) * f);
     *l *= rescale;

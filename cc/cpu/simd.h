@@ -160,10 +160,12 @@ inline F ScaleByPowerOf2(F x, F n) {
 
 constexpr int kPanel = kLanes * kPanelVectors;  // columns of a packed panel
 
-// exp(x) for x <= 0 up to rounding: 2^(x log2 e) by a polynomial on [-1/2, 1/2]. Relative error about 1e-7
-// near 0; -inf gives 0, NaN gives NaN.
-inline F Exp(F x) {
-  const F t = NotBelow(x, -200.0f) * Set(1.44269504088896340736f);
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// 2^x for x <= 0 up to rounding, by a polynomial on [-1/2, 1/2]. Relative error about 1e-7 near 0; -inf gives 0, NaN
+// gives NaN.
+inline F Exp2(F x) {
+  const F t = NotBelow(x, -300.0f);
   const F f = Fraction(t);
   F p = Set(1.5403530393381609954e-4f);
   p = Fma(p, f, Set(1.3333558146428443423e-3f));
