@@ -41,5 +41,5 @@ def test_two_commands():
     commands = [line for _, block in _blocks("sh") for line in block.splitlines()]
     assert len(commands) == 2
     assert all(command.startswith("python -m pip install ") for command in commands)
-    assert "python -m jax_fa" in commands[0]
+    assert "python -P -m jax_fa" in commands[0]
     assert "python -P -m pytest" in commands[1]  # what is tested is what was installed

@@ -128,8 +128,9 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
   for (int64_t t = 0; t < count; ++t) {
     RowTile& tile = tiles[t];
     const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
-    for (int64_t r = tile.r; r < tile.r + tile.n; ++r)
-      SoftmaxRow<kPairs>(c, RowAt(c, b, k, r0 + g0 + r), j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1,
+    Row row = RowAt(c, b, k, r0 + g0 + tile.r);
+    for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row))
+      SoftmaxRow<kPairs>(c, row, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1,
                          packed.poison, s.tmp, s.logits + r * s.s_row, s.m + g0 + r, s.l + g0 + r, acc + r * dv);
     tile.from /= per;  // from here on in units
     tile.to = Units<kPairs>(tile.to);
@@ -159,8 +160,8 @@ inline Range StartRows(const Call& c, const ForwardScratch<kPairs>& s, int64_t b
                        int64_t at, int64_t key0, int64_t key1) {
   const int64_t dv = Panels(c.Dv) * kPanel;
   Range all{key1, key0};
-  for (int64_t r = 0; r < n; ++r) {
-    const Row row = RowAt(c, b, k, r0 + r);
+  Row row = RowAt(c, b, k, r0);
+  for (int64_t r = 0; r < n; ++r, row = After(c, row)) {
     Range v = Visible(c, row);
     v = {v.lo > key0 ? v.lo : key0, v.hi < key1 ? v.hi : key1};
     s.lo[at + r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);

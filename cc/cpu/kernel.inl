@@ -31,6 +31,8 @@ constexpr float kFloatMax = 3.40282346638528859812e+38f;
 
 #include "cpu/forward.h"
 
+#include "cpu/backward_plan.h"
+
 #include "cpu/backward.h"
 
 inline bool InPairs(const Call& c) {

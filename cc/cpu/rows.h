@@ -11,6 +11,12 @@ inline Row RowAt(const Call& c, int64_t b, int64_t k, int64_t r) {
   return {b, k * c.G() + r / c.Sq, r % c.Sq};
 }
 
+// The row after it, without the divisions.
+inline Row After(const Call& c, Row row) {
+  if (++row.i == c.Sq) row.i = 0, ++row.n;
+  return row;
+}
+
 struct Range {
   int64_t lo, hi;
   bool Empty() const { return lo >= hi; }
@@ -140,6 +146,7 @@ inline void Drop(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
   }
 }
 
+// Of a row with a NaN any number, or NaN: its sum is NaN all the same.
 inline float RowMax(const float* s, int64_t from, int64_t to) {
   float m = -__builtin_inff();
   F a = Set(m), b = a;
@@ -149,10 +156,7 @@ inline float RowMax(const float* s, int64_t from, int64_t to) {
     b = Max(b, Load(s + j + kLanes));
   }
   for (; j + kLanes <= to; j += kLanes) a = Max(a, Load(s + j));
-  a = Max(a, b);
-  float lanes[kLanes];
-  Store(lanes, a);
-  for (int i = 0; i < kLanes; ++i) m = lanes[i] > m ? lanes[i] : m;
+  m = MaxOf(Max(a, b));
   for (; j < to; ++j) m = s[j] > m ? s[j] : m;
   return m;
 }

@@ -23,6 +23,7 @@ inline F LoadFirst(const float* p, int n) { return _mm512_maskz_loadu_ps(First(n
 inline void StoreFirst(float* p, F x, int n) { _mm512_mask_storeu_ps(p, First(n), x); }
 inline F Select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 inline float Sum(F x) { return _mm512_reduce_add_ps(x); }
+inline float MaxOf(F x) { return _mm512_reduce_max_ps(x); }
 inline F LoadBF16(const uint16_t* p) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
@@ -75,6 +76,11 @@ inline float Sum(F x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline float MaxOf(F x) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 inline F LoadBF16(const uint16_t* p) {
   return _mm256_castsi256_ps(
@@ -132,6 +138,10 @@ inline F LoadFirst(const float* p, int n) { F x{}; for (int i = 0; i < n; ++i) x
 inline void StoreFirst(float* p, F x, int n) { for (int i = 0; i < n; ++i) p[i] = x[i]; }
 inline F Select(Mask m, F yes, F no) { return m ? yes : no; }
 inline float Sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline float MaxOf(F x) {
+  const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+  return a > b ? a : b;
+}
 inline F LoadBF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatBF16(p[i]); return x; }
 inline F LoadF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatF16(p[i]); return x; }
 inline void StoreF16(uint16_t* p, F x) { for (int i = 0; i < 4; ++i) p[i] = FromFloatF16(x[i]); }
