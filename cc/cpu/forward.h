@@ -7,9 +7,9 @@
 // keys contribute exact zeros.
 
 constexpr int64_t kGroupRows = 96, kTaskRows = 384;
-// Packed keys and values of all heads may take this many floats (64 MiB); beyond, each task packs for itself, and
+// Packed keys and values of all heads may take this many floats (80 MiB); beyond, each task packs for itself, and
 // takes more rows.
-constexpr int64_t kSharedFloats = int64_t{16} << 20;
+constexpr int64_t kSharedFloats = int64_t{20} << 20;
 
 template <bool kPairs>
 struct ForwardPlan {
