@@ -63,7 +63,8 @@ struct ForwardScratch {
   int64_t q_row, s_row;
 
   ForwardScratch(const Call& c, const ForwardPlan<kPairs>& plan) {
-    const int64_t n = plan.direct ? plan.rows * plan.task_heads : plan.task_rows, kb = RoundUp(plan.key_block, kPanel), dv = Panels(c.Dv) * kPanel;
+    const int64_t n = plan.direct ? plan.rows * plan.task_heads : plan.task_rows;
+    const int64_t kb = RoundUp(plan.key_block, kPanel), dv = Panels(c.Dv) * kPanel;
     q_row = Units<kPairs>(c.D);
     s_row = kb + kLanes;  // padded, so that rows do not meet in one cache set
     const bool packs = !plan.shared;
