@@ -224,6 +224,7 @@ def flash_attention(
     layout: str = "BSND",
     implementation: str | None = None,
     return_logsumexp: bool = False,
+    max_work: int | None = request.DEFAULT_MAX_WORK,
 ):
     """Exact attention with everything the kernels can do.
 
@@ -249,6 +250,8 @@ def flash_attention(
         (likewise), "SBND", "SND" or "NSD". No layout costs a copy.
       implementation: None (the best backend that can), or the name of a backend: see `explain`.
       return_logsumexp: also return the log-sum-exp.
+      max_work: on Ascend, a call of more multiply-adds than this (`B*N*Sq*Skv*(D + Dv)`) is split into several
+        of the device's, over batch, heads and rows; None: never. See docs/ascend.md.
 
     Returns:
       The output, query's shape with Dv for D, query's dtype. With return_logsumexp a pair of it and the
@@ -276,6 +279,7 @@ def flash_attention(
         layout=layout,
         implementation=implementation,
         return_logsumexp=return_logsumexp,
+        max_work=max_work,
     )
     result = attention(problem, operands)
     return (result.out, result.logsumexp) if return_logsumexp else result.out
@@ -297,6 +301,7 @@ def flash_attention_request(
     layout="BSND",
     implementation=None,
     return_logsumexp=False,
+    max_work=request.DEFAULT_MAX_WORK,
 ) -> tuple[Problem, Operands]:
     backends.check_implementation(implementation)
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
@@ -317,6 +322,7 @@ def flash_attention_request(
         dropout_key=dropout_key,
         logsumexp=return_logsumexp,
         implementation=implementation,
+        max_work=max_work,
     )
 
 

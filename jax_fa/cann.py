@@ -6,6 +6,7 @@ shift, `packed` the arithmetic of layout TND.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from jax_fa import backends, compat, request
 from jax_fa import pse as positional
 from jax_fa.attention import attention
 from jax_fa.packed import Packed, check_ends, integers
-from jax_fa.problem import Axes, Dims, Operands, Problem, canonical_shape, dims
+from jax_fa.problem import Axes, CannArguments, Dims, Operands, Problem, canonical_shape, dims
+from jax_fa.request import DEFAULT_MAX_WORK
 from jax_fa.softmax import FLT_MAX
 from jax_fa.sparse import UNBOUNDED, Sparse
 
@@ -67,6 +69,7 @@ def flash_attention_score(
     actual_seq_qlen: Any = None,
     actual_seq_kvlen: Any = None,
     implementation: str | None = None,
+    max_work: int | None = DEFAULT_MAX_WORK,
 ) -> FlashAttentionScoreOutput:
     """CANN's `aclnnFlashAttentionScore` for JAX arrays, on every backend, differentiable.
 
@@ -115,6 +118,8 @@ def flash_attention_score(
         checked where their values are known. With traced arrays the lengths T stand for the sums of the
         lengths in the shapes above.
       implementation: None (the best backend that can), or the name of a backend.
+      max_work: on Ascend, a call of more multiply-adds than this (`B*N*Sq*Skv*(D + Dv)`) is split into several
+        of the device's, over batch, heads and rows; None: never. See docs/ascend.md.
 
     Returns:
       softmax_max, softmax_sum: float32 `[B, N, Sq, 8]`, TND `[T, N, 8]`, eight equal lanes. Natural
@@ -169,6 +174,7 @@ def flash_attention_score_request(
     actual_seq_qlen=None,
     actual_seq_kvlen=None,
     implementation=None,
+    max_work=DEFAULT_MAX_WORK,
 ) -> tuple[Problem, Operands]:
     """What `flash_attention_score` computes for these arguments; raises what it raises."""
     backends.check_implementation(implementation)
@@ -191,7 +197,7 @@ def flash_attention_score_request(
         pse, pse_type, scale=scale_value, dtype=query.dtype, d=d, packed=sequences, causal=sparse.causal()
     )
     drop_bits, drop_offset = _dropout(drop_mask, keep_prob, d, sequences)
-    return request.build(
+    problem, operands = request.build(
         query,
         key,
         value,
@@ -206,7 +212,45 @@ def flash_attention_score_request(
         drop_bits=drop_bits,
         drop_offset=drop_offset,
         implementation=implementation,
+        max_work=max_work,
     )
+    own = _own_form(sparse, pse, pse_type, scale_value, d, sequences)
+    return replace(problem, cann=own.arguments), replace(operands, cann_pse=own.pse, cann_mask=own.mask)
+
+
+# --- what the caller said in CANN's words, for the backend that speaks them
+
+
+class _OwnForm(NamedTuple):
+    arguments: CannArguments | None = None
+    pse: Any = None
+    mask: Any = None
+
+
+def _own_form(sparse: Sparse, pse, pse_type: int, scale, d: Dims, sequences: Packed | None) -> _OwnForm:
+    """Nothing where CANN's host integers are arrays here."""
+    given = [sparse.prefix] if sequences is None else [sparse.prefix, sequences.query, sequences.key]
+    if any(hasattr(x, "shape") for x in given):
+        return _OwnForm()
+    prefix = None if sparse.prefix is None else integers("prefix", sparse.prefix)
+    arguments = CannArguments(
+        sizes=(*d.B, d.N, d.Sq, d.Skv),
+        sparse_mode=int(sparse.mode),
+        pre_tokens=max(-UNBOUNDED, min(int(sparse.pre_tokens), UNBOUNDED)),
+        next_tokens=max(-UNBOUNDED, min(int(sparse.next_tokens), UNBOUNDED)),
+        prefix=prefix,  # type: ignore[arg-type]
+        actual_seq_qlen=None if sequences is None else sequences.query,  # type: ignore[arg-type]
+        actual_seq_kvlen=None if sequences is None else sequences.key,  # type: ignore[arg-type]
+        pse_type=int(pse_type),
+    )
+    mask = sparse.atten_mask if sequences is not None and sparse.full() else None
+
+    def lead(x):
+        return None if x is None else jax.lax.stop_gradient(jnp.asarray(x)[(None,) * len(d.B)])
+
+    # A traced scale is in the query already, so that a pse before scaling cannot join it any more.
+    own = pse_type != 1 or not isinstance(scale, jax.core.Tracer)
+    return _OwnForm(arguments, lead(pse) if own else None, lead(mask))
 
 
 # --- shapes

@@ -1,12 +1,15 @@
 """The one place for what differs between JAX versions or is not public."""
 
 import contextlib
+import functools
+from typing import Any
 
 import jax
 from jax._src import dispatch, sharding_impls
 from jax._src.export import _export
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxlib import xla_client
 
 
 def varying_axes(x) -> frozenset[str]:
@@ -108,3 +111,62 @@ def guarantee_custom_call(target: str) -> None:
     stable = getattr(_export, "_CUSTOM_CALL_TARGETS_GUARANTEED_STABLE", None)
     if isinstance(stable, set):
         stable.add(target)
+
+
+def register_with_plugin(target: str, handler, platform: str, failed) -> None:
+    """Registers an FFI handler for a platform whose plugin may be there, come later, or never come.
+
+    `failed(target, platform, error)` hears of a plugin that does not take it; that never raises here, nor in the
+    plugin's own start, where it would take the plugin's devices away.
+    """
+    _guarded[platform] = failed
+    _ours.add(target)
+    try:
+        jax.ffi.register_ffi_target(target, handler, platform=platform)
+    except Exception as error:
+        _register_as_before(target, handler, platform, error)
+
+
+_ours: set[str] = set()
+_guarded: dict[str, Any] = {}
+
+
+def _register_as_before(target: str, handler, platform: str, error: Exception) -> None:
+    """A plugin of before custom-call traits takes one argument less."""
+    plugin = xla_client._custom_callback_handler.get(platform)
+    try:
+        if plugin is None or not isinstance(error, TypeError):
+            raise error
+        plugin(target, handler, platform, 1)
+    except Exception:
+        _guarded[platform](target, platform, error)
+
+
+def _guard_late_plugins() -> None:
+    """JAX hands what was registered early to a plugin when that appears: a refusal must not stop the plugin."""
+    register = xla_client.register_custom_call_handler
+
+    @functools.wraps(register)
+    def register_guarded(platform: str, handler):
+        name = xla_client.xla_platform_names.get(platform, platform)
+
+        @functools.wraps(handler)
+        def guarded(target, *args):
+            try:
+                return handler(target, *args)
+            except Exception as error:
+                if target not in _ours:
+                    raise
+                try:
+                    if not isinstance(error, TypeError):
+                        raise
+                    return handler(target, *args[:3])
+                except Exception:
+                    _guarded[name](target, name, error)
+
+        return register(platform, guarded if name in _guarded else handler)  # type: ignore[arg-type]
+
+    xla_client.register_custom_call_handler = register_guarded
+
+
+_guard_late_plugins()

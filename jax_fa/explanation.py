@@ -28,6 +28,8 @@ class Explanation:
       dims: the sizes of the call.
       chosen: for each platform the backend that would run, or None.
       reasons: for each platform and backend None if it can serve the call, or why not.
+      backward: for each platform the backend of the gradient, or None.
+      notes: for each platform what the chosen backend gets from elsewhere, or what costs more than one might think.
     """
 
     entry: str
@@ -36,6 +38,8 @@ class Explanation:
     dtype: str
     chosen: dict[str, str | None]
     reasons: dict[str, dict[str, str | None]]
+    backward: dict[str, str | None]
+    notes: dict[str, tuple[str, ...]]
 
     def __str__(self) -> str:
         d = self.dims
@@ -45,6 +49,9 @@ class Explanation:
         for platform, reasons in self.reasons.items():
             chosen = self.chosen[platform]
             lines.append(f"  {platform}: {chosen or 'no backend can serve this call'}")
+            lines += [f"    note: {note}" for note in self.notes[platform]]
+            if self.backward[platform] != chosen:
+                lines.append(f"    gradient: {self.backward[platform] or 'no backend can serve it'}")
             for name, why in reasons.items():
                 if name != chosen:
                     lines.append(f"    not {name}: {why or self._passed_over(name, chosen)}")
@@ -96,11 +103,13 @@ def explain(
 
     operands = jax.eval_shape(request, *(leaves[i] for i in arrays))
     problem = problems[-1]
-    reasons = {platform: backends.reasons(platform, problem, operands) for platform in platforms}
-    chosen = {
-        platform: next((n for n, why in found.items() if why is None and implementation in (None, n)), None)
-        for platform, found in reasons.items()
-    }
+    reasons, chosen, backward, notes = {}, {}, {}, {}
+    for platform in platforms:
+        reasons[platform] = backends.reasons(platform, problem, operands)
+        chosen[platform] = _first(reasons[platform], implementation)
+        found = backends.reasons(platform, problem, operands, backward=True)
+        backward[platform] = _first(found, implementation)
+        notes[platform] = backends.notes(chosen[platform], problem, operands)
     return Explanation(
         entry=entry,
         problem=problem,
@@ -108,7 +117,13 @@ def explain(
         dtype=str(operands.query.dtype),
         chosen=chosen,
         reasons={platform: {**found, **backends.PLANNED} for platform, found in reasons.items()},
+        backward=backward,
+        notes=notes,
     )
+
+
+def _first(reasons: dict[str, str | None], implementation: str | None) -> str | None:
+    return next((n for n, why in reasons.items() if why is None and implementation in (None, n)), None)
 
 
 def _here() -> str:

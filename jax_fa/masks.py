@@ -49,7 +49,7 @@ class Mask:
     """Which keys a query row may see. Combine masks with `&`."""
 
     def __and__(self, other) -> "Mask":
-        return Intersection(_members(self) + _members(as_mask(other)))
+        return Intersection(members(self) + members(as_mask(other)))
 
     def __rand__(self, other) -> "Mask":
         return as_mask(other) & self
@@ -85,7 +85,7 @@ def _static_value(value):
     return TRACED if hasattr(value, "shape") else value
 
 
-def _members(mask: Mask) -> tuple[Mask, ...]:
+def members(mask: Mask) -> tuple[Mask, ...]:
     return mask.masks if isinstance(mask, Intersection) else (mask,)
 
 
@@ -476,7 +476,7 @@ def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size)
     mask.check(batch, heads, sq, skv)
     lower, upper = mask.rows(Rows(jnp.arange(sq, dtype=jnp.int32), sq, skv), skv)
     dense = None
-    for member in _members(mask):
+    for member in members(mask):
         if isinstance(member, Dense):
             array = jnp.asarray(member.array)
             dense = _combine(jnp.logical_and, dense, array)

@@ -5,7 +5,7 @@ they are. `problem` is everything static. Arrays keep the axis order they are st
 data: the batching rule writes the new axis into the problem.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from jax_fa.backends import xla as reference
 from jax_fa.partition import Partition
 from jax_fa.problem import (
     DIFFERENTIABLE,
+    IN_CANN_FORM,
     Operands,
     Problem,
     accumulator_dtype,
@@ -215,23 +216,39 @@ def _operand_labels(rule, operands):
 # --- lowering: the backend is chosen here, for the platform that is compiled for
 
 
-def _lowering(run, get_operands, partition, ctx, *args, tree, problem):
+def _lowering(run, get_operands, partition, backward, ctx, *args, tree, problem):
     platforms = ctx.platforms or ctx.module_context.platforms
+    partitioned = compat.is_partitioned(ctx)
+    if partitioned:
+        tree, kept = _without_cann_form(tree)
+        ctx, args = ctx.replace(avals_in=[ctx.avals_in[i] for i in kept]), tuple(args[i] for i in kept)
     operands = get_operands(tree.unflatten(ctx.avals_in))
-    chosen = {backends.choose(platform, problem, operands) for platform in platforms}
-    if len(chosen) != 1:
-        raise NotImplementedError(
-            f"one program for platforms {tuple(platforms)} would need several backends here: "
-            f"{sorted(backend.name for backend in chosen)}. Name one with implementation=."
+    chosen = [backends.choose(platform, problem, operands, backward) for platform in platforms]
+    first, *others = (partial(run, backend, problem, tree) for backend in chosen)
+    fn = first
+    if len(set(chosen)) > 1:
+        fn = partial(
+            jax.lax.platform_dependent, default=first, **dict(zip(platforms[1:], others, strict=True))
         )
-    fn = partial(run, chosen.pop(), problem, tree)
-    if compat.is_partitioned(ctx):
+    if partitioned:
         fn = partition(fn, tree, problem, ctx.avals_in)
     return compat.lower_plain(fn, ctx, *args)
 
 
-def _register_lowering(primitive, run, get_operands, partition):
-    rule = partial(_lowering, run, get_operands, partition)
+def _without_cann_form(tree):
+    """The tree without what only whole calls can use, and which leaves stay: a shard would gather them for nothing."""
+    args = tree.unflatten(range(tree.num_leaves))
+    absent = dict.fromkeys(IN_CANN_FORM)
+    if isinstance(args, Operands):
+        args = replace(args, **absent)
+    else:
+        args = replace(args, operands=replace(args.operands, **absent))
+    kept, tree = jax.tree.flatten(args)
+    return tree, kept
+
+
+def _register_lowering(primitive, run, get_operands, partition, backward):
+    rule = partial(_lowering, run, get_operands, partition, backward)
     mlir.register_lowering(primitive, rule)
     for platform in backends.PLATFORMS:
         mlir.register_lowering(primitive, rule, platform=platform)
@@ -246,7 +263,7 @@ fwd_p.def_impl(partial(xla.apply_primitive, fwd_p))
 fwd_p.def_abstract_eval(_fwd_abstract_eval)
 batching.primitive_batchers[fwd_p] = _fwd_batching_rule
 ad.primitive_jvps[fwd_p] = partial(_jvp_rule, _fwd_run)
-_register_lowering(fwd_p, _fwd_run, lambda operands: operands, _fwd_partition)
+_register_lowering(fwd_p, _fwd_run, lambda operands: operands, _fwd_partition, False)
 
 bwd_p = Primitive("flash_attention_bwd")
 bwd_p.multiple_results = True
@@ -254,4 +271,4 @@ bwd_p.def_impl(partial(xla.apply_primitive, bwd_p))
 bwd_p.def_abstract_eval(_bwd_abstract_eval)
 batching.primitive_batchers[bwd_p] = _bwd_batching_rule
 ad.primitive_jvps[bwd_p] = partial(_jvp_rule, _bwd_run)
-_register_lowering(bwd_p, _bwd_run, lambda args: args.operands, _bwd_partition)
+_register_lowering(bwd_p, _bwd_run, lambda args: args.operands, _bwd_partition, True)

@@ -18,6 +18,23 @@ Shape = tuple[Size, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class CannArguments:
+    """The part of a `flash_attention_score` call that a mask does not say, for the backend that speaks CANN.
+
+    Everything here is known when tracing; where it is not (lengths or a prefix given as arrays), a call has none.
+    """
+
+    sizes: tuple[Size, ...]  # (*B, N, Sq, Skv): a call of other sizes is a part of it, or many
+    sparse_mode: int
+    pre_tokens: int
+    next_tokens: int
+    prefix: tuple[int, ...] | None = None
+    actual_seq_qlen: tuple[int, ...] | None = None  # layout TND
+    actual_seq_kvlen: tuple[int, ...] | None = None
+    pse_type: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """Everything about a call that is known when it is traced, except shapes and dtypes.
 
@@ -40,6 +57,9 @@ class Problem:
     # The caller uses the log-sum-exp, so its cotangent reaches the backward.
     logsumexp: bool = False
     implementation: str | None = None
+    cann: CannArguments | None = None
+    # Multiply-adds of one device call above which a backend that can splits it; None: never.
+    max_work: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("query_axes", "key_axes", "value_axes", "out_axes"):
@@ -80,6 +100,10 @@ class Operands:
     dropout_stream: Any = None  # *#B #N 2 uint32: (head, batch) words of the Philox counter
     drop_bits: Any = None  # *#B bytes uint8: explicit keep bits, LSB first, 1 = keep
     drop_offset: Any = None  # *#B #N #Sq 2 int32: (byte, bit) of a row's key 0 in drop_bits
+    # The same pse and atten_mask that bias, slopes and mask hold, in CANN's own forms behind batch dims of size 1.
+    # Only its backend reads them; they have no gradient of their own.
+    cann_pse: Any = None
+    cann_mask: Any = None
 
     def items(self) -> list[tuple[str, Any]]:
         return [(f.name, getattr(self, f.name)) for f in fields(self)]
@@ -89,6 +113,7 @@ class Operands:
         return Operands(**{name: None if x is None else fn(name, x) for name, x in self.items()})
 
 
+IN_CANN_FORM = ("cann_pse", "cann_mask")
 DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes")
 
 

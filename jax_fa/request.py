@@ -10,6 +10,9 @@ import numpy as np
 from jax_fa import dropout, masks
 from jax_fa.problem import Axes, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
+# Multiply-adds of one device call: about a second's work of an Ascend 910B, far below what its watchdogs allow.
+DEFAULT_MAX_WORK = 2**46
+
 
 def build(
     query,
@@ -31,6 +34,7 @@ def build(
     drop_offset=None,
     logsumexp: bool = False,
     implementation: str | None = None,
+    max_work: int | None = DEFAULT_MAX_WORK,
 ) -> tuple[Problem, Operands]:
     """Checks the arguments against each other and makes them canonical.
 
@@ -61,6 +65,7 @@ def build(
         mask=None if mask is None else mask.static(),
         logsumexp=logsumexp,
         implementation=implementation,
+        max_work=_max_work(max_work),
     )
     operands = Operands(
         query=query,
@@ -145,6 +150,14 @@ def _dropout_rate(rate, key) -> float:
             f"dropout_key must be a jax.random key when dropout_rate > 0 (it is {rate}); got None."
         )
     return float(rate)
+
+
+def _max_work(work) -> int | None:
+    if work is None:
+        return None
+    if isinstance(work, bool) or not isinstance(work, (int, np.integer)) or work <= 0:
+        raise ValueError(f"max_work must be a positive int or None; got {work!r}.")
+    return int(work)
 
 
 def _bias(bias, full: Shape, acc):

@@ -68,6 +68,10 @@ class Sparse:
         """Whether, with Sq == Skv, no row sees a key after its own position, by structure alone."""
         return self.mode in (2, 3) or (self.mode in (0, 4, 7) and int(self.next_tokens) <= 0)
 
+    def full(self) -> bool:
+        """Whether atten_mask is a mask of the caller's own, which is read."""
+        return self.atten_mask is not None and self.mode in _FULL
+
     # --- checks
 
     def _check_mode(self, packed: Packed | None) -> None:

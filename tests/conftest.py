@@ -17,9 +17,13 @@ import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
-from jax_fa import backends
+from jax_fa import ascend, backends
+from jax_fa.ascend import installation
 from jax_fa.backends import cpu, xla
 
+# Read when CANN is first asked for, which importing does not do.
+if installation.missing is None:
+    os.environ.setdefault(installation.EMULATOR, ascend.emulator_dir())
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Every example compiles: few of them, always the same, and without a clock.
 settings.register_profile(

@@ -258,7 +258,7 @@ def integer_arguments(case: Case) -> dict[str, Any]:
     return given
 
 
-def run(case: Case, jit: bool = True) -> dict[str, Any]:
+def run(case: Case, jit: bool = True, **options: Any) -> dict[str, Any]:
     """Everything the library gives for a case."""
     x = inputs(case)
     integers = integer_arguments(case)
@@ -266,7 +266,7 @@ def run(case: Case, jit: bool = True) -> dict[str, Any]:
 
     def both(q, k, v, pse, dout, drop_mask, atten_mask, traced):
         def forward(q, k, v, pse):
-            given = static_arguments(case) | integers | traced
+            given = static_arguments(case) | integers | traced | options
             result = flash_attention_score(q, k, v, pse, drop_mask, atten_mask, **given)
             return result.attention_out, result
 

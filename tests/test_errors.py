@@ -172,7 +172,7 @@ SHARED = [
         "unknown-implementation",
         {"implementation": "cudnn"},
         ValueError,
-        r"implementation must be None or one of 'cpu', 'xla'.*; got 'cudnn'\.",
+        r"implementation must be None or one of 'cpu', 'ascend', 'xla'.*; got 'cudnn'\.",
     ),
 ]
 
@@ -348,7 +348,7 @@ def test_backends_that_are_not_here_yet(entry, name):
 def test_a_backend_that_refuses_says_why(monkeypatch):
     """NotImplementedError with the reason, when the call is compiled."""
     for backend in jax_fa.api.backends.BACKENDS:
-        monkeypatch.setattr(backend, "why_not", lambda problem, operands: "it does not like this")
+        monkeypatch.setattr(backend, "why_not", lambda *args, **kwargs: "it does not like this")
     with pytest.raises(
         NotImplementedError,
         match=r"implementation='xla' cannot serve this call on platform '\w+'\. xla: it does not like this\.",

@@ -10,17 +10,14 @@ import jax_fa
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
     {"problem", "compat", "_native"},
-    {"masks", "softmax", "dropout", "tiles", "packed"},
-    {
-        "backends.xla",
-        "backends.cpu",
-        "backends.mosaic",
-        "backends.ascend",
-        "request",
-        "pse",
-        "sparse",
-        "partition",
-    },
+    {"masks", "softmax", "dropout", "tiles", "packed", "ascend.installation"},
+    {"backends.xla", "backends.cpu", "backends.mosaic", "request", "pse", "sparse", "partition"},
+    {"ascend", "ascend.layout", "ascend.modes", "ascend.drop"},
+    {"ascend.sequences"},
+    {"ascend.request"},
+    {"ascend.split"},
+    {"ascend.call"},
+    {"backends.ascend"},  # what CANN does not compute, the portable backend does
     {"backends"},
     {"primitives"},
     {"attention"},

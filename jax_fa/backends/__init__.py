@@ -2,26 +2,29 @@
 
 A backend is a module with
     name: str                       what `implementation=` calls it
-    platforms: tuple | None         lower-case platforms it can serve; None: all
-    why_not(problem, operands)      None, or why it cannot serve this call (operands may be avals)
+    platforms: sequence | None      lower-case platforms it serves (but see ON_CPU_TOO); None: all
+    why_not(problem, operands, *, platform, backward)
+                                    None, or why it cannot serve this call (operands may be avals)
     forward(problem, operands)      -> out, softmax max, softmax sum
     backward(problem, operands, out, m, l, dout, dlogsumexp) -> Operands of gradients
+    notes(problem, operands)        optional: what `explain` says of a call that it serves, one sentence each
 where forward and backward are plain traceable functions.
 """
 
 from types import ModuleType
 
-from jax_fa.backends import cpu, xla
+from jax_fa.backends import ascend, cpu, xla
 from jax_fa.problem import Operands, Problem
 
-BACKENDS: tuple[ModuleType, ...] = (cpu, xla)
+BACKENDS: tuple[ModuleType, ...] = (cpu, ascend, xla)
 # Known names that this version does not bring yet, so that asking for one gets a reason and not a riddle.
 PLANNED = {
     "mosaic": "the Pallas Mosaic GPU kernel is not part of this version",
-    "ascend": "the CANN adapter is not part of this version",
 }
-# Platforms that need a lowering rule of their own; the default rule serves every other.
-PLATFORMS = tuple(sorted({p for backend in BACKENDS for p in backend.platforms or ()}))
+# Served by a backend of another platform through an emulator of it; that backend itself says whether.
+ON_CPU_TOO = ("ascend",)
+# JAX's own platforms that need a lowering rule of their own; the default rule serves every other.
+PLATFORMS = ("cpu",)
 
 
 def names() -> tuple[str, ...]:
@@ -40,20 +43,23 @@ def check_implementation(implementation: str | None) -> None:
     raise ValueError(f"implementation must be {allowed}; got {implementation!r}.")
 
 
-def reasons(platform: str, problem: Problem, operands: Operands) -> dict[str, str | None]:
+def reasons(
+    platform: str, problem: Problem, operands: Operands, backward: bool = False
+) -> dict[str, str | None]:
     """For every backend by name: None if it can serve this call on the platform, or why not."""
     found: dict[str, str | None] = {}
     for backend in BACKENDS:
-        if backend.platforms is not None and platform.lower() not in backend.platforms:
+        serves = backend.platforms is None or platform.lower() in backend.platforms
+        if not serves and not (platform == "cpu" and backend.name in ON_CPU_TOO):
             found[backend.name] = f"runs on {', '.join(backend.platforms)} only, not on {platform}"
         else:
-            found[backend.name] = backend.why_not(problem, operands)
+            found[backend.name] = backend.why_not(problem, operands, platform=platform, backward=backward)
     return found
 
 
-def choose(platform: str, problem: Problem, operands: Operands) -> ModuleType:
+def choose(platform: str, problem: Problem, operands: Operands, backward: bool = False) -> ModuleType:
     """The first backend that can serve the call, or the one it names; NotImplementedError with every reason."""
-    found = reasons(platform, problem, operands)
+    found = reasons(platform, problem, operands, backward)
     for backend in BACKENDS:
         wanted = problem.implementation in (None, backend.name)
         if wanted and found[backend.name] is None:
@@ -62,4 +68,13 @@ def choose(platform: str, problem: Problem, operands: Operands) -> ModuleType:
         f"{name}: {why}" for name, why in found.items() if problem.implementation in (None, name)
     )
     asked = f"implementation={problem.implementation!r}" if problem.implementation else "Any backend"
-    raise NotImplementedError(f"{asked} cannot serve this call on platform {platform!r}. {listed}.")
+    what = "the gradient of this call" if backward else "this call"
+    raise NotImplementedError(f"{asked} cannot serve {what} on platform {platform!r}. {listed}.")
+
+
+def notes(name: str | None, problem: Problem, operands: Operands) -> tuple[str, ...]:
+    """What the backend of that name says of a call that it serves."""
+    for backend in BACKENDS:
+        if backend.name == name and hasattr(backend, "notes"):
+            return backend.notes(problem, operands)
+    return ()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import compat, dropout
-from jax_fa.problem import DIFFERENTIABLE, Operands, Problem, dims, gradient_shape, out_shape
+from jax_fa.problem import DIFFERENTIABLE, IN_CANN_FORM, Operands, Problem, dims, gradient_shape, out_shape
 
 missing: str | None = None  # why the extension is not there
 try:
@@ -34,7 +34,7 @@ if missing is None:
         compat.guarantee_custom_call(target)
 
 
-def why_not(problem: Problem, operands: Operands) -> str | None:
+def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bool) -> str | None:
     """Why this call cannot run here, or None."""
     if missing is not None:
         return f"the native extension is not installed ({missing}); reinstall with a C++17 compiler at hand"
@@ -89,7 +89,7 @@ def _arrays(operands: Operands) -> tuple[int, list[Any]]:
     """Which operands are given, as a bit mask in field order, and their arrays."""
     present, arrays = 0, []
     for bit, (name, x) in enumerate(operands.items()):
-        if x is None:
+        if x is None or name in IN_CANN_FORM:
             continue
         present |= 1 << bit
         if name == "alibi_slopes" or (name == "bias" and x.dtype not in _DTYPES):

@@ -38,7 +38,7 @@ MIN_TILE, MAX_ROWS, MAX_KEYS = 128, 512, 512
 ONE_TILE_ELEMENTS = 2**21
 
 
-def why_not(problem: Problem, operands: Operands) -> str | None:
+def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bool) -> str | None:
     """Nothing is refused."""
     return None
 

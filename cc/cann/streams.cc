@@ -1,0 +1,66 @@
+#include "cann/streams.h"
+
+#include "cann/workspace.h"
+
+namespace jax_fa::cann {
+
+void StreamPool::Lease::Wait() {
+  Check(library_, kDevice, "aclrtSynchronizeStream",
+        [&] { return library_.api.aclrtSynchronizeStream(stream_); });
+  waited_ = true;
+}
+
+aclrtStream StreamPool::Take(const Library& library) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!idle_.empty()) {
+      const aclrtStream stream = idle_.back();
+      idle_.pop_back();
+      return stream;
+    }
+  }
+  aclrtStream stream = nullptr;
+  Check(library, kDevice, "aclrtCreateStream", [&] { return library.api.aclrtCreateStream(&stream); });
+  return stream;
+}
+
+void StreamPool::Return(const Library& library, aclrtStream stream) noexcept {
+  try {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle_.push_back(stream);
+  } catch (...) {
+    Destroy(library, stream);
+  }
+}
+
+void StreamPool::Destroy(const Library& library, aclrtStream stream) noexcept {
+  try {
+    Forget(library, WithDevice(library, kDevice, [&] { return library.api.aclrtSynchronizeStream(stream); }));
+    Forget(library, WithDevice(library, kDevice, [&] { return library.api.aclrtDestroyStream(stream); }));
+    ProcessWorkspaces().Release(library, kDevice, stream);
+  } catch (...) {  // nobody is left who could act on it
+  }
+}
+
+void StreamPool::Release(const Library& library) {
+  for (;;) {
+    aclrtStream stream;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (idle_.empty()) return;
+      stream = idle_.back();
+      idle_.pop_back();
+    }
+    const int code = WithDevice(library, kDevice, [&] { return library.api.aclrtSynchronizeStream(stream); });
+    const std::string text = code == kSuccess ? "" : TakeErrorText(library);
+    Destroy(library, stream);
+    if (code != kSuccess) throw CodeFailure("aclrtSynchronizeStream", code, text);
+  }
+}
+
+StreamPool& ProcessStreams() {
+  static StreamPool* const streams = new StreamPool;  // never destroyed, as the workspaces
+  return *streams;
+}
+
+}  // namespace jax_fa::cann

@@ -1,0 +1,260 @@
+"""The Ascend backend: one XLA custom call into CANN's `aclnnFlashAttentionScore`, forward and backward.
+
+What CANN does not compute is supplied here in plain JAX around the call:
+
+* its backward has no gradient for pse: that of bias and slopes comes from the portable backend;
+* it has no gradient of the log-sum-exp: the term `ds += p dlogsumexp` is what two more columns of value give,
+  zeros there, dlogsumexp in dout and -1 in out, since CANN's backward is ds = p (dout v^T - rowsum(dout out));
+* values wider than keys: query and key get zeros;
+* no rows, no keys, no batch: no call.
+
+`jax_fa/ascend/` holds the translation (`request`), masks (`modes`), layouts, dropout bits, the custom calls (`call`)
+and their splitting (`split`).
+"""
+
+import math
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa.ascend import call, installation
+from jax_fa.ascend import layout as layouts
+from jax_fa.ascend.request import MAX_HEADS, V2, Request, Translation
+from jax_fa.backends import xla
+from jax_fa.problem import Dims, Operands, Problem, accumulator_dtype, dims, gradient_shape, out_shape
+from jax_fa.softmax import FLT_MAX
+
+name = "ascend"
+platforms = installation.platforms  # grows with jax_fa.ascend.register_platform
+
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+_MAX_HEAD_DIM = 768
+_MAX_LENGTH = 2**20
+_BLOCK = 16  # CANN pads head_dim to multiples of this
+# The large-head_dim operator, where nothing else is installed.
+_SHORT_HEAD_DIM, _SHORT_KEYS = 576, 1024
+
+
+def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bool) -> str | None:
+    """Why this call cannot run here, or None."""
+    return _why_not_here(problem, platform) or _why_not(problem, operands, backward)
+
+
+def _why_not_here(problem: Problem, platform: str) -> str | None:
+    if installation.missing is not None:
+        return installation.library().error
+    if platform.lower() != "cpu":
+        return None
+    if not installation.emulated():
+        return (
+            f"runs on {', '.join(platforms)}; on cpu only against an emulator of CANN: set {installation.EMULATOR} to "
+            "its directory (jax_fa.ascend.emulator_dir())"
+        )
+    if installation.library().error is not None:
+        return f"no CANN: {installation.library().error}"
+    if problem.implementation != name:
+        return "on cpu it is an emulator, for calls that name it"
+    return None
+
+
+def _why_not(problem: Problem, operands: Operands, backward: bool) -> str | None:
+    d, dtype = dims(problem, operands), operands.query.dtype
+    if dtype not in _DTYPES:
+        return f"serves float32, bfloat16 and float16, not {dtype}"
+    if not all(isinstance(size, (int, np.integer)) for size in (*d.B, d.Sq, d.Skv, d.N, d.K, d.D, d.Dv)):
+        return "symbolic dimensions are not supported"
+    if problem.logits_soft_cap is not None:
+        return "CANN has no soft cap of logits"
+    if max(d.D, d.Dv) > _MAX_HEAD_DIM:
+        return f"head_dim is at most {_MAX_HEAD_DIM}, not {max(d.D, d.Dv)}"
+    if max(d.Sq, d.Skv) > _MAX_LENGTH:
+        return f"sequences have at most {_MAX_LENGTH} tokens, not {max(d.Sq, d.Skv)}"
+    if d.N > MAX_HEADS * d.K:
+        return f"at most {MAX_HEADS} query heads share a key head, not {d.G}"
+    if backward and problem.logsumexp and _wide_enough(d) > _MAX_HEAD_DIM:
+        return f"the gradient of the log-sum-exp takes 2 more columns than head_dim's {_MAX_HEAD_DIM}"
+    here = installation.here()
+    if here is not None and here.long is None:
+        return _why_not_short(problem, operands, d, backward, str(here.short))
+    plan = Translation(problem, operands, here)
+    if problem.scale == 0 and operands.bias is not None and not plan.exports(V2) and not plan.own_pse:
+        return "this CANN has no aclnnFlashAttentionScoreV2, and without it a bias needs a scale other than 0"
+    return None
+
+
+def _why_not_short(problem, operands, d: Dims, backward: bool, file: str) -> str | None:
+    """The limits of the one operator of an installation without the built-in one."""
+    only = f"this CANN has only the large-head_dim operator ({file}), which "
+    if backward:
+        return only + "has no backward"
+    x = operands
+    for feature, given in (
+        ("no mask", problem.mask is not None or x.mask is not None or x.lower is not None),
+        ("no bias", x.bias is not None or x.alibi_slopes is not None),
+        ("no dropout", x.dropout_seed is not None or x.drop_bits is not None),
+    ):
+        if given:
+            return f"{only}has {feature}"
+    if x.query.dtype != jnp.float16:
+        return f"{only}serves float16, not {x.query.dtype}"
+    if max(d.D, d.Dv) > _SHORT_HEAD_DIM:
+        return f"{only}has a head_dim of at most {_SHORT_HEAD_DIM}, not {max(d.D, d.Dv)}"
+    if d.Skv <= _SHORT_KEYS:
+        return f"{only}needs more than {_SHORT_KEYS} keys, not {d.Skv}"
+    if layouts.choose(problem, d) != "BSND":
+        return f"{only}takes arrays in the order B, S, N, D"
+    return None
+
+
+def notes(problem: Problem, operands: Operands) -> tuple[str, ...]:
+    """What a call that CANN serves gets beside CANN: one sentence each."""
+    plan, d = Translation(problem, operands, installation.here()), dims(problem, operands)
+    found = []
+    if operands.bias is not None or operands.alibi_slopes is not None:
+        found.append("the gradient of bias or slopes is computed in plain JAX: CANN has none")
+    if problem.logsumexp:
+        found.append("the gradient of the log-sum-exp costs CANN's backward a wider head_dim")
+    if plan.wide:
+        found.append(
+            f"computed in float32: CANN takes a bias in query's dtype only, and {operands.query.dtype} would round "
+            "it; pass the bias in that dtype for 16-bit kernels"
+        )
+    if plan.sequences is None and plan.sparse.full:
+        B, N = _mask_lead(operands, d)
+        found.append(f"no sparse mode says this mask: a full one of {B * N * d.Sq * d.Skv} bytes is built")
+    if operands.dropout_seed is not None:
+        bits = math.prod(d.B) * d.N * d.Sq * d.Skv
+        found.append(f"keep bits are drawn in plain JAX and stored: {-(-bits // 8)} bytes")
+    if plan.sequences is None and _transposes(problem, d):
+        found.append("query, key, value and out lie in different orders: some are transposed")
+    return tuple(found)
+
+
+def _mask_lead(operands: Operands, d: Dims) -> tuple[int, int]:
+    arrays = [x for x in (operands.lower, operands.upper, operands.mask) if x is not None]
+    rank = len(d.B)
+    N = max((x.shape[rank] for x in arrays), default=1)
+    full = N > 1 or any(math.prod(x.shape[:rank]) > 1 for x in arrays)
+    return math.prod(d.B) if full else 1, N
+
+
+def _transposes(problem: Problem, d: Dims) -> bool:
+    return not layouts.fits_all(problem, d, layouts.choose(problem, d))
+
+
+# --- forward
+
+
+def forward(problem: Problem, operands: Operands):
+    """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
+    d = dims(problem, operands)
+    stats = (*d.B, d.N, d.Sq)
+    if _empty(d):
+        out = jnp.zeros(out_shape(problem, d), operands.query.dtype)
+        return out, jnp.full(stats, -FLT_MAX, jnp.float32), jnp.zeros(stats, jnp.float32)
+    plan = Translation(problem, operands, installation.here())
+    r = plan.request()
+    out, m, l = call.forward(r, problem.max_work)
+    # CANN marks rows without a key by a sum of FLT_MAX, and those of sequences without keys by zeros.
+    seen = (l != 0) & (l < FLT_MAX)
+    m, l = jnp.where(seen, m, -FLT_MAX), jnp.where(seen, l, 0)
+    if r.sequences is not None:
+        out = r.sequences.put_rows(out, d.Sq, 0)
+        m, l = r.sequences.put_rows(m, d.Sq, -FLT_MAX).T, r.sequences.put_rows(l, d.Sq, 0).T
+    m, l = m.reshape(stats), l.reshape(stats)
+    out = layouts.from_layout(out, problem.out_axes, r.layout, (*d.B, d.Sq, d.N, d.Dv))
+    if r.sequences is not None and r.sparse.full:  # in layout TND, CANN promises nothing for such rows
+        seen = jnp.broadcast_to(plan.seen(), stats)
+        m, l = jnp.where(seen, m, -FLT_MAX), jnp.where(seen, l, 0)
+        rows = jnp.moveaxis(seen, -1, -2)[..., None]
+        keep = jnp.broadcast_to(rows, (*d.B, d.Sq, d.N, 1))
+        out = jnp.where(keep.transpose(np.argsort(problem.out_axes)), out, 0)
+    return out.astype(operands.query.dtype), m, l
+
+
+def _empty(d: Dims) -> bool:
+    return 0 in (*d.B, d.N, d.Sq, d.Skv)
+
+
+# --- backward
+
+
+def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
+    """Gradients of query, key, value and, where present, bias and alibi_slopes."""
+    d = dims(problem, operands)
+    if _empty(d):
+        return xla.backward(problem, operands, out, m, l, dout, dlogsumexp)
+    plan = Translation(problem, operands, installation.here())
+    r = plan.request()
+    dq, dk, dv = _cann_gradients(problem, d, r, out, m, l, dout, dlogsumexp)
+    gradients = {
+        "query": _stored(problem, operands, d, r.layout, "query", dq),
+        "key": _stored(problem, operands, d, r.layout, "key", dk),
+        "value": _stored(problem, operands, d, r.layout, "value", dv),
+    }
+    if operands.bias is not None or operands.alibi_slopes is not None:
+        # XLA drops what is not read: nothing of this remains where nobody asks for these gradients.
+        plain = xla.backward(problem, operands, out, m, l, dout, dlogsumexp)
+        gradients |= {"bias": plain.bias, "alibi_slopes": plain.alibi_slopes}
+    return Operands(**gradients)
+
+
+def _wide_enough(d: Dims) -> int:
+    """Columns of value with those for the log-sum-exp."""
+    return -(-(d.Dv + 2) // _BLOCK) * _BLOCK
+
+
+def _cann_gradients(problem: Problem, d: Dims, r: Request, out, m, l, dout, dlogsumexp):
+    """dq, dk, dv in the layout."""
+    shape = (*d.B, d.Sq, d.N, d.Dv)
+    out, dout = (layouts.to_layout(x, problem.out_axes, r.layout, shape) for x in (out, dout))
+    out, dout = out.astype(r.query.dtype), dout.astype(r.query.dtype)
+    flat = (math.prod(d.B), d.N, d.Sq)
+    m, l = m.reshape(flat), jnp.where(l == 0, FLT_MAX, l).reshape(flat)
+    dlse = None if dlogsumexp is None else dlogsumexp.reshape(flat).astype(jnp.float32)
+    if r.sequences is not None:
+        out, dout = r.sequences.take_rows(out), r.sequences.take_rows(dout)
+        m, l = (r.sequences.take_rows(x[0].T) for x in (m, l))
+        dlse = None if dlse is None else r.sequences.take_rows(dlse[0].T)
+    if dlse is not None:
+        r, out, dout = _with_logsumexp(r, d, out, dout, dlse)
+    dq, dk, dv = call.backward(r, out, m, l, dout, problem.max_work)
+    dq, dk = layouts.narrow(dq, r.layout, r.N, d.D), layouts.narrow(dk, r.layout, r.K, d.D)
+    dv = layouts.narrow(dv, r.layout, r.K, d.Dv)
+    if r.sequences is not None:
+        dq = r.sequences.put_rows(dq, d.Sq, 0)
+        dk, dv = (jnp.pad(x, [(0, d.Skv - x.shape[0]), (0, 0), (0, 0)]) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _with_logsumexp(r: Request, d: Dims, out, dout, dlse):
+    """The call whose gradients have the log-sum-exp's in them (see the top), its out and its dout."""
+    dtype = r.query.dtype
+    high = dlse.astype(dtype)
+    low = (dlse - high.astype(jnp.float32)).astype(dtype)  # a 16-bit number alone would lose digits
+    columns = layouts.by_row(jnp.stack([high, low], axis=-1), r.layout)
+    Dv = _wide_enough(d)
+    D = max(r.D, Dv)
+    widened = replace(
+        r,
+        query=layouts.widen(r.query, r.layout, r.N, D),
+        key=layouts.widen(r.key, r.layout, r.K, D),
+        value=layouts.widen(r.value, r.layout, r.K, Dv),
+        D=D,
+        Dv=Dv,
+    )
+    dout = layouts.append(dout, r.layout, r.N, columns)
+    out = layouts.append(out, r.layout, r.N, jnp.full_like(columns, -1))
+    return widened, layouts.widen(out, r.layout, r.N, Dv), layouts.widen(dout, r.layout, r.N, Dv)
+
+
+def _stored(problem: Problem, operands: Operands, d: Dims, layout: str, name: str, gradient):
+    """A gradient as its operand is stored, summed over the batch dims in which that broadcasts."""
+    operand, axes = getattr(operands, name), getattr(problem, f"{name}_axes")
+    gradient = layouts.from_layout(gradient, axes, layout, layouts.full(problem, operands, name, d))
+    shape = gradient_shape(problem, d, name, operand.shape)
+    summed = [i for i, (full, size) in enumerate(zip(gradient.shape, shape, strict=True)) if full != size]
+    if summed:
+        gradient = jnp.sum(gradient.astype(accumulator_dtype(operand.dtype)), axis=summed, keepdims=True)
+    return gradient.astype(operand.dtype)

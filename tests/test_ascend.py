@@ -1,0 +1,548 @@
+"""The Ascend backend against the emulator: the common tables, what CANN is asked, errors, splitting, transforms."""
+
+import dataclasses
+import re
+from functools import partial
+
+import cases as common
+import emulator
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import test_cann as cann
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jax_fa
+from jax_fa import ascend, flash_attention, flash_attention_score, masks
+from jax_fa.ascend import installation
+from jax_fa.masks import Band, Causal, CumulativeLengths, Prefix
+
+if installation.missing is not None:
+    pytest.skip(f"needs the native extension: {installation.missing}", allow_module_level=True)
+
+ASCEND = {"implementation": "ascend"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks():
+    emulator.reset()
+    yield
+    assert emulator.live() == dict.fromkeys(emulator.OBJECTS, 0)
+    emulator.reset()
+
+
+# --- the common tables
+
+
+def _refusal(case: common.Case) -> str | None:
+    if case.soft_cap is not None:
+        return "CANN has no soft cap"
+    return "serves float32, bfloat16 and float16, not float64" if case.dtype == "float64" else None
+
+
+@pytest.mark.parametrize("case", common.CASES, ids=str)
+def test_common_table(case):
+    dout, dlse = case.cotangents()
+    with case.context():
+        run = jax.jit(lambda x, dout, dlse: case.gradient(x, dout, dlse, **ASCEND))
+        arguments = case.stored_operands(), case.stored(dout), dlse
+        refusal = _refusal(case)
+        if refusal is not None:
+            with pytest.raises(NotImplementedError, match=refusal):
+                run(*arguments)
+            return
+        (out, lse), gradients = run(*arguments)
+        common.check(case, out, lse, gradients)
+    unseen = np.moveaxis(common.expected(case)[0].l == 0, -1, -2)
+    assert not case.canonical(out)[unseen].any()
+
+
+@pytest.mark.parametrize("case", cann.CASES, ids=lambda case: case.name)
+def test_cann_table(case):
+    cann.check(case, cann.run(case, **ASCEND))
+
+
+# --- what CANN is asked
+
+
+LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
+_ASKED = {"BSH": "BSND"}  # the same memory
+_TOKENS = {0: (9, 5), 4: (10, 3), 7: (cann.HUGE, -2), 8: (cann.HUGE, 2)}
+_PSE = (None, (0, "full"), (1, "1 full"), (1, "row"), (2, "slopes"), (3, "1 slopes"))
+
+
+def _product():
+    """Every sparse mode with every layout, pse type and dtype; a third of them by default."""
+    for a, layout in enumerate(LAYOUTS):
+        packed = layout == "TND"
+        for b, mode in enumerate((0, 1, 2, 3, 4, 6, 7, 8) if packed else range(7)):
+            for c, pse in enumerate(_PSE):
+                for d, dtype in enumerate(cann.DTYPES):
+                    slow = [] if (a + b + c + d) % 3 == 0 else [pytest.mark.slow]
+                    form = pse and (pse[0], pse[1].removeprefix("1 ") if packed and pse[0] < 2 else pse[1])
+                    pre, following = _TOKENS.get(mode, (cann.HUGE, cann.HUGE))
+                    case = cann.Case(
+                        name=f"{layout}-mode{mode}-{'pse' + str(pse[0]) + pse[1] if pse else 'plain'}-{dtype}",
+                        layout=layout,
+                        mode=mode,
+                        pre=25 if packed and mode == 0 else pre,
+                        following=following,
+                        prefix=((6, 0, 11) if packed else (7, 20)) if mode in (5, 6) else (),
+                        mask={0: None, 1: "plain", 5: "batch"}.get(mode, "compressed"),
+                        lengths=((9, 9), (0, 0), (20, 20)) if packed else ((23, 23),) * 2,
+                        pse=form,
+                        dtype=dtype,
+                        D=16,
+                    )
+                    yield pytest.param(case, id=case.name, marks=slow)
+
+
+@pytest.mark.parametrize("case", _product())
+def test_mode_layout_pse_dtype(case):
+    cann.check(case, cann.run(case, **ASCEND))
+    forward, backward = emulator.log()
+    packed = case.layout == "TND"
+    for call in (forward, backward):
+        assert call["inputLayout"] == _ASKED.get(case.layout, case.layout)
+        assert call["headNum"] == case.N
+        assert call["tensors"]["query"]["dtype"] == {"float32": "FLOAT", "bfloat16": "BF16"}.get(
+            case.dtype, "FLOAT16"
+        )
+        if case.pse is not None and case.pse[0] > 1:
+            assert call["pseType"] == case.pse[0]
+        if case.mode in (2, 3, 4, 6, 7, 8):
+            assert call["sparseMode"] == case.mode
+            assert call["tensors"]["attenMask"]["shape"] == [3072 if case.mode == 6 else 2048, 2048]
+    assert ("VarLen" in forward["function"]) == ("Unpadding" in backward["function"]) == packed
+    assert forward["actualSeqQLen"] == (list(case.ends[0]) if packed else None)
+
+
+def _one_call(**options):
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 4, 16)), jnp.float32)
+    mask = options.pop("mask", None)
+    flash_attention(q, q, q, mask=mask, **options, **ASCEND)
+    (call,) = emulator.log()
+    return call
+
+
+@pytest.mark.parametrize(
+    ("mask", "mode", "tokens", "inner_precise"),
+    [
+        (None, 0, None, 0),
+        (Causal(), 2, None, 0),
+        (Band(None, 5), 4, (48, 5), 0),
+        (Band(7, 0), 4, (7, 0), 0),
+        (Band(-1, 9), 4, (-1, 9), 2),
+        (Band(7, 0) & Causal(offset=2), 4, (7, 0), 0),
+        (Prefix((5, 9)), 6, None, 0),
+        (Prefix(np.array([5, 9])), 1, None, 2),  # traced: no host integers
+        (masks.Lengths(key=(9, 24)), 1, None, 2),
+        (Causal() & masks.Dense(np.ones((2, 1, 24, 24), bool)), 0, (cann.HUGE, 0), 2),
+        (masks.Dense(np.ones((24, 24), bool)), 1, None, 2),
+    ],
+    ids=repr,
+)
+def test_mask_kinds(mask, mode, tokens, inner_precise):
+    call = _one_call(mask=mask)
+    assert (call["sparseMode"], call["innerPrecise"]) == (mode, inner_precise)
+    if tokens is not None:
+        assert (call["preTokens"], call["nextTokens"]) == tokens
+    shape = {0: None, 2: [2048, 2048], 4: [2048, 2048], 6: [3072, 2048]}.get(mode)
+    if shape is not None:
+        assert call["tensors"]["attenMask"]["shape"] == shape
+
+
+def test_packed_sequences_go_as_they_are():
+    x = jnp.ones((30, 4, 16), jnp.bfloat16)
+    mask = CumulativeLengths((10, 10, 25), within=Causal())
+    out = flash_attention(x, x, x, mask=mask, layout="SND", **ASCEND)
+    (call,) = emulator.log()
+    assert (call["inputLayout"], call["sparseMode"]) == ("TND", 3)
+    assert call["actualSeqQLen"] == call["actualSeqKvLen"] == [10, 10, 25]
+    assert call["tensors"]["query"]["shape"] == [25, 4, 16]
+    assert not out[25:].any() and (out[:25] == 1).all()
+
+
+def test_query_and_bias_are_not_materialized():
+    """A bias that broadcasts over the batch and over rows goes so; heads CANN cannot broadcast."""
+    call = _one_call(bias=jnp.ones((1, 1, 1, 24), jnp.float32))
+    assert call["tensors"]["realShift"]["shape"] == [1, 4, 1, 24]
+    assert call["pseType"] == 0
+
+
+@pytest.mark.parametrize("layout", ["BSND", "BNSD", "SBND"])
+def test_layouts_cost_no_transpose(layout):
+    x = jnp.ones((2, 16, 4, 8), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return jnp.sum(flash_attention(q, k, v, mask=Causal(), layout=layout, **ASCEND).astype(jnp.float32))
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile().as_text()
+    assert "jax_fa_ascend_backward" in text
+    assert not re.search(r" (transpose|copy)\(.*bf16\[2,16,4,8\]", text)
+
+
+def test_heads_of_vmap_become_heads():
+    """Equinox style: one head, mapped over axis 1."""
+    x = jnp.ones((24, 4, 16), jnp.float32)
+
+    def head(q, k, v):
+        return flash_attention(q[:, None], k[:, None], v[:, None], layout="SND", **ASCEND)[:, 0]
+
+    out = jax.vmap(head, in_axes=1, out_axes=1)(x, x, x)
+    (call,) = emulator.log()
+    assert call["inputLayout"] == "SBH" and out.shape == x.shape
+
+
+# --- lowering
+
+
+def _loss(q, k, v):
+    out = flash_attention(q, k, v, mask=Causal(), scale=0.5, **ASCEND)
+    return jnp.sum(out.astype(jnp.float32) ** 2)
+
+
+@pytest.mark.parametrize("platform", ["ascend", "ASCEND", "npu"])
+@pytest.mark.parametrize("named", [True, False])
+def test_lowered_text(platform, named):
+    x = jax.ShapeDtypeStruct((2, 24, 4, 16), jnp.bfloat16)
+    options = ASCEND if named else {}
+
+    def run(x):
+        return flash_attention(x, x, x, mask=Causal(), scale=0.5, **options)
+
+    text = jax.jit(run).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    (call,) = re.findall(r".*custom_call @jax_fa_ascend_forward.*", text)
+    for attribute in (
+        'input_layout = "BSND"',
+        "head_num = 4 : i64",
+        "sparse_mode = 2 : i64",
+        "scale_value = 5.000000e-01 : f64",
+        "present = 4 : ui32",
+        "prefix = dense<> : tensor<0xi64>",
+    ):
+        assert attribute in call
+    operands = re.search(r": \((.*)\) -> \((.*)\)", call)
+    assert operands is not None
+    bf16, stats = "tensor<2x24x4x16xbf16>", "tensor<2x4x24x8xf32>"
+    assert operands[1] == f"{bf16}, {bf16}, {bf16}, tensor<2048x2048xui8>"
+    assert operands[2] == f"{stats}, {stats}, {bf16}"
+
+
+def test_compressed_masks_are_in_a_program_once():
+    x = jax.ShapeDtypeStruct((2, 24, 4, 16), jnp.float32)
+
+    def twice(x):
+        for _ in range(2):
+            x = flash_attention(x, x, x, mask=Causal())
+        return x
+
+    text = jax.jit(twice).trace(x).lower(lowering_platforms=("ascend",)).as_text()
+    assert text.count("custom_call @jax_fa_ascend_forward") == 2
+    assert len(re.findall(r'constant dense<"0x', text)) == 1
+
+
+def test_an_exported_program_is_the_same_calls_and_runs_here():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 4, 16)), jnp.bfloat16)
+    run = jax.jit(jax.grad(_loss, argnums=(0, 1, 2)))
+    exported = jax.export.export(
+        run, platforms=("ascend",), disabled_checks=[jax.export.DisabledSafetyCheck.platform()]
+    )(x, x, x)
+    loaded = jax.export.deserialize(exported.serialize())
+    for a, b in zip(run(x, x, x), jax.jit(loaded.call)(x, x, x), strict=True):
+        np.testing.assert_array_equal(a, b)
+    here = run.lower(x, x, x).as_text()
+    there = exported.mlir_module()
+    pick = r"custom_call @jax_fa_ascend_\w+\(.*?\{.*?problem = (\{.*?\})"
+    assert re.findall(pick, here) == re.findall(pick, there) != []
+
+
+def test_one_program_for_several_platforms():
+    x = jnp.ones((1, 8, 2, 16), jnp.float32)
+
+    def run(x):
+        return flash_attention(x, x, x, mask=Causal())
+
+    exported = jax.export.export(jax.jit(run), platforms=("cpu", "ascend", "cuda"))(x)
+    text = exported.mlir_module()
+    assert "jax_fa_ascend_forward" in text and "stablehlo.case" in text
+    np.testing.assert_allclose(exported.call(x), x)
+
+
+def test_another_name_for_the_platform():
+    ascend.register_platform("my_npu")
+    try:
+        x = jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float32)
+        lowered = jax.jit(lambda x: flash_attention(x, x, x)).trace(x)
+        assert "jax_fa_ascend_forward" in lowered.lower(lowering_platforms=("my_npu",)).as_text()
+    finally:
+        installation.platforms.remove("my_npu")
+
+
+@pytest.mark.parametrize("name", ["cpu", "CUDA", "", "a b", 3])
+def test_names_that_are_no_platform_of_ours(name):
+    with pytest.raises(ValueError, match="name must"):
+        ascend.register_platform(name)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logits_soft_cap": 3.0}, "CANN has no soft cap of logits"),
+        ({"D": 784}, "head_dim is at most 768, not 784"),
+        ({"dtype": np.float64}, "serves float32, bfloat16 and float16, not float64"),
+        ({"N": 257}, "at most 256 query heads share a key head, not 257"),
+    ],
+    ids=["soft-cap", "head-dim", "dtype", "group"],
+)
+def test_refusals(options, message):
+    D, N, dtype = options.pop("D", 16), options.pop("N", 4), options.pop("dtype", np.float32)
+    with jax.enable_x64(True):
+        q, k = jnp.ones((1, 8, N, D), dtype), jnp.ones((1, 8, 1, D), dtype)
+        with pytest.raises(NotImplementedError, match=re.escape(message)):
+            flash_attention(q, k, k, **options, **ASCEND)
+
+
+def test_the_gradient_of_the_logsumexp_takes_columns():
+    x = jnp.ones((1, 8, 1, 768), jnp.float32)
+    run = lambda x: flash_attention(x, x, x, return_logsumexp=True, **ASCEND)[1].sum()  # noqa: E731
+    assert np.isfinite(run(x))
+    with pytest.raises(NotImplementedError, match="takes 2 more columns than head_dim's 768"):
+        jax.grad(run)(x)
+
+
+FORWARD = "aclnnFlashAttentionScoreV2"
+FAULTS = [
+    (f"{FORWARD}GetWorkspaceSize", 161001, "ACLNN_ERR_PARAM_NULLPTR"),
+    (f"{FORWARD}GetWorkspaceSize", 161002, "ACLNN_ERR_PARAM_INVALID"),
+    (f"{FORWARD}GetWorkspaceSize", 561003, "ACLNN_ERR_INNER_FIND_KERNEL_ERROR"),
+    (FORWARD, 561103, "ACLNN_ERR_INNER_NULLPTR"),
+    (FORWARD, 361001, "ACLNN_ERR_RUNTIME_ERROR"),
+    ("aclrtMalloc", 207001, "MEMORY_ALLOCATION"),
+    ("aclrtCreateStream", 107002, "CONTEXT_NULL"),
+    ("kernel", 507014, "AICORE_TIMEOUT"),
+    ("kernel", 507015, "AICORE_EXCEPTION"),
+]
+
+
+@pytest.mark.parametrize(("function", "code", "name"), FAULTS, ids=[f"{f}-{c}" for f, c, _ in FAULTS])
+def test_error_codes_surface(function, code, name):
+    x = jnp.ones((1, 40, 2, 16), jnp.bfloat16)
+    run = jax.jit(lambda x: flash_attention(x, x, x, mask=Causal(), **ASCEND))
+    np.testing.assert_array_equal(run(x), x)
+    ascend.release()  # so that the next call makes a stream and a workspace
+    emulator.fail(function, code, times=10)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{code}") as raised:
+        jax.block_until_ready(run(x))
+    text = str(raised.value)
+    assert name in text
+    if function.startswith("aclnn"):
+        assert all(part in text for part in (function, "BSND", "[1,40,2,16]"))
+    emulator.reset()
+    np.testing.assert_array_equal(run(x), x)
+
+
+def test_a_thread_without_a_device_gets_one():
+    x = jnp.ones((1, 40, 2, 16), jnp.bfloat16)
+    emulator.fail(f"{FORWARD}GetWorkspaceSize", 107002)
+    np.testing.assert_array_equal(flash_attention(x, x, x, **ASCEND), x)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_what_only_the_operator_refuses(newer):
+    """A mask of a shape that this library never sends, through the bare custom call."""
+    emulator.style(newer)
+    x = jnp.ones((1, 40, 2, 16), jnp.bfloat16)
+    stats = jax.ShapeDtypeStruct((1, 2, 40, 8), jnp.float32)
+    call = jax.ffi.ffi_call(installation.FORWARD, (stats, stats, jax.ShapeDtypeStruct(x.shape, x.dtype)))
+    problem = {
+        "input_layout": "BSND",
+        "head_num": np.int64(2),
+        "scale_value": np.float64(1),
+        "keep_prob": np.float64(1),
+        "pre_tokens": np.int64(cann.HUGE),
+        "next_tokens": np.int64(cann.HUGE),
+        "inner_precise": np.int64(0),
+        "sparse_mode": np.int64(1),
+        "pse_type": np.int64(1),
+        "present": np.uint32(4),
+        "softmax_layout": "",
+    }
+    none = np.zeros(0, np.int64)
+    lists = {"prefix": none, "actual_seq_qlen": none, "actual_seq_kvlen": none}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="161001" if newer else "561103") as raised:
+        jax.block_until_ready(call(x, x, x, jnp.zeros((1, 1, 1, 40), bool), problem=problem, **lists))
+    assert "Tiling" in str(raised.value) or "tiling" in str(raised.value)
+
+
+# --- splitting
+
+
+SPLITS = [
+    ({"B": (4,)}, {}),
+    ({"B": (1,), "N": 6, "K": 3}, {}),
+    ({"B": (1,), "N": 2, "K": 1, "Sq": 520, "Skv": 300}, {}),
+    ({"mask": "causal"}, {}),
+    ({"mask": "causal_bottom", "Sq": 300, "Skv": 400}, {}),
+    ({"mask": "window", "Sq": 400}, {}),
+    ({"mask": "prefix_static", "Sq": 300, "Skv": 300}, {}),
+    ({"mask": "dense", "Sq": 300}, {}),
+    ({"mask": "lengths", "layout": "SBND"}, {}),
+    ({"bias": "B1QK", "layout": "BNSD", "Sq": 300}, {}),
+    ({"slopes": "N", "Sq": 300, "Skv": 300}, {}),
+    ({"dropout": 0.25, "Sq": 300}, {}),
+    ({"dtype": "bfloat16", "Sq": 300, "mask": "causal"}, {}),
+]
+common.KINDS["prefix_static"] = common.Kind(
+    lambda c: Prefix((40, 3)), lambda c: oracle.prefix(c.Sq, c.Skv, np.array([40, 3]))
+)
+
+
+@pytest.mark.parametrize("options", [o for o, _ in SPLITS], ids=lambda o: "-".join(map(str, o.values())))
+def test_splitting(options):
+    case = common.Case(name="split-" + "-".join(map(str, options.values())), **options)
+    dout, dlse = case.cotangents()
+    d = case.Skv * (case.D + case.Dv)
+    # Less than a quarter of the rows of one group of heads.
+    limit = d * (case.N // case.K) * max(1, case.Sq // 3)
+    arguments = case.stored_operands(), case.stored(dout), dlse
+    run = jax.jit(lambda *x: case.gradient(*x, max_work=limit, **ASCEND))
+    (out, lse), gradients = run(*arguments)
+    common.check(case, out, lse, gradients)
+    assert len(emulator.log()) > 2
+    emulator.reset()
+    jax.jit(lambda *x: case.gradient(*x, max_work=None, **ASCEND))(*arguments)
+    assert len(emulator.log()) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["TND-mode0", "TND-mode3", "TND-mode7", "TND-mode8", "TND-mode6", "drop-BSH-bf16", "everything"]
+)
+def test_splitting_of_cann_calls(name):
+    case = next(c for c in cann.CASES if c.name == name)
+    cann.check(case, cann.run(case, max_work=20 * 33 * 4 * 16, **ASCEND))
+    assert len(emulator.log()) > 2
+
+
+@pytest.mark.parametrize("work", [0, -1, 2.5, True, "much"])
+def test_max_work_is_checked(work):
+    x = jnp.ones((1, 8, 2, 16))
+    with pytest.raises(ValueError, match="max_work must be a positive int or None"):
+        flash_attention(x, x, x, max_work=work)
+
+
+def test_many_heads_are_several_calls():
+    x = jnp.ones((1, 8, 300, 16), jnp.float32)
+    np.testing.assert_allclose(flash_attention(x, x, x, **ASCEND), x, rtol=1e-6)
+    assert [call["headNum"] for call in emulator.log()] == [150, 150]
+
+
+# --- transforms
+
+
+def test_shards_call_from_several_threads():
+    """Batch and heads over eight devices: eight threads in CANN at once, no collective."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    x = np.random.default_rng(0).standard_normal((8, 40, 4, 16)).astype(np.float32)
+    place = NamedSharding(mesh, PartitionSpec("data", None, "model", None))
+    run = jax.jit(jax.grad(_loss, argnums=(0, 1, 2)))
+    whole = run(x, x, x)
+    sharded = jax.device_put(x, place)
+    for _ in range(3):
+        for a, b in zip(run(sharded, sharded, sharded), whole, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert "all-" not in run.lower(sharded, sharded, sharded).compile().as_text()
+    assert max(call["tensors"]["query"]["shape"][0] for call in emulator.log()[2:]) == 2
+
+
+@pytest.mark.parametrize("at", [(0, None, None), (1, 1, None), (0, 2, 1)])
+def test_vmap(at):
+    case = common.BY_NAME["mask-causal"]
+    x = {n: np.stack([a, 2 * a, -a]) for n, a in case.operands().items()}
+
+    def run(implementation, q, k, v):
+        return flash_attention(q, k, v, mask=Causal(), implementation=implementation)
+
+    names = ("query", "key", "value")
+    arguments = [x[n][0] if a is None else np.moveaxis(x[n], 0, a) for n, a in zip(names, at, strict=True)]
+    found, wanted = (jax.vmap(partial(run, name), in_axes=at)(*arguments) for name in ("ascend", "xla"))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_broadcast_batch_dims():
+    """vmap over queries alone: the gradient of keys is per mapped entry, summed by JAX."""
+    q = np.random.default_rng(0).standard_normal((3, 2, 20, 2, 8)).astype(np.float32)
+
+    def loss(implementation, k):
+        outs = jax.vmap(lambda q: flash_attention(q, k, k, implementation=implementation))(q)
+        return jnp.sum(outs**2)
+
+    found, wanted = (jax.grad(partial(loss, name))(q[0]) for name in ("ascend", "xla"))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_results_are_bitwise_repeatable():
+    case = common.BY_NAME["bfloat16-causal"]
+    dout, dlse = case.cotangents()
+    run = jax.jit(lambda *x: case.gradient(*x, **ASCEND))
+    arguments = case.stored_operands(), case.stored(dout), dlse
+    jax.tree.map(np.testing.assert_array_equal, run(*arguments), run(*arguments))
+
+
+# --- explain
+
+
+def _explained(platform="ascend", **options):
+    x = jax.ShapeDtypeStruct((2, 24, 4, 16), jnp.bfloat16)
+    return jax_fa.explain(x, x, x, entry="flash_attention", platforms=(platform,), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (
+            {"bias": jax.ShapeDtypeStruct((4, 24, 24), jnp.bfloat16)},
+            "the gradient of bias or slopes is computed",
+        ),
+        ({"bias": jax.ShapeDtypeStruct((4, 24, 24), jnp.float32)}, "computed in float32"),
+        ({"return_logsumexp": True}, "the gradient of the log-sum-exp"),
+        ({"mask": masks.Lengths(key=(3, 4))}, "a full one of 1152 bytes is built"),
+        ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "stored: 576 bytes"),
+    ],
+)
+def test_notes(options, note):
+    found = _explained(**options)
+    assert found.chosen["ascend"] == found.backward["ascend"] == "ascend"
+    assert any(note in line for line in found.notes["ascend"])
+    assert note in str(found)
+
+
+def test_no_notes_where_cann_does_it_all():
+    assert _explained(mask=Causal()).notes == {"ascend": ()}
+
+
+def test_the_emulator_is_for_calls_that_name_it():
+    found = _explained("cpu")
+    assert found.chosen["cpu"] == "cpu"
+    assert found.reasons["cpu"]["ascend"] == "on cpu it is an emulator, for calls that name it"
+    assert _explained("cpu", implementation="ascend").chosen["cpu"] == "ascend"
+
+
+def test_library():
+    found = ascend.library()
+    assert found.error is None and found.emulator and found.exports(FORWARD)
+    assert {field.name for field in dataclasses.fields(found)} >= {"long", "short", "functions"}
+
+
+def test_statistics_have_eight_lanes():
+    """Statistics come back as CANN has them, eight lanes."""
+    x = jnp.ones((2, 24, 32), jnp.float32)
+    found = flash_attention_score(x, x, x, head_num=2, scale_value=0.25, **ASCEND)
+    assert found.softmax_max.shape == (2, 2, 24, 8)
+    np.testing.assert_allclose(found.softmax_max, 4.0, rtol=1e-6)
+    np.testing.assert_allclose(found.softmax_sum, 24.0, rtol=1e-6)
