@@ -205,12 +205,9 @@ class Loader {
 #undef JAX_FA_CANN_FIND_RUNTIME
 #undef JAX_FA_CANN_FIND_NNOPBASE
 #undef JAX_FA_CANN_FIND_OPTIONAL
-    std::string from;
-    lib_.emulator = path_.emulator && Find(runtime, "jaxFaEmulatorLive", from) != nullptr;
+    lib_.emulator = path_.emulator;
     if (lib_.runtime.empty()) {
       Fail("no CANN runtime (libascendcl.so or libacl_rt.so) was found");
-    } else if (path_.emulator && !lib_.emulator) {
-      Fail("JAX_FA_CANN_EMULATOR leads to " + lib_.runtime + ", which is not the emulator");
     } else if (lib_.nnopbase.empty()) {
       Fail("libnnopbase.so was not found");
     } else if (!absent.empty()) {
