@@ -69,7 +69,7 @@ def test_cann_table(case):
 
 LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
 _ASKED = {"BSH": "BSND"}  # the same memory
-_TOKENS = {0: (9, 5), 4: (10, 3), 7: (cann.HUGE, -2), 8: (cann.HUGE, 2)}
+_TOKENS = {0: (9, 5), 4: (10, 3), 7: (cann.HUGE, 0), 8: (cann.HUGE, 2)}
 _PSE = (None, (0, "full"), (1, "1 full"), (1, "row"), (2, "slopes"), (3, "1 slopes"))
 
 
@@ -122,7 +122,7 @@ def test_mode_layout_pse_dtype(case):
 def _one_call(**options):
     q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 4, 16)), jnp.float32)
     mask = options.pop("mask", None)
-    flash_attention(q, q, q, mask=mask, **options, **ASCEND)
+    jax.block_until_ready(flash_attention(q, q, q, mask=mask, **options, **ASCEND))
     (call,) = emulator.log()
     return call
 
@@ -157,7 +157,7 @@ def test_mask_kinds(mask, mode, tokens, inner_precise):
 def test_packed_sequences_go_as_they_are():
     x = jnp.ones((30, 4, 16), jnp.bfloat16)
     mask = CumulativeLengths((10, 10, 25), within=Causal())
-    out = flash_attention(x, x, x, mask=mask, layout="SND", **ASCEND)
+    out = jax.block_until_ready(flash_attention(x, x, x, mask=mask, layout="SND", **ASCEND))
     (call,) = emulator.log()
     assert (call["inputLayout"], call["sparseMode"]) == ("TND", 3)
     assert call["actualSeqQLen"] == call["actualSeqKvLen"] == [10, 10, 25]
@@ -186,17 +186,22 @@ def test_layouts_cost_no_transpose(layout):
 
 def test_heads_of_vmap_become_heads():
     """Equinox style: one head, mapped over axis 1."""
-    x = jnp.ones((24, 4, 16), jnp.float32)
+    x = jnp.ones((24, 4, 1, 16), jnp.float32)
 
     def head(q, k, v):
-        return flash_attention(q[:, None], k[:, None], v[:, None], layout="SND", **ASCEND)[:, 0]
+        return flash_attention(q, k, v, layout="SND", **ASCEND)
 
-    out = jax.vmap(head, in_axes=1, out_axes=1)(x, x, x)
+    jax.block_until_ready(jax.vmap(head, in_axes=1, out_axes=1)(x, x, x))
     (call,) = emulator.log()
-    assert call["inputLayout"] == "SBH" and out.shape == x.shape
+    assert (call["inputLayout"], call["tensors"]["query"]["shape"]) == ("SBH", [24, 4, 16])
 
 
 # --- lowering
+
+
+def _custom_calls(text: str) -> list[str]:
+    """Line by line: the masks are constants of megabytes, through which a pattern would crawl."""
+    return [line for line in text.splitlines() if "custom_call @jax_fa_ascend" in line]
 
 
 def _loss(q, k, v):
@@ -214,7 +219,7 @@ def test_lowered_text(platform, named):
         return flash_attention(x, x, x, mask=Causal(), scale=0.5, **options)
 
     text = jax.jit(run).trace(x).lower(lowering_platforms=(platform,)).as_text()
-    (call,) = re.findall(r".*custom_call @jax_fa_ascend_forward.*", text)
+    (call,) = _custom_calls(text)
     for attribute in (
         'input_layout = "BSND"',
         "head_num = 4 : i64",
@@ -224,7 +229,7 @@ def test_lowered_text(platform, named):
         "prefix = dense<> : tensor<0xi64>",
     ):
         assert attribute in call
-    operands = re.search(r": \((.*)\) -> \((.*)\)", call)
+    operands = re.search(r"\} : \((.*)\) -> \((.*)\)", call)
     assert operands is not None
     bf16, stats = "tensor<2x24x4x16xbf16>", "tensor<2x4x24x8xf32>"
     assert operands[1] == f"{bf16}, {bf16}, {bf16}, tensor<2048x2048xui8>"
@@ -240,8 +245,8 @@ def test_compressed_masks_are_in_a_program_once():
         return x
 
     text = jax.jit(twice).trace(x).lower(lowering_platforms=("ascend",)).as_text()
-    assert text.count("custom_call @jax_fa_ascend_forward") == 2
-    assert len(re.findall(r'constant dense<"0x', text)) == 1
+    assert len(_custom_calls(text)) == 2
+    assert text.count('constant dense<"0x') == 1
 
 
 def test_an_exported_program_is_the_same_calls_and_runs_here():
@@ -253,10 +258,12 @@ def test_an_exported_program_is_the_same_calls_and_runs_here():
     loaded = jax.export.deserialize(exported.serialize())
     for a, b in zip(run(x, x, x), jax.jit(loaded.call)(x, x, x), strict=True):
         np.testing.assert_array_equal(a, b)
-    here = run.lower(x, x, x).as_text()
-    there = exported.mlir_module()
-    pick = r"custom_call @jax_fa_ascend_\w+\(.*?\{.*?problem = (\{.*?\})"
-    assert re.findall(pick, here) == re.findall(pick, there) != []
+    here, there = (_custom_calls(text) for text in (run.lower(x, x, x).as_text(), exported.mlir_module()))
+
+    def attributes(calls):
+        return [re.findall(r"mhlo.backend_config = (\{.*?\}\})", call) for call in calls]
+
+    assert attributes(here) == attributes(there) and len(here) == 2
 
 
 def test_one_program_for_several_platforms():
@@ -267,7 +274,7 @@ def test_one_program_for_several_platforms():
 
     exported = jax.export.export(jax.jit(run), platforms=("cpu", "ascend", "cuda"))(x)
     text = exported.mlir_module()
-    assert "jax_fa_ascend_forward" in text and "stablehlo.case" in text
+    assert len(_custom_calls(text)) == 1 and "stablehlo.case" in text
     np.testing.assert_allclose(exported.call(x), x)
 
 
@@ -282,7 +289,7 @@ def test_another_name_for_the_platform():
 
 
 @pytest.mark.parametrize("name", ["cpu", "CUDA", "", "a b", 3])
-def test_names_that_are_no_platform_of_ours(name):
+def test_names_that_are_no_platform_of_ours(name, no_type_checker):
     with pytest.raises(ValueError, match="name must"):
         ascend.register_platform(name)
 
@@ -316,6 +323,7 @@ def test_the_gradient_of_the_logsumexp_takes_columns():
         jax.grad(run)(x)
 
 
+RAISED = (jax.errors.JaxRuntimeError, ValueError)  # JAX makes the latter of an invalid argument
 FORWARD = "aclnnFlashAttentionScoreV2"
 FAULTS = [
     (f"{FORWARD}GetWorkspaceSize", 161001, "ACLNN_ERR_PARAM_NULLPTR"),
@@ -337,12 +345,12 @@ def test_error_codes_surface(function, code, name):
     np.testing.assert_array_equal(run(x), x)
     ascend.release()  # so that the next call makes a stream and a workspace
     emulator.fail(function, code, times=10)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{code}") as raised:
+    with pytest.raises(RAISED, match=f"{code}") as raised:
         jax.block_until_ready(run(x))
     text = str(raised.value)
     assert name in text
     if function.startswith("aclnn"):
-        assert all(part in text for part in (function, "BSND", "[1,40,2,16]"))
+        assert all(part in text for part in (function, "BSND", "[1, 40, 2, 16]"))
     emulator.reset()
     np.testing.assert_array_equal(run(x), x)
 
@@ -351,6 +359,7 @@ def test_a_thread_without_a_device_gets_one():
     x = jnp.ones((1, 40, 2, 16), jnp.bfloat16)
     emulator.fail(f"{FORWARD}GetWorkspaceSize", 107002)
     np.testing.assert_array_equal(flash_attention(x, x, x, **ASCEND), x)
+    assert emulator.calls("aclrtSetDevice") >= 1
 
 
 @pytest.mark.parametrize("newer", [False, True])
@@ -375,7 +384,7 @@ def test_what_only_the_operator_refuses(newer):
     }
     none = np.zeros(0, np.int64)
     lists = {"prefix": none, "actual_seq_qlen": none, "actual_seq_kvlen": none}
-    with pytest.raises(jax.errors.JaxRuntimeError, match="161001" if newer else "561103") as raised:
+    with pytest.raises(RAISED, match="161001" if newer else "561103") as raised:
         jax.block_until_ready(call(x, x, x, jnp.zeros((1, 1, 1, 40), bool), problem=problem, **lists))
     assert "Tiling" in str(raised.value) or "tiling" in str(raised.value)
 
@@ -416,12 +425,12 @@ def test_splitting(options):
     common.check(case, out, lse, gradients)
     assert len(emulator.log()) > 2
     emulator.reset()
-    jax.jit(lambda *x: case.gradient(*x, max_work=None, **ASCEND))(*arguments)
+    jax.block_until_ready(jax.jit(lambda *x: case.gradient(*x, max_work=None, **ASCEND))(*arguments))
     assert len(emulator.log()) == 2
 
 
 @pytest.mark.parametrize(
-    "name", ["TND-mode0", "TND-mode3", "TND-mode7", "TND-mode8", "TND-mode6", "drop-BSH-bf16", "everything"]
+    "name", ["TND-mode2", "TND-mode3", "TND-mode7", "TND-mode8", "TND-mode6", "drop-BSH-bf16", "everything"]
 )
 def test_splitting_of_cann_calls(name):
     case = next(c for c in cann.CASES if c.name == name)
@@ -430,7 +439,7 @@ def test_splitting_of_cann_calls(name):
 
 
 @pytest.mark.parametrize("work", [0, -1, 2.5, True, "much"])
-def test_max_work_is_checked(work):
+def test_max_work_is_checked(work, no_type_checker):
     x = jnp.ones((1, 8, 2, 16))
     with pytest.raises(ValueError, match="max_work must be a positive int or None"):
         flash_attention(x, x, x, max_work=work)

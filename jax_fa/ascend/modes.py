@@ -44,7 +44,7 @@ class Sparse:
     full: bool = False
 
     def rows(self, first: int, count: int, Sq: int, Skv: int) -> "Sparse | None":
-        """The same mask for `count` rows from `first` on, as a call of their own; None where no mode says it."""
+        """The same mask for `count` rows from `first` on, as a call of their own; None where they see nothing."""
         if self.mode == 1 or (self.mode == 0 and not self.full):
             return self
         if self.full:
@@ -52,8 +52,7 @@ class Sparse:
             if self.mode == 0 and _meets(pre, following, count, Skv):
                 return replace(self, pre=pre, next=following)
             return replace(self, mode=1, pre=UNBOUNDED, next=UNBOUNDED, prefix=())
-        if self.mode not in (2, 3, 4):
-            return None
+        assert self.mode in (2, 3, 4), self  # a prefix is of whole sequences
         d = Skv - Sq
         left = None if self.mode != 4 else self.pre - d
         right = {2: 0, 3: d, 4: self.next + d}[self.mode]
@@ -77,7 +76,7 @@ def compressed(prefix: bool) -> np.ndarray:
 
 
 def of_band(left: int | None, right: int | None, Sq: int, Skv: int) -> Sparse | None:
-    """Row i sees i - left .. i + right (None: no bound)."""
+    """Row i sees i - left .. i + right (None: no bound). None for a band outside of the rows and keys."""
     d, far = Skv - Sq, Sq + Skv
     left = None if left is None or left >= Sq - 1 else left
     right = None if right is None or right >= Skv - 1 else right

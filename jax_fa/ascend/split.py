@@ -6,10 +6,12 @@ Work is counted in multiply-adds of both products, `B * N * Sq * Skv * (D + Dv)`
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.ascend import layout as layouts
 from jax_fa.ascend.drop import Part, Piece
+from jax_fa.ascend.modes import Sparse
 from jax_fa.ascend.request import MAX_HEADS, Request
 from jax_fa.ascend.sequences import Sequences
 
@@ -58,20 +60,23 @@ class Grid:
         part = Part(*batch, heads[0] * group, heads[1] * group, *rows)
         if part == Part(0, r.B, 0, r.N, 0, r.Sq):
             return r
-        sparse = r.sparse
+        sparse, mask, count = r.sparse, _cut_full(r.mask, part), rows[1] - rows[0]
         if rows != (0, r.Sq):
-            sparse = sparse.rows(rows[0], rows[1] - rows[0], r.Sq, r.Skv) or sparse
+            piece = sparse.rows(rows[0], count, r.Sq, r.Skv)
+            if piece is None:  # a band that these rows see nothing of
+                mask, piece = jnp.ones((1, 1, count, r.Skv), bool), Sparse(mode=1, hides=True, full=True)
+            sparse = piece
         return replace(
             r,
             B=batch[1] - batch[0],
             N=part.n1 - part.n0,
             K=heads[1] - heads[0],
-            Sq=rows[1] - rows[0],
+            Sq=count,
             query=self.cut_query(r.query, part, r.D),
             key=self.cut_key(r.key, part, r.D),
             value=self.cut_key(r.value, part, r.Dv),
             sparse=replace(sparse, prefix=sparse.prefix[batch[0] : batch[1]]),
-            mask=_cut_full(r.mask, part),
+            mask=mask,
             pse=_cut_pse(r.pse, r, part),
             keep=None if r.keep is None else Piece(r.keep, part),
         )
@@ -92,8 +97,7 @@ class Grid:
 def _rows_may_split(r: Request) -> bool:
     """Not where the mode or pse speaks of whole sequences."""
     structured = r.pse is not None and (r.pse.ndim < 4 or r.pse.shape[2] not in (1, r.Sq))
-    half = r.sparse.rows(0, -(-r.Sq // 2), r.Sq, r.Skv)
-    return not structured and half is not None
+    return not structured and r.sparse.mode != 6
 
 
 def _cut_full(x, part: Part):

@@ -160,8 +160,8 @@ def forward(problem: Problem, operands: Operands):
     seen = (l != 0) & (l < FLT_MAX)
     m, l = jnp.where(seen, m, -FLT_MAX), jnp.where(seen, l, 0)
     if r.sequences is not None:
-        out = r.sequences.put_rows(out, d.Sq, 0)
-        m, l = r.sequences.put_rows(m, d.Sq, -FLT_MAX).T, r.sequences.put_rows(l, d.Sq, 0).T
+        out = r.sequences.put_rows(out, d.Sq, 0.0)
+        m, l = r.sequences.put_rows(m, d.Sq, -FLT_MAX).T, r.sequences.put_rows(l, d.Sq, 0.0).T
     m, l = m.reshape(stats), l.reshape(stats)
     out = layouts.from_layout(out, problem.out_axes, r.layout, (*d.B, d.Sq, d.N, d.Dv))
     if r.sequences is not None and r.sparse.full:  # in layout TND, CANN promises nothing for such rows
@@ -223,7 +223,7 @@ def _cann_gradients(problem: Problem, d: Dims, r: Request, out, m, l, dout, dlog
     dq, dk = layouts.narrow(dq, r.layout, r.N, d.D), layouts.narrow(dk, r.layout, r.K, d.D)
     dv = layouts.narrow(dv, r.layout, r.K, d.Dv)
     if r.sequences is not None:
-        dq = r.sequences.put_rows(dq, d.Sq, 0)
+        dq = r.sequences.put_rows(dq, d.Sq, 0.0)
         dk, dv = (jnp.pad(x, [(0, d.Skv - x.shape[0]), (0, 0), (0, 0)]) for x in (dk, dv))
     return dq, dk, dv
 
