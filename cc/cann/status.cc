@@ -6,8 +6,8 @@ namespace jax_fa::cann {
 namespace {
 
 constexpr const char* kSplit =
-    "The kernel stopped on the device: too much work in one launch, or an address out of range. Split the call along "
-    "batch, heads or query rows (a split along the keys needs a merge of softmax max and sum).";
+    "The kernel stopped on the device: too much work in one launch, or an address out of range. A lower max_work= "
+    "makes jax_fa split such calls over batch, heads and rows.";
 constexpr const char* kKernelPackage =
     "Install the kernel package of this SoC (the CANN kernels package that matches the toolkit's version).";
 constexpr const char* kSetEnv =
