@@ -1,4 +1,4 @@
-"""The tests of the native kernels, which are a C++ program: builds it as a project of its own and runs it."""
+"""The C++ tests of the native kernels and of the adapter to CANN: builds them as a project of their own and runs them."""
 
 import os
 import re
@@ -42,6 +42,11 @@ def _build(directory: Path, **options: str) -> Path:
     return directory / "kernel_test"
 
 
+def _run_cann(directory: Path, mode: str, **environment: str) -> str:
+    """The adapter to CANN against the emulator of the same build."""
+    return _run(directory / "cann_test", mode, JAX_FA_CANN_EMULATOR=str(directory / "emulator"), **environment)
+
+
 def _shared_code(directory: Path) -> list[str]:
     """Symbols of the kernels that a linker merges with those of other files, by name."""
     objects = sorted(directory.rglob("kernel_*.cc.o")) + sorted(directory.rglob("kernel_*.cc.obj"))
@@ -59,6 +64,7 @@ def _shared_code(directory: Path) -> list[str]:
 def test_quick(tmp_path):
     program = _build(tmp_path)
     print(_run(program, "quick"))
+    print(_run_cann(tmp_path, "quick"))
     if shutil.which("nm"):
         assert _shared_code(tmp_path) == []
 
@@ -78,10 +84,13 @@ def test_no_shared_code_without_optimization(tmp_path):
 @pytest.mark.slow
 def test_address_and_undefined_sanitizers(tmp_path):
     program = _build(tmp_path, JAX_FA_SANITIZE="address,undefined")
-    print(_run(program, "sanitized", UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1"))
+    options = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
+    print(_run(program, "sanitized", **options))
+    print(_run_cann(tmp_path, "quick", **options))
 
 
 @pytest.mark.slow
 def test_thread_sanitizer(tmp_path):
     program = _build(tmp_path, JAX_FA_SANITIZE="thread")
     print(_run(program, "threads", TSAN_OPTIONS="halt_on_error=1"))
+    print(_run_cann(tmp_path, "threads", TSAN_OPTIONS="halt_on_error=1"))
