@@ -28,7 +28,7 @@ def _run(
     inherited = {k: v for k, v in os.environ.items() if k not in _OURS and not k.startswith("ASCEND_")}
     path = os.pathsep.join((str(Path(jax_fa.__file__).parents[1]), str(HERE)))
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *arguments],
+        [sys.executable, "-P", "-W", "error", "-c", textwrap.dedent(program), *arguments],
         env=inherited | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
         text=True,
@@ -287,19 +287,19 @@ def test_a_program_for_a_newer_library(tmp_path):
     root = _install(tmp_path, lib=f"{RUNTIME} {FIRST}")
     _run(
         _program("""
-        import sys
+        import pathlib, sys
         x, bias = normal(0, 1, 8, 2, 16), normal(1, 2, 8, 8)
         run = jax.jit(lambda x, b: jax_fa.flash_attention(x, x, x, bias=b))
         checks = [jax.export.DisabledSafetyCheck.platform()]
         exported = jax.export.export(run, platforms=("ascend",), disabled_checks=checks)(x, bias)
-        open(sys.argv[1], "wb").write(exported.serialize())
+        pathlib.Path(sys.argv[1]).write_bytes(exported.serialize())
         """),
         str(tmp_path / "program"),
     )
     _run(
         """
-        import sys, numpy as np, jax, jax_fa
-        program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+        import pathlib, sys, numpy as np, jax, jax_fa
+        program = jax.export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes()))
         x, bias = np.ones((1, 8, 2, 16), "float32"), np.ones((2, 8, 8), "float32")
         try:
             jax.block_until_ready(jax.jit(program.call)(x, bias))

@@ -44,7 +44,9 @@ def _build(directory: Path, **options: str) -> Path:
 
 def _run_cann(directory: Path, mode: str, **environment: str) -> str:
     """The adapter to CANN against the emulator of the same build."""
-    return _run(directory / "cann_test", mode, JAX_FA_CANN_EMULATOR=str(directory / "emulator"), **environment)
+    return _run(
+        directory / "cann_test", mode, JAX_FA_CANN_EMULATOR=str(directory / "emulator"), **environment
+    )
 
 
 def _shared_code(directory: Path) -> list[str]:
