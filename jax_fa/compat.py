@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 from jax._src import dispatch, sharding_impls
@@ -113,58 +114,50 @@ def guarantee_custom_call(target: str) -> None:
         stable.add(target)
 
 
-def register_with_plugin(target: str, handler, platform: str, failed) -> None:
+Refused: TypeAlias = Callable[[str, str, Exception], None]
+_registered: dict[tuple[str, str], Refused] = {}
+
+
+def register_with_plugin(target: str, handler, platform: str, refused: Refused) -> None:
     """Registers an FFI handler for a platform whose plugin may be there, come later, or never come.
 
-    `failed(target, platform, error)` hears of a plugin that does not take it; that never raises here, nor in the
-    plugin's own start, where it would take the plugin's devices away.
+    `refused(target, platform, error)` hears of a plugin that does not take it. That error rises neither here nor in
+    the plugin's own start, where it would take the plugin's devices away.
     """
-    _guarded[platform] = failed
-    _ours.add(target)
+    _registered[target, platform] = refused
     try:
         jax.ffi.register_ffi_target(target, handler, platform=platform)
-    except Exception as error:
-        _register_as_before(target, handler, platform, error)
+    except Exception as error:  # of a plugin that came before the guard below
+        plugin = xla_client._custom_callback_handler[platform]
+        _offer_again(plugin, (target, handler, platform, 1), error)
 
 
-_ours: set[str] = set()
-_guarded: dict[str, Any] = {}
-
-
-def _register_as_before(target: str, handler, platform: str, error: Exception) -> None:
-    """A plugin of before custom-call traits takes one argument less."""
-    plugin = xla_client._custom_callback_handler.get(platform)
+def _offer_again(plugin, arguments: tuple, error: Exception) -> None:
+    """A plugin of before custom calls had traits takes one argument less; any other refusal is reported."""
+    target, _, platform, *_ = arguments
     try:
-        if plugin is None or not isinstance(error, TypeError):
+        if not isinstance(error, TypeError):
             raise error
-        plugin(target, handler, platform, 1)
-    except Exception:
-        _guarded[platform](target, platform, error)
+        plugin(*arguments[:4])
+    except Exception as last:
+        _registered[target, platform](target, platform, last)
 
 
 def _guard_late_plugins() -> None:
-    """JAX hands what was registered early to a plugin when that appears: a refusal must not stop the plugin."""
+    """JAX hands what was registered early to a plugin when that appears: there, a refusal must not rise."""
     register = xla_client.register_custom_call_handler
 
     @functools.wraps(register)
     def register_guarded(platform: str, handler):
-        name = xla_client.xla_platform_names.get(platform, platform)
-
-        @functools.wraps(handler)
-        def guarded(target, *args):
+        def guarded(*arguments):
             try:
-                return handler(target, *args)
+                return handler(*arguments)
             except Exception as error:
-                if target not in _ours:
+                if (arguments[0], arguments[2]) not in _registered:
                     raise
-                try:
-                    if not isinstance(error, TypeError):
-                        raise
-                    return handler(target, *args[:3])
-                except Exception:
-                    _guarded[name](target, name, error)
+                _offer_again(handler, arguments, error)
 
-        return register(platform, guarded if name in _guarded else handler)  # type: ignore[arg-type]
+        return register(platform, guarded)
 
     xla_client.register_custom_call_handler = register_guarded
 

@@ -369,6 +369,7 @@ def test_nothing_is_left_at_exit():
         assert emulator.calls("aclrtMalloc") == mallocs  # the steady state allocates nothing
         jax_fa.ascend.release()
         assert emulator.live("stream", "memory") == {"stream": 0, "memory": 0}
+        jax.block_until_ready(step(x))  # and at exit, without being asked
         """),
         JAX_FA_CANN_EMULATOR=str(emulator.directory()),
         JAX_FA_EMULATOR_LEAKS="abort",

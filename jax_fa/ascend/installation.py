@@ -1,5 +1,6 @@
 """CANN as this process sees it: which library, which functions, which platforms call it."""
 
+import atexit
 import functools
 import os
 import warnings
@@ -143,8 +144,15 @@ def _warn(target: str, platform: str, error: Exception) -> None:
     )
 
 
+def _release_at_exit() -> None:
+    # An emulator may count what is left. On a device, work of others may still be queued.
+    if emulated():
+        release()
+
+
 def _register() -> None:
     if missing is None:
+        atexit.register(_release_at_exit)
         for target, handler in _native.ascend_registrations(True).items():
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
     for target in (FORWARD, BACKWARD):

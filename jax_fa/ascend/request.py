@@ -292,7 +292,7 @@ class Translation:
             pse = x.cann_pse.reshape(x.cann_pse.shape[len(self.dims.B) :])
             pse = pse if sequences is None else sequences.take_entries(pse)
             if cann.pse_type == 0 and not v2:
-                return self._before_scaling(pse).astype(pse.dtype), 1
+                return self._before_scaling(pse, pse.dtype), 1
             return pse, cann.pse_type
         if x.bias is None and x.alibi_slopes is None:
             return None, 1
@@ -301,11 +301,14 @@ class Translation:
             return slopes[0] if slopes.shape[0] == 1 else slopes, _ALIBI[self.problem.alibi or "linear"]
         dtype = jnp.float32 if self.wide else x.query.dtype
         bias = self._bias()
-        return (bias.astype(dtype), 0) if v2 else (self._before_scaling(bias).astype(dtype), 1)
+        return (bias.astype(dtype), 0) if v2 else (self._before_scaling(bias, dtype), 1)
 
-    def _before_scaling(self, bias):
-        """Functions without pseType add before they scale."""
-        return bias.astype(jnp.float32) / np.float32(self.problem.scale)
+    def _before_scaling(self, bias, dtype):
+        """Functions without pseType add before they scale. What float16 cannot hold then is a mask by intent."""
+        largest = float(jnp.finfo(dtype).max)
+        return jnp.clip(bias.astype(jnp.float32) / np.float32(self.problem.scale), -largest, largest).astype(
+            dtype
+        )
 
     def _bias(self):
         """Everything that is added to the scaled logits, `[B or 1, N, Sq or 1, Skv]`."""
