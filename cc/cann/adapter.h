@@ -20,7 +20,8 @@ Status Enqueue(const Call& call, aclrtStream stream, int device, const Scratch& 
 // Runs the call on a stream of the pool and waits for it. For the emulator, whose device memory is host memory.
 Status RunAndWait(const Call& call);
 
-// Waits for the pool's idle streams and destroys them, and frees all workspaces. Nothing queued may still use them.
+// Waits for the calls of RunAndWait, destroys their streams and frees all workspaces. Nothing that Enqueue queued may still
+// use them.
 Status ReleaseAll();
 
 }  // namespace jax_fa::cann

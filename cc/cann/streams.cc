@@ -13,15 +13,29 @@ void StreamPool::Lease::Wait() {
 aclrtStream StreamPool::Take(const Library& library) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    ++users_;
     if (!idle_.empty()) {
       const aclrtStream stream = idle_.back();
       idle_.pop_back();
       return stream;
     }
   }
-  aclrtStream stream = nullptr;
-  Check(library, kDevice, "aclrtCreateStream", [&] { return library.api.aclrtCreateStream(&stream); });
-  return stream;
+  try {
+    aclrtStream stream = nullptr;
+    Check(library, kDevice, "aclrtCreateStream", [&] { return library.api.aclrtCreateStream(&stream); });
+    return stream;
+  } catch (...) {
+    Left();
+    throw;
+  }
+}
+
+void StreamPool::Left() noexcept {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    --users_;
+  }
+  left_.notify_all();
 }
 
 void StreamPool::Return(const Library& library, aclrtStream stream) noexcept {
@@ -46,7 +60,8 @@ void StreamPool::Release(const Library& library) {
   for (;;) {
     aclrtStream stream;
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      std::unique_lock<std::mutex> lock(mutex_);
+      left_.wait(lock, [&] { return users_ == 0; });
       if (idle_.empty()) return;
       stream = idle_.back();
       idle_.pop_back();

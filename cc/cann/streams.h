@@ -1,6 +1,7 @@
 // Streams of our own, for calls that come without one.
 #pragma once
 
+#include <condition_variable>
 #include <mutex>
 #include <vector>
 
@@ -18,7 +19,10 @@ class StreamPool {
     explicit Lease(StreamPool& pool, const Library& library) : pool_(pool), library_(library), stream_(pool.Take(library)) {}
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
-    ~Lease() { waited_ ? pool_.Return(library_, stream_) : pool_.Destroy(library_, stream_); }
+    ~Lease() {
+      waited_ ? pool_.Return(library_, stream_) : pool_.Destroy(library_, stream_);
+      pool_.Left();
+    }
 
     aclrtStream get() const { return stream_; }
 
@@ -32,7 +36,7 @@ class StreamPool {
     bool waited_ = false;
   };
 
-  // Waits for the idle streams and destroys them.
+  // Waits for the users, and destroys all streams: a process may end while calls that nobody waits for still run.
   void Release(const Library& library);
 
  private:
@@ -41,7 +45,11 @@ class StreamPool {
   // Waits first: a call that failed half-way may have queued work, and its memory goes when this returns.
   void Destroy(const Library& library, aclrtStream stream) noexcept;
 
+  void Left() noexcept;
+
   std::mutex mutex_;
+  std::condition_variable left_;
+  int users_ = 0;
   std::vector<aclrtStream> idle_;
 };
 
