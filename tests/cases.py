@@ -234,6 +234,15 @@ def _batch(case: Case, *values: int) -> np.ndarray:
     return np.resize(np.array(values, np.int32), case.B)
 
 
+def _known(case: Case, *values: int):
+    """The same as Python integers, which are known when the call is traced."""
+
+    def known(x):
+        return tuple(map(known, x)) if isinstance(x, list) else x
+
+    return known(_batch(case, *values).tolist())
+
+
 def _ids(case: Case, size: int, salt: str) -> np.ndarray:
     return np.sort(case.random(salt).integers(0, 4, (*case.B, size)), axis=-1).astype(np.int32)
 
@@ -304,6 +313,9 @@ KINDS: dict[str, Kind] = {
     "prefix_bottom": Kind(
         lambda c: masks.Prefix(_batch(c, 40, 3), BOTTOM),
         lambda c: oracle.prefix(c.Sq, c.Skv, _batch(c, 40, 3), BOTTOM),
+    ),
+    "prefix_static": Kind(
+        lambda c: masks.Prefix(_known(c, 40, 3)), lambda c: oracle.prefix(c.Sq, c.Skv, _batch(c, 40, 3))
     ),
     "lengths": Kind(
         lambda c: masks.Lengths(_batch(c, 30, 17), _batch(c, 45, 11)),

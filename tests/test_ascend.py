@@ -9,7 +9,6 @@ import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import test_cann as cann
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -393,26 +392,23 @@ def test_what_only_the_operator_refuses(newer):
 
 
 SPLITS = [
-    ({"B": (4,)}, {}),
-    ({"B": (1,), "N": 6, "K": 3}, {}),
-    ({"B": (1,), "N": 2, "K": 1, "Sq": 520, "Skv": 300}, {}),
-    ({"mask": "causal"}, {}),
-    ({"mask": "causal_bottom", "Sq": 300, "Skv": 400}, {}),
-    ({"mask": "window", "Sq": 400}, {}),
-    ({"mask": "prefix_static", "Sq": 300, "Skv": 300}, {}),
-    ({"mask": "dense", "Sq": 300}, {}),
-    ({"mask": "lengths", "layout": "SBND"}, {}),
-    ({"bias": "B1QK", "layout": "BNSD", "Sq": 300}, {}),
-    ({"slopes": "N", "Sq": 300, "Skv": 300}, {}),
-    ({"dropout": 0.25, "Sq": 300}, {}),
-    ({"dtype": "bfloat16", "Sq": 300, "mask": "causal"}, {}),
+    {"B": (4,)},
+    {"B": (1,), "N": 6, "K": 3},
+    {"B": (1,), "N": 2, "K": 1, "Sq": 520, "Skv": 300},
+    {"mask": "causal"},
+    {"mask": "causal_bottom", "Sq": 300, "Skv": 400},
+    {"mask": "window", "Sq": 400},
+    {"mask": "prefix_static", "Sq": 300, "Skv": 300},
+    {"mask": "dense", "Sq": 300},
+    {"mask": "lengths", "layout": "SBND"},
+    {"bias": "B1QK", "layout": "BNSD", "Sq": 300},
+    {"slopes": "N", "Sq": 300, "Skv": 300},
+    {"dropout": 0.25, "Sq": 300},
+    {"dtype": "bfloat16", "Sq": 300, "mask": "causal"},
 ]
-common.KINDS["prefix_static"] = common.Kind(
-    lambda c: Prefix((40, 3)), lambda c: oracle.prefix(c.Sq, c.Skv, np.array([40, 3]))
-)
 
 
-@pytest.mark.parametrize("options", [o for o, _ in SPLITS], ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("options", SPLITS, ids=lambda o: "-".join(map(str, o.values())))
 def test_splitting(options):
     case = common.Case(name="split-" + "-".join(map(str, options.values())), **options)
     dout, dlse = case.cotangents()
