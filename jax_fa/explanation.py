@@ -69,8 +69,9 @@ def explain(
     """Says which backend would run a call, without running it.
 
     Args:
-      *args, **kwargs: those of `dot_product_attention`, `flash_attention` or `flash_attention_score`; arrays
-        may be `jax.ShapeDtypeStruct`s.
+      *args: those of `dot_product_attention`, `flash_attention` or `flash_attention_score`; arrays may be
+        of type `jax.ShapeDtypeStruct`.
+      **kwargs: likewise.
       entry: which of the three; None: the one whose arguments these are (`dot_product_attention` where both
         it and `flash_attention` would do).
       platforms: names of platforms; None: JAX's default one first, then cpu, cuda, tpu and ascend.
@@ -79,12 +80,13 @@ def explain(
       An `Explanation`; print it.
 
     Raises:
-      What the entry itself raises for wrong arguments.
+      ValueError: an unknown entry, and what the entry itself raises for wrong arguments.
+      TypeError: likewise.
     """
     entry = _entry(args, kwargs) if entry is None else entry
     if entry not in _REQUESTS:
         raise ValueError(f"entry must be one of {', '.join(_REQUESTS)}; got {entry!r}.")
-    platforms = platforms or tuple(dict.fromkeys((_here(), *PLATFORMS)))
+    platforms = platforms or tuple(dict.fromkeys((here(), *PLATFORMS)))
     implementation = kwargs.get("implementation")
     leaves: list[Any]
     tree: Any
@@ -126,7 +128,8 @@ def _first(reasons: dict[str, str | None], implementation: str | None) -> str | 
     return next((n for n, why in reasons.items() if why is None and implementation in (None, n)), None)
 
 
-def _here() -> str:
+def here() -> str:
+    """JAX's default platform, as `platforms=` names it."""
     platform = jax.default_backend()
     return "cuda" if platform == "gpu" else platform
 

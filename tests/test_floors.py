@@ -27,8 +27,18 @@ FLOORS = [
     {"demo.baseline", "demo.gpt"},
     {"demo.checks", "demo.race"},
     {"demo.report"},
-    {"demo", "bench"},
+    {"demo"},
     {"__main__"},
+    {"integrations.jax_nn"},
+    {"integrations"},
+    {"integrations.flax", "integrations.equinox", "integrations.haiku"},
+    {"bench.shapes"},
+    {"bench.contestants"},
+    {"bench.measure"},
+    {"bench.record"},
+    {"bench.report"},
+    {"bench"},
+    {"bench.__main__"},
 ]
 FLOOR = {f"jax_fa.{name}".rstrip("."): floor for floor, names in enumerate(FLOORS) for name in names}
 # Modules of JAX that only some files may touch.

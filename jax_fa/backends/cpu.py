@@ -51,6 +51,11 @@ def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bo
     return None
 
 
+def instruction_set() -> str | None:
+    """The one that calls take here; None where there is none."""
+    return None if missing is not None else _native.chosen_instruction_set()
+
+
 def _available() -> str:
     return ", ".join(isa for isa, there in _native.instruction_sets().items() if there)
 

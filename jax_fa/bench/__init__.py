@@ -1,0 +1,163 @@
+"""`python -m jax_fa.bench`: times attention over shapes, against the other libraries that are installed."""
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+
+from jax_fa.bench import contestants, measure, record, report, shapes
+
+OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
+Read = TypeVar("Read")
+
+
+@jax.numpy_dtype_promotion("standard")  # jax.nn mixes 16-bit dtypes with float32 itself
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns its exit code: 0 all numbers agree, 1 some do not."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        if options.list:
+            print("\n".join(shapes.QUICK if options.quick else shapes.DEFAULT))
+            return OK
+        if options.compare:
+            report.compare([record.read(path) for path in options.compare])
+            return OK
+        chosen = _chosen(options.contestants)
+        calls = _calls(options)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error('--plot needs matplotlib: python -m pip install "jax_fa[bench]"')
+    for path in (options.plot, options.json):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{path.parent} must be a directory, to write {path.name} into")
+
+    run = record.new_run([])
+    report.header(run)
+    results: list[measure.Result] = []
+    with report.progress(len(calls) * (len(chosen) + options.rounds)) as step:
+        for call in calls:
+            results += (found := measure.measure(call, chosen, options.rounds, step))
+            report.rows(found)
+    run = replace(run, results=results)
+    if options.json:
+        record.write(run, options.json)
+    if options.plot:
+        report.plot(options.plot, run)
+    return OK if report.verdict(results) else MISS
+
+
+def _chosen(names: list[str] | None) -> dict[str, Callable]:
+    """The contestants asked for, or all that are here."""
+    present = contestants.present()
+    if names is None:
+        return present
+    for name in names:
+        if name in contestants.PEERS and name not in present:
+            raise ValueError(f"--contestants: {name} is not here: not installed, or of another platform")
+        if name not in present:
+            raise ValueError(f"--contestants must be among {', '.join(present)}; got {name!r}")
+    return {name: present[name] for name in names}
+
+
+def _calls(options: argparse.Namespace) -> list[shapes.Call]:
+    default = shapes.QUICK if options.quick else shapes.DEFAULT
+    return [
+        shapes.Call(shape=shape, mask=mask, dtype=dtype, direction=direction)
+        for dtype in options.dtype
+        for mask in options.mask
+        for direction in options.direction
+        for shape in options.shapes or map(shapes.parse_shape, default)
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_fa.bench",
+        description="Times attention over shapes: every backend of jax_fa that is here, jax.nn and PyTorch, called in turn "
+        "in one process. Prints medians, half the distance of the quartiles, and ratios to the first contestant. Checks that "
+        "all compute the same numbers.",
+        epilog="Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments.",
+    )
+    parser.add_argument(
+        "--shapes",
+        type=_listed(shapes.parse_shape),
+        metavar="SHAPE,...",
+        help=f"like {shapes.SYNTAX} (default: see --list)",
+    )
+    parser.add_argument("--list", action="store_true", help="print the default shapes and exit")
+    parser.add_argument(
+        "--quick", action="store_true", help="small default shapes, seconds instead of minutes"
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_listed(_one_of(shapes.DTYPES)),
+        default=["float32"],
+        metavar="DTYPE,...",
+        help=f"of {', '.join(shapes.DTYPES)} (default: float32)",
+    )
+    parser.add_argument(
+        "--mask",
+        type=_listed(shapes.parse_mask),
+        default=["full", "causal"],
+        metavar="MASK,...",
+        help="full, causal or window:W (default: full,causal)",
+    )
+    parser.add_argument(
+        "--direction",
+        type=_listed(_one_of(shapes.DIRECTIONS)),
+        default=["forward", "backward"],
+        metavar="DIRECTION,...",
+        help="forward, backward (the pull-back alone) or both (in one program) (default: forward,backward)",
+    )
+    parser.add_argument(
+        "--contestants",
+        type=_listed(str),
+        metavar="NAME,...",
+        help="names of jax_fa's backends, jax.nn, torch (default: all that are here)",
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=7, metavar="N", help="timed calls of each (default: 7)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write versions and every single time")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw time against length (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing: print what --json wrote. Of several runs without ratios between them",
+    )
+    return parser
+
+
+def _listed(read: Callable[[str], Read]) -> Callable[[str], list[Read]]:
+    def several(text: str) -> list[Read]:
+        try:
+            return [read(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return several
+
+
+def _one_of(allowed: Sequence[str]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"must be among {', '.join(allowed)}; got {text!r}")
+        return text
+
+    return read
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
+    return int(text)

@@ -1,0 +1,119 @@
+"""What the benchmark prints and draws."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from jax_fa.bench.measure import Result
+from jax_fa.bench.record import Run
+
+NO_RATIOS = (
+    "No ratios between these runs: a machine is not as fast at one time as at another, so only contestants called in turn "
+    "within one run can be compared. Run them together."
+)
+
+
+def header(run: Run) -> None:
+    """What the machine and the versions are."""
+    print(f"run {run.id}, {run.date}")
+    print(
+        ", ".join(f"{name} {_plain(value)}" for name, value in run.environment.items() if value is not None)
+    )
+
+
+def _plain(value) -> str:
+    return "; ".join(value) if isinstance(value, list) else str(value)
+
+
+def rows(results: Sequence[Result]) -> None:
+    """A line per contestant under each call; ratios to the first that could serve it."""
+    for call, group in groupby(results, key=lambda result: result.call):
+        found = list(group)
+        print(f"\n{call}")
+        served = [result for result in found if result.refused is None]
+        for result in found:
+            print(f"  {_line(result, served[0] if served else None)}", flush=True)
+
+
+def _line(result: Result, first: Result | None) -> str:
+    if first is None or result.refused is not None:
+        return f"{result.contestant:13} not served: {result.refused}"
+    ratio = "" if result is first else f"{result.median / first.median:6.2f}x the time of {first.contestant}"
+    wrong = "" if result.agrees else f"  MISS: differs by {result.difference:.1e}"
+    return (
+        f"{result.contestant:13}{1e3 * result.median:11.3f} ms ±{result.spread:4.0%}"
+        f"{result.call.flops / result.median / 1e9:11.1f} GFLOP/s  temp {_mebibytes(result.temp_bytes):>11}"
+        f"  {ratio}{wrong}"
+    ).rstrip()
+
+
+def _mebibytes(value: int | None) -> str:
+    return "unknown" if value is None else f"{value / 2**20:.1f} MiB"
+
+
+def compare(runs: Sequence[Run]) -> None:
+    """Runs one after another: ratios inside each, none between them."""
+    for run in runs:
+        header(run)
+        rows(run.results)
+        print()
+    if len({run.id for run in runs}) > 1:
+        print(NO_RATIOS)
+
+
+def verdict(results: Sequence[Result]) -> bool:
+    """Prints the last line; whether all numbers agree."""
+    wrong = [result for result in results if not result.agrees]
+    for result in wrong:
+        print(f"MISS: {result.contestant} differs by {result.difference:.1e} (relative L2) in {result.call}")
+    if not wrong:
+        print("\nOK: all contestants computed the same numbers.")
+    return not wrong
+
+
+@contextmanager
+def progress(steps: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr where that is a terminal and tqdm is installed; else nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda: None
+        return
+    with tqdm(total=steps, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
+        yield lambda: bar.update() and None
+
+
+def plot(path: Path, run: Run) -> None:
+    """Time against the number of keys, both logarithmic: a panel per kind of call, a line per contestant."""
+    from matplotlib.figure import Figure  # imported only when asked for
+
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for result in run.results:
+        if result.refused is None:
+            call, s = result.call, result.call.shape
+            title = f"{call.mask} {call.dtype} {call.direction}\nB={s.B} N={s.N} K={s.K} D={s.D} Dv={s.Dv}"
+            lines = panels.setdefault(title, {})
+            lines.setdefault(result.contestant, []).append((s.Skv, 1e3 * result.median))
+    figure = Figure(figsize=(5 * max(len(panels), 1), 4), layout="constrained")
+    for axes, (title, lines) in zip(
+        np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels.items(), strict=True
+    ):
+        for name, points in lines.items():
+            keys, times = zip(*sorted(points), strict=True)
+            axes.loglog(keys, times, "o-", label=f"{name}{_slope(keys, times)}")
+        axes.set(xlabel="Skv", ylabel="ms", title=title)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.savefig(path)
+    print(f"drawn: {path}")
+
+
+def _slope(keys: Sequence[int], times: Sequence[float]) -> str:
+    """The exponent with which time grows."""
+    if len(set(keys)) < 2:
+        return ""
+    return f", slope {np.polyfit(np.log(keys), np.log(times), 1)[0]:.2f}"

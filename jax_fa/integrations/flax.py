@@ -1,0 +1,238 @@
+"""Attention for the layers of Flax: `attention_fn=` of linen's and nnx's multi-head attention.
+
+nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention_fn)
+nnx.MultiHeadAttention(8, 512, attention_fn=make_attention_fn(mask=Causal("bottom-right")), rngs=rngs)
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype as promote_like_linen
+
+from jax_fa import api, backends, masks
+from jax_fa.attention import attention
+from jax_fa.masks import Mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What `make_attention_fn` adds to what the layers pass."""
+
+    mask: Mask | None = None
+    alibi_slopes: Any = None
+    scale: Any = None
+    logits_soft_cap: float | None = None
+    implementation: str | None = None
+
+
+def attention_fn(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    broadcast_dropout: bool = True,
+    dropout_rng=None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype=None,
+    precision=None,
+    module=None,
+    *,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general=None,
+    qk_attn_weights_einsum=None,
+    attn_weights_value_einsum=None,
+    promote_dtype: Callable[..., Any] | None = None,
+    is_causal: bool = False,
+    _options: _Options = _Options(),
+):
+    """`dot_product_attention` of `flax.linen` and of `flax.nnx`, in O(S) memory.
+
+    Arguments, order and meaning are those of Flax's two functions. What the layers cannot pass (structured masks,
+    a backend, ...) `make_attention_fn` adds.
+
+    Args:
+      query: shape `(*B, Sq, N, D)`.
+      key: shape `(*B, Skv, K, D)`, N a multiple of K.
+      value: shape `(*B, Skv, K, Dv)`.
+      bias: added to the scaled logits; broadcastable to `(*B, N, Sq, Skv)`. Differentiable.
+      mask: broadcastable to `(*B, N, Sq, Skv)`, of any dtype, nonzero = visible; or a mask of `jax_fa.masks`.
+      broadcast_dropout: draw one dropout pattern of shape `(Sq, Skv)` for all batch entries and heads (Flax's
+        default), or an independent one for each.
+      dropout_rng: a `jax.random` key, required where dropout is on. The bits are ours (`jax_fa.dropout_mask`), not
+        those that Flax would draw from this key.
+      dropout_rate: in [0, 1). Dropout is on if it is above 0 and `deterministic` is false.
+      deterministic: turns dropout off.
+      dtype: what query, key and value are cast to; None: the dtype they promote to, at least float32 for integers.
+      precision: None, or that of `jax.lax.Precision`. The kernels take the precision of their products from
+        `jax.default_matmul_precision`, so for float32 more than DEFAULT is refused unless it is set there too.
+      module: Flax passes the layer where attention weights are to be sown (`sow_weights=True`), which is refused:
+        they never exist.
+      force_fp32_for_softmax: changes nothing: the softmax is computed in float32 anyway.
+      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None: there is no einsum.
+      promote_dtype: in place of Flax's rule, called as `promote_dtype((query, key, value), dtype=dtype)`.
+      is_causal: let query i see keys j <= i (top-left aligned).
+
+    Returns:
+      Shape `(*B, Sq, N, Dv)`, in the dtype that query, key and value were cast to. A row that sees no key is 0.
+
+    Raises:
+      ValueError: shapes or values that do not fit.
+      TypeError: dtypes that do not fit.
+      NotImplementedError: attention weights, an einsum or a precision that the kernels do not have.
+    """
+    _check_no_weights(module)
+    _check_no_einsum(
+        einsum_dot_general=einsum_dot_general,
+        qk_attn_weights_einsum=qk_attn_weights_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum,
+    )
+    if promote_dtype is None:
+        query, key, value = promote_like_linen(query, key, value, dtype=dtype)
+    else:
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    _check_precision(precision, query.dtype)
+    _check_decoding(_options, query, key)
+    dropping = not deterministic and dropout_rate > 0.0
+    if dropping and dropout_rng is None:
+        raise ValueError(
+            f"dropout_rng must be a jax.random key where deterministic is false and dropout_rate={dropout_rate}; "
+            "got None."
+        )
+    problem, operands = api.flash_attention_request(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=_joined(mask, is_causal, _options.mask),
+        alibi_slopes=_options.alibi_slopes,
+        scale=_options.scale,
+        logits_soft_cap=_options.logits_soft_cap,
+        dropout_rate=dropout_rate if dropping else 0.0,
+        dropout_key=dropout_rng if dropping else None,
+        implementation=_options.implementation,
+    )
+    if dropping and broadcast_dropout:
+        # The words that tell batch entries and heads apart: with one value for all they share their bits.
+        operands = replace(operands, dropout_stream=jnp.zeros((1,) * (query.ndim - 2) + (2,), jnp.uint32))
+    return attention(problem, operands).out
+
+
+def make_attention_fn(
+    *,
+    mask: Mask | None = None,
+    alibi_slopes=None,
+    scale=None,
+    logits_soft_cap: float | None = None,
+    implementation: str | None = None,
+) -> Callable[..., jax.Array]:
+    """`attention_fn` with what Flax's layers have no argument for.
+
+    Use this and not `functools.partial(attention_fn, mask=...)`: the layers always pass a mask of their own, which
+    would take its place.
+
+    Args:
+      mask: a mask of `jax_fa.masks`, such as `Causal("bottom-right")`, joined with what the layer passes. Decoding
+        with a cache calls with one query, whose position is known to the layer only, so there masks that count
+        positions are refused; `Causal("bottom-right")` hides nothing then and is fine (the layer's own mask is
+        causal).
+      alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)`. Refused when decoding.
+      scale: factor of the logits; None: `1 / sqrt(D)`.
+      logits_soft_cap: replaces the logits x by `cap * tanh(x / cap)`.
+      implementation: None (the best backend that can), or the name of a backend: see `jax_fa.explain`.
+
+    Returns:
+      A function like `attention_fn`.
+    """
+    backends.check_implementation(implementation)
+    options = _Options(
+        mask=None if mask is None else masks.as_mask(mask),
+        alibi_slopes=alibi_slopes,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        implementation=implementation,
+    )
+    return functools.partial(attention_fn, _options=options)
+
+
+def _joined(mask, is_causal: bool, own: Mask | None) -> Mask | None:
+    if mask is not None and not isinstance(mask, Mask):
+        mask = masks.Dense(jnp.asarray(mask).astype(jnp.bool_))  # Flax makes its masks in float32
+    given = [m for m in (mask, masks.Causal() if is_causal else None, own) if m is not None]
+    return functools.reduce(lambda a, b: a & b, given) if given else None
+
+
+def _check_no_weights(module) -> None:
+    if module is not None:
+        raise NotImplementedError(
+            "module must be None: sow_weights=True asks for the attention weights, which jax_fa never holds. Leave "
+            "sow_weights at False, or use Flax's own attention_fn to look at them."
+        )
+
+
+def _check_no_einsum(**given) -> None:
+    for name, einsum in given.items():
+        if einsum is not None:
+            raise NotImplementedError(
+                f"{name} must be None: jax_fa computes its products in kernels, where no other einsum can run; got "
+                f"{einsum!r}."
+            )
+
+
+def _check_precision(precision, dtype) -> None:
+    asked = precision if isinstance(precision, tuple) else (precision,)
+    levels = [_level(p) for p in asked]
+    if any(level is None for level in levels):
+        raise NotImplementedError(
+            f"precision must be None or a jax.lax.Precision (or its name); got {precision!r}."
+        )
+    if dtype != jnp.float32:
+        return  # only float32 products are computed with less than the operands hold
+    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if max(level or 0 for level in levels) > (_level(default) or 0):
+        raise NotImplementedError(
+            f"precision={precision!r} is more than the kernels may use: they take the precision of float32 products "
+            f"from jax.config.jax_default_matmul_precision, which is {default!r}. Set that, by "
+            '`jax.config.update("jax_default_matmul_precision", "highest")`, or leave precision=None. (On CPU, '
+            "float32 products are in float32 either way.)"
+        )
+
+
+def _level(precision) -> int | None:
+    """0, 1 or 2 for DEFAULT, HIGH or HIGHEST; None for what is no such level."""
+    if not isinstance(precision, (str, jax.lax.Precision, type(None))):
+        return None
+    try:
+        return 0 if precision is None else jax.lax.Precision(precision).value
+    except ValueError:
+        return None
+
+
+def _check_decoding(options: _Options, query, key) -> None:
+    """One query and many keys: a step of decoding, at a position that only the layer knows."""
+    if query.shape[-3] != 1 or key.shape[-3] == 1:
+        return
+    if options.alibi_slopes is not None:
+        raise ValueError(
+            f"alibi_slopes need the positions of the queries; this call has one query and {key.shape[-3]} keys, a step "
+            "of decoding, whose position jax_fa does not know. Pass a bias, or decode without a cache."
+        )
+    for mask in () if options.mask is None else masks.members(options.mask):
+        if isinstance(mask, (masks.Band, masks.Prefix)) and not _shows_all_to_the_last(mask):
+            raise ValueError(
+                f"mask={mask!r} of make_attention_fn counts positions; this call has one query and {key.shape[-3]} keys, "
+                "a step of decoding, whose position jax_fa does not know. A causal mask that works in training and "
+                'decoding is Causal("bottom-right") (the layer hides what is not yet in its cache).'
+            )
+
+
+def _shows_all_to_the_last(mask: Mask) -> bool:
+    """Whether the last query sees every key, whatever the lengths: True for `Causal("bottom-right")`."""
+    if not isinstance(mask, masks.Band) or mask.align != "bottom-right" or mask.left is not None:
+        return False
+    return mask.right is None or (isinstance(mask.offset, int) and int(mask.right) + mask.offset >= 0)

@@ -1,0 +1,71 @@
+"""Attention for Haiku: `MultiHeadAttention`, which takes the parameters of `haiku.MultiHeadAttention`."""
+
+from typing import Any
+
+import haiku as hk
+import jax.numpy as jnp
+
+from jax_fa import api, backends, masks
+from jax_fa.masks import Mask
+
+
+class MultiHeadAttention(hk.MultiHeadAttention):
+    """`haiku.MultiHeadAttention` in O(S) memory: the same parameters, under the same names."""
+
+    def __init__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> None:
+        """Takes the arguments of `haiku.MultiHeadAttention`, and:
+
+        Args:
+          implementation: None (the best backend that can), or the name of a backend: see `jax_fa.explain`.
+        """
+        super().__init__(*args, **kwargs)
+        backends.check_implementation(implementation)
+        self.implementation = implementation
+
+    def __call__(self, query, key, value, mask=None):
+        """Attention with any number of leading batch dims `*B`.
+
+        Args:
+          query: shape `(*B, Sq, Dq)`.
+          key: shape `(*#B, Skv, Dk)`; fewer or smaller batch dims are broadcast.
+          value: shape `(*#B, Skv, Dv)`.
+          mask: an array of rank `*B` + 3, broadcastable to `(*B, num_heads, Sq, Skv)`, of any dtype, nonzero =
+            visible; or a mask of `jax_fa.masks`.
+
+        Returns:
+          Shape `(*B, Sq, model_size)`. A row that sees no key is the output projection of 0.
+
+        Raises:
+          ValueError: shapes that do not fit.
+          TypeError: dtypes that do not fit.
+        """
+        heads = (
+            self._linear_projection(query, self.key_size, "query"),
+            self._linear_projection(key, self.key_size, "key"),
+            self._linear_projection(value, self.value_size, "value"),
+        )
+        dtype = jnp.result_type(*heads)
+        batch = query.shape[:-2]
+        out = api.flash_attention(
+            *(_over(batch, x).astype(dtype) for x in heads),
+            mask=_mask(mask, rank=len(batch) + 3),
+            implementation=self.implementation,
+        )
+        project = hk.Linear(self.model_size, w_init=self.w_init, with_bias=self.with_bias, b_init=self.b_init)
+        return project(out.reshape(*query.shape[:-1], -1))
+
+
+def _over(batch: tuple[int, ...], x):
+    """The heads `*#B S N D` over all batch dims."""
+    return x if x.shape[:-3] == batch else jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+
+
+def _mask(mask, rank: int) -> Mask | None:
+    if mask is None or isinstance(mask, Mask):
+        return mask
+    mask = jnp.asarray(mask)
+    if mask.ndim != rank:
+        raise ValueError(
+            f"mask must have {rank} dimensions (*B, num_heads, Sq, Skv); got shape {mask.shape}."
+        )
+    return masks.Dense(mask.astype(jnp.bool_))
