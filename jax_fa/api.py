@@ -64,8 +64,8 @@ def dot_product_attention(
       mask: boolean, True = take part; broadcastable to `(B, N, T, S)`, lower ranks too.
       scale: factor of the logits; None: `1 / sqrt(H)`. A traced scale is folded into the query.
       is_causal: let query i see keys j <= i (top-left aligned, as in jax.nn).
-      query_seq_lengths, key_value_seq_lengths: integers of shape `(B,)`. Keys from the length on are not
-        seen; rows from the length on are 0.
+      query_seq_lengths: integers of shape `(B,)`; rows from the length on are 0.
+      key_value_seq_lengths: integers of shape `(B,)`; keys from the length on are not seen.
       local_window_size: `(left, right)`, both inclusive: query i sees keys i - left .. i + right. An int
         means both. Combines with is_causal.
       implementation: None (the best backend that can), or the name of a backend: see `explain`.
@@ -89,7 +89,8 @@ def dot_product_attention(
       * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
 
     Raises:
-      ValueError: shapes or values that do not fit. TypeError: dtypes that do not fit.
+      ValueError: shapes or values that do not fit.
+      TypeError: dtypes that do not fit.
       NotImplementedError: the backend named cannot serve this call (and why).
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
@@ -228,6 +229,8 @@ def flash_attention(
 ):
     """Exact attention with everything the kernels can do.
 
+    Per head::
+
         x = scale * query key^T + bias - slope * |j - i|;  x = cap * tanh(x / cap);  softmax(x, mask) value
 
     Letters: `*B` any number of batch dims, Sq and Skv lengths, N query heads, K key/value heads (query head
@@ -245,7 +248,8 @@ def flash_attention(
         Differentiable.
       scale: None: `1 / sqrt(D)`. A traced scale is folded into the query.
       logits_soft_cap: positive; None: no cap. Applied after scale and bias, before the mask.
-      dropout_rate: in [0, 1); see `dot_product_attention`. dropout_key: a `jax.random` key.
+      dropout_rate: in [0, 1); see `dot_product_attention`.
+      dropout_key: a `jax.random` key, required if dropout_rate > 0.
       layout: the order of the trailing dims: "BSND" (with any number of leading batch dims, 0 too), "BNSD"
         (likewise), "SBND", "SND" or "NSD". No layout costs a copy.
       implementation: None (the best backend that can), or the name of a backend: see `explain`.
@@ -260,7 +264,8 @@ def flash_attention(
       A row that sees no key gives 0, gradients 0 and log-sum-exp -FLT_MAX.
 
     Raises:
-      ValueError: shapes or values that do not fit. TypeError: dtypes that do not fit.
+      ValueError: shapes or values that do not fit.
+      TypeError: dtypes that do not fit.
       NotImplementedError: the backend named cannot serve this call (and why).
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.

@@ -105,26 +105,29 @@ def flash_attention_score(
       scale_value: factor of the logits. Note the default: 1, not `1 / sqrt(D)`.
       keep_prob: in (0, 1]: what kept weights are divided by. Below 1 it needs drop_mask; a drop_mask is
         applied at keep_prob = 1 too.
-      pre_tokens, next_tokens: how many keys before and after its own position a row sees, in sparse modes 0
-        (position i), 4 (position i + d), 7 and 8 (next_tokens only). 2147483647 is unbounded.
+      pre_tokens: how many keys before its own position a row sees, in sparse modes 0 (position i) and 4
+        (position i + d). 2147483647 is unbounded.
+      next_tokens: how many keys after its own position a row sees, in sparse modes 0, 4, 7 and 8.
       inner_precise: 0, 1 or 2, for all of which rows without a key are as 2 has them.
       sparse_mode: 0 band and mask, 1 mask, 2 causal from the top left, 3 causal from the bottom right, 4
         band from the bottom right, 5 and 6 prefix joined with mode 3, 7 and 8 (TND) modes 3 and 2 with
         another band in the last and first sequence. The table stands in `jax_fa/sparse.py`.
       pse_type: 0 `scale*s + pse`, 1 `scale*(s + pse)`, 2 `scale*s - slope*|j - i|`, 3 the same with
         `sqrt(|j - i|)`.
-      actual_seq_qlen, actual_seq_kvlen: TND: where each sequence ends along T, cumulative, without a
-        leading 0; empty sequences are fine. Lists and tuples are part of the program, arrays are data,
-        checked where their values are known. With traced arrays the lengths T stand for the sums of the
-        lengths in the shapes above.
+      actual_seq_qlen: TND: where each sequence ends along T, cumulative, without a leading 0; empty
+        sequences are fine. Lists and tuples are part of the program, arrays are data, checked where their
+        values are known. With traced arrays the lengths T stand for the sums of the lengths in the shapes
+        above.
+      actual_seq_kvlen: TND: the same of key and value.
       implementation: None (the best backend that can), or the name of a backend.
       max_work: on Ascend, a call of more multiply-adds than this (`B*N*Sq*Skv*(D + Dv)`) is split into several
         of the device's, over batch, heads and rows; None: never. See docs/ascend.md.
 
     Returns:
-      softmax_max, softmax_sum: float32 `[B, N, Sq, 8]`, TND `[T, N, 8]`, eight equal lanes. Natural
-        exponentials, after scale, pse and mask, before dropout. No gradient.
-      attention_out: query's dtype and layout, with Dv for D.
+      softmax_max and softmax_sum, float32 `[B, N, Sq, 8]`, TND `[T, N, 8]`, eight equal lanes: natural
+      exponentials, after scale, pse and mask, before dropout, without gradient; and attention_out, query's
+      dtype and layout, with Dv for D.
+
       A row that sees no key has out 0, gradients 0, max -FLT_MAX and sum +FLT_MAX; where there is no key
       at all (Skv = 0, TND: Skv_b = 0) max and sum are 0.
 
@@ -133,7 +136,8 @@ def flash_attention_score(
       * pse has a gradient.
 
     Raises:
-      ValueError: shapes or values that do not fit. TypeError: dtypes that do not fit.
+      ValueError: shapes or values that do not fit.
+      TypeError: dtypes that do not fit.
       NotImplementedError: the backend named cannot serve this call (and why).
 
     Source: aclnnFlashAttentionScoreV2 and aclnnFlashAttentionVarLenScoreV4 in the CANN operator library's

@@ -130,8 +130,9 @@ class Band(Mask):
     """`visible(i, j) = i + off - left <= j <= i + off + right`, off = offset (+ skv - sq if bottom-right).
 
     Args:
-      left, right: how many keys before and after its own position a row sees; None is unbounded, negative
-        values move the band's edge to the other side.
+      left: how many keys before its own position a row sees; None is unbounded, a negative value moves the
+        band's edge to the other side.
+      right: how many keys after its own position; likewise.
       align: see the module.
       offset: moves the band by this many keys: an int, or an int32 array broadcastable to `*B N Sq`
         (queries that start at another position than the keys).
@@ -225,7 +226,8 @@ class Lengths(Mask):
     """`visible(i, j) = i < query[b] and j < key[b]`: padded sequences. Padded rows see nothing.
 
     Args:
-      query, key: lengths of each batch entry, shape `*B` (or a Python int or tuple); None: no padding.
+      query: length of each batch entry, shape `*B` (or a Python int or tuple); None: no padding.
+      key: the same of keys and values.
     """
 
     query: Any = None
@@ -284,9 +286,9 @@ class CumulativeLengths(_Packed):
     """`visible(i, j) = seq(i) == seq(j)`, and `within` of the positions inside that sequence.
 
     Args:
-      query, key: where each sequence ends: `cumsum` of the lengths, shape `sequences` or `*B sequences`.
-        A leading 0 is an empty sequence and does no harm. `key=None`: the same as query. Rows and keys
-        past the last end see nothing and are not seen.
+      query: where each sequence ends: `cumsum` of the lengths, shape `sequences` or `*B sequences`. A
+        leading 0 is an empty sequence and does no harm. Rows past the last end see nothing.
+      key: the same of keys, None: the same as query. Keys past the last end are not seen.
       within: a Band, Causal or SlidingWindow relative to each sequence, with that sequence's lengths.
     """
 
@@ -343,8 +345,9 @@ class SegmentIds(_Packed):
     """`visible(i, j) = query[i] == key[j]`, and `within` of the positions inside that segment.
 
     Args:
-      query, key: integer ids in non-decreasing order along the sequence, shapes `*#B Sq` and `*#B Skv`;
-        `key=None`: the same as query. (Ids in any other order: pass `Dense(query[:, None] == key)`.)
+      query: integer ids in non-decreasing order along the sequence, shape `*#B Sq`. (Ids in any other order:
+        pass `Dense(query[:, None] == key)`.)
+      key: the same of keys, shape `*#B Skv`; None: the same as query.
       within: a Band, Causal or SlidingWindow relative to each segment, with that segment's lengths.
     """
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,21 @@ def _blocks(language: str, document: Path = README) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
 
 
+def _runs_here(block: str) -> bool:
+    """Whether what an example needs is there: the native extension, and libraries that its first line names."""
+    if native.missing is not None and any(word in block for word in ("emulator", "jax_fa_ascend")):
+        return False
+    needs = re.match(r"# needs: (.+)", block)
+    return needs is None or all(map(find_spec, needs[1].split(", ")))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_examples_run(document, tmp_path):
     """One after another in a fresh process, with the defaults a reader has, warnings as errors."""
     program = ""
     for line, block in _blocks("python", document):
-        if native.missing is not None and (
-            "emulator" in block or "custom call" in block or "jax_fa_ascend" in block
-        ):
-            continue  # needs the native extension
+        if not _runs_here(block):
+            continue
         program += "\n" * (line - program.count("\n")) + block  # so that errors name the document's own lines
     file = tmp_path / "examples.py"
     file.write_text(program, encoding="utf-8")
@@ -41,6 +48,14 @@ def test_examples_run(document, tmp_path):
     if document == README:
         best = "cpu" if native.missing is None else "xla"
         assert f"cpu: {best}" in done.stdout  # explain's table
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "benchmarks/README.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    """The generator of the documents checks those among the documents, and their anchors."""
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert missing == []
 
 
 def test_examples_show_every_entry():
