@@ -1,6 +1,8 @@
 """`python -m jax_fa.bench`: what it measures, what it refuses, and what it writes."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -95,6 +97,9 @@ def test_it_measures_all_that_is_here_and_they_agree(direction, dtype, capsys):
         (["--contestants", "jax.nn cudnn"], "--contestants: jax.nn cudnn is not here"),
         (["--rounds", "0"], "must be a positive integer; got '0'"),
         (["--json", "/no/such/directory/x.json"], "/no/such/directory must be a directory"),
+        (["--json", "/"], "/ must be a file to write, and is a directory"),
+        (["--compare", "a.json", "--json", "b.json"], "--compare measures nothing, so it takes no --json"),
+        (["--compare", "a.json", "--plot", "b.png"], "--compare measures nothing, so it takes no --json"),
         (["--compare", "/no/such/file"], "/no/such/file must be a file that --json wrote"),
     ],
 )
@@ -125,6 +130,15 @@ def test_what_counts_as_the_same_numbers(value, agrees):
     assert first.agrees and second.agrees == agrees
 
 
+@pytest.mark.parametrize("size", [8, 2000])  # served by one contestant, and by none
+def test_nothing_compared_is_not_called_agreement(size, capsys):
+    arguments = ["--shapes", f"S8-N1-D{size}", "--mask", "full", "--direction", "forward", "--rounds", "1"]
+    name = next(iter(contestants.present()))
+    assert bench.main([*arguments, "--contestants", name]) == bench.OK
+    shown = capsys.readouterr().out
+    assert "Numbers were not compared" in shown and "OK" not in shown
+
+
 # --- measuring
 
 
@@ -146,6 +160,18 @@ def test_one_that_refuses_leaves_the_others():
     a, b = measure.measure(_call(), programs, rounds=2)
     assert a.refused == "not today" and a.seconds == [] and a.agrees
     assert b.refused is None and b.temp_bytes == 7
+
+
+@pytest.mark.parametrize("fails_when", ["prepared", "called"])
+def test_what_another_library_raises_is_its_refusal(fails_when):
+    def fails():
+        raise RuntimeError("out of memory\nand a long story")
+
+    def prepare():
+        return contestants.Program(run=fails, arrays=lambda x: [], temp_bytes=None)
+
+    with pytest.raises(contestants.RefusedError, match=r"^RuntimeError: out of memory$"):
+        contestants._tried(fails if fails_when == "prepared" else prepare)
 
 
 # --- files
@@ -240,11 +266,36 @@ def test_without_matplotlib_a_plot_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         bench.main([*TINY, "--plot", "x.png"])
     assert exit.value.code == 2
-    assert 'python -m pip install "jax_fa[bench]"' in capsys.readouterr().err
+    assert 'python -m pip install ".[bench]"' in capsys.readouterr().err
+
+
+def test_a_plot_of_an_unknown_format_is_refused_before_measuring(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as exit:
+        bench.main([*TINY, "--plot", str(tmp_path / "x.nonsense")])
+    assert exit.value.code == 2
+    shown = capsys.readouterr()
+    assert "--plot must end in one of" in shown.err and shown.out == ""
 
 
 def test_without_tqdm_nothing_shows_progress(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
-    with report.progress(2) as step:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with report.progress(2) as (step, beside_bar), beside_bar():
         step()
     assert capsys.readouterr() == ("", "")
+
+
+def test_rows_do_not_leave_a_bar_behind(monkeypatch):
+    """What is printed starts on a line that the bar was wiped from."""
+    pytest.importorskip("tqdm")
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with report.progress(2) as (step, beside_bar):
+        step()
+        with beside_bar():
+            print("a row")
+    before = terminal.getvalue().partition("a row")[0]
+    assert "0/2" in before
+    assert before.endswith("\r") and before.rstrip("\r").rpartition("\r")[2].strip() == ""

@@ -25,25 +25,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(shapes.QUICK if options.quick else shapes.DEFAULT))
             return OK
         if options.compare:
+            if options.json or options.plot:
+                raise ValueError("--compare measures nothing, so it takes no --json and no --plot")
             report.compare([record.read(path) for path in options.compare])
             return OK
         chosen = _chosen(options.contestants)
         calls = _calls(options)
+        _check_outputs(options)
     except ValueError as error:
         parser.error(str(error))
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error('--plot needs matplotlib: python -m pip install "jax_fa[bench]"')
-    for path in (options.plot, options.json):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"{path.parent} must be a directory, to write {path.name} into")
 
     run = record.new_run([])
     report.header(run)
     results: list[measure.Result] = []
-    with report.progress(len(calls) * (len(chosen) + options.rounds)) as step:
+    with report.progress(len(calls) * (len(chosen) + options.rounds)) as (step, beside_bar):
         for call in calls:
             results += (found := measure.measure(call, chosen, options.rounds, step))
-            report.rows(found)
+            with beside_bar():
+                report.rows(found)
     run = replace(run, results=results)
     if options.json:
         record.write(run, options.json)
@@ -74,6 +73,22 @@ def _calls(options: argparse.Namespace) -> list[shapes.Call]:
         for direction in options.direction
         for shape in options.shapes or map(shapes.parse_shape, default)
     ]
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raises ValueError where a file could not be written: before measuring, not after."""
+    for path in (options.plot, options.json):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path.parent} must be a directory, to write {path.name} into")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} must be a file to write, and is a directory")
+    if options.plot is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('--plot needs matplotlib: python -m pip install ".[bench]"')
+    formats = report.plot_formats()
+    if options.plot.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(f"--plot must end in one of .{', .'.join(formats)}; got {options.plot.name!r}")
 
 
 def _parser() -> argparse.ArgumentParser:

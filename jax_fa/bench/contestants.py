@@ -83,10 +83,17 @@ def _jax_nn(implementation: str | None, call: Call) -> Program:
         local_window_size=window,
         implementation=implementation,
     )
+    return _tried(lambda: _jax(call, attention))
+
+
+def _tried(prepare: Callable[[], Program]) -> Program:
+    """The program after one call of it: whatever another library's limits raise there or before is its refusal."""
     try:
-        return _jax(call, attention)
-    except Exception as error:  # whatever another library's limits raise
+        program = prepare()
+        program.run()
+    except Exception as error:
         raise RefusedError(_first_line(error)) from error
+    return program
 
 
 def _jax(call: Call, attention: Callable[..., Any]) -> Program:
@@ -127,6 +134,10 @@ def _torch(call: Call) -> Program:
     on_gpu = jax.default_backend() == "gpu"
     if on_gpu and not torch.cuda.is_available():
         raise RefusedError("this torch has no CUDA")
+    return _tried(lambda: _torch_program(call, torch, on_gpu))
+
+
+def _torch_program(call: Call, torch: Any, on_gpu: bool) -> Program:
     device = "cuda" if on_gpu else "cpu"
 
     def tensor(x):

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -70,21 +70,36 @@ def verdict(results: Sequence[Result]) -> bool:
     wrong = [result for result in results if not result.agrees]
     for result in wrong:
         print(f"MISS: {result.contestant} differs by {result.difference:.1e} (relative L2) in {result.call}")
-    if not wrong:
+    if wrong:
+        return False
+    compared = sum(result.difference is not None for result in results)
+    if compared:
         print("\nOK: all contestants computed the same numbers.")
-    return not wrong
+    else:
+        print("\nNumbers were not compared: no call had two contestants that could serve it.")
+    return True
 
 
 @contextmanager
-def progress(steps: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr where that is a terminal and tqdm is installed; else nothing."""
+def progress(steps: int) -> Iterator[tuple[Callable[[], None], Callable[[], AbstractContextManager]]]:
+    """A bar on stderr where that is a terminal and tqdm is installed; else nothing.
+
+    Gives what takes a step, and what makes room for printing: a context without the bar.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
-        yield lambda: None
+        yield (lambda: None), nullcontext
         return
     with tqdm(total=steps, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
-        yield lambda: bar.update() and None
+        yield (lambda: bar.update() and None), tqdm.external_write_mode
+
+
+def plot_formats() -> list[str]:
+    """What the name of a plot's file can end in."""
+    from matplotlib.figure import Figure
+
+    return sorted(Figure().canvas.get_supported_filetypes())
 
 
 def plot(path: Path, run: Run) -> None:
