@@ -58,6 +58,14 @@ def test_links_lead_somewhere(document):
     assert missing == []
 
 
+def test_every_notebook_is_listed():
+    sources = sorted(path.stem for path in ROOT.glob("notebooks/src/*.py"))
+    listed = re.findall(
+        r"^\| \[(\w+)\]\(\1\.ipynb\) \|", (ROOT / "notebooks/README.md").read_text(), re.MULTILINE
+    )
+    assert listed == sources and len(sources) >= 5
+
+
 def test_examples_show_every_entry():
     shown = "".join(block for _, block in _blocks("python"))
     for entry in ("dot_product_attention", "flash_attention", "flash_attention_score", "explain"):
