@@ -2,13 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from jax_fa import bench, demo
 from jax_fa.backends import cpu as native
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +26,18 @@ def _blocks(language: str, document: Path = README) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
 
 
+def _commands() -> list[list[str]]:
+    """The words of every command line that a document shows in a block, `$ ` and comments left out."""
+    documents = [*DOCUMENTS, ROOT / "benchmarks/README.md", ROOT / "notebooks/README.md"]
+    blocks = [block for path in documents for kind in ("sh", "console") for _, block in _blocks(kind, path)]
+    lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    return [
+        shlex.split(line.removeprefix("$ "), comments=True)
+        for line in lines
+        if re.match(r"(\$ )?(python|export) ", line)
+    ]
+
+
 def _runs_here(block: str) -> bool:
     """Whether what an example needs is there: the native extension, and libraries that its first line names."""
     if native.missing is not None and any(word in block for word in ("emulator", "jax_fa_ascend")):
@@ -31,7 +46,10 @@ def _runs_here(block: str) -> bool:
     return needs is None or all(map(find_spec, needs[1].split(", ")))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+WITH_EXAMPLES = [path for path in DOCUMENTS if _blocks("python", path)]
+
+
+@pytest.mark.parametrize("document", WITH_EXAMPLES, ids=lambda path: path.name)
 def test_examples_run(document, tmp_path):
     """One after another in a fresh process, with the defaults a reader has, warnings as errors."""
     program = ""
@@ -56,6 +74,34 @@ def test_links_lead_somewhere(document):
     links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text(encoding="utf-8"))
     missing = [link for link in links if not (document.parent / link).exists()]
     assert missing == []
+
+
+def test_commands_of_ours_take_these_arguments():
+    """Long ones are not run here; but their arguments must be those that the program takes."""
+    parsers = {"jax_fa.bench": bench._parser(), "jax_fa": demo._parser()}
+    found = set()
+    for words in _commands():
+        if words[0] == "python" and "-m" in words and words[words.index("-m") + 1] in parsers:
+            module, *arguments = words[words.index("-m") + 1 :]
+            parsers[module].parse_args(arguments)
+            found.add(module)
+    assert found == parsers.keys()
+
+
+def test_commands_install_extras_that_exist():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    named = {x for words in _commands() for word in words for x in re.findall(r"^\.\[(.+)\]$", word)}
+    assert named and {x for names in named for x in names.split(",")} <= extras.keys()
+
+
+@pytest.mark.skipif(native.missing is not None, reason="the emulator comes with the native extension")
+def test_the_command_that_finds_the_emulator(tmp_path):
+    (block,) = [block for _, block in _blocks("sh", ROOT / "docs/ascend.md") if "emulator_dir" in block]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    shell = ["sh", "-ec", f'{block}\ntest -f "$JAX_FA_CANN_EMULATOR/libopapi.so"']
+    done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_notebook_is_listed():
