@@ -173,7 +173,7 @@ for ax, (title, values) in zip(axes, curves, strict=True):
         ax.plot(np.arange(len(steps)), values[:, i], marker="o", markersize=4, label=f"row {i}")
     ax.set(xlabel="tiles seen", xticks=range(len(steps)), xticklabels=range(1, len(steps) + 1))
     ax.set_title(title, fontsize=10)
-axes[0].legend(fontsize=8)
+axes[0].legend(fontsize=8, ncols=2, loc=(0.3, 0.57))
 plt.show()
 
 # %% [markdown]

@@ -327,8 +327,7 @@ for layout, store in STORE.items():
         x = [store(y.astype(dtype)) for y in (q, k, v)]
         call = {"head_num": N, "input_layout": layout, "scale": SCALE, "atten_mask": C, "sparse_mode": 3}
         both(*x, **call, **ends, tolerance=tolerance)
-        (call,) = asked()
-        print(f"{layout:5}{dtype:9} {call['function']} as {call['inputLayout']}")
+        print(f"{layout:5}{dtype:9} {{function}} as {{inputLayout}}".format(**asked()[-1]))
 
 # Sequences of 5, 0 and 19 rows and 9, 4 and 19 keys. The ends are cumulative, without a leading 0.
 RAGGED = {"actual_seq_qlen": [5, 5, 24], "actual_seq_kvlen": [9, 13, 32]}
@@ -368,7 +367,6 @@ MODES = [
 ]
 eye = [np.zeros((1, SQ, 1, SKV)), np.zeros((1, SKV, 1, SKV)), np.eye(SKV)[None, :, None]]
 eye = [jnp.asarray(x, jnp.float32) for x in eye]
-_ = asked()
 
 fig, axes = plt.subplots(3, 3, figsize=(9, 7.4), layout="constrained")
 for ax, (mode, title, arguments) in zip(axes.flat, MODES, strict=True):
@@ -376,7 +374,7 @@ for ax, (mode, title, arguments) in zip(axes.flat, MODES, strict=True):
     probe = [x[0] for x in eye] if layout == "TND" else eye
     arguments = {"head_num": 1, "input_layout": layout, "sparse_mode": mode, **arguments}
     out = both(*probe, **arguments).attention_out
-    (call,) = asked()
+    call = asked()[-1]
     if mode not in (0, 1, 5):  # the same without the mask, to the last bit, and the same call of CANN
         del arguments["atten_mask"]
         assert np.array_equal(score(*probe, **twin(arguments)).attention_out, out) and asked() == [call]
@@ -408,10 +406,8 @@ assert np.abs(score(q, k, v, **twin(bsnd), sparse_mode=3).attention_out - ignore
 
 # %%
 tall = jnp.concatenate([q, q], axis=1)  # 48 rows, 32 keys: rows 0 to 15 see nothing
-_ = asked()
 ours = both(tall, k, v, **bsnd, atten_mask=C, sparse_mode=3)
-(call,) = asked()
-assert call["innerPrecise"] == 2
+assert asked()[-1]["innerPrecise"] == 2
 assert not ours.attention_out[:, :16].any()
 assert np.all(ours.softmax_max[:, :, :16] == -FLT_MAX) and np.all(ours.softmax_sum[:, :, :16] == FLT_MAX)
 mask = jax_fa.masks.Causal("bottom-right")
@@ -435,8 +431,7 @@ PSE = [(0, full), (1, full), (1, full[:1, :, :1]), (2, slopes), (3, jnp.stack([s
 for pse_type, pse in PSE:
     keys = SQ if pse_type > 1 else SKV
     both(q, k[:, :keys], v[:, :keys], **bsnd, pse=pse, pse_type=pse_type)
-    (call,) = asked()
-    assert call["pseType"] == pse_type
+    assert asked()[-1]["pseType"] == pse_type
     print(f"pse_type {pse_type}, pse {list(pse.shape)}: as in float64")
 
 # The compressed form: the last 1024 rows of a pse that depends on row - column only, under a causal mask.
@@ -446,7 +441,6 @@ one = {"head_num": 1, "input_layout": "BSND", "sparse_mode": 2}
 whole = jnp.asarray(-np.abs(np.arange(S) - np.arange(S)[:, None])[None, None] / 64, jnp.float32)
 out = torch_npu.npu_fusion_attention(*x, **one, pse=whole, atten_mask=C)[0]
 close(score(*x, **one, pse=whole[:, :, -1024:]).attention_out, out)
-_ = asked()
 
 # %% [markdown]
 # What a pse adds to the logits, read off the op with the probe of section 3. Types 0 and 1 get the same matrix, and the
@@ -481,7 +475,8 @@ plt.show()
 # torch_npu draws a mask inside the call, from the device's generator, and gives back seed, offset and length, with which its
 # backward draws it again. `flash_attention_score` draws nothing: the mask is an argument, in CANN's form. One bit per
 # weight, in the order `[B, N, Sq, Skv]` (TND: blocks `[N, Sq_b, Skv_b]` one after another), rows not padded, the **least
-# significant bit of a byte first, 1 = keep**. Bytes past the end are not read.
+# significant bit of a byte first, 1 = keep**. Bytes past the end are not read, so a mask that torch_npu drew (rounded up to
+# 16 bytes) can be passed as it is.
 
 # %%
 KEEP = 0.8
