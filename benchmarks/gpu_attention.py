@@ -61,29 +61,30 @@ def _supervise(options: argparse.Namespace) -> int:
     deadline = time.time() + options.budget_seconds
     shown = {name: str(value) for name, value in vars(options).items() if name not in ("worker", "deadline")}
     results = record.Results(options.out, shown, lambda text: print(text, flush=True))
-
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / f"{results.date}.err"  # in full what rows say in a line
     with tempfile.TemporaryDirectory() as folder:
         events = Path(folder) / "events"
-        # Without PYTHONPATH the worker could not find what this process was told to.
         arguments = [*sys.argv[1:], "--worker", str(events), "--deadline", str(deadline)]
 
         def command(jobs: int) -> list[str]:
             return [sys.executable, "-P", __file__, *arguments, "--jobs", str(jobs)]
 
-        log = Path(folder) / "stderr"
         watch = supervise.Watch(command, events, deadline, results.add, jobs=options.jobs, stderr=log)
         code = watch.run()
+        if code == supervise.NO_DEVICE or log.stat().st_size == 0:
+            log.unlink()
         if code == supervise.NO_DEVICE:
             print("There is no CUDA device here (--rehearse runs everything on CPU, tiny).")
             return code
     for part in work.parts(options.check_only, options.tune):
         if not any(row["part"] == part for row in results.rows):
             results.say(f"{part:9} not reached: the time was over, or the device was lost")
-    for text in (record.table(results.rows), record.reasons(results.rows)):
-        if text:
-            results.say("\n" + text)
     for tuned, row in record.best_configs(results.rows).items():
         results.say(f"best {tuned}: {row['config']}, {row['text']}")
+    for text in (record.reasons(results.rows), record.table(results.rows)):
+        if text:
+            results.say(f"\n{text}")
     results.say(f"\nchecks: {record.counts(results.rows)}")
     if results.path is None:
         return 1

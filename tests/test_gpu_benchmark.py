@@ -6,14 +6,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from cases import Case
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from gpu import record, supervise, work  # noqa: E402
+from gpu import checks, record, supervise, work  # noqa: E402
 
 # --- what is counted
 
@@ -143,13 +146,13 @@ def test_events_are_read_back_by_the_next_worker(tmp_path):
     events = record.Events(path)
     events.begin("checks", "a", 1.0)
     events.row("checks", "a", "pass")
-    for label in "bcd":
+    for label in "bcde"[: record.DEATHS_PER_PART]:
         record.append_event(
             path, {"row": {"part": "tune", "label": label, "status": "error", "why": "hung", "fatal": True}}
         )
     with open(path, "a") as file:
         file.write('{"row": {"part": "tu')  # the worker died here
-    assert [list(event) for event in record.read_events(path)] == [["begin"]] + 4 * [["row"]]
+    assert [list(event) for event in record.read_events(path)] == [["begin"]] + 5 * [["row"]]
     later = record.Events(path)
     assert later.knows("checks", "a") and not later.knows("checks", "b") and not events.knows("tune", "b")
     assert later.deadly("tune") and not later.deadly("checks")
@@ -250,6 +253,42 @@ def test_a_worker_that_cannot_start_is_not_tried_again(tmp_path):
     assert rows[0]["why"] == "the process ended with code 1: ImportError: no such thing"
 
 
+# --- checks
+
+
+@pytest.mark.parametrize("where", ["out", "lse", "key"])
+def test_a_second_opinion_forgives_only_what_the_portable_backend_does_too(where):
+    case = Case(name="opinion", B=(1,), Sq=9, Skv=11, N=2, K=1, mask="causal", dtype="float16")
+    first = AssertionError("off")
+    results = jax.device_get(checks.program(case, "xla")(*checks.arguments(case)))
+    assert checks._second_opinion(case, results, first) == "AssertionError: off; no worse than xla"
+    holder = results["gradients"] if where == "key" else results
+    holder[where] = holder[where] * np.float32(1.02).astype(holder[where].dtype)
+    with pytest.raises(AssertionError, match=f"off; {where} of xla is off by"):
+        checks._second_opinion(case, results, first)
+
+
+def test_checks_reach_everything_once():
+    context = SimpleNamespace(implementation="xla", rehearse=True)
+    labels = [job.label for job in checks._jobs(context)]
+    assert len(labels) == len(set(labels)) > 250
+    for text in (
+        "forward-plain-128-bfloat16",
+        "edge-2048-float16",
+        "nan-lengths-bfloat16",
+        "real-bias-float16",
+    ):
+        assert text in labels
+    assert not any("float64" in label for label in labels)
+
+
+def test_a_refusal_is_the_backend_s_own_reason():
+    case = Case(name="refused", mask="causal")
+    assert checks.refusal(case, "xla", "cpu", backward=True) is None
+    assert checks.refusal(case, "ascend", "tpu", backward=False) == "runs on ascend, npu only, not on tpu"
+    assert checks.refusal(case, "nobody", "cpu", backward=False) == "there is no backend 'nobody'"
+
+
 # --- all of it
 
 
@@ -268,10 +307,11 @@ def test_without_a_cuda_device_it_says_so(tmp_path):
 
 
 def test_rehearsal(tmp_path):
-    arguments = ("--checks", "3", "--rounds", "2", "--jobs", "2", "--tune", "--out", str(tmp_path))
+    arguments = ("--checks", "6", "--rounds", "2", "--jobs", "2", "--tune", "--out", str(tmp_path))
     done = _script("--rehearse", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("cpu-*.json")
+    assert {file.suffix for file in tmp_path.iterdir()} <= {".json", ".txt", ".err"}
     found = json.loads(path.read_text())
     assert found["complete"] and found["device"] == "cpu" and found["versions"]["jax"]
     by_part = {part: [row for row in found["rows"] if row["part"] == part] for part in work.SHARES}
@@ -279,7 +319,7 @@ def test_rehearsal(tmp_path):
         assert rows[-1]["label"] == "end" and len(rows) > 1, part
         assert not any(row["status"] in ("FAIL", "error") for row in rows)
     checks = [row["status"] for row in by_part["checks"]]
-    assert checks.count("pass") == 3 and set(checks) == {"pass", "done"}
+    assert checks.count("pass") == 6 and set(checks) == {"pass", "done"}
     assert [row["direction"] for row in by_part["backward"][:2]] == ["both", "backward"]
     timed = [row for row in found["rows"] if row.get("contestants")]
     assert len(timed) == 2 + 4 + 2 + 1
@@ -289,7 +329,7 @@ def test_rehearsal(tmp_path):
     assert sorted(best) == [f"forward D=128 Dv=128 {mask}" for mask in ("causal", "full")]
     shown = path.with_suffix(".txt").read_text()
     assert done.stdout.strip() == shown.strip()
-    assert "checks: 3 passed, 0 close, 0 FAILED, 0 raised, 0 skipped" in shown
+    assert "checks: 6 passed, 0 close, 0 FAILED, 0 raised, 0 skipped" in shown
     assert record.table(found["rows"]) in shown
 
 

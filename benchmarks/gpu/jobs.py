@@ -1,7 +1,9 @@
 """How a part runs: jobs, each prepared, compiled beside others, and then run alone on the device."""
 
 import itertools
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -16,7 +18,7 @@ from gpu.machine import first_line
 from gpu.supervise import RESTART
 
 # Seconds after which something hangs: tracing or compiling one thing, one step on the device.
-TRACE, COMPILE, RUN = 120.0, 120.0, 40.0
+TRACE, COMPILE, RUN = 120.0, 120.0, 25.0
 
 
 @dataclass(kw_only=True)
@@ -134,7 +136,14 @@ def _run(context: Context, part: str, job: Job, found: list[Any]) -> None:
         _write(context, part, job.label, status, {"seconds": time.time() - start} | more)
 
 
+def explain(error: Exception) -> None:
+    """Writes what a row's one line leaves out to the file of errors."""
+    traceback.print_exception(error, limit=-30)
+    sys.stderr.flush()
+
+
 def _failed(context: Context, part: str, label: str, error: Exception) -> None:
+    explain(error)
     status = "FAIL" if isinstance(error, AssertionError) else "error"
     _write(context, part, label, status, {"why": first_line(error)})
 

@@ -77,6 +77,7 @@ def _training_job(context: Context) -> Job:
             found[name] = {}  # in this order
             error = jobs.attempt(lambda a=attention: _try(config, a))  # type: ignore[misc]
             if isinstance(error, Exception):
+                jobs.explain(error)
                 found[name] = {"why": machine.first_line(error)}
             else:
                 usable[name] = attention
@@ -250,5 +251,6 @@ def run(context: Context, chosen: tuple[str, ...], deadline: float) -> None:
         try:
             PARTS[part](context)
         except Exception as error:
+            jobs.explain(error)
             context.events.row(part, "all", "error", why=machine.first_line(error))
         context.events.row(part, "end", "done", seconds=time.time() - start)

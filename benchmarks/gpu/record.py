@@ -16,10 +16,10 @@ from gpu.work import exp_seconds
 
 SCHEMA = 1
 Row = dict[str, Any]
-# ok: measured. pass, FAIL: a check; close: beyond the tolerance, but so is the portable backend. skip: not tried, or
+# ok: measured. pass, FAIL: a check; close: beyond the tolerance, but no worse than the portable one. skip: not tried, or
 # refused for a stated reason. error: it raised. done: a part has come to its end.
 STATUSES = ("ok", "pass", "close", "FAIL", "skip", "error", "done")
-DEATHS_PER_PART = 3  # after so many a part is given up
+DEATHS_PER_PART = 4  # after so many a part is given up
 
 
 class Events:
@@ -73,7 +73,7 @@ class Results:
 
     def __init__(self, folder: Path, options: dict[str, Any], show: Callable[[str], None] = print) -> None:
         self._folder, self._options, self._show = folder, options, show
-        self._date = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
+        self.date = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
         self._lines: list[str] = []
         self.path: Path | None = None  # known when the device is
         self.rows: list[Row] = []
@@ -88,7 +88,7 @@ class Results:
         self.rows.append(row)
         if self.path is None and "device" in row:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self.path = self._folder / f"{slug(row['device'])}-{self._date}.json"
+            self.path = self._folder / f"{slug(row['device'])}-{self.date}.json"
         self.write(complete=False)
         if row["status"] != "done":
             self.say(line(row))
@@ -99,7 +99,7 @@ class Results:
         machine = next((row for row in self.rows if "device" in row), {})
         text = {
             "schema": SCHEMA,
-            "date": self._date,
+            "date": self.date,
             "device": machine.get("device"),
             "versions": machine.get("versions"),
             "options": self._options,

@@ -67,6 +67,7 @@ def _job(
         return thunks
 
     def run(compiled: list[Any]) -> tuple[str, dict[str, Any]]:
+        _free()  # what the last row left
         inputs = Inputs(shape, 2 if context.rehearse else work.rotated_sets(shape.array_bytes))
         programs: dict[str, dict[str, Any]] = {d: {} for d in directions}
         parts = list(compiled)
@@ -79,17 +80,13 @@ def _job(
                 del parts[:count]
             for direction in directions:
                 programs[direction][contestant.name] = mine[direction]
-        more: dict[str, Any] = {}
-        status = "ok"
         for direction in directions[1:]:
             name = f"{label} with forward"
             found = _measured(context, part, name, shape, direction, programs[direction])
             context.events.row(part, name, found.pop("status"), **found)
             context.events.begin(part, label, jobs.RUN)
         more = _measured(context, part, label, shape, directions[0], programs[directions[0]])
-        status = more.pop("status")
-        _free()
-        return status, more
+        return more.pop("status"), more
 
     return Job(label=label, prepare=prepare, run=run)
 
@@ -107,7 +104,7 @@ def _measured(
         if arrays is None:
             continue
         usable[name] = program
-        found[name]["difference"] = None if first is None else difference(arrays, first)
+        found[name]["difference"] = None if first is None else _apart(arrays, first)
         first = arrays if first is None else first
     del first
     for name, timed in _samples(context, part, label, usable).items():
@@ -117,6 +114,15 @@ def _measured(
             found[name] |= summary(*timed, shape.flops(direction))
     size = {"flops": shape.flops(direction), "pairs": shape.pairs, "direction": direction}
     return {"status": "ok"} | size | _verdict(shape, found)
+
+
+def _apart(arrays: list[Any], first: list[Any]) -> float:
+    """`difference`; NaN, which is never near enough, where there is none, of arrays of another shape."""
+    apart = jobs.attempt(lambda: difference(arrays, first))
+    if isinstance(apart, Exception):
+        jobs.explain(apart)
+        return float("nan")
+    return float(apart)
 
 
 def _tried(program: Any) -> tuple[dict[str, Any], list[Any] | None]:
@@ -132,7 +138,10 @@ def _tried(program: Any) -> tuple[dict[str, Any], list[Any] | None]:
 
 
 def _why(error: Exception) -> str:
-    return str(error) if isinstance(error, contestants.AbsentError) else machine.first_line(error)
+    if isinstance(error, contestants.AbsentError):
+        return str(error)
+    jobs.explain(error)
+    return machine.first_line(error)
 
 
 def _samples(
@@ -261,7 +270,7 @@ def difference(a: list[Any], b: list[Any]) -> float:
 
 
 def _free() -> None:
-    """Gives memory back, PyTorch's too, for the next row."""
+    """Gives memory back, PyTorch's too."""
     gc.collect()
     torch, _ = machine.load("torch")
     if torch is not None and torch.cuda.is_available():
