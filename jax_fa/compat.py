@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
-from jax._src import dispatch, sharding_impls
+import numpy as np
+from jax._src import config, dispatch, sharding_impls
 from jax._src.export import _export
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -57,7 +58,8 @@ def lenient():
 @contextlib.contextmanager
 def plain():
     """A context for our own code in which arrays carry no sharding in their types, whatever mesh the caller set."""
-    with lenient(), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    with lenient(), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         yield
 
 
@@ -112,6 +114,50 @@ def guarantee_custom_call(target: str) -> None:
     stable = getattr(_export, "_CUSTOM_CALL_TARGETS_GUARANTEED_STABLE", None)
     if isinstance(stable, set):
         stable.add(target)
+
+
+def compute_capability() -> str | None:
+    """That of the NVIDIA GPU which programs are lowered for, as "9.0"; None where it is not known.
+
+    An abstract device counts before those that are there: `use_abstract_mesh` with one lowers for a chip elsewhere.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.platform == "cuda":
+        return next((c for kind, c in _CAPABILITIES.items() if kind in abstract.device_kind), None)
+    try:
+        return str(jax.devices("cuda")[0].compute_capability)
+    except RuntimeError:  # no such platform here
+        return None
+
+
+# An abstract device has a name only.
+_CAPABILITIES = {"H100": "9.0", "H200": "9.0", "H800": "9.0", "H20": "9.0", "A100": "8.0", "B200": "10.0"}
+
+
+def interpreting_gpu() -> bool:
+    """Whether Pallas' interpreter of Mosaic GPU kernels is forced here, in which they run on CPU."""
+    forced = config.pallas_tpu_interpret_mode_context_manager.value
+    return type(forced).__name__ == "InterpretGPUParams"
+
+
+def interpreted(fn: Callable) -> Callable:
+    """A function that runs `fn` through Pallas' interpreter, from wherever it is lowered.
+
+    The interpreter's callbacks are an effect, which rules that lower primitives cannot hold: so it runs in a callback
+    of its own, in a thread to which the forced mode must be told anew.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    params = config.pallas_tpu_interpret_mode_context_manager.value
+
+    def run(*args):
+        with plgpu.force_gpu_interpret_mode(params):
+            return jax.tree.map(np.asarray, jax.jit(fn)(*args))
+
+    def call(*args):
+        return jax.pure_callback(run, jax.eval_shape(fn, *args), *args)
+
+    return call
 
 
 Refused: TypeAlias = Callable[[str, str, Exception], None]

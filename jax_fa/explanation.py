@@ -118,7 +118,7 @@ def explain(
         dims=dims(problem, operands),
         dtype=str(operands.query.dtype),
         chosen=chosen,
-        reasons={platform: {**found, **backends.PLANNED} for platform, found in reasons.items()},
+        reasons=reasons,
         backward=backward,
         notes=notes,
     )

@@ -10,7 +10,11 @@ import jax_fa
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
     {"problem", "compat", "_native"},
-    {"masks", "softmax", "dropout", "tiles", "packed", "ascend.installation"},
+    {"masks", "softmax", "dropout", "tiles", "packed", "ascend.installation", "mosaic", "mosaic.widths"},
+    {"mosaic.tuning", "mosaic.logits", "mosaic.memory"},
+    {"mosaic.geometry"},
+    {"mosaic.operands"},
+    {"mosaic.forward", "mosaic.backward"},
     {"backends.xla", "backends.cpu", "backends.mosaic", "request", "pse", "sparse", "partition"},
     {"ascend", "ascend.layout", "ascend.modes", "ascend.drop"},
     {"ascend.sequences"},

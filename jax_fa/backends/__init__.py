@@ -13,16 +13,12 @@ where forward and backward are plain traceable functions.
 
 from types import ModuleType
 
-from jax_fa.backends import ascend, cpu, xla
+from jax_fa.backends import ascend, cpu, mosaic, xla
 from jax_fa.problem import Operands, Problem
 
-BACKENDS: tuple[ModuleType, ...] = (cpu, ascend, xla)
-# Known names that this version does not bring yet, so that asking for one gets a reason and not a riddle.
-PLANNED = {
-    "mosaic": "the Pallas Mosaic GPU kernel is not part of this version",
-}
-# Served by a backend of another platform through an emulator of it; that backend itself says whether.
-ON_CPU_TOO = ("ascend",)
+BACKENDS: tuple[ModuleType, ...] = (cpu, mosaic, ascend, xla)
+# Served by a backend of another platform through an emulator or interpreter of it; that backend itself says whether.
+ON_CPU_TOO = ("ascend", "mosaic")
 # JAX's own platforms that need a lowering rule of their own; the default rule serves every other.
 PLATFORMS = ("cpu",)
 
@@ -32,14 +28,10 @@ def names() -> tuple[str, ...]:
 
 
 def check_implementation(implementation: str | None) -> None:
-    """Raises ValueError for a name that is no backend, NotImplementedError for one that is not here yet."""
+    """Raises ValueError for a name that is no backend."""
     if implementation is None or implementation in names():
         return
     allowed = f"None or one of {', '.join(map(repr, names()))}"
-    if implementation in PLANNED:
-        raise NotImplementedError(
-            f"implementation={implementation!r}: {PLANNED[implementation]}; use {allowed}."
-        )
     raise ValueError(f"implementation must be {allowed}; got {implementation!r}.")
 
 

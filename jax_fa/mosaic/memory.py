@@ -1,0 +1,54 @@
+"""Shared memory of the kernels, and products of what lies there."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_fa import compat
+from jax_fa.mosaic.widths import swizzle_elements
+
+
+def swizzled(shape: tuple[int, ...], dtype, atom: int | None = None):
+    """Tiles in the layout of the matrix unit: 8 rows of one swizzle atom of `atom` elements."""
+    atom = swizzle_elements(shape[-1]) if atom is None else atom
+    size = atom * jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, atom)), plgpu.SwizzleTransform(size))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def atom_of(width: int, row_elements: int, dtype) -> int:
+    """Elements of the widest atom that divides a tile of `width` columns and a row of the array it is read from."""
+    return math.gcd(width, row_elements, 128 // jnp.dtype(dtype).itemsize)
+
+
+def span(start, size: int, multiple: int = 1):
+    """A slice that may reach over the end of an array: copies read 0 there and write nothing.
+
+    A start that JAX knows it would check against the array's size, so it does not get to know any.
+    """
+    start = lax.optimization_barrier(jnp.int32(start)) if isinstance(start, int) else start
+    return pl.ds(pl.multiple_of(start, multiple), size)
+
+
+def nbytes(shape: tuple[int, ...], dtype) -> int:
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+def multiply_add(acc, a, b, meanwhile=lambda: None):
+    """acc + a b, of an array a and a tile b in shared memory; `meanwhile` runs while the product does."""
+    if (
+        compat.interpreting_gpu()
+    ):  # which knows the matrix unit with both operands in memory and a sum from 0 only
+        meanwhile()
+        acc = acc + jnp.dot(a, b[...], preferred_element_type=acc.dtype)
+        plgpu.commit_smem()  # what is read here in the ordinary way, the matrix unit reads as the copy engine writes
+        return acc
+
+    def product(ref):
+        plgpu.wgmma(ref, a, b)
+        meanwhile()
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
