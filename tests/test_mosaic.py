@@ -1,0 +1,512 @@
+"""The Mosaic GPU backend in Pallas' interpreter, which reports races, against the oracle.
+
+The rows of the one table run in 16 bits; what is special to these kernels (head_dims and lengths around their tiles,
+heads packed into the rows of a tile, which of bias and mask is read how, tiles of other sizes) is combined pairwise.
+A run takes seconds, so most of both are slow tests.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES, Case, check, expected
+from mosaic_tools import interpreter, needs_new_jax, pairwise, request, spanning, why_not
+from test_nan import MASKS
+
+import jax_fa
+from jax_fa import masks
+from jax_fa.attention import attention
+from jax_fa.mosaic import tuning
+from jax_fa.mosaic.tuning import Tiles
+
+pytestmark = needs_new_jax
+
+# Whether garbage behind a mask is kept out of the results.
+NAN_IS_KEPT_OUT = False
+
+
+@pytest.fixture
+def interpreted(capfd):
+    """Runs a function in the interpreter and fails where that reports a race."""
+
+    def run(fn, *args):
+        with interpreter():
+            found = jax.block_until_ready(jax.jit(fn)(*args))
+        printed = capfd.readouterr().out
+        assert "RACE DETECTED" not in printed, printed[:4000]
+        return found
+
+    return run
+
+
+def test_a_race_is_reported(interpreted):
+    """Two warpgroups write to one place of shared memory."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(x, out, shared):
+        shared[...] = x[...]
+
+        @pl.when(jax.lax.axis_index("warpgroup") == 0)
+        def _():
+            out[...] = shared[...]
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((128,), jnp.float32),
+        scratch_types=[plgpu.SMEM((128,), jnp.float32)],
+        num_threads=2,
+        thread_name="warpgroup",
+    )
+    # JAX 0.11 prints it, later ones raise it.
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match="RACE DETECTED"):
+        interpreted(kernel, jnp.ones(128, jnp.float32))
+
+
+# --- the rows of the one table
+
+
+def _in_16_bits(at: int, case: Case) -> Case:
+    if case.dtype in ("bfloat16", "float16"):
+        return case
+    return replace(case, dtype="float16" if at % 8 == 7 else "bfloat16")
+
+
+TABLE = tuple(_in_16_bits(at, case) for at, case in enumerate(CASES))
+EMPTY = tuple(case for case in TABLE if 0 in case.full)
+REFUSED = {case.name: "a dimension is empty" for case in EMPTY}
+SERVED = tuple(case for case in TABLE if case.name not in REFUSED)
+# Run by default: for every operand and kind of bounds one row.
+QUICK = (
+    "lengths-1-1",
+    "mqa",
+    "wide-values",
+    "two-batch-dims",
+    "mask-nothing",
+    "mask-causal_dense",
+    "mask-cumulative_causal",
+    "bias-BN1K",
+    "bias-1N11",
+    "scale-zero",
+    "soft-cap",
+    "everything-BNSD",
+    "layout-SBND",
+    "bfloat16-everything",
+    "float16-causal",
+)
+QUICK_GRADIENTS = ("mqa", "mask-nothing", "bias-BN1K", "layout-SBND", "bfloat16-everything", "float16-causal")
+
+
+def test_what_is_refused():
+    assert {case.name: why for case in TABLE if (why := why_not(case)) is not None} == REFUSED
+
+
+# --- combinations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination(Case):
+    """A case with a second, dense mask and tiles of its own."""
+
+    dense: str | None = None  # its dims, as `Case.bias`
+    tiles: tuple[int, int, int] | None = None  # width, stages, consumers
+
+    def _dense(self) -> np.ndarray:
+        return self.random("dense").random(replace(self, bias=self.dense).bias_shape()) < 0.7
+
+    def visible(self) -> np.ndarray | None:
+        found = super().visible()
+        if self.dense is None:
+            return found
+        return self._dense() if found is None else found & self._dense()
+
+    def library_mask(self):
+        found = super().library_mask()
+        if self.dense is None:
+            return found
+        dense = masks.as_mask(self._dense())
+        return dense if found is None else masks.as_mask(found) & dense
+
+    def tuned(self) -> ExitStack:
+        """Has all kernels take its tiles, where they fit into shared memory."""
+        stack = ExitStack()
+        if self.tiles is not None:
+            width, stages, consumers = self.tiles
+            tiles = Tiles(width=width, stages=stages, consumers=consumers)
+            for which in tuning.TABLES:
+                if tuning.smem_bytes(which, tiles, self.D, self.Dv, element_bytes=5) <= tuning.SMEM_BYTES:
+                    stack.enter_context(tuning.overridden(which, tiles))
+        return stack
+
+
+_HEADS = (
+    # layout, B, N, K: every layout, batch rank and number of heads that share a key head.
+    {"layout": "BSND", "B": (2,), "N": 3, "K": 3},
+    {"layout": "BNSD", "B": (1,), "N": 16, "K": 1},
+    {"layout": "SBND", "B": (2,), "N": 3, "K": 1},
+    {"layout": "BSND", "B": (2, 3), "N": 2, "K": 1},
+    {"layout": "SND", "B": (), "N": 12, "K": 2},
+    {"layout": "NSD", "B": (), "N": 8, "K": 2},
+    {"layout": "BNSD", "B": (2, 1), "N": 4, "K": 2},
+    {"layout": "BSND", "B": (), "N": 8, "K": 1},
+)
+_LENGTHS = (
+    (1, 1),
+    (1, 193),
+    (7, 8),
+    (8, 7),
+    (9, 65),
+    (63, 129),
+    (64, 64),
+    (65, 9),
+    (127, 63),
+    (129, 191),
+    (191, 127),
+    (193, 193),
+)
+_HEAD_DIMS = (
+    (8, 8),
+    (5, 7),
+    (24, 24),
+    (40, 40),
+    (64, 64),
+    (72, 72),
+    (80, 80),
+    (96, 96),
+    (128, 128),
+    (192, 128),
+    (64, 16),
+    (16, 64),
+    (256, 256),
+)
+_KINDS = (
+    None,
+    "causal",
+    "causal_bottom",
+    "window_bottom",
+    "prefix_bottom",
+    "lengths",
+    "segments_causal",
+    "cumulative",
+)
+_FORMS = ("BNQK", "NQK", "B1QK", "BN1K", "BNQ1", "B11K", "N11", "QK", "Q1", "K", "1")
+_OPTIONS = {
+    "heads": _HEADS,
+    "lengths": _LENGTHS,
+    "head_dims": _HEAD_DIMS,
+    "mask": _KINDS,
+    "dense": (None, *_FORMS),
+    "bias": (*((form, None) for form in _FORMS), *((form, "float32") for form in _FORMS[:6]), (None, None)),
+    "dtype": ("bfloat16", "float16"),
+    "scale": (None, 0.2, -0.3, 0.0),
+    "soft_cap": (None, 4.0),
+    "slopes": (None, "N", "BN"),
+    "dropout": (0.0, 0.25),
+    "tiles": (
+        None,
+        (64, 1, 1),
+        (128, 2, 1),
+        (192, 3, 1),
+        (64, 4, 2),
+        (128, 1, 2),
+        (192, 2, 2),
+        (64, 2, 3),
+        (128, 3, 3),
+    ),
+}
+
+
+def _combined(*, heads, lengths, head_dims, bias, **options) -> Combination:
+    (Sq, Skv), (D, Dv) = lengths, head_dims
+    words = [
+        heads["layout"],
+        *heads["B"],
+        f"{heads['N']}:{heads['K']}",
+        f"{Sq}x{Skv}",
+        f"{D}+{Dv}",
+        options["dtype"],
+    ]
+    words += [f"bias{bias[0]}{bias[1] or ''}"] if bias[0] is not None else []
+    for name in ("mask", "dense", "scale", "soft_cap", "slopes", "dropout", "tiles"):
+        if options[name] not in (None, 0.0) or (name, options[name]) == ("scale", 0.0):
+            value = options[name] if name != "tiles" else "/".join(map(str, options[name]))
+            words.append(f"{'' if name == 'mask' else name}{value}")
+    return Combination(
+        name="-".join(map(str, words)),
+        Sq=Sq,
+        Skv=Skv,
+        D=D,
+        Dv=Dv,
+        bias=bias[0],
+        bias_dtype=bias[1],
+        **heads,
+        **options,
+    )
+
+
+_ROWS = pairwise(_OPTIONS)
+COMBINATIONS = tuple(_combined(**row) for row in _ROWS)
+
+
+# --- results
+
+
+def _params(quick: tuple[str, ...], combinations: int) -> list:
+    """Served rows and combinations; slow are those rows not in `quick`, and all but the first combinations."""
+    chosen = {*quick, *(case.name for case in COMBINATIONS[:combinations])}
+    return [
+        pytest.param(case, id=str(case), marks=() if case.name in chosen else pytest.mark.slow)
+        for case in (*SERVED, *COMBINATIONS)
+    ]
+
+
+def _tuned(case: Case) -> ExitStack:
+    return case.tuned() if isinstance(case, Combination) else ExitStack()
+
+
+@pytest.mark.parametrize("case", _params(QUICK, spanning(_ROWS)))
+def test_output_and_logsumexp(case, interpreted):
+    with _tuned(case):
+        out, lse = interpreted(
+            lambda x: case.flash_attention(x, implementation="mosaic"), case.stored_operands()
+        )
+    check(case, out, lse)
+    # Rows that see nothing are 0 exactly.
+    unseen = np.moveaxis(expected(case)[0].l == 0, -1, -2)
+    assert not case.canonical(out)[unseen].any()
+
+
+def _skip_without_gradient(case: Case) -> None:
+    if (why := why_not(case, backward=True)) is not None:
+        pytest.skip(why)
+
+
+@pytest.mark.parametrize("case", _params(QUICK_GRADIENTS, 8))
+def test_gradients(case, interpreted):
+    _skip_without_gradient(case)
+    dout, dlse = case.cotangents()
+    with _tuned(case):
+        (out, lse), gradients = interpreted(
+            lambda *args: case.gradient(*args, implementation="mosaic"),
+            case.stored_operands(),
+            case.stored(dout),
+            dlse,
+        )
+    check(case, out, lse, gradients)
+
+
+# --- what is special
+
+
+KEEP_TILES = (None, (64, 2, 1), (128, 1, 2), (192, 1, 3))
+
+
+def _keep_case(tiles) -> Combination:
+    return Combination(
+        name="keep", B=(1,), Sq=40, Skv=190, N=4, K=2, Dv=192, dtype="bfloat16", dropout=0.3, tiles=tiles
+    )
+
+
+def _keep_bits(case: Case) -> np.ndarray:
+    packed = jax_fa.dropout_mask(case.dropout_key(), case.dropout, case.full)
+    size = int(np.prod(case.full))
+    return np.unpackbits(np.asarray(packed), bitorder="little")[:size].reshape(case.full).astype(bool)
+
+
+@pytest.mark.parametrize("tiles", KEEP_TILES, ids=str)
+def test_dropout_bits_are_those_of_dropout_mask(tiles, interpreted):
+    """With equal weights and values that name their key, an output is 0 exactly where its key was dropped."""
+    case = _keep_case(tiles)
+    x = case.operands()
+    named = np.broadcast_to(np.eye(case.Skv, case.Dv)[:, None], x["value"].shape)
+    x = x | {"query": np.zeros_like(x["query"]), "value": case.cast(named)}
+    with case.tuned():
+        out, _ = interpreted(lambda x: case.flash_attention(x, implementation="mosaic"), x)
+    found = np.moveaxis(np.asarray(out) != 0, -2, -3)[..., : case.Skv]
+    np.testing.assert_array_equal(found, _keep_bits(case))
+
+
+@pytest.mark.parametrize("tiles", KEEP_TILES, ids=str)
+def test_dropout_bits_of_the_gradient_of_value(tiles, interpreted):
+    """Likewise, with cotangents that name their row, for each query head of its own."""
+    case = _keep_case(tiles)
+    _skip_without_gradient(case)
+    x = case.operands() | {"query": np.zeros_like(case.operands()["query"])}
+    dout, dlse = case.cotangents()
+    keep = _keep_bits(case)
+    group = case.N // case.K
+    for head in range(group):
+        mine = np.arange(case.N) % group == head
+        named = np.eye(case.Sq, case.Dv)[:, None] * mine[:, None]
+        with case.tuned():
+            _, gradients = interpreted(
+                lambda *args: case.gradient(*args, implementation="mosaic"),
+                x,
+                case.cast(np.broadcast_to(named, dout.shape)),
+                np.zeros_like(dlse),
+            )
+        found = np.asarray(gradients["value"])[..., : case.Sq] != 0  # B Skv K Sq
+        np.testing.assert_array_equal(np.moveaxis(found, 1, -1), keep[:, mine])
+
+
+@pytest.mark.parametrize("name", ["soft-cap", "mask-lengths"])
+def test_softmax_statistics(name, interpreted):
+    """m and l are taken after scale, bias, cap and mask, before dropout; (-FLT_MAX, 0) where nothing is seen."""
+    case = next(case for case in TABLE if case.name == name)
+
+    def run(x):
+        found = attention(*request(case, x))
+        return found.softmax_max, found.softmax_sum
+
+    want = expected(case)[0]
+    for name, ours, oracles in zip(
+        "ml", interpreted(run, case.stored_operands()), (want.m, want.l), strict=True
+    ):
+        assert ours.dtype == jnp.float32
+        oracle.assert_close_to_oracle(ours, oracles, oracles, f"{case}: {name}", oracle.FLOOR["float32"])
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
+def test_two_runs_are_bitwise_equal(gradient, interpreted):
+    case = next(case for case in TABLE if case.name == "bfloat16-everything")
+    if gradient:
+        _skip_without_gradient(case)
+    dout, dlse = case.cotangents()
+
+    def run(x):
+        call = lambda x: case.flash_attention(x, implementation="mosaic")  # noqa: E731
+        return case.gradient(x, dout, dlse, implementation="mosaic") if gradient else call(x)
+
+    first, second = (jax.tree.leaves(interpreted(run, case.stored_operands())) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_square_root_of_distances(interpreted):
+    """pse type 3 takes the root of the distance that slopes multiply."""
+    case = Case(name="root", Sq=70, Skv=70, dtype="bfloat16", N=4, K=4)
+    x = case.operands()
+    bnsd = {name: np.swapaxes(a, 1, 2) for name, a in x.items()}
+    slopes = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+
+    def run(x, implementation="mosaic"):
+        return jax_fa.flash_attention_score(
+            **x,
+            pse=slopes,
+            pse_type=3,
+            head_num=4,
+            input_layout="BNSD",
+            scale_value=0.2,
+            implementation=implementation,
+        ).attention_out
+
+    want = oracle.attention(x["query"], x["key"], x["value"], scale=0.2, bias=_root(slopes, case.Sq)).out
+    found = np.swapaxes(interpreted(run, bnsd), 1, 2)
+    oracle.assert_close_to_oracle(found, want, want, "root", 2 * oracle.FLOOR["bfloat16"])
+
+
+def _root(slopes, S: int) -> np.ndarray:
+    away = np.abs(np.arange(S) - np.arange(S)[:, None])
+    return -slopes[:, None, None] * np.sqrt(away)
+
+
+# --- garbage
+
+
+@pytest.mark.skipif(not NAN_IS_KEPT_OUT, reason="garbage behind a mask is not kept out yet")
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize(
+    "mask", [pytest.param(m, marks=() if m in ("lengths", "dense") else pytest.mark.slow) for m in MASKS]
+)
+def test_what_is_masked_does_not_leak(mask, garbage, interpreted):
+    """Garbage in keys and rows that nothing sees, and in the bias wherever it is masked, changes no bit."""
+    case = Case(name=f"nan-{mask}", mask=mask, bias="BNQK", dtype="bfloat16")
+    visible = np.broadcast_to(case.visible(), case.full)
+    group = visible.reshape(*case.B, case.K, -1, case.Sq, case.Skv)
+    keys = ~np.moveaxis(group.any(axis=(-3, -2)), -1, -2)  # B Skv K
+    rows = ~np.moveaxis(visible.any(axis=-1), -1, -2)  # B Sq N
+    gradient = why_not(case, backward=True) is None
+    dout, dlse = case.cotangents()
+
+    def fill(x, hidden, filling):
+        return case.cast(np.where(hidden, np.float32(filling), x.astype(np.float32)))
+
+    def run(x, dout, dlse):
+        if not gradient:
+            return dict(
+                zip(("out", "lse"), case.flash_attention(x, implementation="mosaic"), strict=True)
+            ), {}
+        (out, lse), gradients = case.gradient(x, dout, dlse, implementation="mosaic")
+        return {"out": out, "lse": lse}, gradients
+
+    def results(filling):
+        x = case.operands()
+        x = {
+            "query": fill(x["query"], rows[..., None], filling),
+            "key": fill(x["key"], keys[..., None], filling),
+            "value": fill(x["value"], keys[..., None], filling),
+            "bias": fill(x["bias"], ~visible, filling),
+        }
+        return interpreted(run, x, fill(dout, rows[..., None], filling), dlse)
+
+    clean, dirty = results(0.0), results(garbage)
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+        assert np.isfinite(np.asarray(a, np.float32)).all()
+        np.testing.assert_array_equal(b, a)
+    if gradient:
+        found = dirty[1]
+        assert not found["key"][keys].any() and not found["value"][keys].any()
+        assert not found["query"][rows].any() and not found["bias"][~visible].any()
+
+
+@pytest.mark.skipif(not NAN_IS_KEPT_OUT, reason="garbage behind a mask is not kept out yet")
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_what_is_visible_shows(where, interpreted):
+    """A NaN turns those rows into NaN that see it, and changes no bit of the others."""
+    case = Case(name="nan-causal", mask="causal", dtype="bfloat16")
+    b, at, head = 1, 20, 1
+    x = case.operands()
+    dirty = x | {where: x[where].copy()}
+    dirty[where][b, at, head, 2] = np.nan
+    clean, found = (
+        np.asarray(
+            interpreted(lambda x: case.flash_attention(x, implementation="mosaic"), given)[0], np.float32
+        )
+        for given in (x, dirty)
+    )
+    rows = np.zeros((*case.B, case.Sq, case.N), bool)
+    if where == "query":
+        rows[b, at, head] = True
+    else:
+        rows[b, at:, head * case.N // case.K : (head + 1) * case.N // case.K] = True
+    assert np.isnan(found[rows]).any(axis=-1).all()
+    np.testing.assert_array_equal(found[~rows], clean[~rows])
+
+
+@pytest.mark.skipif(not NAN_IS_KEPT_OUT, reason="garbage behind a mask is not kept out yet")
+@pytest.mark.parametrize("bias", ["BNQK", "BN1K", "BNQ1"])
+def test_a_bias_of_minus_infinity_masks(bias, interpreted):
+    """Rows that are -inf throughout give 0, never NaN."""
+    case = Case(name=f"minus-infinity-{bias}", bias=bias, bias_dtype="float32", dtype="bfloat16")
+    x = case.operands()
+    seen = case.random("seen").random(case.bias_shape()) < 0.7
+    seen[..., :3, :] &= bias == "BN1K"
+    hidden = x | {"bias": np.where(seen, x["bias"], -np.float32(np.inf))}
+    out, lse = interpreted(lambda x: case.flash_attention(x, implementation="mosaic"), hidden)
+    want = oracle.attention(x["query"], x["key"], x["value"], bias=x["bias"], visible=seen)
+    oracle.assert_close_to_oracle(out, want.out, want.out, "out", 2 * oracle.FLOOR["bfloat16"])
+    oracle.assert_close_to_oracle(lse, want.lse, want.lse, "lse", oracle.FLOOR["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_large_logits_do_not_overflow(dtype, interpreted):
+    """exp is taken of differences from the row's maximum."""
+    q = jnp.full((1, 40, 1, 8), 100.0, dtype)
+    k = jnp.linspace(-100, 100, 40 * 8).reshape(1, 40, 1, 8).astype(dtype)
+    v = jnp.ones((1, 40, 1, 8), dtype)
+    out = interpreted(lambda *x: jax_fa.flash_attention(*x, scale=10.0, implementation="mosaic"), q, k, v)
+    np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, rtol=1e-2)

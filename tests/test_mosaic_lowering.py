@@ -1,0 +1,346 @@
+"""The Mosaic GPU backend lowered for GPUs that are not there: what becomes a kernel, what runs around it, and where.
+
+Nothing runs here. By default options are combined so that each appears; the slow tests are their whole product.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from mosaic_tools import REFUSED, TARGET, gpu, lowered, needs_new_jax, operations, pairwise, spanning
+
+import jax_fa
+from jax_fa import backends
+from jax_fa.masks import Causal, Lengths, SlidingWindow
+
+B, N, K = 2, 4, 2
+LENGTHS = ((2048, 2016), (1000, 1008), (1, 2048))
+
+
+def _float(*shape: int, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# What else a call takes, by lengths: arrays, and what is no array.
+FEATURES = {
+    "plain": lambda Sq, Skv: ({}, {}),
+    "causal": lambda Sq, Skv: ({}, {"mask": Causal("bottom-right")}),
+    "window": lambda Sq, Skv: ({}, {"mask": SlidingWindow(100, 7)}),
+    "lengths": lambda Sq, Skv: ({"mask": Lengths(key=_float(B, dtype=jnp.int32))}, {}),
+    "bias-tile": lambda Sq, Skv: ({"bias": _float(N, Sq, Skv)}, {}),
+    "bias-tile-16-bits": lambda Sq, Skv: ({"bias": _float(B, 1, Sq, Skv, dtype=jnp.bfloat16)}, {}),
+    "bias-per-key": lambda Sq, Skv: ({"bias": _float(B, N, 1, Skv)}, {}),
+    "bias-per-row": lambda Sq, Skv: ({"bias": _float(B, 1, Sq, 1)}, {}),
+    "mask-tile": lambda Sq, Skv: ({"mask": _float(B, 1, Sq, Skv, dtype=bool)}, {}),
+    "mask-per-key": lambda Sq, Skv: ({"mask": _float(B, 1, 1, Skv, dtype=bool)}, {}),
+    "dropout": lambda Sq, Skv: ({"dropout_key": _key()}, {"dropout_rate": 0.1}),
+    "soft-cap": lambda Sq, Skv: ({}, {"logits_soft_cap": 20.0}),
+    "slopes": lambda Sq, Skv: ({"alibi_slopes": _float(N)}, {}),
+    "everything": lambda Sq, Skv: (
+        {"bias": _float(B, N, Sq, Skv), "alibi_slopes": _float(B, N), "dropout_key": _key()},
+        {"mask": Causal() & SlidingWindow(100), "logits_soft_cap": 20.0, "dropout_rate": 0.1},
+    ),
+}
+SQUARE = ("bias-tile", "bias-tile-16-bits", "mask-tile", "everything")  # an operand is Sq x Skv itself
+HEAD_DIMS = (
+    *((D, D) for D in (8, 16, 24, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256)),
+    (192, 128),
+    (64, 16),
+    (5, 7),
+)
+
+
+def _key():
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call by avals."""
+
+    feature: str = "plain"
+    head_dims: tuple[int, int] = (64, 64)
+    dtype: str = "bfloat16"
+    layout: str = "BSND"
+    lengths: tuple[int, int] = LENGTHS[0]
+    implementation: str | None = None
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.lengths)), "+".join(map(str, self.head_dims))
+        return "-".join((self.feature, self.dtype, self.layout, *sizes, self.implementation or "default"))
+
+    def _stored(self, S: int, heads: int, D: int):
+        sizes = {"B": B, "S": S, "N": heads, "D": D}
+        return _float(*(sizes[c] for c in self.layout), dtype=self.dtype)
+
+    def operands(self) -> dict:
+        (Sq, Skv), (D, Dv) = self.lengths, self.head_dims
+        arrays, _ = FEATURES[self.feature](Sq, Skv)
+        return {
+            "query": self._stored(Sq, N, D),
+            "key": self._stored(Skv, K, D),
+            "value": self._stored(Skv, K, Dv),
+            **arrays,
+        }
+
+    def static(self) -> dict:
+        _, static = FEATURES[self.feature](*self.lengths)
+        return {**static, "layout": self.layout, "implementation": self.implementation}
+
+    def attend(self, operands: dict):
+        return jax_fa.flash_attention(**operands, **self.static(), return_logsumexp=True)
+
+    def gradient(self, operands: dict):
+        floats = ("query", "key", "value", "bias", "alibi_slopes")
+        given = {name: x for name, x in operands.items() if name in floats}
+        others = {name: x for name, x in operands.items() if name not in floats}
+        results, pullback = jax.vjp(lambda x: self.attend(x | others), given)
+        return results, pullback(jax.tree.map(jnp.ones_like, results))
+
+    def explain(self, **options):
+        return jax_fa.explain(
+            **self.operands(), **self.static() | options, entry="flash_attention", platforms=("cuda",)
+        )
+
+    def copied(self) -> bool:
+        """Whether the head_dim of query, key or value is none that the copy engine can read as it lies."""
+        return any(D % (8 if D <= 64 else 16) for D in self.head_dims)
+
+    def check(self, module: str) -> None:
+        """No operation but the kernels makes an array of Sq x Skv, nor rearranges one of the size of key."""
+        (Sq, Skv), (D, Dv) = self.lengths, self.head_dims
+        others = [(name, size) for name, size in operations(module) if name != "custom_call"]
+        if self.feature not in SQUARE:
+            large = [(name, size) for name, size in others if size >= B * N * Sq * Skv]
+            assert Sq == 1 or not large, large
+        smallest = B * min(Sq * N, Skv * K) * min(D, Dv)
+        if not self.copied() and self.feature not in SQUARE and Sq > 1:
+            moved = [(name, size) for name, size in others if size >= smallest and name in MOVING]
+            assert not moved, moved
+
+
+# What would copy an array. Numbers per row, which the kernels want in an order of their own, are smaller than key.
+MOVING = (
+    "transpose",
+    "pad",
+    "slice",
+    "concatenate",
+    "gather",
+    "copy",
+    "dynamic_slice",
+    "dynamic_update_slice",
+)
+OPTIONS = {
+    "feature": tuple(FEATURES),
+    "head_dims": HEAD_DIMS,
+    "dtype": ("bfloat16", "float16"),
+    "layout": ("BSND", "BNSD", "SBND"),
+    "lengths": LENGTHS,
+    "implementation": ("mosaic", None),
+}
+_ROWS = pairwise(OPTIONS)
+SPREAD = tuple(Call(**row) for row in _ROWS[: spanning(_ROWS)])
+PRODUCT = tuple(
+    Call(feature=feature, head_dims=head_dims, dtype=dtype, layout=layout, implementation="mosaic")
+    for feature, head_dims, dtype, layout in itertools.product(
+        *(OPTIONS[name] for name in ("feature", "head_dims", "dtype", "layout"))
+    )
+)
+CALLS = (
+    *(pytest.param(call, id=str(call)) for call in SPREAD),
+    *(pytest.param(call, id=str(call), marks=pytest.mark.slow) for call in PRODUCT if call not in SPREAD),
+)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("call", CALLS)
+def test_forward(call):
+    module = lowered(call.attend, call.operands()).mlir_module()
+    assert module.count(f"@{TARGET}") == 1
+    call.check(module)
+
+
+def _backward_why_not() -> str | None:
+    call = Call(implementation="mosaic")
+    with gpu():
+        found = call.explain()
+        avals = jax.eval_shape(lambda x: _operands(call, x), call.operands())
+        return backends.reasons("cuda", found.problem, avals, True)["mosaic"]
+
+
+def _operands(call: Call, x: dict):
+    return jax_fa.api.flash_attention_request(**x, **call.static())[1]
+
+
+@needs_new_jax
+@pytest.mark.parametrize("call", CALLS)
+def test_gradient(call):
+    if (why := _backward_why_not()) is not None:
+        pytest.skip(why)
+    module = lowered(call.gradient, call.operands()).mlir_module()
+    assert module.count(f"@{TARGET}") >= 3  # forward, gradient of query, gradients of key and value
+    call.check(module)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_a_mapped_axis_is_no_copy(axis):
+    """The kernel reads and writes arrays in which vmap finds its axis anywhere but behind the head_dim."""
+    shape = [2, 1024, 4, 64]
+    shape.insert(axis, 3)
+    x = _float(*shape, dtype=jnp.bfloat16)
+    module = lowered(jax.vmap(_attend, axis, axis), x, x, x).mlir_module()
+    assert module.count(f"@{TARGET}") == 1
+    assert {name for name, size in operations(module) if size >= x.size} == {"custom_call"}
+
+
+# --- which GPUs
+
+
+HOPPER = ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200 480GB")
+OTHERS = {
+    "NVIDIA A100-SXM4-40GB": "needs a Hopper GPU (compute capability 9.0), this one has 8.0",
+    "NVIDIA B200": "needs a Hopper GPU (compute capability 9.0), this one has 10.0",
+    "NVIDIA GB200": "needs a Hopper GPU (compute capability 9.0), this one has 10.0",
+    None: "the GPU is not known where this is lowered: no device here, and no abstract device set",
+}
+
+
+@needs_new_jax
+@pytest.mark.parametrize("kind", HOPPER)
+def test_hopper_gpus_are_served(kind):
+    call = Call()
+    with gpu(kind):
+        found = call.explain()
+    assert found.chosen == {"cuda": "mosaic"}
+    assert TARGET in lowered(call.attend, call.operands(), kind=kind).mlir_module()
+
+
+@needs_new_jax
+@pytest.mark.parametrize("kind", OTHERS, ids=str)
+def test_other_gpus_get_the_portable_backend(kind):
+    """By default, and `explain` says why; where this backend is asked for, the error says it."""
+    call = Call()
+    with gpu(kind):
+        found = call.explain()
+    assert found.chosen == {"cuda": "xla"} and found.reasons["cuda"]["mosaic"] == OTHERS[kind]
+    assert f"not mosaic: {OTHERS[kind]}" in str(found)
+    assert TARGET not in lowered(call.attend, call.operands(), kind=kind).mlir_module()
+    asked = Call(implementation="mosaic")
+    with pytest.raises(NotImplementedError) as error:
+        lowered(asked.attend, asked.operands(), kind=kind)
+    assert OTHERS[kind] in str(error.value)
+
+
+@needs_new_jax
+def test_one_program_for_two_platforms():
+    """The kernel for GPUs, another backend on CPU, where the program runs after a round trip through bytes."""
+    call = Call(lengths=(64, 72), feature="causal")
+    program = lowered(call.attend, call.operands(), platforms=("cpu", "cuda"))
+    assert TARGET in program.mlir_module()
+    random = np.random.default_rng(0)
+    x = {
+        name: jnp.asarray(random.standard_normal(x.shape), jnp.bfloat16)
+        for name, x in call.operands().items()
+    }
+    again = export.deserialize(program.serialize())
+    # The exported program is optimized as a whole, as is this one.
+    for ours, direct in zip(jax.jit(again.call)(x), jax.jit(call.attend)(x), strict=True):
+        np.testing.assert_array_equal(ours, direct)
+
+
+@needs_new_jax
+def test_programs_differ_by_device():
+    """One function, lowered for one GPU after another: nothing is kept from before."""
+    call = Call()
+    kinds = ("NVIDIA H200", "NVIDIA A100-SXM4-40GB", "NVIDIA H200", None)
+    fn = jax.jit(call.attend)
+    found = []
+    for kind in kinds:
+        with gpu(kind):
+            found.append(TARGET in export.export(fn, platforms=["cuda"])(call.operands()).mlir_module())
+    assert found == [True, False, True, False]
+
+
+# --- refusals
+
+
+def _reason(fn, *args) -> str:
+    """What the error says that refuses to lower."""
+    with pytest.raises(NotImplementedError) as error:
+        lowered(fn, *args)
+    message = str(error.value)
+    assert message.startswith("implementation='mosaic' cannot serve this call on platform 'cuda'. mosaic: ")
+    return message.partition("mosaic: ")[2]
+
+
+def _attend(*args, **options):
+    return jax_fa.flash_attention(*args, **options, implementation="mosaic")
+
+
+_X = _float(2, 64, 4, 64, dtype=jnp.bfloat16)
+_WIDE = _float(2, 64, 4, 264, dtype=jnp.bfloat16)
+_EMPTY = _float(2, 0, 4, 64, dtype=jnp.bfloat16)
+_LAST = _float(2, 64, 4, 64, 3, dtype=jnp.bfloat16)
+
+
+def _last_axis(x):
+    return jax.vmap(lambda x: _attend(x, x, x), -1, -1)(x)
+
+
+def _drop_mask(x, bits):
+    folded = x.reshape(2, 64, 4 * 64)
+    return jax_fa.flash_attention_score(
+        *(3 * (folded,)), drop_mask=bits, keep_prob=0.9, head_num=4, implementation="mosaic"
+    )
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+    ("fn", "args", "reason"),
+    [
+        (_attend, 3 * [_float(2, 64, 4, 64)], "query has dtype float32; it serves bfloat16 and float16."),
+        (_attend, [_X, _X, _WIDE], "head_dim 264 is above 256."),
+        (_attend, 3 * [_WIDE], "head_dim 264 is above 256."),
+        (_attend, [_EMPTY, _X, _X], "a dimension is empty."),
+        (_attend, [_X, _EMPTY, _EMPTY], "a dimension is empty."),
+        (_last_axis, [_LAST], "the head_dim of query is not its last axis in memory."),
+        (
+            _drop_mask,
+            [_X, _float(2 * 4 * 64 * 64 // 8, dtype=jnp.uint8)],
+            "it draws dropout bits itself and reads none (drop_mask).",
+        ),
+    ],
+    ids=["dtype", "value-head-dim", "head-dim", "no-query", "no-key", "axes", "drop-mask"],
+)
+def test_what_is_refused(fn, args, reason):
+    assert _reason(fn, *args) == reason
+
+
+@needs_new_jax
+def test_symbolic_sizes_get_the_portable_backend():
+    (S,) = export.symbolic_shape("S")
+    x = jax.ShapeDtypeStruct((2, S, 4, 64), jnp.bfloat16)
+    assert TARGET not in lowered(lambda x: jax_fa.flash_attention(x, x, x), x).mlir_module()
+    assert _reason(lambda x: _attend(x, x, x), x) == "a dimension is symbolic."
+
+
+@needs_new_jax
+def test_no_interpreter_no_kernel_on_cpu():
+    found = jax_fa.explain(_X, _X, _X, platforms=("cpu",), implementation="mosaic").reasons["cpu"]["mosaic"]
+    assert found == "runs on CPU only in Pallas' interpreter (plgpu.force_gpu_interpret_mode)"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_an_old_jax_is_refused(platform, monkeypatch):
+    """Before anything of Pallas is imported."""
+    if jax.__version_info__[:2] >= (0, 11):
+        monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+        monkeypatch.setattr(jax, "__version__", "0.10.2")
+    why = jax_fa.explain(_X, _X, _X, platforms=(platform,)).reasons[platform]["mosaic"]
+    assert why == f"needs jax 0.11 or newer; this is {jax.__version__}"
+    assert why == REFUSED or jax.__version__ == "0.10.2"

@@ -1,0 +1,295 @@
+"""The parts of the Mosaic GPU backend that are no kernels: tables of tiles, packed rows, dealt blocks, ranges of tiles."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from jax_fa.mosaic import geometry, tuning
+from jax_fa.mosaic.geometry import Geometry
+from jax_fa.mosaic.operands import RANGE, aligned, aligned_head_dim, aligned_length, visibility
+from jax_fa.mosaic.tuning import ROWS, Tiles
+from jax_fa.mosaic.widths import padded_head_dim, swizzle_elements
+from jax_fa.problem import Operands, Problem
+
+HEAD_DIMS = (1, 8, 16, 24, 40, 64, 72, 80, 96, 128, 160, 192, 256)
+PAIRS = (*((D, D) for D in HEAD_DIMS), (192, 128), (128, 192), (64, 16), (16, 256), (256, 1))
+
+
+# --- tables of tiles
+
+
+def _fits(which, tiles: Tiles, D: int, Dv: int, element_bytes: int = 0) -> bool:
+    return tuning.smem_bytes(which, tiles, D, Dv, element_bytes) <= tuning.SMEM_BYTES
+
+
+@pytest.mark.parametrize("which", tuning.TABLES)
+def test_tables_go_up_and_hold_what_fits(which):
+    """Bounds rise to the largest head_dim served; every line is taken as it is for some head_dim."""
+    table = tuning.TABLES[which]
+    bounds = [row.head_dim for row in table]
+    assert bounds == sorted(set(bounds)) and bounds[-1] == tuning.MAX_HEAD_DIM
+    for below, row in zip([0, *bounds], table, strict=False):
+        served = range(below + 1, row.head_dim + 1)
+        taken = [tuning.tiles_for(which, D, D, rows=4096, width=4096) for D in served]
+        assert row.tiles in taken
+
+
+@pytest.mark.parametrize(("D", "Dv"), PAIRS)
+@pytest.mark.parametrize("which", tuning.TABLES)
+def test_tiles_shrink_until_they_fit(which, D, Dv):
+    """Whatever bias and mask a tile comes with: up to a float32 and a byte per logit."""
+    most = tuning.tiles_for(which, D, Dv, rows=4096, width=4096)
+    for element_bytes in range(6):
+        tiles = tuning.tiles_for(which, D, Dv, rows=4096, width=4096, element_bytes=element_bytes)
+        assert _fits(which, tiles, D, Dv, element_bytes)
+        assert (tiles.consumers, tiles.width) <= (most.consumers, most.width)
+
+
+@pytest.mark.parametrize("which", tuning.TABLES)
+def test_tiles_of_short_calls(which):
+    """No more consumers than rows can use, no wider tiles than there are columns."""
+    tiles = tuning.tiles_for(which, 64, 64, rows=1, width=1)
+    assert (tiles.consumers, tiles.width) == (1, ROWS)
+    assert tuning.tiles_for(which, 64, 64, rows=ROWS + 1, width=4096).consumers == 2
+
+
+@pytest.mark.parametrize("which", tuning.TABLES)
+def test_no_tiles(which):
+    assert tuning.tiles_for(which, tuning.MAX_HEAD_DIM + 1, 8, rows=64, width=64) is None
+    assert tuning.tiles_for(which, 256, 256, rows=64, width=64, element_bytes=64) is None
+
+
+@pytest.mark.parametrize(("D", "Dv"), PAIRS)
+@pytest.mark.parametrize("which", tuning.TABLES)
+def test_candidates_fit(which, D, Dv):
+    found = tuning.candidates(which, D, Dv)
+    assert found and len(set(found)) == len(found)
+    assert all(_fits(which, tiles, D, Dv) for tiles in found)
+
+
+def test_overridden_tiles_are_taken_and_given_back():
+    """Also where overrides nest, and where an exception leaves them."""
+    first, second = Tiles(width=192, stages=1, consumers=1), Tiles(width=64, stages=3, consumers=3)
+
+    def taken(which):
+        return tuning.tiles_for(which, 64, 64, rows=4096, width=4096)
+
+    before = {which: taken(which) for which in tuning.TABLES}
+    with tuning.overridden("forward", first):
+        assert taken("forward") == first
+        with pytest.raises(KeyError), tuning.overridden("forward", second):
+            with tuning.overridden("key_gradient", second):
+                assert taken("forward") == taken("key_gradient") == second
+            assert taken("key_gradient") == before["key_gradient"]
+            raise KeyError
+        assert taken("forward") == first
+    assert {which: taken(which) for which in tuning.TABLES} == before
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((100, 2, 2), r"self.width=100 must be a multiple of 64, at most 256\."),
+        ((0, 2, 2), r"self.width=0 must be a multiple of 64, at most 256\."),
+        ((320, 2, 2), r"self.width=320 must be a multiple of 64, at most 256\."),
+        ((64, 0, 2), r"self.stages=0 must be at least 1\."),
+        ((64, 2, 4), r"self.consumers=4 must be one of 1, 2, 3\."),
+    ],
+)
+def test_tiles_that_do_not_exist(sizes, message):
+    width, stages, consumers = sizes
+    with pytest.raises(ValueError, match=message):
+        Tiles(width=width, stages=stages, consumers=consumers)
+
+
+def test_registers_are_those_of_a_block():
+    """A warpgroup has 128 threads, a block 65,536 registers; they are given out in eights."""
+    for consumers, (each, producer) in Tiles.REGISTERS.items():
+        assert each % 8 == producer % 8 == 0 and each <= 255
+        assert 128 * (consumers * each + producer) <= 65536
+
+
+# --- widths
+
+
+def test_widths():
+    """A row in shared memory is whole swizzle atoms, a row that is copied from elsewhere whole units of 16 bytes."""
+    for D in range(1, tuning.MAX_HEAD_DIM + 1):
+        padded, stored = padded_head_dim(D), aligned_head_dim(D)
+        assert D <= stored <= padded <= max(16, 2 * D)
+        assert padded % swizzle_elements(padded) == 0 and swizzle_elements(padded) in (16, 32, 64)
+        assert 2 * stored % 16 == 0
+        assert padded_head_dim(padded) == padded and aligned_head_dim(stored) == stored
+
+
+@pytest.mark.parametrize("shape", [(2, 1000, 4, 64), (2, 5, 4, 40), (1, 8, 1, 80)])
+def test_arrays_that_can_be_copied_stay_as_they_are(shape):
+    x = jnp.ones(shape, jnp.bfloat16)
+    assert aligned(x, (0, 1, 2, 3)) is x
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])
+def test_other_arrays_are_padded_with_zeros(axes):
+    """Whatever order they are stored in: the rows to groups of 8, the head_dim to whole atoms."""
+    x = jnp.ones((2, 13, 3, 72), jnp.bfloat16)
+    stored = x.transpose(np.argsort(axes))
+    found = aligned(stored, axes).transpose(axes)
+    assert found.shape == (2, aligned_length(13), 3, aligned_head_dim(72)) == (2, 16, 3, 96)
+    np.testing.assert_array_equal(found[:, :13, :, :72], x)
+    assert jnp.sum(found.astype(jnp.float32)) == x.size
+
+
+# --- geometry
+
+
+# Arguments of `_geometry`: it is called outside of strategies, in which the type checker may not choose at random.
+SIZES = st.fixed_dictionaries(
+    {
+        "B": st.sampled_from([(), (1,), (2,), (2, 3)]),
+        "Sq": st.sampled_from([1, 7, 8, 31, 64, 65, 130, 200]),
+        "Skv": st.sampled_from([1, 9, 63, 64, 128, 193, 300]),
+        "K": st.sampled_from([1, 2, 3]),
+        "G": st.sampled_from([1, 2, 3, 4, 6, 8, 16]),
+        "width": st.sampled_from([64, 128, 192]),
+        "consumers": st.sampled_from([1, 2, 3]),
+    }
+)
+
+
+def _geometry(*, B=(2,), Sq=65, Skv=100, K=1, G=1, width=64, consumers=1, bias=None) -> Geometry:
+    axes = tuple(range(len(B) + 3))
+    problem = Problem(query_axes=axes, key_axes=axes, value_axes=axes, out_axes=axes, scale=1.0)
+    query = jax.ShapeDtypeStruct((*B, Sq, K * G, 16), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((*B, Skv, K, 16), jnp.bfloat16)
+    tiles = Tiles(width=width, stages=2, consumers=consumers)
+    return Geometry.of(problem, Operands(query=query, key=key, value=key, bias=bias), tiles)
+
+
+def _rows(g: Geometry):
+    """For every packed row its head in the unit and its position, by the definition."""
+    for tile in range(g.row_tiles):
+        for consumer in range(g.tiles.consumers):
+            for head in range(g.heads):
+                for i in range(g.positions):
+                    yield head, (tile * g.tiles.consumers + consumer) * g.positions + i
+
+
+@given(SIZES)
+def test_rows_are_packed_by_heads_and_come_back(sizes):
+    g = _geometry(**sizes)
+    d = g.dims
+    x = np.arange(math.prod((*d.B, d.N, d.Sq)), dtype=np.int32).reshape(*d.B, d.N, d.Sq)
+    packed = np.asarray(g.pack(jnp.asarray(x), -1))
+    assert packed.shape == g.packed_shape
+    np.testing.assert_array_equal(g.unpack(jnp.asarray(packed)), x)
+    heads, at = np.array(list(_rows(g))).T
+    for unit in range(g.units):
+        want = np.where(at < d.Sq, x[..., unit * g.heads + heads, np.minimum(at, d.Sq - 1)], -1)
+        np.testing.assert_array_equal(packed[..., unit, :], want)
+
+
+@given(SIZES)
+def test_what_all_heads_share_is_packed_once(sizes):
+    g = _geometry(**sizes)
+    d = g.dims
+    x = jnp.arange(d.Sq, dtype=jnp.float32).reshape(*(1 for _ in d.B), 1, d.Sq)
+    packed = g.pack(x, 7.0)
+    assert packed.shape[:-1] == x.shape[:-1]
+    full = g.pack(jnp.broadcast_to(x, (*d.B, d.N, d.Sq)), 7.0)
+    np.testing.assert_array_equal(jnp.broadcast_to(packed, full.shape), full)
+
+
+@pytest.mark.parametrize(("G", "heads"), [(1, 1), (2, 2), (3, 1), (4, 4), (6, 2), (8, 8), (12, 4), (16, 8)])
+@pytest.mark.parametrize("form", ["none", "apart"])
+def test_how_many_heads_are_packed(G, heads, form):
+    """As many as divide 64 rows and share a key head; one where each head adds numbers of its own to the keys."""
+    g = _geometry(G=G, bias=None if form == "none" else jax.ShapeDtypeStruct((1, G, 1, 100), jnp.float32))
+    assert g.heads == (heads if form == "none" else 1) and g.units * g.heads == G
+
+
+@settings(max_examples=20)
+@given(SIZES, st.integers(1, 9), st.sampled_from([1, 2**20, geometry.CACHE_BYTES // 3, 2**40]), st.booleans())
+def test_blocks_are_dealt_out_once_each(sizes, tiles, shared, last_first):
+    g = _geometry(**sizes)
+    d = g.dims
+    blocks = jnp.arange(math.prod(d.B) * g.units * tiles, dtype=jnp.int32)
+    batch, unit, tile = jax.vmap(lambda block: g.deal(block, tiles, g.units, shared, last_first))(blocks)
+    found = list(zip(*(np.broadcast_to(x, blocks.shape).tolist() for x in (*batch, unit, tile)), strict=True))
+    assert sorted(found) == list(np.ndindex(*d.B, g.units, tiles))
+    assert found[0][-1] == (tiles - 1 if last_first else 0)
+    # Those that run together go through one tile number after another.
+    numbers = [place[-1] for place in found]
+    together = next((i for i, n in enumerate(numbers) if n != numbers[0]), len(numbers))
+    assert all(len(set(numbers[i : i + together])) == 1 for i in range(0, len(numbers), together))
+
+
+# --- ranges of key tiles
+
+
+@st.composite
+def bounds(draw):
+    """Sizes, with lower and upper bounds per row, either of which may be absent, and a mask of whole rows."""
+    sizes = draw(SIZES)
+    B, Sq, Skv, N = sizes["B"], sizes["Sq"], sizes["Skv"], sizes["K"] * sizes["G"]
+    dims = (*(draw(st.sampled_from([1, n])) for n in B), draw(st.sampled_from([1, N])))
+    numbers = st.integers(-5, Skv + 5)
+    # A few rows that differ from the others: a fill, or lines that rise as under causal masks and windows.
+    at = np.arange(Sq)
+    found = {}
+    for name in draw(st.sampled_from([("lower",), ("upper",), ("lower", "upper")])):
+        line = draw(st.sampled_from([0, 1])) * at + draw(numbers)
+        rare = draw(arrays(np.int32, (*dims, Sq), elements=numbers, fill=st.just(-99)))
+        found[name] = np.where(rare == -99, line, rare).astype(np.int32)
+    if draw(st.booleans()):
+        rare = draw(arrays(np.bool_, (*dims, Sq, 1), fill=st.just(True)))
+        found["mask"] = rare
+    return sizes, found
+
+
+@settings(max_examples=20)
+@given(bounds())
+def test_ranges_of_tiles_hold_all_that_is_visible(case):
+    """Every visible key lies in [first, last), whose ends see something; tiles in [inner_first, inner_last) are whole."""
+    sizes, given = case
+    g = _geometry(**sizes)
+    d, width = g.dims, g.tiles.width
+    x = Operands(query=None, key=None, value=None, **{name: jnp.asarray(a) for name, a in given.items()})
+    found = visibility(g, x)
+    j = np.arange(d.Skv)
+    visible = (given.get("lower", np.int32(0))[..., None] <= j) & (
+        j < given.get("upper", np.int32(d.Skv))[..., None]
+    )
+    visible = np.broadcast_to(visible & given.get("mask", True), (*d.B, d.N, d.Sq, d.Skv))
+    ranges = np.broadcast_to(found["ranges"], (*d.B, g.units, g.row_tiles, len(RANGE)))
+    for where in np.ndindex(*d.B, g.units, g.row_tiles):
+        *batch, unit, tile = where
+        first, inner_first, inner_last, last = ranges[where]
+        assert 0 <= first <= inner_first <= inner_last <= last <= g.key_tiles
+        heads = slice(unit * g.heads, (unit + 1) * g.heads)
+        rows = slice(tile * g.block_positions, (tile + 1) * g.block_positions)
+        seen = visible[(*batch, heads, rows)].reshape(-1, d.Skv)
+        assert not seen[:, : first * width].any() and not seen[:, last * width :].any()
+        if first < last:
+            assert seen[:, first * width : (first + 1) * width].any()
+            assert seen[:, (last - 1) * width : last * width].any()
+        assert seen[:, inner_first * width : inner_last * width].all()
+        assert inner_first == inner_last or inner_last * width <= d.Skv
+    # Per row the bounds say the same as the masks did.
+    packed = {name: np.asarray(found[name]) for name in ("lower", "upper") if name in found}
+    low, high = (
+        np.asarray(g.unpack(jnp.broadcast_to(packed.get(name, default), g.packed_shape)))[..., None]
+        for name, default in (("lower", 0), ("upper", d.Skv))
+    )
+    np.testing.assert_array_equal((low <= j) & (j < high), visible)
+    assert np.all(packed["upper"].max(initial=0) <= d.Skv)
+
+
+def test_calls_without_bounds_have_no_ranges():
+    g = _geometry(G=2)
+    assert visibility(g, Operands(query=None, key=None, value=None)) == {}
