@@ -4,12 +4,14 @@ The kernels are in `jax_fa/mosaic/`, imported when the first call is lowered for
 interpreter is forced (`plgpu.force_gpu_interpret_mode`), slowly: for tests.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from jax_fa import compat
 from jax_fa.mosaic import tuning
-from jax_fa.problem import Operands, Problem, dims
+from jax_fa.problem import DIFFERENTIABLE, Operands, Problem, dims, gradient_shape
 from jax_fa.tiles import is_symbolic
 
 name = "mosaic"
@@ -59,11 +61,21 @@ def _no_kernel(problem: Problem, operands: Operands, backward: bool) -> str | No
         return "it draws dropout bits itself and reads none (drop_mask)"
     if max(d.D, d.Dv) > tuning.MAX_HEAD_DIM:
         return f"head_dim {max(d.D, d.Dv)} is above {tuning.MAX_HEAD_DIM}"
-    if backward:
-        return "the gradient has no kernel yet"
-    if _tiles("forward", problem, operands) is None:
-        return "bias and mask tiles leave no room in shared memory"
+    for which in _kernels(operands, backward):
+        if _tiles(which, problem, operands) is None:
+            return "tiles of bias and mask leave no room in shared memory"
     return None
+
+
+def _kernels(operands: Operands, backward: bool) -> tuple[tuning.Which, ...]:
+    if not backward:
+        return ("forward",)
+    return ("query_gradient", "key_gradient", *(("bias_gradient",) if _is_tile(operands.bias) else ()))
+
+
+def _is_tile(x) -> bool:
+    """Whether a bias or mask has Sq x Skv numbers."""
+    return x is not None and x.shape[-2] > 1 and x.shape[-1] > 1
 
 
 def _tiles(which: tuning.Which, problem: Problem, operands: Operands) -> tuning.Tiles | None:
@@ -78,16 +90,56 @@ def _tiles(which: tuning.Which, problem: Problem, operands: Operands) -> tuning.
 
 def forward(problem: Problem, operands: Operands):
     """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
-    from jax_fa.mosaic import forward as kernel
+    from jax_fa.mosaic.forward import forward
 
     tiles = _tiles("forward", problem, operands)
-    return _run(lambda operands: kernel.forward(problem, operands, tiles), operands)
-
-
-def _run(fn, *args):
-    return (compat.interpreted(fn) if compat.interpreting_gpu() else fn)(*args)
+    return _run(lambda operands: forward(problem, operands, tiles), operands)
 
 
 def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
     """Gradients of query, key, value and, where present, bias and alibi_slopes."""
-    raise NotImplementedError
+    return _run(partial(_backward, problem), operands, out, m, l, dout, dlogsumexp)
+
+
+def _backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
+    from jax_fa.mosaic.bias_gradient import bias_gradient
+    from jax_fa.mosaic.key_gradient import key_gradient
+    from jax_fa.mosaic.operands import Saved
+    from jax_fa.mosaic.query_gradient import query_gradient
+
+    def tiles(which: tuning.Which) -> tuning.Tiles:
+        found = _tiles(which, problem, operands)
+        assert found is not None  # why_not asked
+        return found
+
+    saved = Saved.of(problem, out, m, l, dout, dlogsumexp)
+    found = query_gradient(problem, operands, saved, tiles("query_gradient"))
+    found |= key_gradient(problem, operands, saved, tiles("key_gradient"))
+    if _is_tile(operands.bias):
+        found["bias"] = bias_gradient(problem, operands, saved, tiles("bias_gradient"))
+    elif operands.bias is not None:
+        found["bias"] = (
+            found["bias_rows"][..., None] if "bias_rows" in found else found["bias_keys"][..., None, :]
+        )
+    if operands.alibi_slopes is not None:
+        found["alibi_slopes"] = found["slopes"].sum(axis=-1)
+    d = dims(problem, operands)
+
+    def finish(name: str, x):
+        if name not in DIFFERENTIABLE:
+            return None
+        # What broadcast in the forward is summed in float32.
+        shape = gradient_shape(problem, d, name, x.shape)
+        summed = [
+            i for i, (given, full) in enumerate(zip(shape, found[name].shape, strict=True)) if given != full
+        ]
+        gradient = found[name]
+        if summed:
+            gradient = gradient.sum(axis=summed, keepdims=True, dtype=jnp.float32)
+        return gradient.astype(x.dtype)
+
+    return operands.map(finish)
+
+
+def _run(fn, *args):
+    return (compat.interpreted(fn) if compat.interpreting_gpu() else fn)(*args)

@@ -31,14 +31,14 @@ class Geometry:
     heads: int  # query heads packed into one tile of rows
 
     @classmethod
-    def of(cls, problem: Problem, operands: Operands, tiles: Tiles) -> "Geometry":
+    def of(cls, problem: Problem, operands: Operands, tiles: Tiles, pack: bool = True) -> "Geometry":
         d = dims(problem, operands)
         # A number per head and key, the same for all rows, is one vector per tile only where the tile has one head.
         apart = any(
             x is not None and x.shape[-3] > 1 and x.shape[-2] == 1 and x.shape[-1] > 1
             for x in (operands.bias, operands.mask)
         )
-        return cls(problem, d, tiles, 1 if apart else math.gcd(d.G, MAX_PACK))
+        return cls(problem, d, tiles, 1 if apart or not pack else math.gcd(d.G, MAX_PACK))
 
     @property
     def positions(self) -> int:

@@ -60,11 +60,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Logits:
-    """Finished logits x, so that exp2(x c - m c) is the weight before division; `slope` is dx/ds of the soft cap."""
+    """Finished logits x, so that exp2(x c - m c) is the weight before division."""
 
     x: Any
     c: float
-    slope: Any = None
+    slope: Any = None  # dx/ds of the soft cap
+    visible: Any = None  # None: all of it
 
 
 def exponent_factor(problem: Problem, plain: bool) -> float:
@@ -95,7 +96,7 @@ def finish(tile: Tile, s, read: Read, plain: bool, bounded: bool) -> Logits:
     visible = _visible(tile, read, bounded)
     if visible is not None:
         s = jnp.where(visible, s, -jnp.inf)
-    return Logits(s, c, slope)
+    return Logits(s, c, slope, visible)
 
 
 def _add(tile: Tile, s, read: Read):
@@ -166,14 +167,24 @@ def _numbers_by_row(tile: Tile, read: Read, seed):
 
 
 def _numbers_by_key(tile: Tile, read: Read, seed):
-    """The same for a tile `keys x rows`, where a thread holds too few keys to share counters: each element its own."""
-    j = tile.key_positions()
-    counter = lax.shift_right_logical(j, 5) * 4 + lax.shift_right_logical(j & 7, 1)
-    row = tile.row_positions().astype(jnp.uint32)
-    head, batch = tile.rows(read("head_word")), tile.rows(read("batch_word"))
-    words = dropout.philox4x32((counter.astype(jnp.uint32), row, head, batch), seed)
-    which = lax.shift_right_logical(j, 3) & 3
-    word = words[0]
-    for i in (1, 2, 3):
-        word = jnp.where(which == i, words[i], word)
-    return _half(word, (j & 1) == 1)
+    """The same for a tile `keys x rows`, where a thread holds too few keys to share counters: each element its own.
+    Eight rows at a time, or the words of a whole tile would want all registers at once."""
+    keys, rows = tile.shape
+    part = (keys, SPAN)
+    j = plgpu.broadcasted_iota(jnp.int32, part, 0, layout=WGMMA) + tile.first_key
+    counter = (lax.shift_right_logical(j, 5) * 4 + lax.shift_right_logical(j & 7, 1)).astype(jnp.uint32)
+    which, odd = lax.shift_right_logical(j, 3) & 3, (j & 1) == 1
+    first = plgpu.broadcasted_iota(jnp.int32, part, 1, layout=WGMMA) + tile.first_row
+    head, batch = read("head_word"), read("batch_word")
+    pieces = []
+    for at in range(0, rows, SPAN):
+        inside = slice(at, at + SPAN)
+        row = (first + at).astype(jnp.uint32)
+        words = dropout.philox4x32(
+            (counter, row, tile.rows(head[inside], part), tile.rows(batch[inside], part)), seed
+        )
+        word = words[0]
+        for i in (1, 2, 3):
+            word = jnp.where(which == i, words[i], word)
+        pieces.append(_half(word, odd))
+    return jnp.concatenate(pieces, axis=1)

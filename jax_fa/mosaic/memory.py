@@ -52,3 +52,38 @@ def multiply_add(acc, a, b, meanwhile=lambda: None):
         meanwhile()
 
     return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+# Two tiles of logits at a time leave registers for sums of so many columns beside them.
+MOST_TOGETHER = 192
+
+
+def two_products(first, second, between, together: bool):
+    """`between(a b^T)` of the first pair, and c d^T of the second; `together`: while that product runs."""
+
+    if not together:
+        done = between(one_product(*first))
+        return done, one_product(*second)
+
+    def both(first_ref, second_ref):
+        plgpu.wgmma(first_ref, first[0], first[1].transpose((1, 0)))
+        plgpu.wgmma(second_ref, second[0], second[1].transpose((1, 0)))
+        done = between(plgpu.wgmma_accumulator_load(first_ref, wait_n=1))
+        return done, plgpu.wgmma_accumulator_load(second_ref)
+
+    return pl.run_scoped(both, _sum_of(*first), _sum_of(*second))
+
+
+def one_product(a, b, meanwhile=lambda: None):
+    """a b^T; `meanwhile` runs while the product does."""
+
+    def product(ref):
+        plgpu.wgmma(ref, a, b.transpose((1, 0)))
+        meanwhile()
+        return ref[...]
+
+    return pl.run_scoped(product, _sum_of(a, b))
+
+
+def _sum_of(a, b):
+    return plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32)

@@ -8,17 +8,48 @@ padded: sequences longer than 8 whose length is not a multiple of 8, head_dims a
 masks and biases whose rows are not a multiple of 16 elements.
 """
 
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jax_fa.mosaic.geometry import Geometry
+from jax_fa.mosaic.tuning import ROWS
 from jax_fa.mosaic.widths import padded_head_dim
-from jax_fa.problem import Axes, Operands
+from jax_fa.problem import Axes, Dims, Operands, Problem
+from jax_fa.softmax import FLT_MAX
 
 Arrays = dict[str, Any]
+BY_TILE = ("bias_tile", "mask_tile")
+BY_KEY = ("bias_keys", "mask_keys")
+BY_ROW = ("lower", "upper", "bias_rows", "slopes", "head_word", "batch_word", "logsumexp", "delta")
 RANGE = ("first", "inner_first", "inner_last", "last")  # key tiles of a tile of rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What the backward has besides the operands."""
+
+    # The log-sum-exp of a row that saw nothing, or does not exist: every weight is exp2(x - it) = 0.
+    NOTHING: ClassVar[float] = FLT_MAX
+
+    dout: Any  # as out is stored
+    logsumexp: Any  # `*B N Sq` float32, base 2
+    delta: Any  # `*B N Sq` float32: rowsum(dout out) - dlogsumexp
+
+    @classmethod
+    def of(cls, problem: Problem, out, m, l, dout, dlogsumexp) -> "Saved":
+        """From the forward's results and the cotangents; one pass over out and dout."""
+        delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+        *batch, seq, heads, _ = problem.out_axes
+        delta = delta.transpose(*batch, heads, seq)
+        if dlogsumexp is not None:
+            delta = delta - dlogsumexp
+        empty = l == 0
+        base2 = jnp.maximum(m * math.log2(math.e), -FLT_MAX) + jnp.log2(jnp.where(empty, 1.0, l))
+        return cls(dout=dout, logsumexp=jnp.where(empty, cls.NOTHING, base2), delta=delta)
 
 
 def aligned(x: jax.Array, axes: Axes) -> jax.Array:
@@ -28,6 +59,11 @@ def aligned(x: jax.Array, axes: Axes) -> jax.Array:
     padding[seq] = (0, aligned_length(x.shape[seq]) - x.shape[seq])
     padding[last] = (0, aligned_head_dim(x.shape[last]) - x.shape[last])
     return jnp.pad(x, padding) if any(extra for _, extra in padding) else x
+
+
+def cut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """An array without its padding."""
+    return x if x.shape == shape else x[tuple(map(slice, shape))]
 
 
 def aligned_length(S: int) -> int:
@@ -44,37 +80,39 @@ def visibility(g: Geometry, operands: Operands) -> Arrays:
 
     A mask without a key axis is a bound: all keys or none.
     """
-    d = g.dims
-    lower, upper, mask = operands.lower, operands.upper, operands.mask
-    if mask is not None and mask.shape[-1] == 1:
-        seen = mask[..., 0]
-        upper = jnp.where(seen, d.Skv if upper is None else upper, 0)
-        mask = None
+    lower, upper, mask = _as_bounds(g.dims, operands)
     found: Arrays = {}
     if lower is not None or upper is not None:
         found |= _bounds(g, lower, upper)
     if mask is not None and mask.shape[-2] == 1:
-        found["mask_keys"] = _per_key(g, mask)
+        found["mask_keys"] = _per_key(mask, g.key_tiles * g.tiles.width)
     elif mask is not None:
-        found["mask_tile"] = _whole_rows(mask.astype(jnp.int8))
+        found["mask_tile"] = _whole_rows(_readable(mask))
     return found
+
+
+def _as_bounds(d: Dims, operands: Operands):
+    """Lower and upper bounds, and the mask if it is more than a bound."""
+    upper, mask = operands.upper, operands.mask
+    if mask is not None and mask.shape[-1] == 1:
+        upper = jnp.where(mask[..., 0], d.Skv if upper is None else upper, 0)
+        mask = None
+    return operands.lower, upper, mask
+
+
+def _filled(d: Dims, lower, upper):
+    """Both bounds, `*#B #N Sq`, inside the keys; a row that sees nothing gets (Skv, 0)."""
+    shape = jnp.broadcast_shapes(*(x.shape for x in (lower, upper) if x is not None))
+    shape = (*shape[:-1], d.Sq)
+    low = jnp.broadcast_to(jnp.int32(0) if lower is None else jnp.maximum(lower, 0), shape)
+    high = jnp.broadcast_to(jnp.int32(d.Skv) if upper is None else jnp.minimum(upper, d.Skv), shape)
+    some = low < high
+    return jnp.where(some, low, d.Skv), jnp.where(some, high, 0)
 
 
 def _bounds(g: Geometry, lower, upper) -> Arrays:
     d = g.dims
-    shape = jnp.broadcast_shapes(*(x.shape for x in (lower, upper) if x is not None))
-    shape = (*shape[:-1], d.Sq)
-    low = jnp.zeros(shape, jnp.int32) if lower is None else jnp.broadcast_to(jnp.maximum(lower, 0), shape)
-    high = (
-        jnp.full(shape, d.Skv, jnp.int32)
-        if upper is None
-        else jnp.broadcast_to(jnp.minimum(upper, d.Skv), shape)
-    )
-    some = low < high
-    low, high = (
-        jnp.where(some, low, d.Skv),
-        jnp.where(some, high, 0),
-    )  # an empty row asks for no tile, and all see none
+    low, high = _filled(d, lower, upper)
     width = g.tiles.width
 
     def over_tiles(x, fill, reduce):
@@ -101,10 +139,9 @@ def additive(g: Geometry, operands: Operands) -> Arrays:
         rows = jnp.broadcast_to(bias[..., 0].astype(jnp.float32), (*bias.shape[:-2], g.dims.Sq))
         found["bias_rows"] = g.pack(rows)
     elif bias is not None and bias.shape[-2] == 1:
-        found["bias_keys"] = _per_key(g, bias)
+        found["bias_keys"] = _per_key(bias, g.key_tiles * g.tiles.width)
     elif bias is not None:
-        kept = bias.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-        found["bias_tile"] = _whole_rows(bias if kept else bias.astype(jnp.float32))
+        found["bias_tile"] = _whole_rows(_readable(bias))
     if operands.alibi_slopes is not None:
         slopes = operands.alibi_slopes.astype(jnp.float32)
         found["slopes"] = g.pack(jnp.broadcast_to(slopes[..., None], (*slopes.shape, g.dims.Sq)))
@@ -120,11 +157,17 @@ def dropping(g: Geometry, operands: Operands) -> Arrays:
     return {"seed": operands.dropout_seed, "head_word": words[0], "batch_word": words[1]}
 
 
-def _per_key(g: Geometry, x: jax.Array) -> jax.Array:
-    """`*#B #N 1 Skv` as float32 `*#B #N keys`, filled up to whole tiles with 0."""
+def _per_key(x: jax.Array, keys: int) -> jax.Array:
+    """`*#B #N 1 Skv` as float32 `*#B #N keys`, filled up with 0."""
     x = x[..., 0, :].astype(jnp.float32)
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, g.key_tiles * g.tiles.width - x.shape[-1])]
-    return jnp.pad(x, padding)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, keys - x.shape[-1])])
+
+
+def _readable(x: jax.Array) -> jax.Array:
+    """Bias or mask in a dtype that tiles are made of."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.int8)
+    return x if x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
 
 
 def _whole_rows(x: jax.Array) -> jax.Array:
@@ -132,3 +175,74 @@ def _whole_rows(x: jax.Array) -> jax.Array:
     *_, Sq, Skv = x.shape
     extra = (aligned_length(Sq) - Sq, -Skv % max(16, 32 // x.dtype.itemsize))
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra[0]), (0, extra[1])]) if any(extra) else x
+
+
+def for_keys(g: Geometry, operands: Operands, saved: Saved) -> Arrays:
+    """What the kernel takes in which keys stay: `g.tiles.width` rows of one head move at a time.
+
+    Numbers per row in their own order, filled up to whole tiles; what has Sq x Skv numbers turned over, `Skv Sq`.
+    """
+    d = g.dims
+    rows = -(-d.Sq // g.tiles.width) * g.tiles.width
+
+    def per_row(x, fill=0):
+        x = jnp.broadcast_to(x, (*x.shape[:-1], d.Sq))
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rows - d.Sq)], constant_values=fill)
+
+    found: Arrays = {
+        "logsumexp": per_row(saved.logsumexp, saved.NOTHING),
+        "delta": per_row(saved.delta),
+    }
+    lower, upper, mask = _as_bounds(d, operands)
+    if lower is not None or upper is not None:
+        low, high = _filled(d, lower, upper)
+        found["ranges"] = _row_ranges(g, per_row(low, d.Skv), per_row(high))
+        found["upper"] = per_row(high)
+        if lower is not None:
+            found["lower"] = per_row(low, d.Skv)
+    bias = operands.bias
+    keys = -(-d.Skv // (ROWS * g.tiles.consumers)) * ROWS * g.tiles.consumers
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is None:
+            continue
+        if x.shape[-1] == 1:  # a mask of this form has become a bound
+            found["bias_rows"] = per_row(x[..., 0].astype(jnp.float32))
+        elif x.shape[-2] == 1:
+            found[f"{name}_keys"] = _per_key(x, keys)
+        else:
+            found[f"{name}_tile"] = _whole_rows(jnp.swapaxes(_readable(x), -1, -2))
+    if operands.alibi_slopes is not None:
+        found["slopes"] = per_row(operands.alibi_slopes.astype(jnp.float32)[..., None])
+    if operands.dropout_seed is not None:
+        stream = operands.dropout_stream
+        found |= {
+            "seed": operands.dropout_seed,
+            "head_word": per_row(stream[..., 0, None]),
+            "batch_word": per_row(stream[..., 1, None]),
+        }
+    return found
+
+
+def _row_ranges(g: Geometry, low, high):
+    """Which row tiles see some key of a block of keys, and a run of those that see all: `*#B #N blocks 4`."""
+    d, width, keys = g.dims, g.tiles.width, ROWS * g.tiles.consumers
+    by_tile = (*low.shape[:-1], -1, width)
+    real = (jnp.arange(low.shape[-1]) < d.Sq).reshape(-1, width)
+    low, high = low.reshape(by_tile), high.reshape(by_tile)
+
+    def tiles(x, reduce):
+        return reduce(x, axis=-1)[..., None, :]  # ... 1 tiles
+
+    blocks = jnp.arange(-(-d.Skv // keys), dtype=jnp.int32)[:, None] * keys
+    ends = jnp.minimum(blocks + keys, d.Skv)
+    some = (tiles(low, jnp.min) < ends) & (tiles(high, jnp.max) > blocks)
+    whole = tiles(jnp.where(real, low, 0), jnp.max) <= blocks
+    whole &= tiles(jnp.where(real, high, d.Skv), jnp.min) >= ends
+    at = jnp.arange(low.shape[-2], dtype=jnp.int32)
+    count = jnp.int32(low.shape[-2])
+    last = jnp.max(jnp.where(some, at + 1, 0), axis=-1)
+    first = jnp.minimum(jnp.min(jnp.where(some, at, count), axis=-1), last)
+    inner_first = jnp.minimum(jnp.min(jnp.where(whole & some, at, count), axis=-1), last)
+    after = (at >= inner_first[..., None]) & ~whole
+    inner_last = jnp.minimum(jnp.min(jnp.where(after, at, count), axis=-1), last)
+    return jnp.stack([first, inner_first, jnp.maximum(inner_first, inner_last), last], axis=-1)

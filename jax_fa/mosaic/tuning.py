@@ -22,10 +22,11 @@ from typing import ClassVar, Literal
 
 from jax_fa.mosaic.widths import padded_head_dim
 
-Which = Literal["forward", "query_gradient", "key_gradient"]
+Which = Literal["forward", "query_gradient", "key_gradient", "bias_gradient"]
 
 SMEM_BYTES = 227 * 1024
 SMEM_RESERVE = 4 * 1024  # barriers, numbers per row, what the compiler keeps for reductions
+NUMBERS_PER_ROW = 8  # at most: bounds, statistics, a bias, slopes, dropout counters
 ROWS = 64  # rows of one warpgroup's matrix product
 
 
@@ -75,10 +76,16 @@ KEY_GRADIENT = (
     Row(head_dim=128, tiles=Tiles(width=64, stages=2, consumers=2)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=1, consumers=2)),
 )
+# All four arrays move; the sum is a tile of logits.
+BIAS_GRADIENT = (
+    Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
+    Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=2)),
+)
 TABLES: dict[Which, tuple[Row, ...]] = {
     "forward": FORWARD,
     "query_gradient": QUERY_GRADIENT,
     "key_gradient": KEY_GRADIENT,
+    "bias_gradient": BIAS_GRADIENT,
 }
 MAX_HEAD_DIM = FORWARD[-1].head_dim
 
@@ -91,8 +98,11 @@ def smem_bytes(which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int =
     staying = rows * (D + Dv) * 2
     if which == "forward":
         staying = rows * (D if D == Dv else D + Dv) * 2
-    if which == "query_gradient":  # ds of the bias leaves through shared memory, in float32
-        staying += rows * tiles.width * 4 * (element_bytes > 0)
+    if which == "bias_gradient":
+        moving += tiles.stages * rows * (D + Dv) * 2
+        staying = rows * tiles.width * 4
+    if which == "key_gradient":
+        moving += tiles.stages * tiles.width * 4 * NUMBERS_PER_ROW
     return moving + staying + SMEM_RESERVE
 
 

@@ -1,0 +1,379 @@
+"""The gradients of key and value, of a tile of keys per thread block, and sums over rows.
+
+    p = exp(s - logsumexp),  dv = (keep / keep_prob p)^T dout,  ds = p (dp - delta) ds/d(logits),  dk = scale ds^T q
+
+Keys stay and rows move: those of every query head that reads this key head, one head after the other. Tiles lie as
+`keys x rows`, so that weights are an operand of the next product where they are, in registers. Both sums fit beside
+the tiles up to head_dim 128; above, dv and dk are computed by a kernel each.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_fa.mosaic import logits
+from jax_fa.mosaic.geometry import Geometry, clip_index, tile_at
+from jax_fa.mosaic.logits import ROW, WGMMA, Tile
+from jax_fa.mosaic.memory import (
+    MOST_TOGETHER,
+    atom_of,
+    multiply_add,
+    one_product,
+    span,
+    swizzled,
+    two_products,
+)
+from jax_fa.mosaic.operands import BY_KEY, BY_ROW, BY_TILE, RANGE, Arrays, Saved, aligned, cut, for_keys
+from jax_fa.mosaic.tuning import ROWS, Tiles
+from jax_fa.mosaic.widths import padded_head_dim
+from jax_fa.problem import Axes, Operands, Problem, stored_shape
+
+BOTH_SUMS = 128  # the head_dim up to which one kernel computes both
+
+
+def key_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Tiles) -> dict[str, jax.Array]:
+    """The gradients of key and value, stored as these are with all batch dims; `bias_keys`, `*B N Skv` sums of ds over
+    rows, where bias has one number per key."""
+    g = Geometry.of(problem, operands, tiles)
+    arrays = {
+        "query": aligned(operands.query, problem.query_axes),
+        "key": aligned(operands.key, problem.key_axes),
+        "value": aligned(operands.value, problem.value_axes),
+        "dout": aligned(saved.dout, problem.out_axes),
+        **for_keys(g, operands, saved),
+    }
+    d = g.dims
+    wanted: dict[str, tuple[Axes, int]] = {
+        "key": (problem.key_axes, d.D),
+        "value": (problem.value_axes, d.Dv),
+    }
+    both = max(padded_head_dim(d.D), padded_head_dim(d.Dv)) <= BOTH_SUMS
+    found = {}
+    for parts in [("key", "value")] if both else [("key",), ("value",)]:
+        kernel = _KeyGradient(g, arrays, parts)
+        full = {name: stored_shape((*d.B, d.Skv, d.K, wanted[name][1]), wanted[name][0]) for name in parts}
+        results: dict[str, Any] = {}
+        for name in parts:
+            axes, dtype = wanted[name][0], kernel.dtype
+            results[name] = jax.eval_shape(lambda s=full[name], a=axes, t=dtype: aligned(jnp.zeros(s, t), a))
+        if kernel.sums_rows:
+            results["bias_keys"] = jax.ShapeDtypeStruct(
+                (*d.B, d.N, kernel.key_blocks * kernel.block_keys), jnp.float32
+            )
+        done = dict(zip(results, kernel.call(results), strict=True))
+        found |= {name: cut(x, full[name]) if name in full else x[..., : d.Skv] for name, x in done.items()}
+    return found
+
+
+class _KeyGradient:
+    """The kernel of one call; its attributes are what is known when it is traced."""
+
+    def __init__(self, g: Geometry, arrays: Arrays, parts: tuple[str, ...]) -> None:
+        self.g, self.tiles, self.problem, self.parts = g, g.tiles, g.problem, parts
+        self.arrays = {
+            name: x for name, x in arrays.items() if "key" in parts or name not in ("value", "delta")
+        }
+        self.dtype = arrays["query"].dtype
+        self.D, self.Dv = padded_head_dim(g.dims.D), padded_head_dim(g.dims.Dv)
+        self.plain = logits.is_plain(g.problem, arrays)
+        self.by_tile = [name for name in BY_TILE if name in self.arrays]
+        self.by_key = [name for name in BY_KEY if name in self.arrays]
+        self.by_row = [name for name in BY_ROW if name in self.arrays]
+        self.sums_rows = "key" in parts and "bias_keys" in arrays
+
+    @property
+    def block_keys(self) -> int:
+        return ROWS * self.tiles.consumers
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.g.dims.Skv // self.block_keys)
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.g.dims.Sq // self.tiles.width)
+
+    def staying(self) -> dict[str, tuple[Axes, int]]:
+        found = {"key": (self.problem.key_axes, self.D), "value": (self.problem.value_axes, self.Dv)}
+        return {name: found[name] for name in found if name in self.arrays}
+
+    def moving(self) -> dict[str, tuple[Axes, int]]:
+        return {"query": (self.problem.query_axes, self.D), "dout": (self.problem.out_axes, self.Dv)}
+
+    def scratch(self) -> dict[str, Any]:
+        t, width = self.tiles, self.tiles.width
+        found = {
+            name: swizzled((t.consumers, ROWS, n), self.dtype) for name, (_, n) in self.staying().items()
+        }
+        found |= {name: swizzled((t.stages, width, n), self.dtype) for name, (_, n) in self.moving().items()}
+        for name in self.by_row:
+            found[name] = plgpu.SMEM((t.stages, width), self.arrays[name].dtype)
+        for name in self.by_tile:
+            x = self.arrays[name]
+            shape = (t.stages, t.consumers, ROWS, width)
+            found[name] = swizzled(shape, x.dtype, atom_of(width, x.shape[-1], x.dtype))
+        if self.parts == ("value",) and self.Dv != self.D:
+            found["result"] = swizzled((t.consumers, ROWS, self.Dv), self.dtype)
+        if self.sums_rows:
+            found["sums"] = plgpu.SMEM((t.consumers, ROWS), jnp.float32)
+        copies = 1 + len(self.by_row) + len(self.by_tile) * t.consumers
+        return found | {
+            "keys_here": plgpu.Barrier(num_barriers=t.consumers, num_arrivals=len(self.staying())),
+            "query_here": plgpu.Barrier(num_barriers=t.stages, num_arrivals=copies),
+            "dout_here": plgpu.Barrier(num_barriers=t.stages),
+            "query_read": plgpu.Barrier(num_barriers=t.stages, num_arrivals=t.consumers),
+            "dout_read": plgpu.Barrier(num_barriers=t.stages, num_arrivals=t.consumers),
+        }
+
+    def call(self, results: dict[str, Any]):
+        g, t = self.g, self.tiles
+        return plgpu.kernel(
+            self._body,
+            out_type=tuple(results.values()),
+            scratch_types=self.scratch(),
+            grid=(self.key_blocks * g.dims.K * math.prod(g.dims.B),),
+            grid_names=("block",),
+            num_threads=t.consumers + 1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            kernel_name="jax_fa_" + "_".join(self.parts) + "_gradient",
+        )(self.arrays)
+
+    def _body(self, arrays, *outs, **scratch) -> None:
+        d, t = self.g.dims, self.tiles
+        shared = d.Sq * d.G * (d.D + d.Dv) * jnp.dtype(self.dtype).itemsize
+        where = self.g.deal(lax.axis_index("block"), self.key_blocks, d.K, shared, last_first=False)
+        block = _Block(self, arrays, scratch, *where)
+        warpgroup = lax.axis_index("warpgroup")
+        consume, produce = t.REGISTERS[t.consumers]
+
+        @pl.when(warpgroup < t.consumers)
+        def _consume():
+            if t.consumers > 1:
+                plgpu.set_max_registers(consume, action="increase")
+            block.consume(warpgroup, *outs)
+
+        @pl.when(warpgroup == t.consumers)
+        def _produce():
+            if t.consumers > 1:
+                plgpu.set_max_registers(produce, action="decrease")
+            block.produce()
+
+
+class _Block:
+    """What one thread block does."""
+
+    def __init__(self, kernel: _KeyGradient, arrays, scratch, batch, head, tile) -> None:
+        self.kernel, self.g, self.tiles = kernel, kernel.g, kernel.tiles
+        self.arrays, self.scratch = arrays, scratch
+        self.batch, self.head, self.tile = batch, head, tile  # head: of key and value
+
+    def _query_head(self, i):
+        return self.head * self.g.dims.G + i
+
+    def _ranges(self, i) -> dict[str, Any]:
+        """The row tiles of the i-th query head to visit, and which of them see all keys of the block."""
+        if "ranges" not in self.arrays:
+            return dict(zip(RANGE, (0, 0, self.kernel.row_tiles, self.kernel.row_tiles), strict=True))
+        ref = self.arrays["ranges"]
+        where = clip_index(ref.shape[:-2], (*self.batch, self._query_head(i)))
+        return {name: ref[(*where, self.tile, n)] for n, name in enumerate(RANGE)}
+
+    def _over_heads(self, step, carry):
+        return lax.fori_loop(0, self.g.dims.G, step, carry)
+
+    def _first_key(self, warpgroup):
+        return self.tile * self.kernel.block_keys + warpgroup * ROWS
+
+    # --- the producer
+
+    def produce(self) -> None:
+        def head(i, count):
+            ranges = self._ranges(i)
+            return lax.fori_loop(ranges["first"], ranges["last"], lambda t, n: self._load(i, t, n), count)
+
+        self._over_heads(head, jnp.int32(0))
+
+    def _load(self, i, row_tile, count):
+        kernel, t, head = self.kernel, self.tiles, self._query_head(i)
+        slot = lax.rem(count, t.stages)
+        rows = span(row_tile * t.width, t.width, t.width)
+        for name, (axes, columns) in kernel.moving().items():
+            read, here = (self.scratch[f"{name}_{what}"].at[slot] for what in ("read", "here"))
+            pl.when(count >= t.stages)(lambda read=read: plgpu.barrier_wait(read))
+            source = tile_at(self.arrays[name], axes, self.batch, rows, head, span(0, columns, columns))
+            plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot], here)
+            if name == "query":
+                self._load_numbers(head, rows, slot, here)
+        return count + 1
+
+    def _load_numbers(self, head, rows, slot, here) -> None:
+        kernel = self.kernel
+        for name in kernel.by_row:
+            ref = self.arrays[name]
+            where = clip_index(ref.shape[:-1], (*self.batch, head))
+            plgpu.copy_gmem_to_smem(ref.at[(*where, rows)], self.scratch[name].at[slot], here)
+        for name in kernel.by_tile:
+            ref = self.arrays[name]
+            where = clip_index(ref.shape[:-2], (*self.batch, head))
+            for consumer in range(self.tiles.consumers):
+                keys = span(self._first_key(consumer), ROWS, ROWS)
+                target = self.scratch[name].at[slot, consumer]
+                plgpu.copy_gmem_to_smem(ref.at[(*where, keys, rows)], target, here)
+
+    # --- consumers
+
+    def consume(self, warpgroup, *outs) -> None:
+        kernel = self.kernel
+        results = dict(zip([*kernel.parts, "bias_keys"], outs, strict=False))
+        for name, (axes, columns) in kernel.staying().items():
+            target = self.scratch[name].at[warpgroup]
+            source = self._keys_of(self.arrays[name], axes, warpgroup, columns)
+            plgpu.copy_gmem_to_smem(source, target, self.scratch["keys_here"].at[warpgroup])
+        total = self._over_heads(
+            lambda i, n: n + self._ranges(i)["last"] - self._ranges(i)["first"], jnp.int32(0)
+        )
+        columns = {"key": kernel.D, "value": kernel.Dv}
+        sums = tuple(
+            plgpu.layout_cast(jnp.zeros((ROWS, columns[name]), jnp.float32), WGMMA) for name in kernel.parts
+        )
+        plgpu.barrier_wait(self.scratch["keys_here"].at[warpgroup])
+
+        def head(i, carry):
+            count, sums = carry
+            numbers = self._key_numbers(warpgroup, i)
+            over_rows = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+            carry = (count, sums, over_rows if kernel.sums_rows else ())
+            count, sums, over_rows = self._sweep(warpgroup, i, numbers, total, carry)
+            if kernel.sums_rows:
+                self._store_sum(warpgroup, i, over_rows, results["bias_keys"])
+            return count, sums
+
+        _, sums = self._over_heads(head, (jnp.int32(0), sums))
+        self._store(warpgroup, dict(zip(kernel.parts, sums, strict=True)), results)
+
+    def _keys_of(self, ref, axes: Axes, warpgroup, columns: int):
+        keys = span(self._first_key(warpgroup), ROWS, ROWS)
+        return tile_at(ref, axes, self.batch, keys, self.head, span(0, columns, columns))
+
+    def _key_numbers(self, warpgroup, i) -> dict[str, Any]:
+        """Numbers per key of a query head, and the dropout key."""
+        found = {}
+        for name in self.kernel.by_key:
+            ref = self.arrays[name]
+            where = clip_index(ref.shape[:-1], (*self.batch, self._query_head(i)))
+            keys = pl.ds(self._first_key(warpgroup), ROWS)
+            found[name] = plgpu.load(ref.at[(*where, keys)], layout=ROW, optimized=False)
+        if "seed" in self.arrays:
+            ref = self.arrays["seed"]
+            where = clip_index(ref.shape[:-1], self.batch)
+            found["seed"] = (ref[(*where, 0)], ref[(*where, 1)])
+        return found
+
+    def _sweep(self, warpgroup, i, numbers, total, carry):
+        ranges = self._ranges(i)
+
+        def run(begin, end, carry, bounded: bool):
+            def step(row_tile, carry):
+                return self._step(warpgroup, row_tile, numbers, total, carry, bounded)
+
+            return lax.fori_loop(begin, end, step, carry)
+
+        first, inner_first, inner_last, last = (ranges[name] for name in RANGE)
+        if "ranges" not in self.arrays:
+            return run(first, last, carry, False)
+        carry = run(first, inner_first, carry, True)
+        return run(inner_last, last, run(inner_first, inner_last, carry, False), True)
+
+    def _step(self, warpgroup, row_tile, numbers, total, carry, bounded: bool):
+        """One tile of rows."""
+        kernel, scratch = self.kernel, self.scratch
+        count, sums, over_rows = carry
+        slot = lax.rem(count, self.tiles.stages)
+        tile = Tile(
+            problem=kernel.problem,
+            shape=(ROWS, self.tiles.width),
+            row_axis=1,
+            first_row=row_tile * self.tiles.width,
+            first_key=self._first_key(warpgroup),
+            positions=self.tiles.width,
+            Skv=self.g.dims.Skv,
+        )
+
+        def read(name: str):
+            if name in kernel.by_row:
+                return plgpu.load(scratch[name].at[slot], layout=logits.COLUMN, optimized=False)
+            if name in kernel.by_tile:
+                return plgpu.load(scratch[name].at[slot, warpgroup], layout=WGMMA, optimized=False)
+            return numbers.get(name)
+
+        def weights(s):
+            done = logits.finish(tile, s, read, kernel.plain, bounded)
+            return (
+                jnp.exp2(done.x * jnp.float32(done.c) - tile.rows(read("logsumexp"))),
+                done.slope,
+                done.visible,
+            )
+
+        plgpu.barrier_wait(scratch["query_here"].at[slot])
+        plgpu.barrier_wait(scratch["dout_here"].at[slot])
+        first = (scratch["key"].at[warpgroup], scratch["query"].at[slot])
+        again = count + self.tiles.stages < total
+        kept = None
+        found = dict(zip(kernel.parts, sums, strict=True))
+        if "key" in found:
+            second = (scratch["value"].at[warpgroup], scratch["dout"].at[slot])
+            together = kernel.D <= MOST_TOGETHER
+            (p, slope, visible), dp = two_products(first, second, weights, together)
+            kept = logits.keep(tile, read)
+            if kept is not None:
+                dp = jnp.where(kept, dp * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
+            ds = p * (dp - tile.rows(read("delta")))
+            if slope is not None:
+                ds = ds * slope
+            if visible is not None:
+                ds = jnp.where(visible, ds, 0.0)  # dp may be anything where rows see nothing
+            if kernel.sums_rows:
+                over_rows = over_rows + ds.sum(axis=1)
+        else:
+            p, _, _ = weights(one_product(*first))
+            kept = logits.keep(tile, read)
+        plgpu.commit_smem()  # the numbers of these rows were read in the ordinary way
+        if "value" in found:
+            if kept is not None:
+                p = jnp.where(kept, p * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
+            found["value"] = multiply_add(found["value"], p.astype(kernel.dtype), scratch["dout"].at[slot])
+        pl.when(again)(lambda: plgpu.barrier_arrive(scratch["dout_read"].at[slot]))
+        if "key" in found:
+            found["key"] = multiply_add(found["key"], ds.astype(kernel.dtype), scratch["query"].at[slot])
+        pl.when(again)(lambda: plgpu.barrier_arrive(scratch["query_read"].at[slot]))
+        return count + 1, tuple(found[name] for name in kernel.parts), over_rows
+
+    def _store_sum(self, warpgroup, i, over_rows, out) -> None:
+        plgpu.wait_smem_to_gmem(0)  # that of the head before
+        staged = self.scratch["sums"]
+        staged[warpgroup] = over_rows
+        plgpu.commit_smem()
+        target = out.at[(*self.batch, self._query_head(i), pl.ds(self._first_key(warpgroup), ROWS))]
+        plgpu.copy_smem_to_gmem(staged.at[warpgroup], target)
+
+    def _store(self, warpgroup, sums, results) -> None:
+        kernel = self.kernel
+        where = {"key": (kernel.problem.key_axes, kernel.D), "value": (kernel.problem.value_axes, kernel.Dv)}
+        staged = {"key": "key", "value": "value" if "value" in self.scratch else "key"}
+        if "result" in self.scratch:
+            staged["value"] = "result"
+        for name, x in sums.items():
+            scale = kernel.problem.scale if name == "key" else 1.0
+            self.scratch[staged[name]].at[warpgroup][...] = (x * jnp.float32(scale)).astype(kernel.dtype)
+        plgpu.commit_smem()
+        for name in sums:
+            target = self._keys_of(results[name], where[name][0], warpgroup, where[name][1])
+            plgpu.copy_smem_to_gmem(self.scratch[staged[name]].at[warpgroup], target, commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,140 @@
+"""The gradient of query, of a tile of rows per thread block, and what is summed over keys: gradients of row numbers.
+
+    p = exp(s - logsumexp),  dp = keep / keep_prob (dout v^T),  ds = p (dp - delta) ds/d(logits),  dq = scale ds k
+
+with delta = rowsum(dout out) - dlogsumexp (Dao 2023, arXiv:2307.08691). The two products of a tile are issued together;
+the exponentials run beside the second.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_fa.mosaic import logits
+from jax_fa.mosaic.geometry import Geometry
+from jax_fa.mosaic.logits import ROW, WGMMA
+from jax_fa.mosaic.memory import MOST_TOGETHER, multiply_add, two_products
+from jax_fa.mosaic.operands import Saved, additive, aligned, cut, dropping, visibility
+from jax_fa.mosaic.rows import RowBlock, RowKernel
+from jax_fa.mosaic.tuning import ROWS, Tiles
+from jax_fa.problem import Operands, Problem, stored_shape
+
+
+def query_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Tiles) -> dict[str, jax.Array]:
+    """The gradient of query, stored as query is with all batch dims, and `*B N Sq` sums over keys.
+
+    Sums: `bias_rows`, of ds, where bias has no key axis; `slopes`, of -ds times the distance.
+    """
+    g = Geometry.of(problem, operands, tiles)
+    arrays = {
+        "query": aligned(operands.query, problem.query_axes),
+        "key": aligned(operands.key, problem.key_axes),
+        "value": aligned(operands.value, problem.value_axes),
+        "dout": aligned(saved.dout, problem.out_axes),
+        "logsumexp": g.pack(saved.logsumexp, saved.NOTHING),
+        "delta": g.pack(saved.delta),
+        **visibility(g, operands),
+        **additive(g, operands),
+        **dropping(g, operands),
+    }
+    d = g.dims
+    kernel = _QueryGradient(g, arrays)
+    full = stored_shape((*d.B, d.Sq, d.N, d.D), problem.query_axes)
+    padded = jax.eval_shape(lambda: aligned(jnp.zeros(full, operands.query.dtype), problem.query_axes))
+    stats = jax.ShapeDtypeStruct(g.packed_shape, jnp.float32)
+    results: dict[str, Any] = {"query": jax.ShapeDtypeStruct(padded.shape, padded.dtype)}
+    results |= dict.fromkeys(kernel.sums, stats)
+    found = kernel.call("jax_fa_query_gradient", results)
+    gradient, *sums = found
+    return {"query": cut(gradient, full)} | {
+        name: g.unpack(x) for name, x in zip(kernel.sums, sums, strict=True)
+    }
+
+
+class _Block(RowBlock):
+    kernel: "_QueryGradient"
+
+    def consume(self, warpgroup, *outs) -> None:
+        kernel = self.kernel
+        rows = self.load_rows(warpgroup)
+        carry = (
+            plgpu.layout_cast(jnp.zeros((ROWS, kernel.D), jnp.float32), WGMMA),
+            *(plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW) for _ in kernel.sums),
+        )
+        plgpu.barrier_wait(self.scratch["rows_here"].at[warpgroup])
+        carry = self.sweep(lambda u, carry, bounded: self._step(warpgroup, u, carry, rows, bounded), carry)
+        self._store(warpgroup, carry, *outs)
+
+    def _step(self, warpgroup, key_tile, carry, rows, bounded: bool):
+        kernel, scratch = self.kernel, self.scratch
+        dq, *sums = carry
+        slot = self.slot(key_tile)
+        tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, key_tile, rows)
+        plgpu.barrier_wait(scratch["key_here"].at[slot])
+        plgpu.barrier_wait(scratch["value_here"].at[slot])
+
+        def weights(s):
+            done = logits.finish(tile, s, read, kernel.plain, bounded)
+            p = jnp.exp2(done.x * jnp.float32(done.c) - tile.rows(rows["logsumexp"]))
+            return p, done.slope, done.visible
+
+        (p, slope, visible), dp = two_products(
+            (scratch["query"].at[warpgroup], scratch["key"].at[slot]),
+            (scratch["dout"].at[warpgroup], scratch["value"].at[slot]),
+            weights,
+            together=kernel.D <= MOST_TOGETHER,
+        )
+        self.release("value", key_tile)
+        kept = logits.keep(tile, read)
+        if kept is not None:
+            dp = jnp.where(kept, dp * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
+        ds = p * (dp - tile.rows(rows["delta"]))
+        if slope is not None:
+            ds = ds * slope
+        if visible is not None:
+            ds = jnp.where(visible, ds, 0.0)  # dp may be anything where values are hidden
+        sums = [x + term.sum(axis=1) for x, term in zip(sums, self._terms(tile, ds), strict=True)]
+        dq = multiply_add(dq, ds.astype(kernel.dtype), scratch["key"].at[slot])
+        self.release("key", key_tile)
+        return dq, *sums
+
+    def _terms(self, tile, ds) -> list[Any]:
+        """What the sums over keys are of."""
+        return [ds if name == "bias_rows" else -ds * logits.distance(tile) for name in self.kernel.sums]
+
+    def _store(self, warpgroup, carry, out, *sums_out) -> None:
+        kernel = self.kernel
+        dq, *sums = carry
+        staged = self.scratch["query"].at[warpgroup]
+        staged[...] = (dq * jnp.float32(kernel.problem.scale)).astype(kernel.dtype)
+        for i, x in enumerate(sums):
+            self.scratch["sums"][i, warpgroup] = x
+        plgpu.commit_smem()
+        self.store_rows(warpgroup, staged, out, kernel.problem.query_axes, kernel.D)
+        for i, target in enumerate(sums_out):
+            self.store_numbers(warpgroup, self.scratch["sums"].at[i, warpgroup], target)
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0)
+
+
+class _QueryGradient(RowKernel):
+    block = _Block
+
+    @property
+    def sums(self) -> list[str]:
+        """Sums over keys that somebody wants."""
+        return [name for name in ("bias_rows", "slopes") if name in self.arrays]
+
+    def staying(self):
+        return {
+            "query": (self.problem.query_axes, self.D),
+            "dout": (self.problem.out_axes, self.Dv),
+        }
+
+    def scratch(self):
+        found = super().scratch()
+        if self.sums:
+            found["sums"] = plgpu.SMEM((len(self.sums), self.tiles.consumers, ROWS), jnp.float32)
+        return found
