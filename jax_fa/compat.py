@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -146,8 +146,9 @@ def interpreted(fn: Callable) -> Callable:
     The interpreter's callbacks are an effect, which rules that lower primitives cannot hold: so it runs in a callback
     of its own, in a thread to which the forced mode must be told anew.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jax.experimental.pallas import mosaic_gpu
 
+    plgpu: Any = mosaic_gpu  # JAX 0.10 has no such mode
     params = config.pallas_tpu_interpret_mode_context_manager.value
 
     def run(*args):

@@ -93,6 +93,7 @@ def forward(problem: Problem, operands: Operands):
     from jax_fa.mosaic.forward import forward
 
     tiles = _tiles("forward", problem, operands)
+    assert tiles is not None  # why_not asked
     return _run(lambda operands: forward(problem, operands, tiles), operands)
 
 

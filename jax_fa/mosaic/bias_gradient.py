@@ -19,7 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry, clip_index, tile_at
 from jax_fa.mosaic.logits import COLUMN, ROW, WGMMA, Tile
-from jax_fa.mosaic.memory import MOST_TOGETHER, atom_of, span, swizzled, two_products
+from jax_fa.mosaic.memory import (
+    MOST_TOGETHER,
+    arrive_if,
+    atom_of,
+    registers,
+    span,
+    swizzled,
+    two_products,
+    wait_if,
+)
 from jax_fa.mosaic.operands import (
     BY_KEY,
     BY_ROW,
@@ -195,7 +204,7 @@ class _Block:
         key_head = lax.div(head, self.g.dims.G)
         slot = lax.rem(count, t.stages)
         here = self.scratch["here"].at[slot]
-        pl.when(count >= t.stages)(lambda: plgpu.barrier_wait(self.scratch["read"].at[slot]))
+        wait_if(count >= t.stages, self.scratch["read"].at[slot])
         for name in MOVING:
             axes, columns = kernel.stored(name)
             ref, whole = self.arrays[name], span(0, columns, columns)
@@ -244,7 +253,7 @@ class _Block:
             for name in names:
                 ref = self.arrays[name]
                 where = clip_index(ref.shape[:-1], (*batch, head))
-                found[name] = plgpu.load(ref.at[(*where, at)], layout=layout, optimized=False)
+                found[name] = registers(ref.at[(*where, at)], layout)
         if "seed" in self.arrays:
             ref = self.arrays["seed"]
             where = clip_index(ref.shape[:-1], batch)
@@ -268,9 +277,9 @@ class _Block:
 
         def read(name: str):
             if name == "bias_tile":
-                return plgpu.load(scratch[name].at[warpgroup], layout=WGMMA, optimized=False)
+                return registers(scratch[name].at[warpgroup], WGMMA)
             if name == "mask_tile" and name in self.arrays:
-                return plgpu.load(scratch[name].at[slot, warpgroup], layout=WGMMA, optimized=False)
+                return registers(scratch[name].at[slot, warpgroup], WGMMA)
             return numbers.get(name)
 
         def weights(s):
@@ -288,7 +297,7 @@ class _Block:
         if "mask_tile" in self.arrays:
             plgpu.commit_smem()  # it was read in the ordinary way
         again = count + self.tiles.stages < total
-        pl.when(again)(lambda: plgpu.barrier_arrive(scratch["read"].at[slot]))
+        arrive_if(again, scratch["read"].at[slot])
         kept = logits.keep(tile, read)
         if kept is not None:
             dp = jnp.where(kept, dp * jnp.float32(1 / kernel.problem.keep_prob), 0.0)

@@ -51,6 +51,8 @@ def forward(problem: Problem, operands: Operands, tiles: Tiles):
 
 
 class _Block(RowBlock):
+    kernel: "_Forward"
+
     def consume(self, warpgroup, *outs) -> None:
         kernel, t = self.kernel, self.tiles
         rows = self.load_rows(warpgroup)

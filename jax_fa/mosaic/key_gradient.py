@@ -21,12 +21,15 @@ from jax_fa.mosaic.geometry import Geometry, clip_index, tile_at
 from jax_fa.mosaic.logits import ROW, WGMMA, Tile
 from jax_fa.mosaic.memory import (
     MOST_TOGETHER,
+    arrive_if,
     atom_of,
     multiply_add,
     one_product,
+    registers,
     span,
     swizzled,
     two_products,
+    wait_if,
 )
 from jax_fa.mosaic.operands import BY_KEY, BY_ROW, BY_TILE, RANGE, Arrays, Saved, aligned, cut, for_keys
 from jax_fa.mosaic.tuning import ROWS, Tiles
@@ -53,7 +56,7 @@ def key_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Tile
         "value": (problem.value_axes, d.Dv),
     }
     both = max(padded_head_dim(d.D), padded_head_dim(d.Dv)) <= BOTH_SUMS
-    found = {}
+    found: dict[str, jax.Array] = {}
     for parts in [("key", "value")] if both else [("key",), ("value",)]:
         kernel = _KeyGradient(g, arrays, parts)
         full = {name: stored_shape((*d.B, d.Skv, d.K, wanted[name][1]), wanted[name][0]) for name in parts}
@@ -184,6 +187,10 @@ class _Block:
         where = clip_index(ref.shape[:-2], (*self.batch, self._query_head(i)))
         return {name: ref[(*where, self.tile, n)] for n, name in enumerate(RANGE)}
 
+    def _count(self, i, n):
+        ranges = self._ranges(i)
+        return n + ranges["last"] - ranges["first"]
+
     def _over_heads(self, step, carry):
         return lax.fori_loop(0, self.g.dims.G, step, carry)
 
@@ -205,7 +212,7 @@ class _Block:
         rows = span(row_tile * t.width, t.width, t.width)
         for name, (axes, columns) in kernel.moving().items():
             read, here = (self.scratch[f"{name}_{what}"].at[slot] for what in ("read", "here"))
-            pl.when(count >= t.stages)(lambda read=read: plgpu.barrier_wait(read))
+            wait_if(count >= t.stages, read)
             source = tile_at(self.arrays[name], axes, self.batch, rows, head, span(0, columns, columns))
             plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot], here)
             if name == "query":
@@ -231,13 +238,11 @@ class _Block:
     def consume(self, warpgroup, *outs) -> None:
         kernel = self.kernel
         results = dict(zip([*kernel.parts, "bias_keys"], outs, strict=False))
-        for name, (axes, columns) in kernel.staying().items():
+        for name, (axes, n) in kernel.staying().items():
             target = self.scratch[name].at[warpgroup]
-            source = self._keys_of(self.arrays[name], axes, warpgroup, columns)
+            source = self._keys_of(self.arrays[name], axes, warpgroup, n)
             plgpu.copy_gmem_to_smem(source, target, self.scratch["keys_here"].at[warpgroup])
-        total = self._over_heads(
-            lambda i, n: n + self._ranges(i)["last"] - self._ranges(i)["first"], jnp.int32(0)
-        )
+        total = self._over_heads(self._count, jnp.int32(0))
         columns = {"key": kernel.D, "value": kernel.Dv}
         sums = tuple(
             plgpu.layout_cast(jnp.zeros((ROWS, columns[name]), jnp.float32), WGMMA) for name in kernel.parts
@@ -268,7 +273,7 @@ class _Block:
             ref = self.arrays[name]
             where = clip_index(ref.shape[:-1], (*self.batch, self._query_head(i)))
             keys = pl.ds(self._first_key(warpgroup), ROWS)
-            found[name] = plgpu.load(ref.at[(*where, keys)], layout=ROW, optimized=False)
+            found[name] = registers(ref.at[(*where, keys)], ROW)
         if "seed" in self.arrays:
             ref = self.arrays["seed"]
             where = clip_index(ref.shape[:-1], self.batch)
@@ -307,9 +312,9 @@ class _Block:
 
         def read(name: str):
             if name in kernel.by_row:
-                return plgpu.load(scratch[name].at[slot], layout=logits.COLUMN, optimized=False)
+                return registers(scratch[name].at[slot], logits.COLUMN)
             if name in kernel.by_tile:
-                return plgpu.load(scratch[name].at[slot, warpgroup], layout=WGMMA, optimized=False)
+                return registers(scratch[name].at[slot, warpgroup], WGMMA)
             return numbers.get(name)
 
         def weights(s):
@@ -348,10 +353,10 @@ class _Block:
             if kept is not None:
                 p = jnp.where(kept, p * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
             found["value"] = multiply_add(found["value"], p.astype(kernel.dtype), scratch["dout"].at[slot])
-        pl.when(again)(lambda: plgpu.barrier_arrive(scratch["dout_read"].at[slot]))
+        arrive_if(again, scratch["dout_read"].at[slot])
         if "key" in found:
             found["key"] = multiply_add(found["key"], ds.astype(kernel.dtype), scratch["query"].at[slot])
-        pl.when(again)(lambda: plgpu.barrier_arrive(scratch["query_read"].at[slot]))
+        arrive_if(again, scratch["query_read"].at[slot])
         return count + 1, tuple(found[name] for name in kernel.parts), over_rows
 
     def _store_sum(self, warpgroup, i, over_rows, out) -> None:

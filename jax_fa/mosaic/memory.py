@@ -33,8 +33,12 @@ def span(start, size: int, multiple: int = 1):
     return pl.ds(pl.multiple_of(start, multiple), size)
 
 
-def nbytes(shape: tuple[int, ...], dtype) -> int:
-    return math.prod(shape) * jnp.dtype(dtype).itemsize
+def wait_if(condition, barrier) -> None:
+    pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
+
+
+def arrive_if(condition, barrier) -> None:
+    pl.when(condition)(lambda: plgpu.barrier_arrive(barrier))
 
 
 def multiply_add(acc, a, b, meanwhile=lambda: None):
@@ -87,3 +91,8 @@ def one_product(a, b, meanwhile=lambda: None):
 
 def _sum_of(a, b):
     return plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32)
+
+
+def registers(ref, layout):
+    """A tile or a vector, from shared or global memory, in the layout of the matrix unit's results."""
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg] # JAX 0.10 wanted an index too

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry, clip_index, tile_at
 from jax_fa.mosaic.logits import ROW, WGMMA, Tile
-from jax_fa.mosaic.memory import atom_of, span, swizzled
+from jax_fa.mosaic.memory import arrive_if, atom_of, registers, span, swizzled, wait_if
 from jax_fa.mosaic.operands import BY_KEY, BY_ROW, BY_TILE, RANGE, Arrays
 from jax_fa.mosaic.tuning import ROWS
 from jax_fa.mosaic.widths import padded_head_dim
@@ -150,7 +150,7 @@ class RowBlock:
             again = key_tile - first >= t.stages
             for name, (axes, columns) in moving.items():
                 read, here = (self.scratch[f"{name}_{what}"].at[slot] for what in ("read", "here"))
-                pl.when(again)(lambda read=read: plgpu.barrier_wait(read))
+                wait_if(again, read)
                 source = tile_at(self.arrays[name], axes, self.batch, keys, head, span(0, columns, columns))
                 plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot], here)
                 if name == "key":
@@ -187,7 +187,7 @@ class RowBlock:
         for name in self.kernel.by_row:
             ref = self.arrays[name]
             where = clip_index(ref.shape[:-1], (*self.batch, self.unit))
-            found[name] = plgpu.load(ref.at[(*where, self.packed(warpgroup))], layout=ROW, optimized=False)
+            found[name] = registers(ref.at[(*where, self.packed(warpgroup))], ROW)
         if "seed" in self.arrays:
             ref = self.arrays["seed"]
             where = clip_index(ref.shape[:-1], self.batch)
@@ -220,9 +220,9 @@ class RowBlock:
 
         def read(name: str):
             if name in self.kernel.by_tile:
-                return plgpu.load(self.scratch[name].at[slot, warpgroup], layout=WGMMA, optimized=False)
+                return registers(self.scratch[name].at[slot, warpgroup], WGMMA)
             if name in self.kernel.by_key:
-                return plgpu.load(self.scratch[name].at[slot], layout=logits.COLUMN, optimized=False)
+                return registers(self.scratch[name].at[slot], logits.COLUMN)
             return rows.get(name)
 
         return read
@@ -245,10 +245,8 @@ class RowBlock:
         """Tells the producer that a slot is free, if it is to be filled again."""
         if name == "key" and (self.kernel.by_tile or self.kernel.by_key):
             plgpu.commit_smem()  # they were read in the ordinary way; the copy engine may write there now
-
-        @pl.when(key_tile + self.tiles.stages < self.ranges["last"])
-        def _():
-            plgpu.barrier_arrive(self.scratch[f"{name}_read"].at[self.slot(key_tile)])
+        again = key_tile + self.tiles.stages < self.ranges["last"]
+        arrive_if(again, self.scratch[f"{name}_read"].at[self.slot(key_tile)])
 
     def store_rows(self, warpgroup, staged, out, axes: Axes, columns: int) -> None:
         """Starts the copies of a warpgroup's rows from shared memory to a stored array."""
