@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,12 +39,20 @@ def _commands() -> list[list[str]]:
     ]
 
 
+def _is_here(requirement: str) -> bool:
+    """Of a library, as `flax`, or one of at least some version, as `jax>=0.11`."""
+    name, _, oldest = requirement.partition(">=")
+    if find_spec(name) is None:
+        return False
+    return not oldest or [int(n) for n in version(name).split(".")[:2]] >= [int(n) for n in oldest.split(".")]
+
+
 def _runs_here(block: str) -> bool:
     """Whether what an example needs is there: the native extension, and libraries that its first line names."""
     if native.missing is not None and any(word in block for word in ("emulator", "jax_fa_ascend")):
         return False
     needs = re.match(r"# needs: (.+)", block)
-    return needs is None or all(map(find_spec, needs[1].split(", ")))
+    return needs is None or all(map(_is_here, needs[1].split(", ")))
 
 
 WITH_EXAMPLES = [path for path in DOCUMENTS if _blocks("python", path)]
@@ -60,6 +69,7 @@ def test_examples_run(document, tmp_path):
     file = tmp_path / "examples.py"
     file.write_text(program, encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if k != "JAX_FA_CANN_EMULATOR"}
+    environment["NPROC"] = "16"  # for Pallas' interpreter, whose threads block those of XLA
     command = [sys.executable, "-W", "error", file]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
