@@ -42,6 +42,8 @@ SIZES = {"B": 2, "Q": 1024, "K": 1024, "N": 4, "heads": 4}  # heads: of key and 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes")
 # Besides the bounds of the tables: what pads, what mixes, what is in between.
 BETWEEN = ((32, 32), (80, 80), (96, 96), (160, 160), (192, 128), (128, 256), (16, 64))
+# Kernels that share the tiles of another.
+TILES_OF = {"key_value_gradient": "key_gradient", "value_gradient": "key_gradient"}
 FEW = ("full", "causal", "bias", "everything")
 
 
@@ -229,7 +231,7 @@ def _recorded(forced: tuple[str, Any] | None) -> Iterator[dict[str, Any]]:
 # --- the report
 
 HEAD = ("kernel", "D", "Dv", "dtype", "feature", "tiles", "registers", "spill", "stack", "notes")
-WIDTHS = (15, 3, 3, 8, 18, 7, 9, 5, 5, 0)
+WIDTHS = (18, 3, 3, 8, 18, 7, 9, 5, 5, 0)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -320,10 +322,11 @@ def assemble_all(tools: assembler.Tools, todo: list[Case], report: Report, jobs:
             for direction, why in refused.items():
                 report.add(_row(case, direction, None) | {"notes": [f"no kernel: {why}"]})
             for kernel, module in modules.items():
-                if case.tiles is not None and case.tiles[0] != kernel:
+                which = TILES_OF.get(kernel, kernel)
+                if case.tiles is not None and case.tiles[0] != which:
                     continue
                 future = pool.submit(assembler.assemble, tools, module, sass=report.sass is not None)
-                waiting.append((case, kernel, tiles.get(kernel), future))
+                waiting.append((case, kernel, tiles.get(which), future))
             finish(2 * jobs)
         finish(0)
 
@@ -358,7 +361,7 @@ def _run(options: argparse.Namespace, tools: assembler.Tools) -> int:
     kernels = [row for row in report.rows if row["registers"] != "-"]
     bad = [row for row in report.rows if not row["ok"]]
     warned = sum(bool(row["warnings"]) for row in kernels)
-    print(f"\n{len(kernels)} kernels, {warned} with warnings; {len(bad)} rows with a spill or an error:")
+    print(f"\n{len(kernels)} kernels, {warned} with warnings; {len(bad)} rows with a spill or an error")
     for row in bad:
         print(line(row))
     return 1 if bad or not kernels else 0

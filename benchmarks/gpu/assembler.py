@@ -171,7 +171,7 @@ def read(log: str) -> Assembled:
             found.spill_bytes += stores + loads
         elif match := re.search(r"Used (\d+) registers", line):
             found.registers = max(found.registers, int(match[1]))
-        elif re.search(r"^ptxas.*(warning|Performance Loss)", line):
+        elif re.search(r"^ptxas.*(warning|Performance Loss)", line) and "are spilled" not in line:
             found.warnings.append(re.sub(r"^ptxas\s*(info|warning)?\s*:\s*(\(\w+\))?\s*", "", line))
     return found
 
