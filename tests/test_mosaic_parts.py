@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jax_fa.mosaic import geometry, tuning
+from jax_fa.mosaic import geometry, operands, tuning
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.operands import RANGE, aligned, aligned_head_dim, aligned_length, visibility
 from jax_fa.mosaic.tuning import ROWS, Tiles
@@ -260,6 +260,19 @@ def bounds(draw):
     return sizes, found
 
 
+def _visible(g: Geometry, given) -> np.ndarray:
+    """`*B N Sq Skv`, by the definition of bounds."""
+    d = g.dims
+    j = np.arange(d.Skv)
+    inside = given.get("lower", np.int32(0))[..., None] <= j
+    inside = inside & (j < given.get("upper", np.int32(d.Skv))[..., None])
+    return np.broadcast_to(inside & given.get("mask", True), (*d.B, d.N, d.Sq, d.Skv))
+
+
+def _bounded(given) -> Operands:
+    return Operands(query=None, key=None, value=None, **{name: jnp.asarray(a) for name, a in given.items()})
+
+
 @settings(max_examples=40)
 @given(bounds())
 def test_ranges_of_tiles_hold_all_that_is_visible(case):
@@ -267,13 +280,7 @@ def test_ranges_of_tiles_hold_all_that_is_visible(case):
     sizes, given = case
     g = _geometry(**sizes)
     d, width = g.dims, g.tiles.width
-    x = Operands(query=None, key=None, value=None, **{name: jnp.asarray(a) for name, a in given.items()})
-    found = visibility(g, x)
-    j = np.arange(d.Skv)
-    visible = (given.get("lower", np.int32(0))[..., None] <= j) & (
-        j < given.get("upper", np.int32(d.Skv))[..., None]
-    )
-    visible = np.broadcast_to(visible & given.get("mask", True), (*d.B, d.N, d.Sq, d.Skv))
+    found, visible, j = visibility(g, _bounded(given)), _visible(g, given), np.arange(d.Skv)
     ranges = np.broadcast_to(found["ranges"], (*d.B, g.units, g.row_tiles, len(RANGE)))
     for where in np.ndindex(*d.B, g.units, g.row_tiles):
         *batch, unit, tile = where
@@ -301,3 +308,32 @@ def test_ranges_of_tiles_hold_all_that_is_visible(case):
 def test_calls_without_bounds_have_no_ranges():
     g = _geometry(G=2)
     assert visibility(g, Operands(query=None, key=None, value=None)) == {}
+
+
+@pytest.mark.skipif(not hasattr(operands, "for_keys"), reason="the gradient has no kernel yet")
+@settings(max_examples=40)
+@given(bounds())
+def test_ranges_of_row_tiles_hold_all_that_sees_a_block_of_keys(case):
+    """The same where keys stay and rows of one head move."""
+    sizes, given = case
+    g = _geometry(**sizes)
+    d, width, keys = g.dims, g.tiles.width, ROWS * g.tiles.consumers
+    numbers = jnp.zeros((*d.B, d.N, d.Sq), jnp.float32)
+    saved = operands.Saved(dout=None, logsumexp=numbers, delta=numbers)
+    found, visible = operands.for_keys(g, _bounded(given), saved), _visible(g, given)
+    blocks, row_tiles = -(-d.Skv // keys), -(-d.Sq // width)
+    ranges = np.broadcast_to(found["ranges"], (*d.B, d.N, blocks, len(RANGE)))
+    for where in np.ndindex(*d.B, d.N, blocks):
+        *before, block = where
+        first, inner_first, inner_last, last = ranges[where]
+        assert 0 <= first <= inner_first <= inner_last <= last <= row_tiles
+        seen = visible[tuple(before)][:, block * keys : (block + 1) * keys]
+        assert not seen[: first * width].any() and not seen[last * width :].any()
+        assert seen[inner_first * width : inner_last * width].all()
+    rows = {name: np.asarray(found[name])[..., : d.Sq, None] for name in ("lower", "upper") if name in found}
+    j = np.arange(d.Skv)
+    again = (rows.get("lower", 0) <= j) & (j < rows["upper"])
+    np.testing.assert_array_equal(np.broadcast_to(again, visible.shape), visible)
+    # Rows that do not exist see nothing, and have no weight.
+    assert not np.asarray(found["upper"])[..., d.Sq :].any()
+    assert (np.asarray(found["logsumexp"])[..., d.Sq :] == operands.Saved.NOTHING).all()
