@@ -14,6 +14,7 @@ FLOORS = [
     {"mosaic.tuning", "mosaic.logits", "mosaic.memory"},
     {"mosaic.geometry"},
     {"mosaic.operands"},
+    {"mosaic.careful"},
     {"mosaic.rows"},
     {"mosaic.forward", "mosaic.query_gradient", "mosaic.key_gradient", "mosaic.bias_gradient"},
     {"backends.xla", "backends.cpu", "backends.mosaic", "request", "pse", "sparse", "partition"},

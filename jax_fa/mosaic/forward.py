@@ -6,6 +6,8 @@
 one's exponentials run beside another's products: a turn is the product p v of one tile and then q k^T of the next.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.logits import LOG2E, ROW, WGMMA
-from jax_fa.mosaic.memory import multiply_add, one_product, swizzled
+from jax_fa.mosaic.memory import hidden, multiply_add, one_product, swizzled
 from jax_fa.mosaic.operands import (
     additive,
     aligned,
@@ -56,7 +58,7 @@ class _Block(RowBlock):
     def consume(self, warpgroup, *outs) -> None:
         kernel, t = self.kernel, self.tiles
         rows = self.load_rows(warpgroup)
-        carry = (
+        start = (
             plgpu.layout_cast(jnp.zeros((ROWS, kernel.Dv), jnp.float32), WGMMA),
             plgpu.layout_cast(jnp.full((ROWS,), -FLT_MAX, jnp.float32), ROW),
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
@@ -69,25 +71,30 @@ class _Block(RowBlock):
             plgpu.barrier_wait(self.scratch["key_here"].at[0])
             pl.when(warpgroup > 0)(lambda: self._wait_turn(warpgroup))
 
-        carry = self.sweep(lambda u, carry, bounded: self._step(warpgroup, u, carry, rows, bounded), carry)
+        def step(key_tile, carry, bounded=True, again=False):
+            return self._step(warpgroup, key_tile, carry, rows, bounded, again)
+
+        carry = self.sweep(step, start)
 
         @pl.when(some & (warpgroup < t.consumers - 1))
         def _():
             self._pass_turn(warpgroup)
 
+        carry = self.sweep_again(warpgroup, partial(step, again=True), start, carry)
         self._store(warpgroup, carry, *outs)
 
-    def _step(self, warpgroup, key_tile, carry, rows, bounded: bool):
-        """One tile of keys."""
+    def _step(self, warpgroup, key_tile, carry, rows, bounded: bool, again: bool):
+        """One tile of keys; `again`: it is in slot 0 already, and nobody takes turns."""
         kernel, scratch = self.kernel, self.scratch
         acc, m, l = carry
-        slot = self.slot(key_tile)
+        slot = hidden(0) if again else self.slot(key_tile)
 
         query, key = scratch["query"].at[warpgroup], scratch["key"].at[slot]
-        s = one_product(query, key, lambda: self._pass_turn(warpgroup))
-        tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, key_tile, rows)
+        s = one_product(query, key, lambda: None if again else self._pass_turn(warpgroup))
+        tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, slot, rows, again)
         done = logits.finish(tile, s, read, kernel.plain, bounded)
-        self.release("key", key_tile)
+        if not again:
+            self.release("key", key_tile)
 
         # m holds the maximum times c; finite, so that a row which has seen nothing gives exp2(-inf - m) = 0.
         m_new = jnp.maximum(m, done.x.max(axis=1) * jnp.float32(done.c))
@@ -101,6 +108,8 @@ class _Block(RowBlock):
         acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
         acc, narrow, m_new, l = lax.optimization_barrier((acc, narrow, m_new, l))
 
+        if again:
+            return multiply_add(acc, narrow, scratch["value"].at[slot]), m_new, l
         plgpu.barrier_wait(scratch["value_here"].at[slot])
         self._wait_turn(warpgroup)
 
@@ -150,6 +159,9 @@ class _Forward(RowKernel):
     def out_in_query(self) -> bool:
         """Whether out leaves through the query's memory."""
         return self.D == self.Dv
+
+    def cleaned(self):
+        return "value"
 
     def staying(self):
         return {"query": (self.problem.query_axes, self.D)}

@@ -8,6 +8,7 @@ the tiles up to head_dim 128; above, dv and dk are computed by a kernel each.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,13 +17,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_fa.mosaic import logits
+from jax_fa.mosaic import careful, logits
 from jax_fa.mosaic.geometry import Geometry, clip_index, tile_at
 from jax_fa.mosaic.logits import ROW, WGMMA, Tile
 from jax_fa.mosaic.memory import (
     MOST_TOGETHER,
     arrive_if,
     atom_of,
+    hidden,
     multiply_add,
     one_product,
     registers,
@@ -125,6 +127,8 @@ class _KeyGradient:
         if self.sums_rows:
             found["sums"] = plgpu.SMEM((t.consumers, ROWS), jnp.float32)
         copies = 1 + len(self.by_row) + len(self.by_tile) * t.consumers
+        if careful.hides(self.arrays):
+            found |= careful.scratch(t.consumers, width, copies + 1)
         return found | {
             "keys_here": plgpu.Barrier(num_barriers=t.consumers, num_arrivals=len(self.staying())),
             "query_here": plgpu.Barrier(num_barriers=t.stages, num_arrivals=copies),
@@ -200,24 +204,45 @@ class _Block:
     # --- the producer
 
     def produce(self) -> None:
-        def head(i, count):
+        t, scratch = self.tiles, self.scratch
+
+        def load(i, row_tile, count):
+            slot = lax.rem(count, t.stages)
+            for name in self.kernel.moving():
+                wait_if(count >= t.stages, scratch[f"{name}_read"].at[slot])
+                self._load(name, i, row_tile, slot, scratch[f"{name}_here"].at[slot])
+            return count + 1
+
+        def load_again(i, row_tile, count):
+            wait_if(count > 0, scratch["careful_read"])
+            for name in self.kernel.moving():
+                self._load(name, i, row_tile, hidden(0), scratch["careful_here"])
+            return count + 1
+
+        self._over_rows(load, jnp.int32(0))
+        if careful.hides(self.arrays):
+
+            @pl.when(careful.again(scratch, t.consumers))
+            def _():
+                self._over_rows(load_again, jnp.int32(0))
+
+    def _over_rows(self, step, carry):
+        """`step(i, row_tile, carry)` over the row tiles of every query head."""
+
+        def head(i, carry):
             ranges = self._ranges(i)
-            return lax.fori_loop(ranges["first"], ranges["last"], lambda t, n: self._load(i, t, n), count)
+            return lax.fori_loop(ranges["first"], ranges["last"], lambda t, carry: step(i, t, carry), carry)
 
-        self._over_heads(head, jnp.int32(0))
+        return self._over_heads(head, carry)
 
-    def _load(self, i, row_tile, count):
-        kernel, t, head = self.kernel, self.tiles, self._query_head(i)
-        slot = lax.rem(count, t.stages)
-        rows = span(row_tile * t.width, t.width, t.width)
-        for name, (axes, columns) in kernel.moving().items():
-            read, here = (self.scratch[f"{name}_{what}"].at[slot] for what in ("read", "here"))
-            wait_if(count >= t.stages, read)
-            source = tile_at(self.arrays[name], axes, self.batch, rows, head, span(0, columns, columns))
-            plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot], here)
-            if name == "query":
-                self._load_numbers(head, rows, slot, here)
-        return count + 1
+    def _load(self, name: str, i, row_tile, slot, here) -> None:
+        width, head = self.tiles.width, self._query_head(i)
+        rows = span(row_tile * width, width, width)
+        axes, columns = self.kernel.moving()[name]
+        source = tile_at(self.arrays[name], axes, self.batch, rows, head, span(0, columns, columns))
+        plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot], here)
+        if name == "query":
+            self._load_numbers(head, rows, slot, here)
 
     def _load_numbers(self, head, rows, slot, here) -> None:
         kernel = self.kernel
@@ -244,7 +269,7 @@ class _Block:
             plgpu.copy_gmem_to_smem(source, target, self.scratch["keys_here"].at[warpgroup])
         total = self._over_heads(self._count, jnp.int32(0))
         columns = {"key": kernel.D, "value": kernel.Dv}
-        sums = tuple(
+        start = tuple(
             plgpu.layout_cast(jnp.zeros((ROWS, columns[name]), jnp.float32), WGMMA) for name in kernel.parts
         )
         plgpu.barrier_wait(self.scratch["keys_here"].at[warpgroup])
@@ -252,15 +277,50 @@ class _Block:
         def head(i, carry):
             count, sums = carry
             numbers = self._key_numbers(warpgroup, i)
-            over_rows = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-            carry = (count, sums, over_rows if kernel.sums_rows else ())
+            over_rows = None
+            if kernel.sums_rows:
+                over_rows = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+            carry = (count, sums, over_rows)
             count, sums, over_rows = self._sweep(warpgroup, i, numbers, total, carry)
             if kernel.sums_rows:
                 self._store_sum(warpgroup, i, over_rows, results["bias_keys"])
             return count, sums
 
-        _, sums = self._over_heads(head, (jnp.int32(0), sums))
+        _, sums = self._over_heads(head, (jnp.int32(0), start))
+        sums = self._again(warpgroup, total, start, sums)
         self._store(warpgroup, dict(zip(kernel.parts, sums, strict=True)), results)
+
+    def _again(self, warpgroup, total, start, sums):
+        """The sums, or those of a careful pass where they are not finite: see careful.py."""
+        if not careful.hides(self.arrays):
+            return sums
+        scratch = self.scratch
+        careful.vote(scratch, warpgroup, *sums)
+
+        def one(i, row_tile, carry):
+            count, sums = carry
+            plgpu.barrier_wait(scratch["careful_here"])
+
+            @pl.when(warpgroup == 0)
+            def _():
+                if "value" in self.kernel.parts:
+                    careful.clean(scratch["dout"].at[0], scratch["poison"])
+                if "key" in self.kernel.parts:
+                    careful.clean(scratch["query"].at[0])
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(scratch["cleaned"])
+
+            plgpu.barrier_wait(scratch["cleaned"])
+            numbers = self._key_numbers(warpgroup, i)
+            sums, _ = self._tile(
+                warpgroup, row_tile, hidden(0), numbers, sums, None, bounded=True, again=True
+            )
+            plgpu.commit_smem()
+            arrive_if(count + 1 < total, scratch["careful_read"])
+            return count + 1, sums
+
+        redo = careful.again(scratch, self.tiles.consumers)
+        return lax.cond(redo, lambda: self._over_rows(one, (jnp.int32(0), start))[1], lambda: sums)
 
     def _keys_of(self, ref, axes: Axes, warpgroup, columns: int):
         keys = span(self._first_key(warpgroup), ROWS, ROWS)
@@ -296,10 +356,35 @@ class _Block:
         return run(inner_last, last, run(inner_first, inner_last, carry, False), True)
 
     def _step(self, warpgroup, row_tile, numbers, total, carry, bounded: bool):
-        """One tile of rows."""
-        kernel, scratch = self.kernel, self.scratch
+        """One tile of rows, as it comes through the ring."""
         count, sums, over_rows = carry
         slot = lax.rem(count, self.tiles.stages)
+        plgpu.barrier_wait(self.scratch["query_here"].at[slot])
+        plgpu.barrier_wait(self.scratch["dout_here"].at[slot])
+        free = count + self.tiles.stages < total
+
+        def release(name: str) -> None:
+            arrive_if(free, self.scratch[f"{name}_read"].at[slot])
+
+        sums, over_rows = self._tile(
+            warpgroup, row_tile, slot, numbers, sums, over_rows, bounded, again=False, release=release
+        )
+        return count + 1, sums, over_rows
+
+    def _tile(
+        self,
+        warpgroup,
+        row_tile,
+        slot,
+        numbers,
+        sums,
+        over_rows,
+        bounded: bool,
+        again: bool,
+        release: Callable[[str], None] = lambda name: None,
+    ):
+        """What a tile of rows adds to the sums; `again`: in a careful pass."""
+        kernel, scratch = self.kernel, self.scratch
         tile = Tile(
             problem=kernel.problem,
             shape=(ROWS, self.tiles.width),
@@ -319,16 +404,15 @@ class _Block:
 
         def weights(s):
             done = logits.finish(tile, s, read, kernel.plain, bounded)
-            return (
-                jnp.exp2(done.x * jnp.float32(done.c) - tile.rows(read("logsumexp"))),
-                done.slope,
-                done.visible,
-            )
+            logsumexp = read("logsumexp")
+            if again and "value" in kernel.parts:  # a row whose dout is not finite shows in its weights
+                logsumexp = logsumexp + registers(scratch["poison"], logits.COLUMN)
+            p = jnp.exp2(done.x * jnp.float32(done.c) - tile.rows(logsumexp))
+            if again:
+                p = jnp.where(done.visible, p, 0.0)
+            return p, done.slope, done.visible
 
-        plgpu.barrier_wait(scratch["query_here"].at[slot])
-        plgpu.barrier_wait(scratch["dout_here"].at[slot])
         first = (scratch["key"].at[warpgroup], scratch["query"].at[slot])
-        again = count + self.tiles.stages < total
         kept = None
         found = dict(zip(kernel.parts, sums, strict=True))
         if "key" in found:
@@ -343,7 +427,7 @@ class _Block:
                 ds = ds * slope
             if visible is not None:
                 ds = jnp.where(visible, ds, 0.0)  # dp may be anything where rows see nothing
-            if kernel.sums_rows:
+            if over_rows is not None:
                 over_rows = over_rows + ds.sum(axis=1)
         else:
             p, _, _ = weights(one_product(*first))
@@ -353,11 +437,11 @@ class _Block:
             if kept is not None:
                 p = jnp.where(kept, p * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
             found["value"] = multiply_add(found["value"], p.astype(kernel.dtype), scratch["dout"].at[slot])
-        arrive_if(again, scratch["dout_read"].at[slot])
+        release("dout")
         if "key" in found:
             found["key"] = multiply_add(found["key"], ds.astype(kernel.dtype), scratch["query"].at[slot])
-        arrive_if(again, scratch["query_read"].at[slot])
-        return count + 1, tuple(found[name] for name in kernel.parts), over_rows
+        release("query")
+        return tuple(found[name] for name in kernel.parts), over_rows
 
     def _store_sum(self, warpgroup, i, over_rows, out) -> None:
         plgpu.wait_smem_to_gmem(0)  # that of the head before

@@ -80,7 +80,10 @@ def is_plain(problem: Problem, names) -> bool:
 
 
 def finish(tile: Tile, s, read: Read, plain: bool, bounded: bool) -> Logits:
-    """Scale, bias, slopes, soft cap and masks; masked logits are -inf. `bounded`: some row may not see all keys."""
+    """Scale, bias, slopes, soft cap and masks; masked logits are -inf. `bounded`: some row may not see all keys.
+
+    `poison`, a number per key, is added to what is visible: NaN where a key's value is not finite.
+    """
     problem = tile.problem
     c = exponent_factor(problem, plain)
     slope = None
@@ -93,6 +96,8 @@ def finish(tile: Tile, s, read: Read, plain: bool, bounded: bool) -> Logits:
             # tanh by the exponential: the hardware's own has 11 bits only.
             t = 1.0 - 2.0 / (1.0 + jnp.exp2(s * jnp.float32(2 * LOG2E / cap)))
             s, slope = t * jnp.float32(cap), 1.0 - t * t
+    if (poison := read("poison")) is not None:
+        s = s + tile.keys(poison)
     visible = _visible(tile, read, bounded)
     if visible is not None:
         s = jnp.where(visible, s, -jnp.inf)

@@ -29,8 +29,12 @@ def span(start, size: int, multiple: int = 1):
 
     A start that JAX knows it would check against the array's size, so it does not get to know any.
     """
-    start = lax.optimization_barrier(jnp.int32(start)) if isinstance(start, int) else start
-    return pl.ds(pl.multiple_of(start, multiple), size)
+    return pl.ds(pl.multiple_of(hidden(start), multiple), size)
+
+
+def hidden(x):
+    """A number that JAX does not see through, known or not."""
+    return lax.optimization_barrier(jnp.int32(x)) if isinstance(x, int) else x
 
 
 def wait_if(condition, barrier) -> None:

@@ -6,6 +6,7 @@ with delta = rowsum(dout out) - dlogsumexp (Dao 2023, arXiv:2307.08691). The two
 the exponentials run beside the second.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.logits import ROW, WGMMA
-from jax_fa.mosaic.memory import MOST_TOGETHER, multiply_add, two_products
+from jax_fa.mosaic.memory import MOST_TOGETHER, hidden, multiply_add, two_products
 from jax_fa.mosaic.operands import Saved, additive, aligned, cut, dropping, visibility
 from jax_fa.mosaic.rows import RowBlock, RowKernel
 from jax_fa.mosaic.tuning import ROWS, Tiles
@@ -59,21 +60,29 @@ class _Block(RowBlock):
     def consume(self, warpgroup, *outs) -> None:
         kernel = self.kernel
         rows = self.load_rows(warpgroup)
-        carry = (
+        start = (
             plgpu.layout_cast(jnp.zeros((ROWS, kernel.D), jnp.float32), WGMMA),
             *(plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW) for _ in kernel.sums),
         )
         plgpu.barrier_wait(self.scratch["rows_here"].at[warpgroup])
-        carry = self.sweep(lambda u, carry, bounded: self._step(warpgroup, u, carry, rows, bounded), carry)
+
+        def step(key_tile, carry, bounded=True, again=False):
+            return self._step(warpgroup, key_tile, carry, rows, bounded, again)
+
+        carry = self.sweep(step, start)
+        carry = self.sweep_again(warpgroup, partial(step, again=True), start, carry)
         self._store(warpgroup, carry, *outs)
 
-    def _step(self, warpgroup, key_tile, carry, rows, bounded: bool):
+    def _step(self, warpgroup, key_tile, carry, rows, bounded: bool, again: bool):
+        """One tile of keys; `again`: it is in slot 0 already."""
         kernel, scratch = self.kernel, self.scratch
         dq, *sums = carry
-        slot = self.slot(key_tile)
-        tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, key_tile, rows)
-        plgpu.barrier_wait(scratch["key_here"].at[slot])
-        plgpu.barrier_wait(scratch["value_here"].at[slot])
+        slot = hidden(0) if again else self.slot(key_tile)
+        # Visible keys that are not finite have made their rows' log-sum-exp NaN: no need of poison.
+        tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, slot, rows, again=False)
+        if not again:
+            plgpu.barrier_wait(scratch["key_here"].at[slot])
+            plgpu.barrier_wait(scratch["value_here"].at[slot])
 
         def weights(s):
             done = logits.finish(tile, s, read, kernel.plain, bounded)
@@ -86,7 +95,8 @@ class _Block(RowBlock):
             weights,
             together=kernel.D <= MOST_TOGETHER,
         )
-        self.release("value", key_tile)
+        if not again:
+            self.release("value", key_tile)
         kept = logits.keep(tile, read)
         if kept is not None:
             dp = jnp.where(kept, dp * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
@@ -97,7 +107,8 @@ class _Block(RowBlock):
             ds = jnp.where(visible, ds, 0.0)  # dp may be anything where values are hidden
         sums = [x + term.sum(axis=1) for x, term in zip(sums, self._terms(tile, ds), strict=True)]
         dq = multiply_add(dq, ds.astype(kernel.dtype), scratch["key"].at[slot])
-        self.release("key", key_tile)
+        if not again:
+            self.release("key", key_tile)
         return dq, *sums
 
     def _terms(self, tile, ds) -> list[Any]:
@@ -126,6 +137,9 @@ class _QueryGradient(RowKernel):
     def sums(self) -> list[str]:
         """Sums over keys that somebody wants."""
         return [name for name in ("bias_rows", "slopes") if name in self.arrays]
+
+    def cleaned(self):
+        return "key"
 
     def staying(self):
         return {

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_fa.mosaic import logits
+from jax_fa.mosaic import careful, logits
 from jax_fa.mosaic.geometry import Geometry, clip_index, tile_at
 from jax_fa.mosaic.logits import ROW, WGMMA, Tile
 from jax_fa.mosaic.memory import arrive_if, atom_of, registers, span, swizzled, wait_if
@@ -41,6 +41,10 @@ class RowKernel:
         """The arrays whose rows stay: the order they are stored in, and their columns in shared memory."""
         raise NotImplementedError
 
+    def cleaned(self) -> str:
+        """Which of the arrays that move is summed over keys: a careful pass looks for non-finite numbers there."""
+        raise NotImplementedError
+
     def scratch(self) -> dict[str, Any]:
         t, width = self.tiles, self.tiles.width
         found = {
@@ -63,6 +67,8 @@ class RowKernel:
             found[name] = swizzled(shape, x.dtype, atom_of(width, x.shape[-1], x.dtype))
         for name in self.by_key:
             found[name] = plgpu.SMEM((t.stages, width), jnp.float32)
+        if careful.hides(self.arrays):
+            found |= careful.scratch(t.consumers, width, self._copies_with_key() + 1)
         return found
 
     def _copies_with_key(self) -> int:
@@ -138,23 +144,38 @@ class RowBlock:
     # --- the producer
 
     def produce(self) -> None:
-        g, t, problem = self.g, self.tiles, self.kernel.problem
-        head = g.key_head(self.unit)
-        first = self.ranges["first"]
-        moving = {"key": (problem.key_axes, self.kernel.D), "value": (problem.value_axes, self.kernel.Dv)}
+        t, scratch = self.tiles, self.scratch
+        first, last = self.ranges["first"], self.ranges["last"]
 
-        @pl.loop(first, self.ranges["last"])
+        @pl.loop(first, last)
         def _load(key_tile):
             slot = self.slot(key_tile)
-            keys = span(key_tile * t.width, t.width, t.width)
-            again = key_tile - first >= t.stages
-            for name, (axes, columns) in moving.items():
-                read, here = (self.scratch[f"{name}_{what}"].at[slot] for what in ("read", "here"))
-                wait_if(again, read)
-                source = tile_at(self.arrays[name], axes, self.batch, keys, head, span(0, columns, columns))
-                plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot], here)
-                if name == "key":
-                    self._load_logits(keys, slot, here)
+            for name in ("key", "value"):
+                wait_if(key_tile - first >= t.stages, scratch[f"{name}_read"].at[slot])
+                self._load(name, key_tile, slot, scratch[f"{name}_here"].at[slot])
+
+        if careful.hides(self.arrays):
+
+            @pl.when(careful.again(scratch, t.consumers))
+            def _():
+                @pl.loop(first, last)
+                def _load_again(key_tile):
+                    wait_if(key_tile > first, scratch["careful_read"])
+                    for name in ("key", "value"):
+                        self._load(name, key_tile, 0, scratch["careful_here"])
+
+    def _load(self, name: str, key_tile, slot, here) -> None:
+        g, t, kernel = self.g, self.tiles, self.kernel
+        keys = span(key_tile * t.width, t.width, t.width)
+        axes, columns = {
+            "key": (kernel.problem.key_axes, kernel.D),
+            "value": (kernel.problem.value_axes, kernel.Dv),
+        }[name]
+        head = g.key_head(self.unit)
+        source = tile_at(self.arrays[name], axes, self.batch, keys, head, span(0, columns, columns))
+        plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot], here)
+        if name == "key":
+            self._load_logits(keys, slot, here)
 
     def _load_logits(self, keys, slot, here) -> None:
         """What is added to, or hidden of, a tile of logits comes with its keys."""
@@ -215,10 +236,10 @@ class RowBlock:
             Skv=self.g.dims.Skv,
         )
 
-    def reader(self, warpgroup, key_tile, rows: dict[str, Any]) -> logits.Read:
-        slot = self.slot(key_tile)
-
+    def reader(self, warpgroup, slot, rows: dict[str, Any], again: bool) -> logits.Read:
         def read(name: str):
+            if name == "poison":
+                return registers(self.scratch["poison"], logits.COLUMN) if again else None
             if name in self.kernel.by_tile:
                 return registers(self.scratch[name].at[slot, warpgroup], WGMMA)
             if name in self.kernel.by_key:
@@ -227,7 +248,7 @@ class RowBlock:
 
         return read
 
-    def sweep(self, step, carry):
+    def sweep(self, step, start):
         """`step(key_tile, carry, bounded)` over the key tiles to visit; `bounded`: some row may not see all of it."""
         first, inner_first, inner_last, last = (self.ranges[name] for name in RANGE)
 
@@ -236,10 +257,39 @@ class RowBlock:
                 return carry
             return lax.fori_loop(begin, end, lambda u, carry: step(u, carry, bounded), carry)
 
+        carry = start
         if "lower" in self.arrays:
             carry = run(first, inner_first, carry, True)
             first = inner_first
         return run(inner_last, last, run(first, inner_last, carry, False), True)
+
+    def sweep_again(self, warpgroup, step, start, carry):
+        """The result of a sweep, or of a careful one from the start where it is not finite: see careful.py.
+
+        `step(key_tile, carry)` finds its tile in slot 0.
+        """
+        if not careful.hides(self.arrays):
+            return carry
+        scratch, first, last = self.scratch, self.ranges["first"], self.ranges["last"]
+        careful.vote(scratch, warpgroup, carry[0])
+
+        def one(key_tile, carry):
+            plgpu.barrier_wait(scratch["careful_here"])
+
+            @pl.when(warpgroup == 0)
+            def _():
+                careful.clean(scratch[self.kernel.cleaned()].at[0], scratch["poison"])
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(scratch["cleaned"])
+
+            plgpu.barrier_wait(scratch["cleaned"])
+            carry = step(key_tile, carry)
+            plgpu.commit_smem()
+            arrive_if(key_tile + 1 < last, scratch["careful_read"])
+            return carry
+
+        redo = careful.again(scratch, self.tiles.consumers)
+        return lax.cond(redo, lambda: lax.fori_loop(first, last, one, start), lambda: carry)
 
     def release(self, name: str, key_tile) -> None:
         """Tells the producer that a slot is free, if it is to be filled again."""

@@ -72,7 +72,6 @@ QUERY_GRADIENT = (
 )
 # The gradients of key and value are two sums; above 128 they are computed one after the other.
 KEY_GRADIENT = (
-    Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
     Row(head_dim=128, tiles=Tiles(width=64, stages=2, consumers=2)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=1, consumers=2)),
 )
