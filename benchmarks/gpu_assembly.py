@@ -10,7 +10,6 @@ jax-cuda13-pjrt and jax-cuda13-plugin of the same version (`--no-deps` is enough
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -24,9 +23,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the CUDA plugin is for its compiler only
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-if importlib.util.find_spec("jax_fa") is None:
-    sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # the kernels of this checkout, whatever is installed
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

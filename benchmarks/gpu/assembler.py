@@ -120,12 +120,15 @@ def _cuda() -> Path:
     """The root of a CUDA toolkit, or of what the pip package nvidia-cuda-nvcc (and nvidia-nvvm with it) installs."""
     named = os.environ.get("MOSAIC_GPU_CUDA_ROOT")
     wheels = importlib.util.find_spec("nvidia")
-    roots = [
-        *([Path(named)] if named else []),
-        *(Path(place, "cu13") for place in (wheels.submodule_search_locations or () if wheels else ())),
-        Path("/usr/local/cuda"),
-        *(Path(tool).resolve().parents[1] for tool in [shutil.which("ptxas")] if tool),
-    ]
+    roots = (
+        [Path(named)]
+        if named
+        else [
+            *(Path(place, "cu13") for place in (wheels.submodule_search_locations or () if wheels else ())),
+            Path("/usr/local/cuda"),
+            *(Path(tool).resolve().parents[1] for tool in [shutil.which("ptxas")] if tool),
+        ]
+    )
     for root in roots:
         if all((root / file).is_file() for file in (PTXAS, LIBDEVICE)):
             return root.resolve()
