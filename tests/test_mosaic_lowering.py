@@ -150,14 +150,19 @@ PRODUCT = tuple(
         *(OPTIONS[name] for name in ("feature", "head_dims", "dtype", "layout"))
     )
 )
-CALLS = (
-    *(pytest.param(call, id=str(call)) for call in SPREAD),
-    *(pytest.param(call, id=str(call), marks=pytest.mark.slow) for call in PRODUCT if call not in SPREAD),
-)
+LONG = ("dropout", "everything")  # features whose kernels of the backward take many seconds to lower
+
+
+def _calls(slow: tuple[str, ...] = ()) -> list:
+    """The spread and the product; slow are the product and, of the spread, these features."""
+    return [
+        *(pytest.param(c, id=str(c), marks=pytest.mark.slow if c.feature in slow else ()) for c in SPREAD),
+        *(pytest.param(c, id=str(c), marks=pytest.mark.slow) for c in PRODUCT if c not in SPREAD),
+    ]
 
 
 @needs_new_jax
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", _calls())
 def test_forward(call):
     module = lowered(call.attend, call.operands()).mlir_module()
     assert module.count(f"@{TARGET}") == 1
@@ -177,7 +182,7 @@ def _operands(call: Call, x: dict):
 
 
 @needs_new_jax
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", _calls(slow=LONG))
 def test_gradient(call):
     if (why := _backward_why_not()) is not None:
         pytest.skip(why)
