@@ -55,14 +55,16 @@ def forward(problem: Problem, operands: Operands, tiles: Tiles):
 class _Block(RowBlock):
     kernel: "_Forward"
 
-    def consume(self, warpgroup, *outs) -> None:
-        kernel, t = self.kernel, self.tiles
-        rows = self.load_rows(warpgroup)
-        start = (
-            plgpu.layout_cast(jnp.zeros((ROWS, kernel.Dv), jnp.float32), WGMMA),
+    def start(self):
+        return (
+            plgpu.layout_cast(jnp.zeros((ROWS, self.kernel.Dv), jnp.float32), WGMMA),
             plgpu.layout_cast(jnp.full((ROWS,), -FLT_MAX, jnp.float32), ROW),
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
         )
+
+    def consume(self, warpgroup, *outs) -> None:
+        t = self.tiles
+        rows = self.load_rows(warpgroup)
         plgpu.barrier_wait(self.scratch["rows_here"].at[warpgroup])
         some = self.ranges["first"] < self.ranges["last"]
 
@@ -74,13 +76,13 @@ class _Block(RowBlock):
         def step(key_tile, carry, bounded=True, again=False):
             return self._step(warpgroup, key_tile, carry, rows, bounded, again)
 
-        carry = self.sweep(step, start)
+        carry = self.sweep(step)
 
         @pl.when(some & (warpgroup < t.consumers - 1))
         def _():
             self._pass_turn(warpgroup)
 
-        carry = self.sweep_again(warpgroup, partial(step, again=True), start, carry)
+        carry = self.sweep_again(warpgroup, partial(step, again=True), carry)
         self._store(warpgroup, carry, *outs)
 
     def _step(self, warpgroup, key_tile, carry, rows, bounded: bool, again: bool):

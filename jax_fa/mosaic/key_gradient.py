@@ -92,6 +92,11 @@ class _KeyGradient:
         self.sums_rows = "key" in parts and "bias_keys" in arrays
 
     @property
+    def columns(self) -> int:
+        """Of all sums."""
+        return sum({"key": self.D, "value": self.Dv}[name] for name in self.parts)
+
+    @property
     def block_keys(self) -> int:
         return ROWS * self.tiles.consumers
 
@@ -268,10 +273,6 @@ class _Block:
             source = self._keys_of(self.arrays[name], axes, warpgroup, n)
             plgpu.copy_gmem_to_smem(source, target, self.scratch["keys_here"].at[warpgroup])
         total = self._over_heads(self._count, jnp.int32(0))
-        columns = {"key": kernel.D, "value": kernel.Dv}
-        start = tuple(
-            plgpu.layout_cast(jnp.zeros((ROWS, columns[name]), jnp.float32), WGMMA) for name in kernel.parts
-        )
         plgpu.barrier_wait(self.scratch["keys_here"].at[warpgroup])
 
         def head(i, carry):
@@ -286,11 +287,19 @@ class _Block:
                 self._store_sum(warpgroup, i, over_rows, results["bias_keys"])
             return count, sums
 
-        _, sums = self._over_heads(head, (jnp.int32(0), start))
-        sums = self._again(warpgroup, total, start, sums)
+        _, sums = self._over_heads(head, (jnp.int32(0), self._start()))
+        sums = self._again(warpgroup, total, sums)
         self._store(warpgroup, dict(zip(kernel.parts, sums, strict=True)), results)
 
-    def _again(self, warpgroup, total, start, sums):
+    def _start(self) -> tuple[Any, ...]:
+        """The sums before any tile."""
+        kernel = self.kernel
+        columns = {"key": kernel.D, "value": kernel.Dv}
+        return tuple(
+            plgpu.layout_cast(jnp.zeros((ROWS, columns[name]), jnp.float32), WGMMA) for name in kernel.parts
+        )
+
+    def _again(self, warpgroup, total, sums):
         """The sums, or those of a careful pass where they are not finite: see careful.py."""
         if not careful.hides(self.arrays):
             return sums
@@ -320,7 +329,7 @@ class _Block:
             return count + 1, sums
 
         redo = careful.again(scratch, self.tiles.consumers)
-        return lax.cond(redo, lambda: self._over_rows(one, (jnp.int32(0), start))[1], lambda: sums)
+        return lax.cond(redo, lambda: self._over_rows(one, (jnp.int32(0), self._start()))[1], lambda: sums)
 
     def _keys_of(self, ref, axes: Axes, warpgroup, columns: int):
         keys = span(self._first_key(warpgroup), ROWS, ROWS)
@@ -417,7 +426,7 @@ class _Block:
         found = dict(zip(kernel.parts, sums, strict=True))
         if "key" in found:
             second = (scratch["value"].at[warpgroup], scratch["dout"].at[slot])
-            together = kernel.D <= MOST_TOGETHER
+            together = kernel.columns <= MOST_TOGETHER
             (p, slope, visible), dp = two_products(first, second, weights, together)
             kept = logits.keep(tile, read)
             if kept is not None:

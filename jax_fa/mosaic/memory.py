@@ -63,7 +63,7 @@ def multiply_add(acc, a, b, meanwhile=lambda: None):
 
 
 # Two tiles of logits at a time leave registers for sums of so many columns beside them.
-MOST_TOGETHER = 192
+MOST_TOGETHER = 128
 
 
 def two_products(first, second, between, together: bool):

@@ -57,20 +57,22 @@ def query_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Ti
 class _Block(RowBlock):
     kernel: "_QueryGradient"
 
-    def consume(self, warpgroup, *outs) -> None:
+    def start(self):
         kernel = self.kernel
-        rows = self.load_rows(warpgroup)
-        start = (
+        return (
             plgpu.layout_cast(jnp.zeros((ROWS, kernel.D), jnp.float32), WGMMA),
             *(plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW) for _ in kernel.sums),
         )
+
+    def consume(self, warpgroup, *outs) -> None:
+        rows = self.load_rows(warpgroup)
         plgpu.barrier_wait(self.scratch["rows_here"].at[warpgroup])
 
         def step(key_tile, carry, bounded=True, again=False):
             return self._step(warpgroup, key_tile, carry, rows, bounded, again)
 
-        carry = self.sweep(step, start)
-        carry = self.sweep_again(warpgroup, partial(step, again=True), start, carry)
+        carry = self.sweep(step)
+        carry = self.sweep_again(warpgroup, partial(step, again=True), carry)
         self._store(warpgroup, carry, *outs)
 
     def _step(self, warpgroup, key_tile, carry, rows, bounded: bool, again: bool):

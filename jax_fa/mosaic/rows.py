@@ -248,7 +248,11 @@ class RowBlock:
 
         return read
 
-    def sweep(self, step, start):
+    def start(self) -> tuple[Any, ...]:
+        """The sums before any tile. Made anew where it is needed, so that no register holds it meanwhile."""
+        raise NotImplementedError
+
+    def sweep(self, step):
         """`step(key_tile, carry, bounded)` over the key tiles to visit; `bounded`: some row may not see all of it."""
         first, inner_first, inner_last, last = (self.ranges[name] for name in RANGE)
 
@@ -257,13 +261,13 @@ class RowBlock:
                 return carry
             return lax.fori_loop(begin, end, lambda u, carry: step(u, carry, bounded), carry)
 
-        carry = start
+        carry = self.start()
         if "lower" in self.arrays:
             carry = run(first, inner_first, carry, True)
             first = inner_first
         return run(inner_last, last, run(first, inner_last, carry, False), True)
 
-    def sweep_again(self, warpgroup, step, start, carry):
+    def sweep_again(self, warpgroup, step, carry):
         """The result of a sweep, or of a careful one from the start where it is not finite: see careful.py.
 
         `step(key_tile, carry)` finds its tile in slot 0.
@@ -289,7 +293,7 @@ class RowBlock:
             return carry
 
         redo = careful.again(scratch, self.tiles.consumers)
-        return lax.cond(redo, lambda: lax.fori_loop(first, last, one, start), lambda: carry)
+        return lax.cond(redo, lambda: lax.fori_loop(first, last, one, self.start()), lambda: carry)
 
     def release(self, name: str, key_tile) -> None:
         """Tells the producer that a slot is free, if it is to be filled again."""
