@@ -117,13 +117,14 @@ def guarantee_custom_call(target: str) -> None:
 
 
 def compute_capability() -> str | None:
-    """That of the NVIDIA GPU which programs are lowered for, as "9.0"; None where it is not known.
+    """That of the NVIDIA GPU which programs are lowered for, as "9.0"; None where no GPU is known.
 
     An abstract device counts before those that are there: `use_abstract_mesh` with one lowers for a chip elsewhere.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform == "cuda":
-        return next((c for kind, c in _CAPABILITIES.items() if kind in abstract.device_kind), None)
+        name = abstract.device_kind
+        return next((c for kind, c in _CAPABILITIES.items() if kind in name), f"that of {name}")
     try:
         return str(jax.devices("cuda")[0].compute_capability)
     except RuntimeError:  # no such platform here

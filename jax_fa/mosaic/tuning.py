@@ -61,7 +61,7 @@ class Row:
 FORWARD = (
     Row(head_dim=64, tiles=Tiles(width=128, stages=4, consumers=3)),
     Row(head_dim=128, tiles=Tiles(width=128, stages=2, consumers=2)),
-    Row(head_dim=192, tiles=Tiles(width=128, stages=2, consumers=2)),
+    Row(head_dim=192, tiles=Tiles(width=64, stages=3, consumers=2)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=2)),
 )
 # The gradient of query holds two tiles of logits beside its sum.
@@ -141,9 +141,12 @@ def _shrinking(tiles: Tiles) -> Iterator[Tiles]:
 def candidates(which: Which, D: int, Dv: int) -> list[Tiles]:
     """Tiles worth measuring: those that fit, and whose sums and logits fit the registers."""
     found = []
-    sums = {"forward": Dv, "query_gradient": D, "key_gradient": max(D, Dv) if max(D, Dv) > 128 else D + Dv}[
-        which
-    ]
+    sums = {
+        "forward": Dv,
+        "query_gradient": D,
+        "key_gradient": max(D, Dv) if max(D, Dv) > 128 else D + Dv,
+        "bias_gradient": 64,  # a tile of logits, which the table counts with the others
+    }[which]
     for consumers in (2, 3):
         registers = Tiles.REGISTERS[consumers][0]
         for width in (64, 128, 192, 256):
