@@ -147,7 +147,9 @@ def candidates(which: Which, D: int, Dv: int) -> list[Tiles]:
         "key_gradient": max(D, Dv) if max(D, Dv) > 128 else D + Dv,
         "bias_gradient": 64,  # a tile of logits, which the table counts with the others
     }[which]
-    for consumers in (2, 3):
+    for consumers in (2, 3, 1):
+        if consumers == 1 and found:  # half the rows for every tile that moves: only where no more fit
+            break
         registers = Tiles.REGISTERS[consumers][0]
         for width in (64, 128, 192, 256):
             logits = width * (1.5 if which == "forward" else 2.5)
