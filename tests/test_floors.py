@@ -12,7 +12,7 @@ FLOORS = [
     {"problem", "compat", "_native"},
     {"masks", "softmax", "dropout", "tiles", "packed", "ascend.installation", "mosaic", "mosaic.widths"},
     {"mosaic.tuning", "mosaic.logits", "mosaic.memory"},
-    {"mosaic.geometry"},
+    {"mosaic.geometry", "mosaic.launch"},
     {"mosaic.operands"},
     {"mosaic.careful"},
     {"mosaic.rows"},

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry, clip_index, tile_at
+from jax_fa.mosaic.launch import launch
 from jax_fa.mosaic.logits import COLUMN, ROW, WGMMA, Tile
 from jax_fa.mosaic.memory import (
     MOST_TOGETHER,
@@ -112,37 +113,15 @@ class _BiasGradient:
             "read": plgpu.Barrier(num_barriers=t.stages, num_arrivals=t.consumers),
         }
 
-    def call(self, out):
-        g, t = self.g, self.tiles
-        return plgpu.kernel(
-            self._body,
-            out_type=(out,),
-            scratch_types=self.scratch(),
-            grid=(math.prod(self.full) * g.row_tiles * g.key_tiles,),
-            grid_names=("block",),
-            num_threads=t.consumers + 1,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(approx_math=True),
-            kernel_name="jax_fa_bias_gradient",
-        )(self.arrays)[0]
+    def call(self, out) -> jax.Array:
+        def block(arrays, scratch, index) -> _Block:
+            return _Block(self, arrays, scratch, index)
 
-    def _body(self, arrays, out, **scratch) -> None:
-        t = self.tiles
-        block = _Block(self, arrays, scratch, lax.axis_index("block"))
-        warpgroup = lax.axis_index("warpgroup")
-        consume, produce = t.REGISTERS[t.consumers]
-
-        @pl.when(warpgroup < t.consumers)
-        def _consume():
-            if t.consumers > 1:
-                plgpu.set_max_registers(consume, action="increase")
-            block.consume(warpgroup, out)
-
-        @pl.when(warpgroup == t.consumers)
-        def _produce():
-            if t.consumers > 1:
-                plgpu.set_max_registers(produce, action="decrease")
-            block.produce()
+        blocks = math.prod(self.full) * self.g.row_tiles * self.g.key_tiles
+        results = {"bias": out}
+        return launch("bias_gradient", self.tiles, blocks, block, self.arrays, results, self.scratch())[
+            "bias"
+        ]
 
 
 def _unravel(index, sizes: tuple[int, ...]) -> tuple:

@@ -48,8 +48,8 @@ def forward(problem: Problem, operands: Operands, tiles: Tiles):
     shape = stored_shape((*d.B, aligned_length(d.Sq), d.N, aligned_head_dim(d.Dv)), problem.out_axes)
     stats = jax.ShapeDtypeStruct(g.packed_shape, jnp.float32)
     results = {"out": jax.ShapeDtypeStruct(shape, operands.query.dtype), "m": stats, "l": stats}
-    out, m, l = _Forward(g, arrays).call("jax_fa_forward", results)
-    return cut(out, out_shape(problem, d)), g.unpack(m), g.unpack(l)
+    found = _Forward(g, arrays).call("forward", results)
+    return cut(found["out"], out_shape(problem, d)), g.unpack(found["m"]), g.unpack(found["l"])
 
 
 class _Block(RowBlock):

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa.mosaic import careful, logits
 from jax_fa.mosaic.geometry import Geometry, clip_index, tile_at
+from jax_fa.mosaic.launch import launch
 from jax_fa.mosaic.logits import ROW, WGMMA, Tile
 from jax_fa.mosaic.memory import (
     MOST_TOGETHER,
@@ -70,7 +71,7 @@ def key_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Tile
             results["bias_keys"] = jax.ShapeDtypeStruct(
                 (*d.B, d.N, kernel.key_blocks * kernel.block_keys), jnp.float32
             )
-        done = dict(zip(results, kernel.call(results), strict=True))
+        done = kernel.call(results)
         found |= {name: cut(x, full[name]) if name in full else x[..., : d.Skv] for name, x in done.items()}
     return found
 
@@ -142,39 +143,17 @@ class _KeyGradient:
             "dout_read": plgpu.Barrier(num_barriers=t.stages, num_arrivals=t.consumers),
         }
 
-    def call(self, results: dict[str, Any]):
-        g, t = self.g, self.tiles
-        return plgpu.kernel(
-            self._body,
-            out_type=tuple(results.values()),
-            scratch_types=self.scratch(),
-            grid=(self.key_blocks * g.dims.K * math.prod(g.dims.B),),
-            grid_names=("block",),
-            num_threads=t.consumers + 1,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(approx_math=True),
-            kernel_name="jax_fa_" + "_".join(self.parts) + "_gradient",
-        )(self.arrays)
-
-    def _body(self, arrays, *outs, **scratch) -> None:
-        d, t = self.g.dims, self.tiles
+    def call(self, results: dict[str, Any]) -> dict[str, jax.Array]:
+        d = self.g.dims
         shared = d.Sq * d.G * (d.D + d.Dv) * jnp.dtype(self.dtype).itemsize
-        where = self.g.deal(lax.axis_index("block"), self.key_blocks, d.K, shared, last_first=False)
-        block = _Block(self, arrays, scratch, *where)
-        warpgroup = lax.axis_index("warpgroup")
-        consume, produce = t.REGISTERS[t.consumers]
 
-        @pl.when(warpgroup < t.consumers)
-        def _consume():
-            if t.consumers > 1:
-                plgpu.set_max_registers(consume, action="increase")
-            block.consume(warpgroup, *outs)
+        def block(arrays, scratch, index) -> _Block:
+            where = self.g.deal(index, self.key_blocks, d.K, shared, last_first=False)
+            return _Block(self, arrays, scratch, *where)
 
-        @pl.when(warpgroup == t.consumers)
-        def _produce():
-            if t.consumers > 1:
-                plgpu.set_max_registers(produce, action="decrease")
-            block.produce()
+        name = "_".join(self.parts) + "_gradient"
+        blocks = self.key_blocks * d.K * math.prod(d.B)
+        return launch(name, self.tiles, blocks, block, self.arrays, results, self.scratch())
 
 
 class _Block:

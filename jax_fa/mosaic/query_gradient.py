@@ -47,11 +47,8 @@ def query_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Ti
     stats = jax.ShapeDtypeStruct(g.packed_shape, jnp.float32)
     results: dict[str, Any] = {"query": jax.ShapeDtypeStruct(padded.shape, padded.dtype)}
     results |= dict.fromkeys(kernel.sums, stats)
-    found = kernel.call("jax_fa_query_gradient", results)
-    gradient, *sums = found
-    return {"query": cut(gradient, full)} | {
-        name: g.unpack(x) for name, x in zip(kernel.sums, sums, strict=True)
-    }
+    found = kernel.call("query_gradient", results)
+    return {"query": cut(found["query"], full)} | {name: g.unpack(found[name]) for name in kernel.sums}
 
 
 class _Block(RowBlock):

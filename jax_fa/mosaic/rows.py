@@ -8,6 +8,7 @@ sees whole are not compared with bounds.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -15,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa.mosaic import careful, logits
 from jax_fa.mosaic.geometry import Geometry, clip_index, tile_at
+from jax_fa.mosaic.launch import launch
 from jax_fa.mosaic.logits import ROW, WGMMA, Tile
 from jax_fa.mosaic.memory import arrive_if, atom_of, registers, span, swizzled, wait_if
 from jax_fa.mosaic.operands import BY_KEY, BY_ROW, BY_TILE, RANGE, Arrays
@@ -74,42 +76,17 @@ class RowKernel:
     def _copies_with_key(self) -> int:
         return 1 + len(self.by_tile) * self.tiles.consumers * self.g.heads + len(self.by_key)
 
-    def call(self, name: str, out_type):
-        """Runs the kernel; `out_type` is a dict of shapes by name."""
-        g, t = self.g, self.tiles
-        return plgpu.kernel(
-            self._body,
-            out_type=tuple(out_type.values()),
-            scratch_types=self.scratch(),
-            grid=(g.row_tiles * g.units * math.prod(g.dims.B),),
-            grid_names=("block",),
-            num_threads=t.consumers + 1,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(approx_math=True),
-            kernel_name=name,
-        )(self.arrays)
+    def call(self, name: str, results: dict[str, Any]) -> dict[str, jax.Array]:
+        """Runs the kernel; `results` are shapes by name."""
+        g, d = self.g, self.g.dims
+        shared = d.Skv * (d.D + d.Dv) * jnp.dtype(self.dtype).itemsize * g.heads // d.G
 
-    def _body(self, arrays, *outs, **scratch) -> None:
-        d, t = self.g.dims, self.tiles
-        shared = d.Skv * (d.D + d.Dv) * jnp.dtype(self.dtype).itemsize * self.g.heads // d.G
-        batch, unit, tile = self.g.deal(
-            lax.axis_index("block"), self.g.row_tiles, self.g.units, shared, last_first=True
-        )
-        block = self.block(self, arrays, scratch, batch, unit, tile)
-        warpgroup = lax.axis_index("warpgroup")
-        consume, produce = t.REGISTERS[t.consumers]
+        def block(arrays, scratch, index) -> RowBlock:
+            where = g.deal(index, g.row_tiles, g.units, shared, last_first=True)
+            return self.block(self, arrays, scratch, *where)
 
-        @pl.when(warpgroup < t.consumers)
-        def _consume():
-            if t.consumers > 1:
-                plgpu.set_max_registers(consume, action="increase")
-            block.consume(warpgroup, *outs)
-
-        @pl.when(warpgroup == t.consumers)
-        def _produce():
-            if t.consumers > 1:
-                plgpu.set_max_registers(produce, action="decrease")
-            block.produce()
+        blocks = g.row_tiles * g.units * math.prod(d.B)
+        return launch(name, self.tiles, blocks, block, self.arrays, results, self.scratch())
 
 
 class RowBlock:

@@ -140,7 +140,7 @@ def _shrinking(tiles: Tiles) -> Iterator[Tiles]:
 
 def candidates(which: Which, D: int, Dv: int) -> list[Tiles]:
     """Tiles worth measuring: those that fit, and whose sums and logits fit the registers."""
-    found = []
+    found: list[Tiles] = []
     sums = {
         "forward": Dv,
         "query_gradient": D,
