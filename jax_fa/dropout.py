@@ -26,13 +26,17 @@ from jax_fa.problem import Shape, Size
 BLOCK = 32  # columns whose counters lie together
 
 
-def philox4x32(counter, key, rounds: int = 10):
-    """Philox4x32: four uint32 words from a counter of four words and a key of two (arrays broadcast)."""
+def philox4x32(counter, key, rounds: int = 10, multiply=None):
+    """Philox4x32: four uint32 words from a counter of four words and a key of two (arrays broadcast).
+
+    `multiply(a, b)` gives the high and low words of a product, for a backend that has better means than 32 bits.
+    """
+    multiply = multiply or _multiply_full
     c0, c1, c2, c3 = (jnp.asarray(c, jnp.uint32) for c in counter)
     k0, k1 = (jnp.asarray(k, jnp.uint32) for k in key)
     for _ in range(rounds):
-        hi0, lo0 = _multiply_full(c0, 0xD2511F53)
-        hi1, lo1 = _multiply_full(c2, 0xCD9E8D57)
+        hi0, lo0 = multiply(c0, 0xD2511F53)
+        hi1, lo1 = multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = k0 + np.uint32(0x9E3779B9), k1 + np.uint32(0xBB67AE85)
     return c0, c1, c2, c3

@@ -9,6 +9,10 @@ _FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )
+# Pallas' interpreter of GPU kernels has its threads wait for one another in XLA's pool, which has one per core, or
+# per device. For this process alone: those that tests start have pools as they would without it.
+_NPROC = os.environ.get("NPROC")
+os.environ["NPROC"] = _NPROC or "16"
 os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
 
 import cases
@@ -37,6 +41,8 @@ settings.register_profile(
 settings.load_profile("jax_fa")
 
 PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+if _NPROC is None:  # the pool exists now
+    del os.environ["NPROC"]
 # A call of up to ONE_TILE_ELEMENTS logits would be a single tile.
 _SMALL = {"MIN_TILE": cases.ROWS, "MAX_ROWS": cases.ROWS, "MAX_KEYS": cases.KEYS, "ONE_TILE_ELEMENTS": 0}
 _REAL = {name: getattr(xla, name) for name in _SMALL}

@@ -338,8 +338,8 @@ class _Block:
             return lax.fori_loop(begin, end, step, carry)
 
         first, inner_first, inner_last, last = (ranges[name] for name in RANGE)
-        if "ranges" not in self.arrays:
-            return run(first, last, carry, False)
+        if "ranges" not in self.arrays or "seed" in self.arrays:  # drawing bits costs more than comparing
+            return run(first, last, carry, "ranges" in self.arrays)
         carry = run(first, inner_first, carry, True)
         return run(inner_last, last, run(inner_first, inner_last, carry, False), True)
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -149,6 +151,18 @@ def keep(tile: Tile, read: Read):
     return (_numbers_by_row if tile.row_axis == 0 else _numbers_by_key)(tile, read, seed) < threshold
 
 
+def _philox(counter, seed):
+    return dropout.philox4x32(counter, seed, multiply=_multiply_wide)
+
+
+def _multiply_wide(a, b: int):
+    """The high and low words of a product: one instruction on the chip, but 64 bits, which JAX hides by default."""
+    with jax.enable_x64(True):
+        product = lax.convert_element_type(a, np.uint64) * np.uint64(b)
+        high = lax.shift_right_logical(product, np.uint64(32))
+        return lax.convert_element_type(high, np.uint32), lax.convert_element_type(product, np.uint32)
+
+
 def _half(word, odd):
     return jnp.where(odd, lax.shift_right_logical(word, jnp.uint32(16)), word & jnp.uint32(0xFFFF))
 
@@ -166,7 +180,7 @@ def _numbers_by_row(tile: Tile, read: Read, seed):
     for block in range(-(-columns // dropout.BLOCK)):
         at = lax.div(tile.first_key, dropout.BLOCK) + block
         counter = (at * 4 + lax.shift_right_logical(column, 1)).astype(jnp.uint32)
-        words = dropout.philox4x32((counter, row, head, batch), seed)
+        words = _philox((counter, row, head, batch), seed)
         pieces += [_half(word, odd) for word in words[: (columns - block * dropout.BLOCK) // SPAN]]
     return jnp.concatenate(pieces, axis=1)
 
@@ -185,9 +199,8 @@ def _numbers_by_key(tile: Tile, read: Read, seed):
     for at in range(0, rows, SPAN):
         inside = slice(at, at + SPAN)
         row = (first + at).astype(jnp.uint32)
-        words = dropout.philox4x32(
-            (counter, row, tile.rows(head[inside], part), tile.rows(batch[inside], part)), seed
-        )
+        parts = (tile.rows(x[inside], part) for x in (head, batch))
+        words = _philox((counter, row, *parts), seed)
         word = words[0]
         for i in (1, 2, 3):
             word = jnp.where(which == i, words[i], word)

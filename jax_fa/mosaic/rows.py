@@ -239,6 +239,12 @@ class RowBlock:
             return lax.fori_loop(begin, end, lambda u, carry: step(u, carry, bounded), carry)
 
         carry = self.start()
+        if (
+            "seed" in self.arrays
+        ):  # beside drawing bits, comparing costs nothing: one loop to compile, not three
+            return run(
+                first, last, carry, bool("ranges" in self.arrays or self.g.dims.Skv % self.tiles.width)
+            )
         if "lower" in self.arrays:
             carry = run(first, inner_first, carry, True)
             first = inner_first
