@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from jax_fa import api
+from jax_fa.backends import mosaic
 from jax_fa.mosaic import geometry, operands, tuning
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.operands import RANGE, aligned, aligned_head_dim, aligned_length, visibility
@@ -337,3 +339,40 @@ def test_ranges_of_row_tiles_hold_all_that_sees_a_block_of_keys(case):
     # Rows that do not exist see nothing, and have no weight.
     assert not np.asarray(found["upper"])[..., d.Sq :].any()
     assert (np.asarray(found["logsumexp"])[..., d.Sq :] == operands.Saved.NOTHING).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bias", "said"),
+    [
+        ((64, 64), (1, 1, 64, 64), ()),
+        (
+            (65, 64),
+            None,
+            ("query (1, 65, 2, 64) is copied once, padded to (1, 72, 2, 64)",),
+        ),
+        (
+            (64, 1001),
+            (1, 1, 64, 1001),
+            (
+                "key (1, 1001, 2, 64) is copied once, padded to (1, 1008, 2, 64)",
+                "value (1, 1001, 2, 64) is copied once, padded to (1, 1008, 2, 64)",
+                "bias bfloat16[1, 1, 64, 1001] is copied once, to bfloat16[1, 1, 64, 1008]",
+            ),
+        ),
+    ],
+)
+def test_copies_are_announced(lengths, bias, said):
+    """`explain` shows what a call costs that an aligned one would not."""
+    Sq, Skv = lengths
+    query = jax.ShapeDtypeStruct((1, Sq, 2, 64), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((1, Skv, 2, 64), jnp.bfloat16)
+    array = None if bias is None else jax.ShapeDtypeStruct(bias, jnp.bfloat16)
+    problems = []
+
+    def ask(query, key, value, bias):
+        problem, found = api.flash_attention_request(query, key, value, bias=bias)
+        problems.append(problem)
+        return found
+
+    avals = jax.eval_shape(ask, query, key, key, array)
+    assert mosaic.notes(problems[0], avals) == said

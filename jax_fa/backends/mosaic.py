@@ -78,6 +78,29 @@ def _is_tile(x) -> bool:
     return x is not None and x.shape[-2] > 1 and x.shape[-1] > 1
 
 
+def notes(problem: Problem, operands: Operands) -> tuple[str, ...]:
+    """Copies that this call costs and an aligned one would not."""
+    from jax_fa.mosaic.operands import aligned, whole_rows
+
+    found = []
+    for array in ("query", "key", "value"):
+        x = getattr(operands, array)
+        axes = getattr(problem, f"{array}_axes")
+        padded = jax.eval_shape(lambda x, axes=axes: aligned(x, axes), x)
+        if padded.shape != x.shape:
+            found.append(f"{array} {x.shape} is copied once, padded to {padded.shape}")
+    for array in ("bias", "mask"):
+        x = getattr(operands, array)
+        if not _is_tile(x):
+            continue
+        padded = jax.eval_shape(whole_rows, x)
+        if padded.shape != x.shape or padded.dtype != x.dtype:
+            found.append(
+                f"{array} {x.dtype}{list(x.shape)} is copied once, to {padded.dtype}{list(padded.shape)}"
+            )
+    return tuple(found)
+
+
 def _tiles(which: tuning.Which, problem: Problem, operands: Operands) -> tuning.Tiles | None:
     d = dims(problem, operands)
     whole = [

@@ -87,7 +87,7 @@ def visibility(g: Geometry, operands: Operands) -> Arrays:
     if mask is not None and mask.shape[-2] == 1:
         found["mask_keys"] = _per_key(mask, g.key_tiles * g.tiles.width)
     elif mask is not None:
-        found["mask_tile"] = _whole_rows(_readable(mask))
+        found["mask_tile"] = whole_rows(mask)
     return found
 
 
@@ -141,7 +141,7 @@ def additive(g: Geometry, operands: Operands) -> Arrays:
     elif bias is not None and bias.shape[-2] == 1:
         found["bias_keys"] = _per_key(bias, g.key_tiles * g.tiles.width)
     elif bias is not None:
-        found["bias_tile"] = _whole_rows(_readable(bias))
+        found["bias_tile"] = whole_rows(bias)
     if operands.alibi_slopes is not None:
         slopes = operands.alibi_slopes.astype(jnp.float32)
         found["slopes"] = g.pack(jnp.broadcast_to(slopes[..., None], (*slopes.shape, g.dims.Sq)))
@@ -170,8 +170,9 @@ def _readable(x: jax.Array) -> jax.Array:
     return x if x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
 
 
-def _whole_rows(x: jax.Array) -> jax.Array:
-    """`... Sq Skv` with rows of whole swizzle atoms (16 elements at least, 16 bytes) in groups of 8."""
+def whole_rows(x: jax.Array) -> jax.Array:
+    """`... Sq Skv` that tiles are copied from: rows of whole swizzle atoms (16 elements at least), in groups of 8."""
+    x = _readable(x)
     *_, Sq, Skv = x.shape
     extra = (aligned_length(Sq) - Sq, -Skv % max(16, 32 // x.dtype.itemsize))
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra[0]), (0, extra[1])]) if any(extra) else x
@@ -210,7 +211,7 @@ def for_keys(g: Geometry, operands: Operands, saved: Saved) -> Arrays:
         elif x.shape[-2] == 1:
             found[f"{name}_keys"] = _per_key(x, keys)
         else:
-            found[f"{name}_tile"] = _whole_rows(jnp.swapaxes(_readable(x), -1, -2))
+            found[f"{name}_tile"] = whole_rows(jnp.swapaxes(x, -1, -2))
     if operands.alibi_slopes is not None:
         found["slopes"] = per_row(operands.alibi_slopes.astype(jnp.float32)[..., None])
     if operands.dropout_seed is not None:
