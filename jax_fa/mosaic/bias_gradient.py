@@ -30,17 +30,7 @@ from jax_fa.mosaic.memory import (
     two_products,
     wait_if,
 )
-from jax_fa.mosaic.operands import (
-    BY_KEY,
-    BY_ROW,
-    Arrays,
-    Saved,
-    additive,
-    aligned,
-    cut,
-    dropping,
-    visibility,
-)
+from jax_fa.mosaic.operands import BY_KEY, BY_ROW, Arrays, Saved, by_rows, cut, stored
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.mosaic.widths import padded_head_dim
 from jax_fa.problem import Axes, Operands, Problem
@@ -53,15 +43,8 @@ def bias_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Til
     g = Geometry.of(problem, operands, tiles, pack=False)
     d, bias = g.dims, operands.bias
     arrays = {
-        "query": aligned(operands.query, problem.query_axes),
-        "key": aligned(operands.key, problem.key_axes),
-        "value": aligned(operands.value, problem.value_axes),
-        "dout": aligned(saved.dout, problem.out_axes),
-        "logsumexp": g.pack(saved.logsumexp, saved.NOTHING),
-        "delta": g.pack(saved.delta),
-        **visibility(g, operands),
-        **additive(g, operands),
-        **dropping(g, operands),
+        **stored(problem, operands, saved),
+        **by_rows(g, operands, saved),
     }
     full = tuple(
         size if i < problem.mapped or bias.shape[i] != 1 else 1 for i, size in enumerate((*d.B, d.N))

@@ -18,15 +18,7 @@ from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.logits import LOG2E, ROW, WGMMA
 from jax_fa.mosaic.memory import hidden, multiply_add, one_product, swizzled
-from jax_fa.mosaic.operands import (
-    additive,
-    aligned,
-    aligned_head_dim,
-    aligned_length,
-    cut,
-    dropping,
-    visibility,
-)
+from jax_fa.mosaic.operands import aligned_head_dim, aligned_length, by_rows, cut, stored
 from jax_fa.mosaic.rows import RowBlock, RowKernel
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.problem import Operands, Problem, out_shape, stored_shape
@@ -37,12 +29,8 @@ def forward(problem: Problem, operands: Operands, tiles: Tiles):
     """(out, softmax max, softmax sum), as a backend returns them."""
     g = Geometry.of(problem, operands, tiles)
     arrays = {
-        "query": aligned(operands.query, problem.query_axes),
-        "key": aligned(operands.key, problem.key_axes),
-        "value": aligned(operands.value, problem.value_axes),
-        **visibility(g, operands),
-        **additive(g, operands),
-        **dropping(g, operands),
+        **stored(problem, operands),
+        **by_rows(g, operands),
     }
     d = g.dims
     shape = stored_shape((*d.B, aligned_length(d.Sq), d.N, aligned_head_dim(d.Dv)), problem.out_axes)

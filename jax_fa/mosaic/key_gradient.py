@@ -34,7 +34,18 @@ from jax_fa.mosaic.memory import (
     two_products,
     wait_if,
 )
-from jax_fa.mosaic.operands import BY_KEY, BY_ROW, BY_TILE, RANGE, Arrays, Saved, aligned, cut, for_keys
+from jax_fa.mosaic.operands import (
+    BY_KEY,
+    BY_ROW,
+    BY_TILE,
+    RANGE,
+    Arrays,
+    Saved,
+    aligned,
+    cut,
+    for_keys,
+    stored,
+)
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.mosaic.widths import padded_head_dim
 from jax_fa.problem import Axes, Operands, Problem, stored_shape
@@ -47,10 +58,7 @@ def key_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Tile
     rows, where bias has one number per key."""
     g = Geometry.of(problem, operands, tiles)
     arrays = {
-        "query": aligned(operands.query, problem.query_axes),
-        "key": aligned(operands.key, problem.key_axes),
-        "value": aligned(operands.value, problem.value_axes),
-        "dout": aligned(saved.dout, problem.out_axes),
+        **stored(problem, operands, saved),
         **for_keys(g, operands, saved),
     }
     d = g.dims

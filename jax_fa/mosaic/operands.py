@@ -75,6 +75,23 @@ def aligned_head_dim(D: int) -> int:
     return -(-D // 8) * 8 if D <= 64 else padded_head_dim(D)
 
 
+def stored(problem: Problem, operands: Operands, saved: Saved | None = None) -> Arrays:
+    """Query, key and value, and dout in the backward, as they are stored."""
+    found: Arrays = {
+        name: aligned(getattr(operands, name), getattr(problem, f"{name}_axes"))
+        for name in ("query", "key", "value")
+    }
+    return found if saved is None else found | {"dout": aligned(saved.dout, problem.out_axes)}
+
+
+def by_rows(g: Geometry, operands: Operands, saved: Saved | None = None) -> Arrays:
+    """The rest, for kernels in which rows stay: numbers per row in packed order."""
+    found = visibility(g, operands) | additive(g, operands) | dropping(g, operands)
+    if saved is None:
+        return found
+    return found | {"logsumexp": g.pack(saved.logsumexp, saved.NOTHING), "delta": g.pack(saved.delta)}
+
+
 def visibility(g: Geometry, operands: Operands) -> Arrays:
     """Bounds per row, which key tiles a tile of rows visits, and masks of one number per key.
 

@@ -17,7 +17,7 @@ from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.logits import ROW, WGMMA
 from jax_fa.mosaic.memory import MOST_TOGETHER, hidden, multiply_add, two_products
-from jax_fa.mosaic.operands import Saved, additive, aligned, cut, dropping, visibility
+from jax_fa.mosaic.operands import Saved, aligned, by_rows, cut, stored
 from jax_fa.mosaic.rows import RowBlock, RowKernel
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.problem import Operands, Problem, stored_shape
@@ -30,15 +30,8 @@ def query_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Ti
     """
     g = Geometry.of(problem, operands, tiles)
     arrays = {
-        "query": aligned(operands.query, problem.query_axes),
-        "key": aligned(operands.key, problem.key_axes),
-        "value": aligned(operands.value, problem.value_axes),
-        "dout": aligned(saved.dout, problem.out_axes),
-        "logsumexp": g.pack(saved.logsumexp, saved.NOTHING),
-        "delta": g.pack(saved.delta),
-        **visibility(g, operands),
-        **additive(g, operands),
-        **dropping(g, operands),
+        **stored(problem, operands, saved),
+        **by_rows(g, operands, saved),
     }
     d = g.dims
     kernel = _QueryGradient(g, arrays)
