@@ -129,7 +129,10 @@ def test_losses_that_differ_give_1(one_case, capsys, monkeypatch):
         (["--batch", "two"], "argument --batch: must be a positive integer; got 'two'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--seq-len", "100000000"], "seq_len must be less than the text's"),
-        (["--implementation", "nope"], "implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'"),
+        (
+            ["--implementation", "nope"],
+            "implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'",
+        ),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
