@@ -71,7 +71,7 @@ class Logits:
 
 
 def exponent_factor(problem: Problem, plain: bool) -> float:
-    """c, and whether it holds the scale: it can where a larger product means a larger logit."""
+    """c; it holds the scale where nothing else is done to the product, and a larger one means a larger logit."""
     return problem.scale * LOG2E if plain and problem.scale > 0 else LOG2E
 
 

@@ -47,9 +47,8 @@ def arrive_if(condition, barrier) -> None:
 
 def multiply_add(acc, a, b, meanwhile=lambda: None):
     """acc + a b, of an array a and a tile b in shared memory; `meanwhile` runs while the product does."""
-    if (
-        compat.interpreting_gpu()
-    ):  # which knows the matrix unit with both operands in memory and a sum from 0 only
+    # The interpreter knows the matrix unit with both operands in memory and a sum from 0 only.
+    if compat.interpreting_gpu():
         meanwhile()
         acc = acc + jnp.dot(a, b[...], preferred_element_type=acc.dtype)
         plgpu.commit_smem()  # what is read here in the ordinary way, the matrix unit reads as the copy engine writes
