@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import backends, compat, masks, request
+from jax_fa import backends, compat, integers, masks, request
 from jax_fa.attention import attention
 from jax_fa.masks import Mask
 from jax_fa.problem import Operands, Problem
@@ -160,7 +161,7 @@ def dot_product_attention_request(
         None if mask is None else masks.Dense(jnp.asarray(mask)),
         masks.Causal() if is_causal else None,
         _window(local_window_size),
-        _lengths(query_seq_lengths, key_value_seq_lengths, query.shape[0]),
+        _lengths(query_seq_lengths, key_value_seq_lengths, query.shape, key.shape),
     ):
         if given is not None:
             combined = given if combined is None else combined & given
@@ -188,26 +189,30 @@ def _four_dims(name: str, x):
 
 
 def _window(size) -> Mask | None:
+    """jax.nn's window as a band: the sizes may be negative, and be data."""
     if size is None:
         return None
-    if isinstance(size, int) and not isinstance(size, bool):
+    if integers.is_int(size) or (hasattr(size, "shape") and np.shape(size) == ()):
         size = (size, size)
-    if not isinstance(size, Sequence) or len(size) != 2:
+    if not isinstance(size, Sequence) and np.shape(size) == (2,):
+        size = tuple(size)
+    if not isinstance(size, Sequence) or len(size) != 2 or any(np.shape(x) for x in size):
         raise ValueError(f"local_window_size must be an int, a pair (left, right) or None; got {size!r}.")
     return masks.Band(*size)
 
 
-def _lengths(query, key, batch: int) -> Mask | None:
-    arrays = []
-    for name, x in (("query_seq_lengths", query), ("key_value_seq_lengths", key)):
+def _lengths(query, key, query_shape, key_shape) -> Mask | None:
+    """As in jax.nn, lengths beyond the arrays mean all of them, and negative ones none."""
+    found = {}
+    for name, x, shape in (("query", query, query_shape), ("key_value", key, key_shape)):
         if x is not None:
             x = jnp.asarray(x)
             if not jnp.issubdtype(x.dtype, jnp.integer):
-                raise TypeError(f"{name} must hold integers; got dtype {x.dtype}.")
-            if x.shape != (batch,):
-                raise ValueError(f"{name} must have shape (B,)={(batch,)}; got {x.shape}.")
-        arrays.append(x)
-    return None if query is None and key is None else masks.Lengths(*arrays)
+                raise TypeError(f"{name}_seq_lengths must hold integers; got dtype {x.dtype}.")
+            if x.shape != shape[:1]:
+                raise ValueError(f"{name}_seq_lengths must have shape (B,)={shape[:1]}; got {x.shape}.")
+            found[name.removesuffix("_value")] = jnp.clip(integers.int32(x), 0, shape[1])
+    return masks.Lengths(**found) if found else None
 
 
 def flash_attention(

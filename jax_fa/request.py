@@ -47,7 +47,7 @@ def build(
     Skv, batch = canonical_shape(key.shape, axes)[rank], tuple(B)
     acc = accumulator_dtype(query.dtype)
     query, static_scale = _scale(query, scale, D)
-    lower, upper, dense = masks.intervals(mask, batch, N, Sq, Skv)
+    lower, upper, dense, segment_row, segment_key = masks.intervals(mask, batch, N, Sq, Skv)
     seed = stream = None
     rate = _dropout_rate(dropout_rate, dropout_key)
     if rate:

@@ -9,7 +9,8 @@ import jax_fa
 
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
-    {"problem", "compat", "_native"},
+    {"problem", "compat", "_native", "integers"},
+    {"segments"},
     {"masks", "softmax", "dropout", "tiles", "packed", "ascend.installation", "mosaic", "mosaic.widths"},
     {"mosaic.tuning", "mosaic.logits", "mosaic.memory"},
     {"mosaic.geometry", "mosaic.launch"},
