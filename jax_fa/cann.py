@@ -202,6 +202,9 @@ def flash_attention_score_request(
     terms = positional.terms(
         pse, pse_type, scale=scale_value, dtype=query.dtype, d=d, packed=sequences, causal=sparse.causal()
     )
+    if terms.alibi and sparse_mode == 6 and sequences is not None and terms.position is None:
+        # What extends causal to a prefix there is the band's offset, which does not move the rows.
+        terms = terms._replace(position=jnp.arange(d.Sq, dtype=jnp.int32)[None])
     drop_bits, drop_offset = _dropout(drop_mask, keep_prob, d, sequences)
     problem, operands = request.build(
         query,

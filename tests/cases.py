@@ -129,9 +129,13 @@ class Case:
 
     def position(self) -> np.ndarray:
         return np.arange(self.Sq) if self.mask is None else KINDS[self.mask].position(self)
+    @property
+    def keep_prob(self) -> float:
+        """Of 2**16 numbers, how many keep their weight."""
+        return round((1 - self.dropout) * 65536) / 65536
 
     def keep(self) -> np.ndarray | None:
-        return oracle.keep_bits(self.seed(), self.full, 1 - self.dropout) if self.dropout else None
+        return oracle.keep_bits(self.seed(), self.full, self.keep_prob) if self.dropout else None
 
     def library_mask(self):
         return None if self.mask is None else KINDS[self.mask].make(self)
@@ -181,7 +185,7 @@ def expected(case: Case) -> tuple[oracle.Attention, dict[str, np.ndarray]]:
         soft_cap=case.soft_cap,
         position=case.position(),
         keep=case.keep(),
-        keep_prob=1 - case.dropout,
+        keep_prob=case.keep_prob,
     )
     return found, found.gradients(*case.cotangents())
 
@@ -203,7 +207,7 @@ def naive(case: Case):
         case.cotangents(),
         scale=np.float32(case.D**-0.5 if case.scale is None else case.scale),
         soft_cap=None if case.soft_cap is None else np.float32(case.soft_cap),
-        keep_prob=np.float32(1 - case.dropout),
+        keep_prob=np.float32(case.keep_prob),
         position=np.broadcast_to(case.position(), (*case.B, 1, case.Sq)),
     )
     return jax.tree.map(np.asarray, found)
