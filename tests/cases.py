@@ -308,7 +308,7 @@ def _both(*kinds: str, position: str | None = None) -> Kind:
             found = found & KINDS[kind].visible(case)
         return found
 
-    return Kind(make, visible) if position is None else Kind(make, visible, KINDS[position].position)
+    return Kind(make, visible, lambda c: KINDS[position].position(c) if position else np.arange(c.Sq))
 
 
 def _corner(case: Case) -> np.ndarray:
@@ -329,7 +329,7 @@ def _aligned_corner(case: Case) -> np.ndarray:
 
 def _window_data(case: Case) -> np.ndarray:
     """A window for each batch entry, of which some are unbounded to the left."""
-    left, right = (x[..., None, None] for x in (_batch(case, 6, -1), _batch(case, 0, 3)))
+    left, right = (x[..., None, None, None] for x in (_batch(case, 6, -1), _batch(case, 0, 3)))
     return oracle.band(case.Sq, case.Skv, np.where(left < 0, case.Sq + case.Skv, left), right, BOTTOM)
 
 
