@@ -331,7 +331,7 @@ def assemble_all(tools: assembler.Tools, todo: list[Case], report: Report, jobs:
 def main() -> int:
     options = _parser().parse_args()
     if jax.__version_info__[:2] < OLDEST:
-        print(f"The kernels need jax 0.11 or newer; this is jax {jax.__version__}.")
+        print(f"The kernels need jax 0.11 or newer, and that Python 3.12; this is jax {jax.__version__}.")
         return 2
     with tempfile.TemporaryDirectory() as folder:
         try:
