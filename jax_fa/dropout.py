@@ -15,6 +15,7 @@ blocks of 8 columns, so the same layout is cheap on GPUs and CPUs.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,18 +134,22 @@ def dropout_mask(
     Source: Philox4x32-10, Salmon et al., SC'11; bit order of aclnnFlashAttentionScore's dropMaskOptional.
     """
     arguments.random_key("dropout_key", dropout_key)
-    arguments.number("dropout_rate", dropout_rate, "a Python number in [0, 1)")
-    if isinstance(dropout_rate, jax.core.Tracer) or np.ndim(dropout_rate):
-        raise TypeError(
-            f"dropout_rate must be a Python number in [0, 1); got {arguments.shown(dropout_rate)}. "
-            "Under jax.jit make it a static argument (static_argnames)."
-        )
-    if not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"dropout_rate must be in [0, 1); got {dropout_rate}.")
-    sizes = _sizes(shape)
+    rate, sizes = _rate(dropout_rate), _sizes(shape)
     if 0 in sizes:
         return jnp.zeros((0,), jnp.uint8)
-    return _packed(seed_words(dropout_key), 1.0 - float(dropout_rate), sizes)
+    return _packed(seed_words(dropout_key), 1.0 - rate, sizes)
+
+
+def _rate(rate: Any) -> float:
+    arguments.number("dropout_rate", rate, "a Python number in [0, 1)")
+    if isinstance(rate, jax.core.Tracer) or np.ndim(rate):
+        raise TypeError(
+            f"dropout_rate must be a Python number in [0, 1); got {arguments.shown(rate)}. "
+            "Under jax.jit make it a static argument (static_argnames)."
+        )
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1); got {rate}.")
+    return float(rate)
 
 
 def _sizes(shape) -> tuple[int, ...]:

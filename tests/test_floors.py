@@ -9,7 +9,7 @@ import jax_fa
 
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
-    {"problem", "compat", "arguments", "native", "_native"},
+    {"problem", "compat", "arguments", "native", "program", "_native"},
     {"masks", "softmax", "dropout", "tiles", "packed", "ascend.installation", "mosaic", "mosaic.widths"},
     {"mosaic.tuning", "mosaic.logits", "mosaic.memory"},
     {"mosaic.geometry", "mosaic.launch"},
