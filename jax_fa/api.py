@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import backends, compat, masks, request
+from jax_fa import arguments, backends, compat, masks, request
 from jax_fa.attention import attention
 from jax_fa.masks import Mask
 from jax_fa.problem import Operands, Problem
@@ -30,6 +31,7 @@ _LAYOUTS = {
 Like = ArrayLike | Sequence[Any]
 
 
+@arguments.entry
 def dot_product_attention(
     query: Like,
     key: Like,
@@ -85,7 +87,7 @@ def dot_product_attention(
         the dtype's lowest finite number.
       * NaN and infinity in keys and values that a row does not see do not reach it.
       * float64 inputs are computed in float64 throughout.
-      * `implementation` takes this library's names, not "cudnn".
+      * `implementation` takes this library's names: "xla" is one of them, "cudnn" is not.
       * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
 
     Raises:
@@ -142,6 +144,8 @@ def dot_product_attention_request(
     logits_soft_cap=None,
 ) -> tuple[Problem, Operands]:
     backends.check_implementation(implementation)
+    arguments.flag("return_residual", return_residual)
+    _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     query, key, value = (
         _four_dims(name, x) for name, x in (("query", query), ("key", key), ("value", value))
     )
@@ -151,14 +155,10 @@ def dot_product_attention_request(
             "(jax_fa.flash_attention takes values of another head_dim.)"
         )
     combined: Mask | None = None
-    for name, x in (("bias", bias), ("mask", mask)):
-        if isinstance(x, Mask):
-            raise TypeError(f"{name} must be an array; got {x!r}. Structured masks: jax_fa.flash_attention.")
-        if x is not None and jnp.ndim(x) > 4:
-            raise ValueError(f"{name} must have at most 4 dimensions; got shape {jnp.shape(x)}.")
+    bias, mask = _at_most_four_dims("bias", bias), _at_most_four_dims("mask", mask)
     for given in (
-        None if mask is None else masks.Dense(jnp.asarray(mask)),
-        masks.Causal() if is_causal else None,
+        None if mask is None else masks.Dense(mask),
+        masks.Causal() if arguments.flag("is_causal", is_causal) else None,
         _window(local_window_size),
         _lengths(query_seq_lengths, key_value_seq_lengths, query.shape[0]),
     ):
@@ -180,8 +180,36 @@ def dot_product_attention_request(
     )
 
 
+def _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key) -> None:
+    if scale is not None:
+        arguments.number("scale", scale, "a number or None")
+    if logits_soft_cap is not None:
+        arguments.number("logits_soft_cap", logits_soft_cap, "a positive number or None")
+    arguments.number("dropout_rate", dropout_rate, "a number in [0, 1)")
+    if dropout_key is not None:
+        arguments.random_key("dropout_key", dropout_key)
+
+
+def _at_most_four_dims(name: str, x):
+    if x is None:
+        return None
+    if isinstance(x, Mask):
+        raise TypeError(f"{name} must be an array; got {x!r}. Structured masks: jax_fa.flash_attention.")
+    if isinstance(x, (list, tuple)) and any(isinstance(member, Mask) for member in x):
+        raise TypeError(
+            f"{name} must be an array; got a {type(x).__name__} of masks. Structured masks, joined by &, are "
+            "arguments of jax_fa.flash_attention."
+        )
+    if name == "mask" and isinstance(x, bool):
+        raise TypeError(f"mask must be a boolean array; got {x}. A causal mask is is_causal=True.")
+    x = arguments.array(name, x)
+    if x.ndim > 4:
+        raise ValueError(f"{name} must have at most 4 dimensions; got shape {x.shape}.")
+    return x
+
+
 def _four_dims(name: str, x):
-    x = jnp.asarray(x)
+    x = arguments.array(name, x)
     if x.ndim not in (3, 4):
         raise ValueError(f"{name} must have 4 dimensions (B, S, N, D) or 3 (S, N, D); got shape {x.shape}.")
     return x if x.ndim == 4 else x[None]
@@ -190,10 +218,15 @@ def _four_dims(name: str, x):
 def _window(size) -> Mask | None:
     if size is None:
         return None
-    if isinstance(size, int) and not isinstance(size, bool):
+    if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
         size = (size, size)
-    if not isinstance(size, Sequence) or len(size) != 2:
-        raise ValueError(f"local_window_size must be an int, a pair (left, right) or None; got {size!r}.")
+    pair = isinstance(size, Sequence) and len(size) == 2
+    if not pair or not all(
+        n is None or (isinstance(n, (int, np.integer)) and type(n) is not bool) for n in size
+    ):
+        raise ValueError(
+            f"local_window_size must be an int, a pair (left, right) or None; got {arguments.shown(size)}."
+        )
     return masks.Band(*size)
 
 
@@ -201,7 +234,7 @@ def _lengths(query, key, batch: int) -> Mask | None:
     arrays = []
     for name, x in (("query_seq_lengths", query), ("key_value_seq_lengths", key)):
         if x is not None:
-            x = jnp.asarray(x)
+            x = arguments.array(name, x)
             if not jnp.issubdtype(x.dtype, jnp.integer):
                 raise TypeError(f"{name} must hold integers; got dtype {x.dtype}.")
             if x.shape != (batch,):
@@ -210,6 +243,7 @@ def _lengths(query, key, batch: int) -> Mask | None:
     return None if query is None and key is None else masks.Lengths(*arrays)
 
 
+@arguments.entry
 def flash_attention(
     query: Float[ArrayLike, "..."],
     key: Float[ArrayLike, "..."],
@@ -309,36 +343,64 @@ def flash_attention_request(
     max_work=request.DEFAULT_MAX_WORK,
 ) -> tuple[Problem, Operands]:
     backends.check_implementation(implementation)
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    axes, layout = _axes(layout, query.ndim)
+    arguments.flag("return_logsumexp", return_logsumexp)
+    _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
+    query, key, value = (
+        arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
+    )
+    axes, layout = _axes(layout, query)
     return request.build(
         query,
         key,
         value,
         axes=axes,
         layout=layout,
-        bias=bias,
-        mask=None if mask is None else masks.as_mask(mask),
+        bias=None if bias is None else arguments.array("bias", bias),
+        mask=None if mask is None else _mask(mask),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         alibi=None if alibi_slopes is None else "linear",
-        alibi_slopes=alibi_slopes,
+        alibi_slopes=None if alibi_slopes is None else arguments.array("alibi_slopes", alibi_slopes),
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
-        logsumexp=return_logsumexp,
+        logsumexp=bool(return_logsumexp),
         implementation=implementation,
         max_work=max_work,
     )
 
 
-def _axes(layout: str, ndim: int) -> tuple[tuple[int, ...], str]:
+def _mask(mask) -> Mask:
+    if isinstance(mask, (list, tuple)) and any(isinstance(member, Mask) for member in mask):
+        raise TypeError(
+            f"mask must be one mask; got a {type(mask).__name__} of {len(mask)}. Join masks by &: "
+            "mask=Causal() & Lengths(key=...)."
+        )
+    if isinstance(mask, bool):
+        raise TypeError(
+            f"mask must be a jax_fa.masks.Mask or a boolean array; got {mask}. A causal mask is "
+            "mask=jax_fa.masks.Causal()."
+        )
+    if isinstance(mask, type) and issubclass(mask, Mask):
+        raise TypeError(f"mask must be an object; got the class {mask.__name__}: pass {mask.__name__}().")
+    if hasattr(mask, "dtype") and hasattr(mask, "shape"):
+        mask = arguments.array("mask", mask) if isinstance(mask, (np.ndarray, jax.ShapeDtypeStruct)) else mask
+    return masks.as_mask(mask)
+
+
+def _axes(layout: str, query) -> tuple[tuple[int, ...], str]:
     """Axes that put arrays of this layout into canonical order, and the layout spelt for their rank."""
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}; got {layout!r}.")
+    arguments.choice("layout", layout, _LAYOUTS, _other_letters(layout))
+    ndim = query.ndim
     if ndim < 3 or ("B" not in layout and ndim != 3) or (layout == "SBND" and ndim != 4):
-        raise ValueError(f"query must have a rank that fits layout {layout!r}; got {ndim} dimensions.")
+        raise ValueError(f"query must have a rank that fits layout {layout!r}; got shape {query.shape}.")
     if layout == "SBND" or "B" not in layout:
         return _LAYOUTS[layout], layout
     tail = (1, 0, 2) if layout == "BNSD" else (0, 1, 2)
     lead = ndim - 3
     return (*range(lead), *(lead + axis for axis in tail)), "B" * lead + layout[1:]
+
+
+def _other_letters(layout) -> str:
+    """Advice for a layout that is spelt in the letters of others: heads H, lengths T or L."""
+    meant = str(layout).upper().replace("H", "N").replace("T", "S").replace("L", "S")
+    return f" Heads are N and lengths S here: pass layout={meant!r}." if meant in _LAYOUTS else ""

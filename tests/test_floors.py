@@ -9,7 +9,7 @@ import jax_fa
 
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
-    {"problem", "compat", "gather", "_native"},
+    {"problem", "compat", "gather", "arguments", "native", "program", "_native"},
     {"masks", "softmax", "dropout", "packed", "ascend.installation", "mosaic", "mosaic.widths"},
     {"tiles", "mosaic.tuning", "mosaic.logits", "mosaic.memory"},
     {"mosaic.geometry", "mosaic.launch"},
