@@ -22,12 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32, UInt8, UInt32
 
-<<<<<<< HEAD
-from jax_fa import compat
-from jax_fa.gather import take_last
-=======
 from jax_fa import arguments, compat
->>>>>>> u
+from jax_fa.gather import take_last
 from jax_fa.problem import Shape, Size
 
 BLOCK = 32  # columns whose counters lie together
@@ -150,14 +146,7 @@ def dropout_mask(
     rate, sizes = _rate(dropout_rate), _sizes(shape)
     if 0 in sizes:
         return jnp.zeros((0,), jnp.uint8)
-<<<<<<< HEAD
-    rows = jnp.arange(Sq, dtype=jnp.int32)
-    keep = keep_tile(
-        seed_words(dropout_key), streams((B,), N), rows, jnp.int32(0), Skv, threshold(1 - dropout_rate)
-    )
-    return jnp.packbits(keep.reshape(-1), bitorder="little")
-=======
-    return _packed(seed_words(dropout_key), 1.0 - rate, sizes)
+    return _packed(seed_words(dropout_key), threshold(1.0 - rate), sizes)
 
 
 def _rate(rate: Any) -> float:
@@ -185,8 +174,8 @@ def _sizes(shape) -> tuple[int, ...]:
     return tuple(int(size) for size in shape)
 
 
-@partial(jax.jit, static_argnames=("keep_prob", "shape"))
-def _packed(seed, keep_prob: float, shape: tuple[int, ...]):
+@partial(jax.jit, static_argnames=("limit", "shape"))
+def _packed(seed, limit: int, shape: tuple[int, ...]):
     """The bits in tiles of rows of all heads, one after another: what is not packed yet is small."""
     _, N, Sq, Skv = shape
     rows = math.prod(shape[:3])
@@ -199,11 +188,10 @@ def _packed(seed, keep_prob: float, shape: tuple[int, ...]):
 
         def columns(b, n, i):
             at = i.astype(jnp.int32)[None]
-            return keep_tile(seed, jnp.stack([n, b]), at, jnp.int32(0), Skv, keep_prob)[0]
+            return keep_tile(seed, jnp.stack([n, b]), at, jnp.int32(0), Skv, limit)[0]
 
         keep = jax.vmap(columns)(b, n, i) & (row < np.uint32(rows))[:, None]
         return jnp.packbits(keep.reshape(-1), bitorder="little")
 
     packed = jax.lax.map(pack, jnp.arange(-(-rows // tile), dtype=jnp.int32))
     return packed.reshape(-1)[: -(-math.prod(shape) // 8)]
->>>>>>> u

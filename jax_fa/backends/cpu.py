@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-<<<<<<< HEAD
-from jax_fa import compat, dropout
+from jax_fa import compat, dropout, native
 from jax_fa.problem import (
     DIFFERENTIABLE,
     IN_CANN_FORM,
@@ -23,10 +22,6 @@ from jax_fa.problem import (
     gradient_shape,
     out_shape,
 )
-=======
-from jax_fa import compat, dropout, native
-from jax_fa.problem import DIFFERENTIABLE, IN_CANN_FORM, Operands, Problem, dims, gradient_shape, out_shape
->>>>>>> u
 
 missing: str | None = None  # why the extension is not there
 try:
