@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, Float32, Int32
 
 from jax_fa import backends, compat, request
 from jax_fa import pse as positional
+from jax_fa.arguments import entry
 from jax_fa.attention import attention
 from jax_fa.integers import known
 from jax_fa.packed import Packed, checked_ends, list_of_integers
@@ -49,6 +50,7 @@ _MAX_B, _MAX_N, _MAX_S, _MAX_D = 2 * 2**20, 256, 2**20, 768
 _MAX_B_PREFIX, _MAX_B_PREFIX_TND = 2 * 2**10, 2**10
 
 
+@entry
 def flash_attention_score(
     query: ArrayLike,
     key: ArrayLike,

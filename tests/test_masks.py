@@ -219,7 +219,9 @@ def test_ids_of_different_dtypes():
     query, key = np.array([1, 2**31, 2], np.uint32), np.array([-(2**31), 1, 2], np.int32)
     want = oracle.segments(query.astype(np.int64), key.astype(np.int64))
     same(SegmentIds(query, key), want, (), 3, 3)
-    with pytest.raises(TypeError, match="query segment ids of dtype uint32 must fit int32, .* cast query and key"):
+    with pytest.raises(
+        TypeError, match="query segment ids of dtype uint32 must fit int32, .* cast query and key"
+    ):
         jax.jit(lambda *ids: masks.intervals(SegmentIds(*ids), (), 1, 3, 3))(query, key)
     with pytest.raises(TypeError, match="segment ids must have dtypes that compare; got uint64 and int32"):
         masks.intervals(SegmentIds(query.astype(np.uint64), key), (), 1, 3, 3)
