@@ -16,12 +16,12 @@ namespace ffi = xla::ffi;
 namespace jax_fa {
 
 // Mirrors what backends/cpu.py sends. `present`: bit i is set where operand i of `Operands` (in field order)
-// is given; the arrays come in that order.
+// is given; the arrays come in that order. `saved`: bit 0, the rounding of out is saved; bit 1, log-sum-exp has a cotangent.
 struct ProblemAttr {
-  uint32_t present;
+  uint32_t present, saved;
   std::string_view query_axes, key_axes, value_axes, out_axes;  // canonical dim i is stored dim axes[i] - 'a'
   float scale, keep_prob, soft_cap;
-  uint8_t alibi;
+  uint8_t alibi, bias_apart;
   uint32_t threshold;
 };
 
@@ -31,6 +31,8 @@ namespace {
 enum Operand {
   kQuery, kKey, kValue, kBias, kMask, kLower, kUpper, kSlopes, kSeed, kStream, kDropBits, kDropOffset, kOperands
 };
+
+enum Saved : uint32_t { kRounding = 1, kLogSumExp = 2 };
 
 struct BadCall : std::exception {
   explicit BadCall(std::string text) : text(std::move(text)) {}
@@ -189,6 +191,7 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
     c.out = views.Stored(Ret(rets, 0), p.out_axes, "rhc");
     c.m = views.Canonical(m, "hr");
     c.l = views.Canonical(Ret(rets, 2), "hr");
+    if (p.saved & kRounding) c.rounding = views.Stored(Ret(rets, 3), p.out_axes, "rhc");
     if (c.B == 0 || c.N == 0 || c.Sq == 0) return;
     PoolRunner<ffi::ThreadPool> runner(pool);
     Chosen().forward(c, runner);
@@ -206,7 +209,8 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
     c.m = views.Canonical(Arg(args, next++), "hr");
     c.l = views.Canonical(Arg(args, next++), "hr");
     c.dout = views.Stored(Arg(args, next++), p.out_axes, "rhc");
-    if (next < args.size()) c.dlogsumexp = views.Canonical(Arg(args, next++), "hr");
+    if (p.saved & kRounding) c.rounding = views.Stored(Arg(args, next++), p.out_axes, "rhc");
+    if (p.saved & kLogSumExp) c.dlogsumexp = views.Canonical(Arg(args, next++), "hr");
     size_t result = 0;
     c.dquery = views.Stored(Ret(rets, result++), p.query_axes, "rhc");
     c.dkey = views.Stored(Ret(rets, result++), p.key_axes, "rhc");
@@ -231,12 +235,14 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::ProblemAttr, xla::ffi::StructMember<uint32_t>("present"),
+    xla::ffi::StructMember<uint32_t>("saved"),
     xla::ffi::StructMember<std::string_view>("query_axes"),
     xla::ffi::StructMember<std::string_view>("key_axes"),
     xla::ffi::StructMember<std::string_view>("value_axes"),
     xla::ffi::StructMember<std::string_view>("out_axes"),
     xla::ffi::StructMember<float>("scale"), xla::ffi::StructMember<float>("keep_prob"),
     xla::ffi::StructMember<float>("soft_cap"), xla::ffi::StructMember<uint8_t>("alibi"),
+    xla::ffi::StructMember<uint8_t>("bias_apart"),
     xla::ffi::StructMember<uint32_t>("threshold"));
 
 namespace jax_fa {

@@ -106,9 +106,9 @@ template <bool kPairs>
 inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const Row& row, int64_t r, int64_t j0, Range v,
                          int64_t c0, int64_t c1, float* p, float* ds, float* dslope) {
   if (v.Empty()) v = {c0, c0};
-  float* slope = c.soft_cap != 0.0f ? s.slope : nullptr;
-  F scale = Set(c.scale);
-  if (!IsPlain(c)) {
+  float* slope = SoftCapOf(c, row) != 0.0f ? s.slope : nullptr;
+  F scale = Set(ScaleOf(c, row));
+  if (!IsPlain(c, row)) {
     if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, slope, s.tmp);
     scale = Set(1.0f);
   }
@@ -124,7 +124,7 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   } else {
     float* keep = s.tmp;  // 1 / keep_prob or 0
     Fill(keep, 0, c1, 0.0f);
-    Fill(keep, v.lo, v.hi, 1.0f / c.keep_prob);
+    Fill(keep, v.lo, v.hi, 1.0f / KeepProbOf(c, row));
     Drop(c, row, j0, v.lo, v.hi, keep);
     const F none = Set(0.0f);
     for (int64_t j = c0; j < c1; j += kLanes) {
@@ -317,7 +317,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
 }
 
 inline void StoreQueryRow(const Call& c, const Row& row, const float* dq) {
-  StoreRow(dq, c.scale, c.dquery.Bytes(row.b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
+  StoreRow(dq, ScaleOf(c, row), c.dquery.Bytes(row.b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
 }
 
 // `dslopes` is overwritten.

@@ -219,7 +219,7 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
 
 inline void FinishRow(const Call& c, const Row& row, float* acc, float m, float l) {
   if (l == 0.0f) Fill(acc, 0, c.Dv, 0.0f);
-  StoreRow(acc, l == 0.0f ? 0.0f : 1.0f / (l * c.keep_prob), c.out.Bytes(row.b, row.n, row.i), c.out.dtype, c.out.col,
+  StoreRow(acc, l == 0.0f ? 0.0f : 1.0f / (l * KeepProbOf(c, row)), c.out.Bytes(row.b, row.n, row.i), c.out.dtype, c.out.col,
            c.Dv);
   *c.m.At<float>(row.b, row.n, row.i) = l == l ? m : l;  // a NaN is not seen by max
   *c.l.At<float>(row.b, row.n, row.i) = l;
@@ -297,7 +297,7 @@ void ForwardAs(const Call& c, const Runner& runner) {
     for (int64_t h = 0; h < plan.task_heads; ++h) {
       for (int64_t r = 0; r < n; ++r) {
         const int64_t at = h * n + r;
-        if (s.m[at] != -kFloatMax) s.m[at] *= MaxScale(c);
+        if (s.m[at] != -kFloatMax) s.m[at] *= MaxScale(c, RowAt(c, b, k + h, r0 + r));
         if (plan.splits == 1) {
           FinishRow(c, RowAt(c, b, k + h, r0 + r), s.acc + at * dv, s.m[at], s.l[at]);
         } else {

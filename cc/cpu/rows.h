@@ -31,11 +31,27 @@ inline Range Visible(const Call& c, const Row& row) {
 // Lanes of a vector at most.
 inline int Rest(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
 
-inline bool IsMasked(const Call& c) { return c.lower || c.upper || c.mask; }
+inline bool IsMasked(const Call& c) { return c.lower || c.upper || c.mask || c.segment_row; }
+
+// What is one number for the call, or one for each head.
+inline float ScaleOf(const Call& c, int64_t b, int64_t n) {
+  return c.scale_of_head ? *c.scale_of_head.At<float>(b, n) : c.scale;
+}
+inline float ScaleOf(const Call& c, const Row& row) { return ScaleOf(c, row.b, row.n); }
+inline float SoftCapOf(const Call& c, const Row& row) {
+  return c.soft_cap_of_head ? *c.soft_cap_of_head.At<float>(row.b, row.n) : c.soft_cap;
+}
+inline uint32_t ThresholdOf(const Call& c, const Row& row) {
+  return c.threshold_of_head ? *c.threshold_of_head.At<uint32_t>(row.b, row.n) : c.threshold;
+}
+inline float KeepProbOf(const Call& c, const Row& row) {
+  if (!c.threshold_of_head) return c.keep_prob;
+  return static_cast<float>(*c.threshold_of_head.At<uint32_t>(row.b, row.n)) * 0x1p-16f;
+}
 
 // Whether a row's logits are just its products, times the scale.
-inline bool IsPlain(const Call& c) {
-  return !c.bias && !c.slopes && c.soft_cap == 0.0f && !c.mask && c.scale > 0.0f;
+inline bool IsPlain(const Call& c, const Row& row) {
+  return !c.bias && !c.slopes && !c.mask && !c.segment_row && SoftCapOf(c, row) == 0.0f && ScaleOf(c, row) > 0.0f;
 }
 
 // The part of the row's bias for keys j0 + [from, to), as floats: where it lies, or in `tmp`.
@@ -85,7 +101,7 @@ inline void Hide(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
 inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* poison,
                      float* s, float* slope, float* tmp) {
   const int64_t n = to - from;
-  const F scale = Set(c.scale);
+  const F scale = Set(ScaleOf(c, row));
   s += from;
   if (c.bias) {
     Combine(n, s, BiasOf(c, row, j0, from, to, tmp), [&](F x, F bias) { return Fma(x, scale, bias); });
@@ -101,8 +117,8 @@ inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, in
       StoreFirst(s + j, x, Rest(n - j));
     }
   }
-  if (c.soft_cap != 0.0f) {
-    const F inverse = Set(1.0f / c.soft_cap), cap = Set(c.soft_cap);
+  if (const float soft_cap = SoftCapOf(c, row); soft_cap != 0.0f) {
+    const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap);
     for (int64_t j = 0; j < n; j += kLanes) {
       const F t = Tanh(LoadFirst(s + j, Rest(n - j)) * inverse);
       StoreFirst(s + j, t * cap, Rest(n - j));
@@ -120,7 +136,7 @@ inline void Drop(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
     const uint32_t* stream = c.stream.At<uint32_t>(row.b, row.n);
     for (int64_t block = (j0 + from) / kKeepColumns; block * kKeepColumns < j0 + to; ++block) {
       uint32_t keep[4];
-      KeepColumns(seed, stream, static_cast<uint32_t>(row.i), static_cast<uint32_t>(block), c.threshold, keep);
+      KeepColumns(seed, stream, static_cast<uint32_t>(row.i), static_cast<uint32_t>(block), ThresholdOf(c, row), keep);
       const int64_t first = block * kKeepColumns - j0;  // may lie before `from`, even before 0
       for (int64_t j = 0; j < kKeepColumns; j += kLanes) {
         const int64_t at = first + j;
@@ -200,7 +216,7 @@ inline void RowJoin(float* s, int64_t from, int64_t to) {
 
 // What the max of a row counts in: products not yet scaled where these are its logits, so that one multiplication
 // does for scale and exponential.
-inline float MaxScale(const Call& c) { return IsPlain(c) ? c.scale : 1.0f; }
+inline float MaxScale(const Call& c, const Row& row) { return IsPlain(c, row) ? ScaleOf(c, row) : 1.0f; }
 
 // Turns a row's products with keys j0 + [c0, c1) into weights, of which it sees [v.lo, v.hi), and moves its max,
 // sum and output on.
@@ -208,8 +224,8 @@ template <bool kPairs>
 inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1, const float* poison,
                        float* tmp, float* x, float* m, float* l, float* acc) {
   if (v.Empty()) v = {c0, c0};
-  const float scale = MaxScale(c);
-  if (!IsPlain(c)) {
+  const float scale = MaxScale(c, row);
+  if (!IsPlain(c, row)) {
     if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, poison, x, nullptr, tmp);
   } else if (poison != nullptr) {
     Combine(v.hi - v.lo, x + v.lo, poison + v.lo, [](F y, F more) { return y + more; });

@@ -25,6 +25,7 @@ platforms = ("cpu",)
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_HEAD_DIM = 768
 _ALIBI = {None: 0, "linear": 1, "sqrt": 2}
+_ROUNDING, _DLOGSUMEXP = 1, 2  # bits of `saved`: arrays beyond out, m, l and dout
 
 
 if missing is None:
@@ -67,7 +68,7 @@ def forward(problem: Problem, operands: Operands):
     out = jax.ShapeDtypeStruct(out_shape(problem, d), operands.query.dtype)
     present, arrays = _arrays(operands)
     call = jax.ffi.ffi_call("jax_fa_cpu_forward", (out, stats, stats))
-    return tuple(call(*arrays, problem=_attribute(problem, present)))
+    return tuple(call(*arrays, problem=_attribute(problem, present, 0)))
 
 
 def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
@@ -82,9 +83,12 @@ def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) 
         dtype = operand.dtype if name in ("query", "key", "value") else jnp.float32
         return jax.ShapeDtypeStruct(gradient_shape(problem, d, name, operand.shape), dtype)
 
+    extra = 0 if dlogsumexp is None else _DLOGSUMEXP
     saved = [out, m, l, dout] + ([] if dlogsumexp is None else [dlogsumexp.astype(jnp.float32)])
     call = jax.ffi.ffi_call("jax_fa_cpu_backward", [result(name) for name in names])
-    gradients = dict(zip(names, call(*arrays, *saved, problem=_attribute(problem, present)), strict=True))
+    gradients = dict(
+        zip(names, call(*arrays, *saved, problem=_attribute(problem, present, extra)), strict=True)
+    )
     absent = {"query": None, "key": None, "value": None}
     given = Operands(**absent | gradients)
     return given.map(lambda name, x: x.astype(getattr(operands, name).dtype))
@@ -108,10 +112,11 @@ def _letters(axes: tuple[int, ...]) -> str:
     return "".join(chr(ord("a") + axis) for axis in axes)
 
 
-def _attribute(problem: Problem, present: int) -> dict[str, Any]:
+def _attribute(problem: Problem, present: int, saved: int) -> dict[str, Any]:
     """The static part as the handlers' struct; every field has exactly the type that C++ expects."""
     return {
         "present": np.uint32(present),
+        "saved": np.uint32(saved),
         "query_axes": _letters(problem.query_axes),
         "key_axes": _letters(problem.key_axes),
         "value_axes": _letters(problem.value_axes),
@@ -120,5 +125,6 @@ def _attribute(problem: Problem, present: int) -> dict[str, Any]:
         "keep_prob": np.float32(problem.keep_prob),
         "soft_cap": np.float32(problem.logits_soft_cap or 0.0),
         "alibi": np.uint8(_ALIBI[problem.alibi]),
+        "bias_apart": np.uint8(0),
         "threshold": np.uint32(dropout.threshold(problem.keep_prob)),
     }
