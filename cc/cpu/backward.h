@@ -7,8 +7,8 @@
 // buffer. A task is a range of keys of all the key heads that share one bias gradient (without bias: of one
 // head), so every sum has one owner and a fixed order, whatever the number of threads.
 
-// delta = dout.out - dlogsumexp of rows [r, r + n). Summed in the order of the products dout.v, so that for a row that
-// sees one key, where out is v, the two cancel exactly.
+// delta = dout.out - dlogsumexp of rows [r, r + n), with what rounding took from out where that is known. Summed in the
+// order of the products dout.v, so that for a row that sees one key, where out is v, the two cancel exactly.
 template <int kMost, typename Scratch>
 inline void Deltas(const Call& c, const Scratch& s, int64_t b, int64_t k, int64_t r, int64_t n) {
   const int64_t width = RoundUp(c.Dv, kLanes);
@@ -17,7 +17,13 @@ inline void Deltas(const Call& c, const Scratch& s, int64_t b, int64_t k, int64_
   for (int64_t i = 0; i < kMost; ++i) {
     const Row row = RowAt(c, b, k, i < n ? r + i : r);
     dout[i] = ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage + 2 * i * width);
-    out[i] = ReadRow<false>(c.out, b, row.n, row.i, c.Dv, s.stage + (2 * i + 1) * width);
+    float* exact = s.stage + (2 * i + 1) * width;
+    out[i] = ReadRow<false>(c.out, b, row.n, row.i, c.Dv, exact);
+    if (c.rounding) {  // then out is of 16 bits, and its row a copy
+      const F unit = Set(c.out.dtype == DType::kBF16 ? 1.0f / 256.0f : 1.0f / 2048.0f);
+      const float* rest = ReadRow<false>(c.rounding, b, row.n, row.i, c.Dv, s.dv);  // not used yet
+      Combine(c.Dv, exact, rest, [&](F x, F lost) { return Fma(lost, unit, x); });
+    }
   }
   for (int64_t d = 0; d < c.Dv; ++d)
 #pragma GCC unroll 4
@@ -114,10 +120,10 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   }
   Fill(p, c0, v.lo, -__builtin_inff());
   Fill(p, v.hi, c1, -__builtin_inff());
-  const F m = Set(-s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]), log2e = Set(kLog2E);
+  const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
   if (!c.seed && !c.drop_bits) {
     for (int64_t j = c0; j < c1; j += kLanes) {
-      const F w = Exp2(Fma(Load(p + j), scale, m) * log2e) * inverse;
+      const F w = Weight(Load(p + j), scale, m) * inverse;
       Store(p + j, w);
       Store(ds + j, w * (Load(ds + j) - delta));
     }
@@ -128,7 +134,7 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
     Drop(c, row, j0, v.lo, v.hi, keep);
     const F none = Set(0.0f);
     for (int64_t j = c0; j < c1; j += kLanes) {
-      const F w = Exp2(Fma(Load(p + j), scale, m) * log2e) * inverse, kept = Load(keep + j);
+      const F w = Weight(Load(p + j), scale, m) * inverse, kept = Load(keep + j);
       const Mask dropped = IsZero(kept);  // a product 0 * NaN would not be 0
       Store(p + j, Select(dropped, none, w * kept));
       Store(ds + j, w * (Select(dropped, none, Load(ds + j) * kept) - delta));
@@ -230,13 +236,24 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
   PackClean<kPairs>(c.dout, IsMasked(c), rows, c.Dv, s.stage, s.dout_panels, row_at);
 
   const int64_t depth = Units<kPairs>(c.D), dv_depth = Units<kPairs>(c.Dv);
+  const bool direct = IsDirect(c);
+  if (direct) {
+    int64_t first = width, last = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      first = tiles[t].from < first ? tiles[t].from : first;
+      last = tiles[t].to > last ? tiles[t].to : last;
+    }
+    for (int64_t j = first / kLanes * kLanes; j < last; j += kLanes)
+      DirectDots<kPairs>(c, b, k, rows, s.q, s.q_row, j0 + j, j0 + last, s.stage, s.p + j, s.s_row);
+  }
   for (int64_t panel = 0; panel < Panels(width); ++panel) {
     for (int64_t t = 0; t < count; ++t) {
       const RowTile& tile = tiles[t];
       if (tile.to <= panel * kPanel || tile.from >= (panel + 1) * kPanel) continue;
       const int64_t at = tile.r * s.s_row + panel * kPanel;
-      Gemm<kPairs, false>(tile.n, depth, s.q + tile.r * s.q_row, s.q_row, 1, s.keys_t + panel * depth * kPanel, s.p + at,
-                          s.s_row);
+      if (!direct)
+        Gemm<kPairs, false>(tile.n, depth, s.q + tile.r * s.q_row, s.q_row, 1, s.keys_t + panel * depth * kPanel,
+                            s.p + at, s.s_row);
       Gemm<kPairs, false>(tile.n, dv_depth, s.dout + tile.r * s.dout_row, s.dout_row, 1,
                           s.values_t + panel * dv_depth * kPanel, s.ds + at, s.s_row);
     }
@@ -300,7 +317,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
     for (int64_t block = 0; block < plan.row_blocks; ++block) {
       if (s.block_lo[block] >= j0 + width || s.block_hi[block] <= j0) continue;
       if (!packed) {
-        PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, s.stage, s.keys_t);
+        if (!IsDirect(c)) PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, s.stage, s.keys_t);
         PackTransposed<kPairs>(c.value, c.Dv, b, k, j0, width, s.stage, s.values_t);
         PackClean<kPairs>(c.key, IsMasked(c), width, c.D, s.stage, s.keys,
                           [&](int64_t j) { return Row{b, k, j0 + j}; });

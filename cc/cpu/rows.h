@@ -177,15 +177,19 @@ inline float RowMax(const float* s, int64_t from, int64_t to) {
   return m;
 }
 
-// p = exp(scale (s - m)) in place over a whole number of vectors; returns the sum. With kPairs the results are
+// exp(scale x - m), the one formula of both passes: the weights of the backward are those that the sum l is made of. The
+// logit scale x is rounded like the max among them, so that the largest weight is 1 exactly.
+JAX_FA_INLINE F Weight(F x, F scale, F m) { return Exp2((Rounded(x * scale) - m) * Set(kLog2E)); }
+
+// p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
 // rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros.
 template <bool kPairs>
 inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
-  const F mv = Set(m), f = Set(scale * kLog2E);  // what is equal to the max becomes 1 exactly
+  const F mv = Set(m), f = Set(scale);
   F a = Set(0.0f), b = a;
   int64_t j = from;
   for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
-    const F x = Exp2((Load(s + j) - mv) * f), y = Exp2((Load(s + j + kLanes) - mv) * f);
+    const F x = Weight(Load(s + j), f, mv), y = Weight(Load(s + j + kLanes), f, mv);
     if constexpr (kPairs) {
       Store(s + j / 2, Unit<kPairs>::Join(x, y));
     } else {
@@ -196,7 +200,7 @@ inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
     b = b + y;
   }
   for (; j < to; j += kLanes) {
-    const F x = Exp2((Load(s + j) - mv) * f);
+    const F x = Weight(Load(s + j), f, mv);
     if constexpr (kPairs) {
       Store(s + j / 2, Unit<kPairs>::Join(x, Set(0.0f)));
     } else {
@@ -214,27 +218,24 @@ inline void RowJoin(float* s, int64_t from, int64_t to) {
     Store(s + j / 2, Unit<kPairs>::Join(Load(s + j), j + kLanes < to ? Load(s + j + kLanes) : Set(0.0f)));
 }
 
-// What the max of a row counts in: products not yet scaled where these are its logits, so that one multiplication
-// does for scale and exponential.
-inline float MaxScale(const Call& c, const Row& row) { return IsPlain(c, row) ? ScaleOf(c, row) : 1.0f; }
-
 // Turns a row's products with keys j0 + [c0, c1) into weights, of which it sees [v.lo, v.hi), and moves its max,
 // sum and output on.
 template <bool kPairs>
 inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1, const float* poison,
                        float* tmp, float* x, float* m, float* l, float* acc) {
   if (v.Empty()) v = {c0, c0};
-  const float scale = MaxScale(c, row);
-  if (!IsPlain(c, row)) {
+  const bool plain = IsPlain(c, row);
+  const float scale = plain ? ScaleOf(c, row) : 1.0f;  // of what x then holds
+  if (!plain) {
     if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, poison, x, nullptr, tmp);
   } else if (poison != nullptr) {
     Combine(v.hi - v.lo, x + v.lo, poison + v.lo, [](F y, F more) { return y + more; });
   }
   Fill(x, c0, v.lo, -__builtin_inff());
   Fill(x, v.hi, c1, -__builtin_inff());
-  const float most = RowMax(x, c0, c1);
+  const float most = Rounded(RowMax(x, c0, c1) * scale);
   if (most > *m) {
-    const float rescale = __builtin_expf((*m - most) * scale);
+    const float rescale = __builtin_expf(*m - most);
     const F f = Set(rescale);
     for (int64_t d = 0; d < Panels(c.Dv) * kPanel; d += kLanes) Store(acc + d, Load(acc + d) * f);
     *l *= rescale;
