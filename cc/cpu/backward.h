@@ -152,13 +152,57 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   if (dslope != nullptr) *dslope += SlopeGradient(c, row, j0, v.lo, v.hi, ds);
 }
 
-// Floats of p and ds, columns [0, keys), to pairs: of rows in place (in the first of each two rows), and ds of
-// neighbouring columns to ds_rows.
+// Keys that have a component in common move no softmax, for the ds of a row add up to dlogsumexp, mostly 0. Rounded to
+// pairs they do not, and neither does their delta fit quite where the forward rounded its weights: what is missing from
+// their sum, times what is common, may be larger than the gradient. It is given to one key of the row, as a float: to that
+// of the largest ds, so that nothing enters which does not contribute anyway. A soft cap has no such sum.
+struct Balance {
+  float *total, *largest;  // of each row: the sum of its ds as they were rounded; the largest magnitude of them
+  int32_t* key;            // and where that is
+};
+
 template <bool kPairs>
-inline void JoinRows(const BackwardScratch<kPairs>& s, int64_t rows, int64_t keys) {
+inline int64_t BalanceSize(const BackwardPlan& plan) { return kPairs ? RoundUp(3 * plan.rows, kLanes) : 0; }
+
+// It lies behind the dq of all rows.
+inline Balance BalanceOf(const BackwardPlan& plan, float* dq) {
+  float* p = dq + plan.rows * plan.dq_row;
+  return {p, p + plan.rows, reinterpret_cast<int32_t*>(p + 2 * plan.rows)};
+}
+
+// Looks for the largest of a row's ds with keys j0 + [c0, c1).
+template <bool kPairs>
+inline void FindLargest(const Balance& balance, int64_t r, int64_t j0, int64_t c0, int64_t c1, const float* ds) {
+  F most = Set(balance.largest[r]);
+  for (int64_t j = c0; j < c1; j += kLanes) most = Unit<kPairs>::MaxAbs(most, Load(ds + j));
+  const float largest = MaxOf(most);
+  if (!(largest > balance.largest[r])) return;
+  for (int64_t j = c0; j < c1; ++j) {
+    if (__builtin_fabsf(ds[j]) != largest) continue;
+    balance.largest[r] = largest;
+    balance.key[r] = static_cast<int32_t>(j0 + j);
+    return;
+  }
+}
+
+// Adds to a finished row of dq what is missing. `stage` holds a row.
+inline void AddMissing(const Call& c, const Row& row, int64_t k, const Balance& balance, int64_t r, float* stage,
+                       float* dq) {
+  if (!(balance.largest[r] > 0.0f) || SoftCapOf(c, row) != 0.0f) return;
+  const float target = c.dlogsumexp ? *c.dlogsumexp.At<float>(row.b, row.n, row.i) : 0.0f;
+  const F missing = Set(target - balance.total[r]);
+  const float* key = ReadRow<false>(c.key, row.b, k, balance.key[r], c.D, stage);
+  Combine(c.D, dq, key, [&](F x, F y) { return Fma(missing, y, x); });
+}
+
+// Floats of p and ds, columns [0, keys), to pairs: of rows in place (in the first of each two rows), and ds of
+// neighbouring columns to ds_rows. Adds up the latter of rows g0 + [0, rows).
+template <bool kPairs>
+inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, int64_t g0, int64_t rows, int64_t keys) {
   using U = Unit<kPairs>;
   for (int64_t r = 0; r < rows; r += 2) {
     const bool two = r + 1 < rows;
+    F sum = Set(0.0f), second_sum = sum;
     float* const both[] = {s.p, s.ds};
     for (float* x : both) {
       float *first = x + r * s.s_row, *second = first + s.s_row;
@@ -172,8 +216,12 @@ inline void JoinRows(const BackwardScratch<kPairs>& s, int64_t rows, int64_t key
         if (x == s.p) continue;
         Store(s.ds_rows + r * s.half_row + j / 2, a);
         if (two) Store(s.ds_rows + (r + 1) * s.half_row + j / 2, b);
+        sum = U::Add(sum, a);
+        second_sum = U::Add(second_sum, b);
       }
     }
+    balance.total[g0 + r] += Sum(sum);
+    if (two) balance.total[g0 + r + 1] += Sum(second_sum);
   }
 }
 
@@ -223,6 +271,7 @@ template <bool kPairs>
 inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b, int64_t k,
                           int64_t g0, int64_t rows, int64_t j0, int64_t width, float* dq, float* dslopes) {
   const int64_t per = Unit<kPairs>::kNumbers, keys = RoundUp(width, per * kLanes);
+  const Balance balance = BalanceOf(plan, dq);
   RowTile tiles[kBackwardRows];
   const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
   if (count == 0) return;
@@ -275,6 +324,7 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
       float *p = s.p + r * s.s_row, *ds = s.ds + r * s.s_row;
       RowGradients<kPairs>(c, s, row, g0 + r, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1, p, ds,
                            dslopes ? dslopes + row.n % c.G() : nullptr);
+      if constexpr (kPairs) FindLargest<kPairs>(balance, g0 + r, j0, c0, c1, ds);
       float* const both[] = {p, ds};
       for (float* x : both) {
         Fill(x, 0, c0, 0.0f);
@@ -284,7 +334,7 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
     done = tile.r + tile.n;
   }
   clear(rows);
-  if constexpr (kPairs) JoinRows<kPairs>(s, rows, keys);
+  if constexpr (kPairs) JoinRows<kPairs>(s, balance, g0, rows, keys);
 
   const float* ds_rows = kPairs ? s.ds_rows : s.ds;
   const int64_t ds_row = kPairs ? s.half_row : s.s_row, key_units = Units<kPairs>(width);
@@ -308,7 +358,7 @@ template <bool kPairs>
 inline void BackwardHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b, int64_t k,
                          int64_t key0, int64_t key1, float* dq, float* dslopes) {
   PrepareRows<kPairs>(c, plan, s, b, k);
-  Fill(dq, 0, plan.rows * plan.dq_row, 0.0f);
+  Fill(dq, 0, plan.rows * plan.dq_row + BalanceSize<kPairs>(plan), 0.0f);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
     Fill(s.dk, 0, width * plan.dq_row, 0.0f);
@@ -333,15 +383,37 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
   }
 }
 
-inline void StoreQueryRow(const Call& c, const Row& row, const float* dq) {
-  StoreRow(dq, ScaleOf(c, row), c.dquery.Bytes(row.b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
+// The rows of dq of a key head, which then are complete.
+template <bool kPairs>
+inline void FinishQueries(const Call& c, const BackwardPlan& plan, int64_t b, int64_t k, float* stage, float* dq) {
+  Row row = RowAt(c, b, k, 0);
+  for (int64_t r = 0; r < plan.rows; ++r, row = After(c, row), dq += plan.dq_row) {
+    if constexpr (kPairs) AddMissing(c, row, k, BalanceOf(plan, dq - r * plan.dq_row), r, stage, dq);
+    StoreRow(dq, ScaleOf(c, row), c.dquery.Bytes(b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
+  }
+}
+
+// Adds the dq of another range of keys.
+template <bool kPairs>
+inline void AddPart(const BackwardPlan& plan, float* part, float* total) {
+  for (int64_t x = 0; x < plan.rows * plan.dq_row; x += kLanes) Store(total + x, Load(total + x) + Load(part + x));
+  if constexpr (kPairs) {
+    const Balance from = BalanceOf(plan, part), to = BalanceOf(plan, total);
+    for (int64_t r = 0; r < plan.rows; ++r) {
+      to.total[r] += from.total[r];
+      if (!(from.largest[r] > to.largest[r])) continue;
+      to.largest[r] = from.largest[r];
+      to.key[r] = from.key[r];
+    }
+  }
 }
 
 // `dslopes` is overwritten.
 template <bool kPairs>
 void BackwardAs(const Call& c, const Runner& runner) {
   const BackwardPlan plan(c);
-  const int64_t heads = c.B * c.K, G = c.G(), head_size = plan.rows * plan.dq_row;
+  const int64_t heads = c.B * c.K, G = c.G();
+  const int64_t head_size = plan.rows * plan.dq_row + BalanceSize<kPairs>(plan);
   const Buffer dq_parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
   const int64_t slope_count = c.dslopes ? heads * plan.splits * G : 0;
   const Buffer slopes(slope_count);
@@ -359,7 +431,7 @@ void BackwardAs(const Call& c, const Runner& runner) {
       float* dq = plan.splits > 1 ? dq_parts.get() + part * head_size : large ? own_dq.get() : s.dq;
       BackwardHead<kPairs>(c, plan, s, b, k, key0, key1, dq, c.dslopes ? slopes.get() + part * G : nullptr);
       if (plan.splits > 1) continue;
-      for (int64_t r = 0; r < plan.rows; ++r) StoreQueryRow(c, RowAt(c, b, k, r), dq + r * plan.dq_row);
+      FinishQueries<kPairs>(c, plan, b, k, s.stage, dq);
     }
   });
 
@@ -367,10 +439,11 @@ void BackwardAs(const Call& c, const Runner& runner) {
     Run(runner, heads, [&](int64_t head) {
       float* total = dq_parts.get() + head * plan.splits * head_size;
       for (int64_t split = 1; split < plan.splits; ++split)
-        for (int64_t x = 0; x < head_size; x += kLanes)
-          Store(total + x, Load(total + x) + Load(total + split * head_size + x));
-      for (int64_t r = 0; r < plan.rows; ++r)
-        StoreQueryRow(c, RowAt(c, head / c.K, head % c.K, r), total + r * plan.dq_row);
+        AddPart<kPairs>(plan, total + split * head_size, total);
+      const int64_t sizes[] = {StageSize(c)};
+      float* stage[1];
+      TakeScratch(sizes, stage);
+      FinishQueries<kPairs>(c, plan, head / c.K, head % c.K, stage[0], total);
     });
   }
   if (c.dslopes) {

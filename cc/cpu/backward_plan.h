@@ -79,7 +79,7 @@ struct BackwardScratch {
     const int64_t sizes[] = {n * q_row, n * dout_row, row_units * plan.dq_row, row_units * dv_row, n * s_row, n * s_row,
                              kPairs ? n * half_row : 0, s_row, kb * Units<kPairs>(c.D), kb * Units<kPairs>(c.Dv),
                              Units<kPairs>(kb) * plan.dq_row, kb * plan.dq_row, kb * dv_row, StageSize(c), kb,
-                             plan.rows, plan.rows, plan.rows, own_dq ? plan.rows * plan.dq_row : 0,
+                             plan.rows, plan.rows, plan.rows, own_dq ? plan.rows * plan.dq_row + 4 * plan.rows + kLanes : 0,
                              plan.rows, plan.rows, plan.row_blocks, plan.row_blocks};
     float* parts[23];
     TakeScratch(sizes, parts);
