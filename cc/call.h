@@ -79,8 +79,8 @@ JAX_FA_INLINE bool SharesBiasBatch(const Call& c) {
 
 // Whether each number of dbias is the ds of one visible pair, so that it is just written.
 JAX_FA_INLINE bool WritesAllBias(const Call& c) {
-  return !c.lower && !c.upper && !c.mask && c.dbias.col == 1 && (c.dbias.row != 0 || c.Sq == 1) &&
-         (c.dbias.head != 0 || c.N == 1) && !SharesBiasBatch(c);
+  return !c.lower && !c.upper && !c.mask && !c.segment_row && !c.bias_offset && c.dbias.col == 1 &&
+         (c.dbias.row != 0 || c.Sq == 1) && (c.dbias.head != 0 || c.N == 1) && !SharesBiasBatch(c);
 }
 
 // Runs fn(context, 0), ..., fn(context, count - 1), possibly in parallel, and returns when all are done.

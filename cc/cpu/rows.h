@@ -49,13 +49,42 @@ inline float KeepProbOf(const Call& c, const Row& row) {
   return static_cast<float>(*c.threshold_of_head.At<uint32_t>(row.b, row.n)) * 0x1p-16f;
 }
 
+// Where a row stands among the keys, for ALiBi.
+inline int64_t PositionOf(const Call& c, const Row& row) {
+  return c.position ? *c.position.At<int32_t>(row.b, row.n, row.i) : row.i;
+}
+
 // Whether a row's logits are just its products, times the scale.
 inline bool IsPlain(const Call& c, const Row& row) {
   return !c.bias && !c.slopes && !c.mask && !c.segment_row && SoftCapOf(c, row) == 0.0f && ScaleOf(c, row) > 0.0f;
 }
 
+// The element of an indexed bias for the row's key j.
+inline int64_t BiasIndex(const Call& c, const Row& row, int64_t j) {
+  return *c.bias_offset.At<int32_t>(row.b, row.n, row.i) + j;
+}
+
+// Those of n elements from `first` on that an indexed bias has; where it lacks some, their pairs are masked.
+inline Range BiasElements(const Call& c, int64_t first, int64_t n) {
+  const int64_t end = c.bias_elements - first;
+  const Range given{first < 0 ? -first : 0, end < n ? end : n};
+  return given.Empty() ? Range{0, 0} : given;
+}
+
 // The part of the row's bias for keys j0 + [from, to), as floats: where it lies, or in `tmp`.
 inline const float* BiasOf(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float* tmp) {
+  if (c.bias_offset) {
+    const int64_t first = BiasIndex(c, row, j0 + from), n = to - from;
+    const Range given = BiasElements(c, first, n);
+    Fill(tmp, 0, given.lo, 0.0f);
+    Fill(tmp, given.hi, n, 0.0f);
+    if (given.Empty()) return tmp;
+    const char* src = c.bias.Bytes(row.b, row.n, 0, first + given.lo);
+    if (given.hi - given.lo == n && c.bias.dtype == DType::kF32 && c.bias.col == 1)
+      return reinterpret_cast<const float*>(src);
+    LoadRow(src, c.bias.dtype, c.bias.col, given.hi - given.lo, tmp + given.lo);
+    return tmp;
+  }
   if (c.bias.col == 0) {
     LoadRow(c.bias.Bytes(row.b, row.n, row.i), c.bias.dtype, 1, 1, tmp);
     Fill(tmp, 0, to - from, tmp[0]);
@@ -78,8 +107,21 @@ inline void Combine(int64_t n, float* x, const float* more, const What& what) {
   }
 }
 
-// Sets x[from..to) to `value` where the row's mask hides the key.
+// Sets x[0..n) to `value` where the row's segment is not that of the key.
+inline void HideOtherSegments(const Call& c, const Row& row, int64_t first, int64_t n, float value, float* x) {
+  const int32_t segment = *c.segment_row.At<int32_t>(row.b, row.n, row.i);
+  if (segment < 0) return;
+  const int32_t* keys = c.segment_key.At<int32_t>(row.b, row.n, 0, first);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) Store(x + j, Select(Equal(keys + j, segment), Load(x + j), Set(value)));
+  for (; j < n; ++j)
+    if (keys[j] != segment) x[j] = value;
+}
+
+// Sets x[from..to) to `value` where the row's mask hides the key, or segments do.
 inline void Hide(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float value, float* x) {
+  if (c.segment_row) HideOtherSegments(c, row, j0 + from, to - from, value, x + from);
+  if (!c.mask) return;
   const uint8_t* visible = c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + from);
   x += from;
   const int64_t n = to - from;
@@ -96,21 +138,38 @@ inline void Hide(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
     if (!visible[j * c.mask.col]) x[j] = value;
 }
 
-// Turns products q.k of keys j0 + [from, to) into logits, in place; `slope` (may be null) takes the derivative of
-// the soft cap. Columns are relative to key j0; `tmp` holds to - from floats. `poison` (may be null) is added.
+// The derivative of cap * tanh(x / cap) by cap, tanh u - u (1 - tanh^2 u), from u = x / cap and t = tanh u. Where u is
+// small the two cancel, so there its series is summed.
+inline F ByCap(F u, F t) {
+  const F v = Max(Set(-9.0f), Set(0.0f) - Max(Set(-9.0f), Set(0.0f) - u)), y = v * v;  // beyond, t is 1 and u (1 - t^2) 0
+  F p = Set(-0.043105f);
+  p = Fma(p, y, Set(0.0886323f));
+  p = Fma(p, y, Set(-0.17495591f));
+  p = Fma(p, y, Set(0.32380952f));
+  p = Fma(p, y, Set(-0.53333333f));
+  p = Fma(p, y, Set(0.66666667f));
+  const F small = p * y * v, large = t - v * (Set(1.0f) - t * t), limit = Set(0.35f);
+  return Select(Equal(Max(Abs(v), limit), limit), small, large);
+}
+
+// Turns products q.k of keys j0 + [from, to) into logits, in place; `by_x` and `by_cap` (may be null) take the
+// derivatives of the soft cap. Columns are relative to key j0; `tmp` holds to - from floats. `poison` (may be null) is
+// added. A bias of -inf hides its key, whatever comes after.
 inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* poison,
-                     float* s, float* slope, float* tmp) {
+                     float* s, float* by_x, float* by_cap, float* tmp) {
   const int64_t n = to - from;
   const F scale = Set(ScaleOf(c, row));
   s += from;
+  const float* bias = nullptr;
   if (c.bias) {
-    Combine(n, s, BiasOf(c, row, j0, from, to, tmp), [&](F x, F bias) { return Fma(x, scale, bias); });
+    bias = BiasOf(c, row, j0, from, to, tmp);
+    Combine(n, s, bias, [&](F x, F y) { return Fma(x, scale, y); });
   } else {
     Combine(n, s, s, [&](F x, F) { return x * scale; });
   }
   if (c.slopes) {
-    const F minus = Set(-*c.slopes.At<float>(row.b, row.n)), count = Count();
-    const int64_t base = j0 + from - row.i;  // exact as a float up to 2^24, as the slopes' definition has it
+    const F minus = Set(-*c.slopes.At<float>(row.b, row.n, row.i)), count = Count();
+    const int64_t base = j0 + from - PositionOf(c, row);  // exact as a float up to 2^24, as the slopes' definition has it
     for (int64_t j = 0; j < n; j += kLanes) {
       const F away = Abs(count + Set(static_cast<float>(base + j)));
       const F x = Fma(minus, c.alibi == Alibi::kSqrt ? Sqrt(away) : away, LoadFirst(s + j, Rest(n - j)));
@@ -118,15 +177,18 @@ inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, in
     }
   }
   if (const float soft_cap = SoftCapOf(c, row); soft_cap != 0.0f) {
-    const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap);
+    const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap), none = Set(0.0f), hidden = Set(-__builtin_inff());
     for (int64_t j = 0; j < n; j += kLanes) {
-      const F t = Tanh(LoadFirst(s + j, Rest(n - j)) * inverse);
-      StoreFirst(s + j, t * cap, Rest(n - j));
-      if (slope != nullptr) StoreFirst(slope + from + j, Set(1.0f) - t * t, Rest(n - j));
+      const int rest = Rest(n - j);
+      const F u = LoadFirst(s + j, rest) * inverse, t = Tanh(u), b = bias ? LoadFirst(bias + j, rest) : none;
+      const Mask hides = Equal(b, hidden);
+      StoreFirst(s + j, Select(hides, hidden, t * cap), rest);
+      if (by_x != nullptr) StoreFirst(by_x + from + j, Select(hides, none, Set(1.0f) - t * t), rest);
+      if (by_cap != nullptr) StoreFirst(by_cap + from + j, Select(hides, none, ByCap(u, t)), rest);
     }
   }
   if (poison != nullptr) Combine(n, s, poison + from, [](F x, F more) { return x + more; });
-  if (c.mask) Hide(c, row, j0, from, to, -__builtin_inff(), s - from);
+  Hide(c, row, j0, from, to, -__builtin_inff(), s - from);
 }
 
 // Zeroes those of p[from..to) that dropout drops.
@@ -227,7 +289,7 @@ inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64
   const bool plain = IsPlain(c, row);
   const float scale = plain ? ScaleOf(c, row) : 1.0f;  // of what x then holds
   if (!plain) {
-    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, poison, x, nullptr, tmp);
+    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, poison, x, nullptr, nullptr, tmp);
   } else if (poison != nullptr) {
     Combine(v.hi - v.lo, x + v.lo, poison + v.lo, [](F y, F more) { return y + more; });
   }

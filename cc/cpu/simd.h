@@ -56,6 +56,10 @@ inline Mask NonZero(const uint8_t* p) {
 }
 inline Mask Bits(uint32_t bits) { return static_cast<Mask>(bits); }
 inline Mask IsZero(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ); }
+inline Mask Equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline Mask Equal(const int32_t* p, int32_t x) {
+  return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(x));
+}
 // t = n + f with n integral and f in [-1/2, 1/2]; for t = -inf, f is 0.
 inline F Fraction(F t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2^n for integral n <= 0; 0 below the normal numbers.
@@ -137,6 +141,11 @@ inline Mask Bits(uint32_t bits) {
       _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each), each));
 }
 inline Mask IsZero(F x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ); }
+inline Mask Equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+inline Mask Equal(const int32_t* p, int32_t x) {
+  const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(y, _mm256_set1_epi32(x)));
+}
 inline F Fraction(F t) { return t - _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F NotBelow(F x, float least) { return _mm256_max_ps(_mm256_set1_ps(least), x); }  // NaN stays
 inline F ScaleByPowerOf2(F x, F n) {
@@ -184,6 +193,8 @@ inline Mask Bits(uint32_t bits) {
   return (Mask{b, b, b, b} & Mask{1, 2, 4, 8}) != Mask{0, 0, 0, 0};
 }
 inline Mask IsZero(F x) { return x == Set(0.0f); }
+inline Mask Equal(F a, F b) { return a == b; }
+inline Mask Equal(const int32_t* p, int32_t x) { return Mask{p[0], p[1], p[2], p[3]} == Mask{x, x, x, x}; }
 inline F Fraction(F t) { F f; for (int i = 0; i < 4; ++i) f[i] = t[i] - __builtin_rintf(t[i]); return f; }
 inline F NotBelow(F x, float least) { const F v = Set(least); return x < v ? v : x; }  // NaN stays
 inline F ScaleByPowerOf2(F x, F n) {

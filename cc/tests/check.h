@@ -120,6 +120,12 @@ Call CallOf(const Problem& p) {
   c.slopes = p.slopes.view(), c.seed = p.seed.view(), c.stream = p.stream.view();
   c.drop_bits = p.drop_bits.view(), c.drop_offset = p.drop_offset.view();
   c.drop_bytes = p.drop_bits ? p.drop_bits.dims[kCol] : 0;
+  c.bias_offset = p.bias_offset.view(), c.bias_apart = p.bias_apart;
+  c.bias_elements = p.bias_offset ? p.bias.dims[kCol] : 0;
+  c.position = p.position.view();
+  c.segment_row = p.segment_row.view(), c.segment_key = p.segment_key.view();
+  c.scale_of_head = p.scale_of_head.view(), c.soft_cap_of_head = p.cap_of_head.view();
+  c.threshold_of_head = p.threshold_of_head.view();
   c.m = p.m.view(), c.l = p.l.view();
   return c;
 }
@@ -129,6 +135,7 @@ Call BackwardCallOf(const Problem& p) {
   c.dout = p.dout.view(), c.dlogsumexp = p.dlogsumexp.view();
   c.dquery = p.dquery.view(), c.dkey = p.dkey.view(), c.dvalue = p.dvalue.view();
   c.dbias = p.dbias.view(), c.dslopes = p.dslopes.view();
+  c.dscale = p.dscale.view(), c.dsoft_cap = p.dcap.view();
   return c;
 }
 
@@ -148,7 +155,9 @@ std::vector<Result> BackwardResults(Problem& p, const Reference* r = nullptr) {
           {"dkey", &p.dkey, r ? &r->dkey : nullptr},
           {"dvalue", &p.dvalue, r ? &r->dvalue : nullptr},
           {"dbias", &p.dbias, r ? &r->dbias : nullptr},
-          {"dslopes", &p.dslopes, r ? &r->dslopes : nullptr}};
+          {"dslopes", &p.dslopes, r ? &r->dslopes : nullptr},
+          {"dscale", &p.dscale, r ? &r->dscale : nullptr},
+          {"dcap", &p.dcap, r ? &r->dcap : nullptr}};
 }
 
 bool Same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }

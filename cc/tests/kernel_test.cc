@@ -56,7 +56,7 @@ Spec RandomSpec(uint64_t seed) {
   s.scale = (random.OneIn(5) ? -1.0 : 1.0) / std::sqrt(static_cast<double>(s.D));
   if (random.OneIn(4)) s.cap = 0.5 + 5.0 * random.Uniform();
   if (random.OneIn(4)) s.alibi = random.OneIn(2) ? Alibi::kLinear : Alibi::kSqrt;
-  s.slope_axes = static_cast<int>(random.Below(8));
+  s.slope_axes = static_cast<int>(random.Below(16));
   if (random.OneIn(4)) s.philox = true;
   if (random.OneIn(6)) s.bits = true;
   if (s.philox || s.bits) s.keep = 0.5 + 0.45 * random.Uniform();
@@ -65,6 +65,10 @@ Spec RandomSpec(uint64_t seed) {
   s.layout = random.OneIn(2) ? 1 : 0;
   if (random.OneIn(3)) s.garbage = random.OneIn(3) ? kInf : kNaN;
   s.seen_garbage = random.OneIn(2);
+  s.position = axes(2, 15);
+  if (s.bias != kNoAxes) s.indexed = axes(3, 15), s.apart = random.OneIn(3);
+  s.segments = axes(5, 15);
+  s.scales = axes(5, 7), s.caps = axes(6, 7), s.rates = axes(2, 7);
   return s;
 }
 
