@@ -14,7 +14,7 @@ are host integers can use them. Arrays (JAX or NumPy) are data: they may change 
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -469,13 +469,20 @@ def _check_batch_shape(name: str, value, batch: Shape) -> None:
         )
 
 
-def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size):
-    """What the kernels take: `(lower, upper, dense)`, each with `len(batch)` leading dims, or None.
+class Rules(NamedTuple):
+    """A mask as the kernels take it: each `*#B #N ...`, or None. See `Operands`."""
 
-    lower and upper are int32 of shape `*#B #N #Sq` within 0..skv, dense is boolean `*#B #N #Sq #Skv`.
-    """
+    lower: Any = None
+    upper: Any = None
+    dense: Any = None
+    segment_row: Any = None
+    segment_key: Any = None
+
+
+def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size) -> Rules:
+    """The rules of a mask: bounds are int32 of shape `*#B #N #Sq` within 0..skv, dense boolean `*#B #N #Sq #Skv`."""
     if mask is None:
-        return None, None, None
+        return Rules()
     mask.check(batch, heads, sq, skv)
     lower, upper = mask.rows(Rows(jnp.arange(sq, dtype=jnp.int32), sq, skv), skv)
     dense = None
@@ -484,7 +491,12 @@ def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size)
             array = jnp.asarray(member.array)
             dense = _combine(jnp.logical_and, dense, array)
     rank = len(batch)
-    return _fit(lower, rank + 2, skv), _fit(upper, rank + 2, skv), lead(dense, rank + 3)
+    return Rules(_fit(lower, rank + 2, skv), _fit(upper, rank + 2, skv), lead(dense, rank + 3))
+
+
+def positions(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size) -> Any:
+    """The key position at which a mask places each row, `*#B #N #Sq` int32; None: its index."""
+    return None
 
 
 def _fit(bound, rank: int, skv: Size):

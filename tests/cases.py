@@ -126,8 +126,13 @@ class Case:
     def visible(self) -> np.ndarray | None:
         return None if self.mask is None else KINDS[self.mask].visible(self)
 
+    @property
+    def keep_prob(self) -> float:
+        """Of 2**16 numbers, how many keep their weight."""
+        return round((1 - self.dropout) * 65536) / 65536
+
     def keep(self) -> np.ndarray | None:
-        return oracle.keep_bits(self.seed(), self.full, 1 - self.dropout) if self.dropout else None
+        return oracle.keep_bits(self.seed(), self.full, self.keep_prob) if self.dropout else None
 
     def library_mask(self):
         return None if self.mask is None else KINDS[self.mask].make(self)
@@ -176,7 +181,7 @@ def expected(case: Case) -> tuple[oracle.Attention, dict[str, np.ndarray]]:
         scale=case.scale,
         soft_cap=case.soft_cap,
         keep=case.keep(),
-        keep_prob=1 - case.dropout,
+        keep_prob=case.keep_prob,
     )
     return found, found.gradients(*case.cotangents())
 
@@ -198,7 +203,7 @@ def naive(case: Case):
         case.cotangents(),
         scale=np.float32(case.D**-0.5 if case.scale is None else case.scale),
         soft_cap=None if case.soft_cap is None else np.float32(case.soft_cap),
-        keep_prob=np.float32(1 - case.dropout),
+        keep_prob=np.float32(case.keep_prob),
     )
     return jax.tree.map(np.asarray, found)
 

@@ -9,9 +9,9 @@ import jax_fa
 
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
-    {"problem", "compat", "_native"},
-    {"masks", "softmax", "dropout", "tiles", "packed", "ascend.installation", "mosaic", "mosaic.widths"},
-    {"mosaic.tuning", "mosaic.logits", "mosaic.memory"},
+    {"problem", "compat", "gather", "_native"},
+    {"masks", "softmax", "dropout", "packed", "ascend.installation", "mosaic", "mosaic.widths"},
+    {"tiles", "mosaic.tuning", "mosaic.logits", "mosaic.memory"},
     {"mosaic.geometry", "mosaic.launch"},
     {"mosaic.operands"},
     {"mosaic.careful"},

@@ -279,7 +279,8 @@ class Reference {
         x.logit_error = x.slope * x.logit_error + 8.0 * cap * std::fabs(t);
         z = cap * t;
       }
-      if (hides && !std::isnan(z)) z = -std::numeric_limits<double>::infinity(), x.slope = 0.0, x.logit_error = 0.0;
+      if (hides && (cap != 0.0 || !std::isnan(z)))
+        z = -std::numeric_limits<double>::infinity(), x.slope = 0.0, x.logit_error = 0.0;
       x.s = z;
       if (!(row_.m >= z)) row_.m = std::isnan(row_.m) ? row_.m : z;
       seen_.push_back(x);

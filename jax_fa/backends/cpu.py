@@ -11,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import compat, dropout
-from jax_fa.problem import DIFFERENTIABLE, IN_CANN_FORM, Operands, Problem, dims, gradient_shape, out_shape
+from jax_fa.problem import (
+    DIFFERENTIABLE,
+    IN_CANN_FORM,
+    STORED,
+    Operands,
+    Problem,
+    Saved,
+    dims,
+    gradient_shape,
+    out_shape,
+)
 
 missing: str | None = None  # why the extension is not there
 try:
@@ -61,36 +71,38 @@ def _available() -> str:
     return ", ".join(isa for isa, there in _native.instruction_sets().items() if there)
 
 
-def forward(problem: Problem, operands: Operands):
-    """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
+def forward(problem: Problem, operands: Operands) -> tuple[Any, ...]:
+    """out stored in out_axes, softmax max and sum `*B N Sq`, and rounding like out if the problem says so."""
     d = dims(problem, operands)
     stats = jax.ShapeDtypeStruct((*d.B, d.N, d.Sq), jnp.float32)
     out = jax.ShapeDtypeStruct(out_shape(problem, d), operands.query.dtype)
     present, arrays = _arrays(operands)
-    call = jax.ffi.ffi_call("jax_fa_cpu_forward", (out, stats, stats))
-    return tuple(call(*arrays, problem=_attribute(problem, present, 0)))
+    outs = (out, stats, stats, *([out] if problem.saves_rounding else []))
+    call = jax.ffi.ffi_call("jax_fa_cpu_forward", outs)
+    saved = _ROUNDING if problem.saves_rounding else 0
+    return tuple(call(*arrays, problem=_attribute(problem, present, saved)))
 
 
-def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
-    """Gradients of query, key, value and, where present, bias and alibi_slopes."""
-    d = dims(problem, operands)
+def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
+    """Gradients of the differentiable operands that are present."""
+    d = dims(problem, operands, saved)
     present, arrays = _arrays(operands)
     names = [name for name in DIFFERENTIABLE if getattr(operands, name) is not None]
 
     def result(name: str) -> jax.ShapeDtypeStruct:
         operand = getattr(operands, name)
         # Sums over broadcast dims are float32, also where the operand is not.
-        dtype = operand.dtype if name in ("query", "key", "value") else jnp.float32
+        dtype = operand.dtype if name in STORED else jnp.float32
         return jax.ShapeDtypeStruct(gradient_shape(problem, d, name, operand.shape), dtype)
 
-    extra = 0 if dlogsumexp is None else _DLOGSUMEXP
-    saved = [out, m, l, dout] + ([] if dlogsumexp is None else [dlogsumexp.astype(jnp.float32)])
+    rest, extra = [saved.out, saved.m, saved.l, saved.dout], 0
+    if saved.rounding is not None:
+        rest, extra = [*rest, saved.rounding], extra | _ROUNDING
+    if saved.dlogsumexp is not None:
+        rest, extra = [*rest, saved.dlogsumexp.astype(jnp.float32)], extra | _DLOGSUMEXP
     call = jax.ffi.ffi_call("jax_fa_cpu_backward", [result(name) for name in names])
-    gradients = dict(
-        zip(names, call(*arrays, *saved, problem=_attribute(problem, present, extra)), strict=True)
-    )
-    absent = {"query": None, "key": None, "value": None}
-    given = Operands(**absent | gradients)
+    found = call(*arrays, *rest, problem=_attribute(problem, present, extra))
+    given = Operands(**dict.fromkeys(STORED) | dict(zip(names, found, strict=True)))
     return given.map(lambda name, x: x.astype(getattr(operands, name).dtype))
 
 
@@ -125,6 +137,6 @@ def _attribute(problem: Problem, present: int, saved: int) -> dict[str, Any]:
         "keep_prob": np.float32(problem.keep_prob),
         "soft_cap": np.float32(problem.logits_soft_cap or 0.0),
         "alibi": np.uint8(_ALIBI[problem.alibi]),
-        "bias_apart": np.uint8(0),
+        "bias_apart": np.uint8(problem.bias_apart),
         "threshold": np.uint32(dropout.threshold(problem.keep_prob)),
     }
