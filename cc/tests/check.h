@@ -254,7 +254,7 @@ class CaseTest {
     const double rounded =
         pairs && t == DType::kBF16 ? 0x1.02p-8 * result.expected->terms[i] + result.expected->moved[i] : 0.0;
     const double u = HalfUlp(t), smallest = t == DType::kF16 ? 0x1p-25 : 1e-30;
-    return result.expected->error[i] + rounded + u * std::fabs(result.expected->value[i]) + smallest;
+    return result.expected->error[i] + (1.0 + 2.0 * u) * rounded + u * std::fabs(result.expected->value[i]) + smallest;
   }
 
   void Compare(const Result& result, const std::vector<double>& got, bool pairs) const {
