@@ -149,6 +149,15 @@ class Reference {
       std::vector<double> largest_key(static_cast<size_t>(p_.D), 0.0);
       for (const Seen& x : seen_) {
         const size_t at_k = p_.key.Index(b, k, x.j), at_v = p_.value.Index(b, k, x.j);
+        if (x.hidden) {  // adds nothing, or in a tainted row anything
+          for (int64_t d = 0; d < p_.D; ++d) dkey.tainted[at_k + static_cast<size_t>(d)] |= tainted;
+          for (int64_t d = 0; d < p_.Dv; ++d) dvalue.tainted[at_v + static_cast<size_t>(d)] |= weights_tainted;
+          if (p_.dbias) dbias.tainted[p_.BiasIndex(b, n, i, x.j)] |= tainted;
+          if (p_.dslopes) dslopes.tainted[p_.dslopes.Index(b, n, i)] |= tainted;
+          if (p_.dscale) dscale.tainted[p_.dscale.Index(b, n)] |= tainted;
+          if (p_.dcap) dcap.tainted[p_.dcap.Index(b, n)] |= tainted;
+          continue;
+        }
         const double *key = &p_.key.value[at_k], *value = &p_.value.value[at_v];
         double dp = 0.0, dp_size = 0.0;
         for (int64_t d = 0; d < p_.Dv; ++d) dp += dout[d] * value[d], dp_size += std::fabs(dout[d] * value[d]);
@@ -220,6 +229,7 @@ class Reference {
     double logit_error;
     double u, before_error;     // before the soft cap: in caps, and its error
     double error;               // of p, relative, not in units
+    bool hidden;                // by a bias of -inf under a soft cap
   };
   struct Row {
     double m, l;
@@ -266,7 +276,7 @@ class Reference {
       if (!p_.Visible(b, n, i, j)) continue;
       const double* q = &p_.query.value[p_.query.Index(b, n, i)];
       const double* key = &p_.key.value[p_.key.Index(b, k, j)];
-      Seen x{j, 0.0, 0.0, p_.Kept(b, n, i, j) ? 1.0 / p_.KeepProb(b, n) : 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0};
+      Seen x{j, 0.0, 0.0, p_.Kept(b, n, i, j) ? 1.0 / p_.KeepProb(b, n) : 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, false};
       double dot = 0.0, size = 0.0;
       for (int64_t d = 0; d < p_.D; ++d) dot += q[d] * key[d], size += std::fabs(q[d] * key[d]);
       double z = scale * dot;
@@ -295,8 +305,8 @@ class Reference {
         x.logit_error = x.slope * x.logit_error + 8.0 * cap * std::fabs(t);
         z = cap * t;
       }
-      if (hides && (cap != 0.0 || !std::isnan(z)))
-        z = -std::numeric_limits<double>::infinity(), x.slope = 0.0, x.logit_error = 0.0;
+      x.hidden = hides && cap != 0.0;
+      if (x.hidden) z = -std::numeric_limits<double>::infinity(), x.logit_error = 0.0;
       x.s = z;
       if (!(row_.m >= z)) row_.m = std::isnan(row_.m) ? row_.m : z;
       seen_.push_back(x);
