@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import dropout, masks
+from jax_fa import arguments, dropout, masks
 from jax_fa.problem import Axes, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
 # Multiply-adds of one device call: about a second's work of an Ascend 910B, far below what its watchdogs allow.
@@ -123,7 +123,10 @@ def check_query_key_value(query, key, value, axes: Axes, layout: str) -> None:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating dtype; got {x.dtype}.")
         if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have query's dtype {query.dtype}; got {x.dtype}.")
+            raise TypeError(
+                f"{name} must have query's dtype {query.dtype}; got {x.dtype}. Cast them to one dtype, such as "
+                f"{name}.astype(query.dtype)."
+            )
     rank = len(axes) - 3
     q, k, v = (canonical_shape(x.shape, axes) for x in (query, key, value))
     if k[:rank] != q[:rank]:
@@ -196,7 +199,7 @@ def _max_work(work) -> int | None:
     if work is None:
         return None
     if isinstance(work, bool) or not isinstance(work, (int, np.integer)) or work <= 0:
-        raise ValueError(f"max_work must be a positive int or None; got {work!r}.")
+        raise ValueError(f"max_work must be a positive int or None; got {arguments.shown(work)}.")
     return int(work)
 
 
