@@ -391,7 +391,7 @@ class _Packed(Mask):
 
     query: Any
     key: Any
-    within: Mask | None
+    within: Band | None
 
     def _check_within(self) -> None:
         if self.within is not None and not isinstance(self.within, Band):
@@ -435,7 +435,7 @@ class CumulativeLengths(_Packed):
 
     query: Any
     key: Any = None
-    within: Mask | None = None
+    within: Band | None = None
 
     def __post_init__(self) -> None:
         self._check_within()
@@ -513,7 +513,7 @@ class SegmentIds(_Packed):
 
     query: Any
     key: Any = None
-    within: Mask | None = None
+    within: Band | None = None
     padding_id: int | np.integer | None = None
 
     def __post_init__(self) -> None:

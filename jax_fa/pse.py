@@ -144,6 +144,7 @@ def _packed(pse, d: Dims, packed: Packed, causal: bool) -> Terms:
     one_row = d.N * (d.Skv if lengths is None else int(lengths[1].sum()))
     full = None if lengths is None else d.N * int(np.dot(*lengths))
     longest = pse.shape[-1:] if lengths is None else (int(lengths[1].max()),)
+    form: Any
     # CANN too tries the form of one row first.
     if pse.shape == (one_row,):
         form = _one_row

@@ -8,7 +8,7 @@ between, each key's label is compared with the row's. O(S log S), without an S x
 Everything here runs on NumPy arrays where the ids are known, and is then part of the program.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,7 @@ def _at(order, index, xp):
     return xp.take_along_axis(order, xp.clip(index, 0, order.shape[-1] - 1), -1)
 
 
-def _search(table, values, side: str, xp):
+def _search(table, values, side: Literal["left", "right"], xp):
     """searchsorted along the last axis."""
     if xp is jnp:
         find = jnp.vectorize(
