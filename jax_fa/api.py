@@ -63,13 +63,13 @@ def dot_product_attention(
       value: key's shape and dtype.
       bias: added to the scaled logits; broadcastable to `(B, N, T, S)`, lower ranks too. Differentiable:
         its gradient is summed over broadcast dims as it is computed.
-      mask: boolean, True = take part; broadcastable to `(B, N, T, S)`, lower ranks too.
+      mask: boolean, True = visible; broadcastable to `(B, N, T, S)`, lower ranks too.
       scale: factor of the logits; None: `1 / sqrt(H)`. A traced scale is folded into the query.
-      is_causal: let query i see keys j <= i (top-left aligned, as in jax.nn).
+      is_causal: query i attends to keys j <= i (top-left aligned, as in jax.nn).
       query_seq_lengths: integers of shape `(B,)`; rows from the length on are 0.
-      key_value_seq_lengths: integers of shape `(B,)`; keys from the length on are not seen.
-      local_window_size: `(left, right)`, both inclusive: query i sees keys i - left .. i + right. An int
-        means both. Combines with is_causal.
+      key_value_seq_lengths: integers of shape `(B,)`; keys from the length on are masked.
+      local_window_size: `(left, right)`, both inclusive: query i attends to keys i - left .. i + right. An
+        int means both. Combines with is_causal.
       implementation: None (the best backend that can), or the name of a backend: see `explain`.
       return_residual: also return the log-sum-exp of the logits.
       dropout_rate: probability in [0, 1) of dropping an attention weight; kept ones are divided by
@@ -83,9 +83,9 @@ def dot_product_attention(
       of shape `(B, T, N)` or `(T, N)`, in key's dtype and without gradient.
 
     Differences from jax.nn:
-      * A row that sees no key gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of
-        the dtype's lowest finite number.
-      * NaN and infinity in keys and values that a row does not see do not reach it.
+      * A fully masked row gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of the
+        dtype's lowest finite value.
+      * NaN and infinity in masked keys and values do not propagate.
       * float64 inputs are computed in float64 throughout.
       * `implementation` takes this library's names: "xla" is one of them, "cudnn" is not.
       * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
@@ -261,7 +261,7 @@ def flash_attention(
     return_logsumexp: bool = False,
     max_work: int | None = request.DEFAULT_MAX_WORK,
 ):
-    """Exact attention with everything the kernels can do.
+    """Exact attention with all features: structured masks, ALiBi, dropout, any layout, a differentiable log-sum-exp.
 
     Per head::
 
@@ -277,7 +277,7 @@ def flash_attention(
       bias: added to the scaled logits; broadcastable to `(*B, N, Sq, Skv)`. Differentiable.
       mask: a mask of `jax_fa.masks` (`Causal`, `SlidingWindow`, `Band`, `Prefix`, `Lengths`,
         `CumulativeLengths`, `SegmentIds`, `Dense`, or several joined by `&`), or a boolean array
-        broadcastable to `(*B, N, Sq, Skv)` with True = visible. Structured masks skip the tiles they hide.
+        broadcastable to `(*B, N, Sq, Skv)` with True = visible. Tiles that are masked out entirely are skipped.
       alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)` (arXiv:2108.12409); evaluated in the kernel.
         Differentiable.
       scale: None: `1 / sqrt(D)`. A traced scale is folded into the query.
@@ -295,7 +295,7 @@ def flash_attention(
       The output, query's shape with Dv for D, query's dtype. With return_logsumexp a pair of it and the
       natural log-sum-exp of x over the visible keys, float32 (float64 for float64 inputs), shape
       `(*B, N, Sq)` in every layout, differentiable; before dropout.
-      A row that sees no key gives 0, gradients 0 and log-sum-exp -FLT_MAX.
+      A fully masked row gives 0, gradients 0 and log-sum-exp -FLT_MAX.
 
     Raises:
       ValueError: shapes or values that do not fit.

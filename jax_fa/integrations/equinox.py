@@ -62,7 +62,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             ones of the same shapes.
 
         Returns:
-          Shape `(Sq, output_size)`. A row that sees no key is the output projection of 0.
+          Shape `(Sq, output_size)`. A fully masked row is the output projection of 0.
 
         Raises:
           ValueError: shapes or values that do not fit.

@@ -79,10 +79,10 @@ def attention_fn(
       force_fp32_for_softmax: changes nothing: the softmax is computed in float32 anyway.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None: there is no einsum.
       promote_dtype: in place of Flax's rule, called as `promote_dtype((query, key, value), dtype=dtype)`.
-      is_causal: let query i see keys j <= i (top-left aligned).
+      is_causal: query i attends to keys j <= i (top-left aligned).
 
     Returns:
-      Shape `(*B, Sq, N, Dv)`, in the dtype that query, key and value were cast to. A row that sees no key is 0.
+      Shape `(*B, Sq, N, Dv)`, in the dtype that query, key and value were cast to. A fully masked row is 0.
 
     Raises:
       ValueError: shapes or values that do not fit.
@@ -142,8 +142,8 @@ def make_attention_fn(
     Args:
       mask: a mask of `jax_fa.masks`, such as `Causal("bottom-right")`, joined with what the layer passes. Decoding
         with a cache calls with one query, whose position is known to the layer only, so there masks that count
-        positions are refused; `Causal("bottom-right")` hides nothing then and is fine (the layer's own mask is
-        causal).
+        positions are refused; `Causal("bottom-right")` masks nothing then and is fine (the layer's own mask
+        is causal).
       alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)`. Refused when decoding.
       scale: factor of the logits; None: `1 / sqrt(D)`.
       logits_soft_cap: replaces the logits x by `cap * tanh(x / cap)`.
@@ -255,12 +255,12 @@ def _check_decoding(options: _Options, query, key) -> None:
             raise ValueError(
                 f"mask={mask!r} of make_attention_fn counts positions; this call has one query and {key.shape[-3]} keys, "
                 "a step of decoding, whose position jax_fa does not know. A causal mask that works in training and "
-                'decoding is Causal("bottom-right") (the layer hides what is not yet in its cache).'
+                'decoding is Causal("bottom-right") (the layer masks what is not yet in its cache).'
             )
 
 
 def _shows_all_to_the_last(mask: Mask) -> bool:
-    """Whether the last query sees every key, whatever the lengths: True for `Causal("bottom-right")`."""
+    """Whether every key is visible to the last query, whatever the lengths: True for `Causal("bottom-right")`."""
     if not isinstance(mask, masks.Band) or mask.align != "bottom-right" or mask.left is not None:
         return False
     return mask.right is None or (isinstance(mask.offset, int) and int(mask.right) + mask.offset >= 0)

@@ -33,7 +33,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
             visible; or a mask of `jax_fa.masks`.
 
         Returns:
-          Shape `(*B, Sq, model_size)`. A row that sees no key is the output projection of 0.
+          Shape `(*B, Sq, model_size)`. A fully masked row is the output projection of 0.
 
         Raises:
           ValueError: shapes that do not fit.
