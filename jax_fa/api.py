@@ -356,7 +356,7 @@ def flash_attention_request(
         axes=axes,
         layout=layout,
         bias=None if bias is None else arguments.array("bias", bias),
-        mask=None if mask is None else _mask(mask),
+        mask=None if mask is None else one_mask(mask),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         alibi=None if alibi_slopes is None else "linear",
@@ -369,7 +369,8 @@ def flash_attention_request(
     )
 
 
-def _mask(mask) -> Mask:
+def one_mask(mask) -> Mask:
+    """`masks.as_mask`, with advice for what is often passed in place of a mask."""
     if isinstance(mask, (list, tuple)) and any(isinstance(member, Mask) for member in mask):
         raise TypeError(
             f"mask must be one mask; got a {type(mask).__name__} of {len(mask)}. Join masks by &: "

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from jax_fa import api, backends
+from jax_fa import api, arguments, backends
 
 Model = TypeVar("Model")
 
@@ -106,6 +106,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             raise ValueError(
                 f"key must be a jax.random key where inference is false and dropout_p={self.dropout.p}; got None."
             )
+        arguments.random_key("key", key)
         return self.dropout.p
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype as promote_like_linen
 
-from jax_fa import api, backends, masks
+from jax_fa import api, arguments, backends, masks
 from jax_fa.attention import attention
 from jax_fa.explanation import here
 from jax_fa.masks import Mask
@@ -101,12 +101,15 @@ def attention_fn(
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
     _check_precision(precision, query.dtype)
     _check_decoding(_options, query, key)
+    arguments.number("dropout_rate", dropout_rate, "a number in [0, 1)")
     dropping = not deterministic and dropout_rate > 0.0
     if dropping and dropout_rng is None:
         raise ValueError(
             f"dropout_rng must be a jax.random key where deterministic is false and dropout_rate={dropout_rate}; "
             "got None."
         )
+    if dropout_rng is not None:
+        arguments.random_key("dropout_rng", dropout_rng)
     problem, operands = api.flash_attention_request(
         query,
         key,
@@ -154,7 +157,7 @@ def make_attention_fn(
     """
     backends.check_implementation(implementation)
     options = _Options(
-        mask=None if mask is None else masks.as_mask(mask),
+        mask=None if mask is None else api.one_mask(mask),
         alibi_slopes=alibi_slopes,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
@@ -165,9 +168,15 @@ def make_attention_fn(
 
 def _joined(mask, is_causal: bool, own: Mask | None) -> Mask | None:
     if mask is not None and not isinstance(mask, Mask):
-        mask = masks.Dense(jnp.asarray(mask).astype(jnp.bool_))  # Flax makes its masks in float32
+        array = hasattr(mask, "dtype") or (isinstance(mask, (list, tuple)) and not _holds_masks(mask))
+        # Flax makes its masks in float32.
+        mask = masks.Dense(arguments.array("mask", mask).astype(jnp.bool_)) if array else api.one_mask(mask)
     given = [m for m in (mask, masks.Causal() if is_causal else None, own) if m is not None]
     return functools.reduce(lambda a, b: a & b, given) if given else None
+
+
+def _holds_masks(given) -> bool:
+    return any(isinstance(member, Mask) for member in given)
 
 
 def _check_no_weights(module) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import haiku as hk
 import jax.numpy as jnp
 
-from jax_fa import api, backends, masks
+from jax_fa import api, arguments, backends, masks
 from jax_fa.masks import Mask
 
 
@@ -63,7 +63,11 @@ def _over(batch: tuple[int, ...], x):
 def _mask(mask, rank: int) -> Mask | None:
     if mask is None or isinstance(mask, Mask):
         return mask
-    mask = jnp.asarray(mask)
+    if isinstance(mask, (bool, type)) or (
+        isinstance(mask, (list, tuple)) and any(isinstance(m, Mask) for m in mask)
+    ):
+        return api.one_mask(mask)
+    mask = arguments.array("mask", mask)
     if mask.ndim != rank:
         raise ValueError(
             f"mask must have {rank} dimensions (*B, num_heads, Sq, Skv); got shape {mask.shape}."
