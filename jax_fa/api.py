@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import arguments, backends, compat, masks, request
+from jax_fa import arguments, backends, compat, integers, masks, request
 from jax_fa.attention import attention
 from jax_fa.masks import Mask
 from jax_fa.problem import Operands, Problem
@@ -43,12 +43,12 @@ def dot_product_attention(
     is_causal: bool = False,
     query_seq_lengths: Like | None = None,
     key_value_seq_lengths: Like | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | Like | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | Like = 0.0,
     dropout_key: Like | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: float | Like | None = None,
 ):
     """A drop-in for `jax.nn.dot_product_attention` in O(S) memory.
 
@@ -64,28 +64,32 @@ def dot_product_attention(
       bias: added to the scaled logits; broadcastable to `(B, N, T, S)`, lower ranks too. Differentiable:
         its gradient is summed over broadcast dims as it is computed.
       mask: boolean, True = visible; broadcastable to `(B, N, T, S)`, lower ranks too.
-      scale: factor of the logits; None: `1 / sqrt(H)`. A traced scale is folded into the query.
-      is_causal: query i attends to keys j <= i (top-left aligned, as in jax.nn).
+      scale: factor of the logits; None: `1 / sqrt(H)`. A Python number or a scalar array, traced or not, with the
+        same result. Differentiable.
+      is_causal: mask keys j > i for query i (top-left aligned, as in jax.nn).
       query_seq_lengths: integers of shape `(B,)`; rows from the length on are 0.
       key_value_seq_lengths: integers of shape `(B,)`; keys from the length on are masked.
-      local_window_size: `(left, right)`, both inclusive: query i attends to keys i - left .. i + right. An
-        int means both. Combines with is_causal.
+      local_window_size: `(left, right)`, both inclusive: keys i - left .. i + right are visible to query i. An int
+        means both. Combines with is_causal. May be traced, also as an array of shape (2,): layers with different
+        windows can share one `jax.lax.scan`.
       implementation: None (the best backend that can), or the name of a backend: see `explain`.
       return_residual: also return the log-sum-exp of the logits.
-      dropout_rate: probability in [0, 1) of dropping an attention weight; kept ones are divided by
-        1 - dropout_rate.
+      dropout_rate: probability in [0, 1) of dropping an attention weight, rounded to a multiple of 2**-16; kept
+        weights are divided by the probability of keeping them. A traced rate is clipped to that range and has no
+        gradient.
       dropout_key: a `jax.random` key, required if dropout_rate > 0. Same key, same bits, on every backend;
         `jax_fa.dropout_mask` shows them.
-      logits_soft_cap: replaces the logits x (after scale and bias) by `cap * tanh(x / cap)`.
+      logits_soft_cap: positive; replaces the logits x (after scale and bias) by `cap * tanh(x / cap)`. A finite
+        bias is capped with them; a bias of -inf masks its key all the same. May be traced; differentiable.
 
     Returns:
       The output, of query's shape and dtype; with return_residual a pair of it and the natural log-sum-exp
       of shape `(B, T, N)` or `(T, N)`, in key's dtype and without gradient.
 
     Differences from jax.nn:
-      * A fully masked row gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of the
-        dtype's lowest finite value.
-      * NaN and infinity in masked keys and values do not propagate.
+      * A fully masked row gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of the dtype's
+        lowest finite value.
+      * NaN and infinity in masked positions of keys and values do not propagate.
       * float64 inputs are computed in float64 throughout.
       * `implementation` takes this library's names: "xla" is one of them, "cudnn" is not.
       * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
@@ -160,7 +164,7 @@ def dot_product_attention_request(
         None if mask is None else masks.Dense(mask),
         masks.Causal() if arguments.flag("is_causal", is_causal) else None,
         _window(local_window_size),
-        _lengths(query_seq_lengths, key_value_seq_lengths, query.shape[0]),
+        _lengths(query_seq_lengths, key_value_seq_lengths, query.shape, key.shape),
     ):
         if given is not None:
             combined = given if combined is None else combined & given
@@ -216,31 +220,43 @@ def _four_dims(name: str, x):
 
 
 def _window(size) -> Mask | None:
+    """jax.nn's window as a band: the sizes may be negative, and be data."""
     if size is None:
         return None
-    if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
+    if integers.is_int(size) or (hasattr(size, "shape") and np.shape(size) == ()):
         size = (size, size)
-    pair = isinstance(size, Sequence) and len(size) == 2
-    if not pair or not all(
-        n is None or (isinstance(n, (int, np.integer)) and type(n) is not bool) for n in size
-    ):
+    if not isinstance(size, Sequence) and np.shape(size) == (2,):
+        size = tuple(size)
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(map(_is_count, size)):
         raise ValueError(
-            f"local_window_size must be an int, a pair (left, right) or None; got {arguments.shown(size)}."
+            "local_window_size must be an int, a pair (left, right) of ints, both of which may be data, or None; "
+            f"got {arguments.shown(size)}."
         )
     return masks.Band(*size)
 
 
-def _lengths(query, key, batch: int) -> Mask | None:
-    arrays = []
-    for name, x in (("query_seq_lengths", query), ("key_value_seq_lengths", key)):
+def _is_count(x) -> bool:
+    """An int, an integer scalar that is data, or None for no bound."""
+    dtype = getattr(x, "dtype", None)
+    data = dtype is not None and jnp.issubdtype(dtype, jnp.integer) and np.shape(x) == ()
+    return x is None or data or integers.is_int(x)
+
+
+def _lengths(query, key, query_shape, key_shape) -> Mask | None:
+    """As in jax.nn, lengths beyond the arrays mean all of them, and negative ones none."""
+    found = {}
+    for side, name, x, shape in (
+        ("query", "query_seq_lengths", query, query_shape),
+        ("key", "key_value_seq_lengths", key, key_shape),
+    ):
         if x is not None:
             x = arguments.array(name, x)
             if not jnp.issubdtype(x.dtype, jnp.integer):
                 raise TypeError(f"{name} must hold integers; got dtype {x.dtype}.")
-            if x.shape != (batch,):
-                raise ValueError(f"{name} must have shape (B,)={(batch,)}; got {x.shape}.")
-        arrays.append(x)
-    return None if query is None and key is None else masks.Lengths(*arrays)
+            if x.shape != shape[:1]:
+                raise ValueError(f"{name} must have shape (B,)={shape[:1]}; got {x.shape}.")
+            found[side] = jnp.clip(integers.int32(x), 0, shape[1])
+    return masks.Lengths(**found) if found else None
 
 
 @arguments.entry
@@ -253,8 +269,8 @@ def flash_attention(
     mask: Mask | Bool[ArrayLike, "..."] | None = None,
     alibi_slopes: Float[ArrayLike, "..."] | None = None,
     scale: float | ArrayLike | None = None,
-    logits_soft_cap: float | None = None,
-    dropout_rate: float = 0.0,
+    logits_soft_cap: float | ArrayLike | None = None,
+    dropout_rate: float | ArrayLike = 0.0,
     dropout_key: ArrayLike | None = None,
     layout: str = "BSND",
     implementation: str | None = None,
@@ -277,11 +293,15 @@ def flash_attention(
       bias: added to the scaled logits; broadcastable to `(*B, N, Sq, Skv)`. Differentiable.
       mask: a mask of `jax_fa.masks` (`Causal`, `SlidingWindow`, `Band`, `Prefix`, `Lengths`,
         `CumulativeLengths`, `SegmentIds`, `Dense`, or several joined by `&`), or a boolean array
-        broadcastable to `(*B, N, Sq, Skv)` with True = visible. Tiles that are masked out entirely are skipped.
+        broadcastable to `(*B, N, Sq, Skv)` with True = visible. Structured masks skip fully masked tiles.
       alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)` (arXiv:2108.12409); evaluated in the kernel.
-        Differentiable.
-      scale: None: `1 / sqrt(D)`. A traced scale is folded into the query.
-      logits_soft_cap: positive; None: no cap. Applied after scale and bias, before the mask.
+        Differentiable. The distance of key j to row i is `|p - j|` with p the key position at which the mask places
+        the row: i without a mask or with top-left alignment, `i + Skv - Sq` with bottom-right alignment (as in
+        FlashAttention), and in either case plus the mask's offset; in packed sequences, the position of the row in
+        its own sequence counted from that sequence's first key.
+      scale: factor of the logits; None: `1 / sqrt(D)`. See `dot_product_attention`.
+      logits_soft_cap: positive; None: no cap. Applied after scale and bias, before the mask; a bias of -inf masks its
+        key all the same. See `dot_product_attention`.
       dropout_rate: in [0, 1); see `dot_product_attention`.
       dropout_key: a `jax.random` key, required if dropout_rate > 0.
       layout: the order of the trailing dims: "BSND" (with any number of leading batch dims, 0 too), "BNSD"

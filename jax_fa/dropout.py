@@ -6,7 +6,7 @@ counter yields 4 words, that is 8 uniform 16-bit numbers, for 8 columns of one r
     counter = (4 * (column // 32) + (column % 8) // 2, row, head, batch)
     word    = (column // 8) % 4
     half    = column % 2                       # 0: low 16 bits, 1: high 16 bits
-    keep    = number < round(keep_prob * 65536)
+    keep    = number < round(keep_prob * 65536), at least 1
 
 A block of 32 columns thus takes 4 counters. Lanes of a matrix-multiply accumulator (which hold column
 pairs 8 apart) own whole counters, and a vector of counters unpacks into contiguous columns by moving
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32, UInt8, UInt32
 
 from jax_fa import arguments, compat
+from jax_fa.gather import take_last
 from jax_fa.problem import Shape, Size
 
 BLOCK = 32  # columns whose counters lie together
@@ -54,9 +55,18 @@ def _multiply_full(a, b: int):
     return a_hi * b_hi + (mid >> 16) + (mid_lo >> 16), a * np.uint32(b)
 
 
+LIMIT = 65536  # of the 16-bit numbers
+
+
 def threshold(keep_prob: float) -> int:
     """A 16-bit number below this keeps its element. Never 0 for keep_prob > 0."""
-    return max(1, round(keep_prob * 65536))
+    return max(1, round(keep_prob * LIMIT))
+
+
+def traced_threshold(rate) -> UInt32[Array, ""]:
+    """`threshold` of a dropout rate that is data, of any value: outside [0, 1) it is clipped."""
+    kept = jnp.round((1 - jnp.asarray(rate).astype(jnp.float32)) * LIMIT)
+    return jnp.clip(kept, 1, LIMIT).astype(jnp.uint32)
 
 
 def seed_words(dropout_key) -> UInt32[Array, "2"]:
@@ -78,9 +88,12 @@ def keep_tile(
     rows: Int32[Array, " R"],
     first_column,
     columns: int,
-    keep_prob: float,
+    limit,
 ) -> Bool[Array, "*S R C"]:
-    """Keep bits of the given rows and of `columns` columns from `first_column` (may be traced) on."""
+    """Keep bits of the given rows and of `columns` columns from `first_column` (may be traced) on.
+
+    `limit` is the `threshold` of the keep probability, or an array of them that broadcasts to `*S R C`.
+    """
     blocks = -(-columns // BLOCK) + 1  # the range may begin inside a block
     counters = (first_column // BLOCK) * 4 + jnp.arange(4 * blocks, dtype=jnp.int32)
     wide = (..., None, None)
@@ -92,7 +105,7 @@ def keep_tile(
     shape = words.shape[:-2]
     words = words.reshape(*shape, blocks, 4, 4).swapaxes(-1, -2)  # ... block word pair
     numbers = jnp.stack([words & np.uint32(0xFFFF), words >> 16], axis=-1)
-    keep = (numbers < np.uint32(threshold(keep_prob))).reshape(*shape, blocks * BLOCK)
+    keep = numbers.reshape(*shape, blocks * BLOCK) < jnp.asarray(limit, jnp.uint32)
     return jax.lax.dynamic_slice_in_dim(keep, first_column % BLOCK, columns, axis=-1)
 
 
@@ -102,11 +115,7 @@ def explicit_keep_tile(
     """Keep bits read from a packed stream: bit `8 * byte + bit + column` for a row at offset (byte, bit)."""
     bit = offset[..., 1:] + (first_column + jnp.arange(columns, dtype=jnp.int32))
     byte = offset[..., :1] + (bit >> 3)
-    # One gather from the flat stream: broadcasting the stream over heads would copy it per head.
-    size = bits.shape[-1]
-    entries = jnp.arange(math.prod(bits.shape[:-1]), dtype=jnp.int32).reshape(*bits.shape[:-1], 1, 1)
-    index = entries * size + jnp.clip(byte, 0, size - 1)
-    taken = jnp.take(bits.reshape(-1), index, mode="clip")
+    taken = take_last(bits, byte)
     return (taken >> (bit & 7).astype(jnp.uint8)) & 1 == 1
 
 
@@ -137,7 +146,7 @@ def dropout_mask(
     rate, sizes = _rate(dropout_rate), _sizes(shape)
     if 0 in sizes:
         return jnp.zeros((0,), jnp.uint8)
-    return _packed(seed_words(dropout_key), 1.0 - rate, sizes)
+    return _packed(seed_words(dropout_key), threshold(1.0 - rate), sizes)
 
 
 def _rate(rate: Any) -> float:
@@ -165,8 +174,8 @@ def _sizes(shape) -> tuple[int, ...]:
     return tuple(int(size) for size in shape)
 
 
-@partial(jax.jit, static_argnames=("keep_prob", "shape"))
-def _packed(seed, keep_prob: float, shape: tuple[int, ...]):
+@partial(jax.jit, static_argnames=("limit", "shape"))
+def _packed(seed, limit: int, shape: tuple[int, ...]):
     """The bits in tiles of rows of all heads, one after another: what is not packed yet is small."""
     _, N, Sq, Skv = shape
     rows = math.prod(shape[:3])
@@ -179,7 +188,7 @@ def _packed(seed, keep_prob: float, shape: tuple[int, ...]):
 
         def columns(b, n, i):
             at = i.astype(jnp.int32)[None]
-            return keep_tile(seed, jnp.stack([n, b]), at, jnp.int32(0), Skv, keep_prob)[0]
+            return keep_tile(seed, jnp.stack([n, b]), at, jnp.int32(0), Skv, limit)[0]
 
         keep = jax.vmap(columns)(b, n, i) & (row < np.uint32(rows))[:, None]
         return jnp.packbits(keep.reshape(-1), bitorder="little")

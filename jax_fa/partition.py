@@ -17,7 +17,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fa import compat
-from jax_fa.problem import Axes, Dims, Operands, Problem, dims, gradient_shape, out_shape, stored_shape
+from jax_fa.problem import Axes, Dims, Operands, Problem, Saved, dims, gradient_shape, out_shape, stored_shape
 
 Labels = tuple[Any, ...]
 
@@ -25,9 +25,9 @@ Labels = tuple[Any, ...]
 class Partition:
     """The labels of one call's operands, statistics and gradients."""
 
-    def __init__(self, problem: Problem, operands: Operands) -> None:
+    def __init__(self, problem: Problem, operands: Operands, saved: Saved | None = None) -> None:
         self.problem = problem
-        self.dims: Dims = dims(problem, operands)
+        self.dims: Dims = dims(problem, operands, saved)
 
     def _labels(self, shape: Sequence[int], names: Labels, axes: Axes | None = None) -> Labels:
         """Labels of an array stored in the order of `axes`; `names` are those of its dims after `*B`."""

@@ -5,7 +5,7 @@ they are. `problem` is everything static. Arrays keep the axis order they are st
 data: the batching rule writes the new axis into the problem.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,11 @@ from jax_fa.partition import Partition
 from jax_fa.problem import (
     DIFFERENTIABLE,
     IN_CANN_FORM,
+    LIKE_OUT,
+    STORED,
     Operands,
     Problem,
+    Saved,
     accumulator_dtype,
     dims,
     gradient_shape,
@@ -31,27 +34,23 @@ from jax_fa.problem import (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Backward:
-    """What the backward takes: the forward's operands and results, and the cotangents."""
+    """What the backward takes."""
 
     operands: Operands
-    out: Any
-    m: Any
-    l: Any
-    dout: Any
-    dlogsumexp: Any = None
+    saved: Saved
 
 
-def forward(problem: Problem, operands: Operands) -> tuple[Any, Any, Any]:
-    """Binds the forward: (out, softmax max, softmax sum)."""
+def forward(problem: Problem, operands: Operands) -> list[Any]:
+    """Binds the forward: out, softmax max, softmax sum and, if the problem says so, rounding."""
     leaves, tree = jax.tree.flatten(operands)
-    out, m, l = fwd_p.bind(*leaves, tree=tree, problem=problem)
-    return out, m, l
+    return fwd_p.bind(*leaves, tree=tree, problem=problem)
 
 
-def backward(problem: Problem, args: Backward) -> Operands:
+def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
     """Binds the backward: gradients of the differentiable operands that are present."""
-    leaves, tree = jax.tree.flatten(compat.vary_alike(args))
-    return _gradients(args.operands, bwd_p.bind(*leaves, tree=tree, problem=problem))
+    args = compat.vary_alike(Backward(operands=operands, saved=saved))
+    leaves, tree = jax.tree.flatten(args)
+    return _gradients(operands, bwd_p.bind(*leaves, tree=tree, problem=problem))
 
 
 def _gradient_names(operands: Operands) -> list[str]:
@@ -59,8 +58,7 @@ def _gradient_names(operands: Operands) -> list[str]:
 
 
 def _gradients(operands: Operands, values) -> Operands:
-    absent = {"query": None, "key": None, "value": None}
-    return Operands(**absent | dict(zip(_gradient_names(operands), values, strict=True)))
+    return Operands(**dict.fromkeys(STORED) | dict(zip(_gradient_names(operands), values, strict=True)))
 
 
 # --- shape rules
@@ -70,12 +68,14 @@ def _fwd_shape_rule(*avals, tree, problem):
     operands = tree.unflatten(avals)
     d = dims(problem, operands)
     stats = (*d.B, d.N, d.Sq)
-    return out_shape(problem, d), stats, stats
+    out = out_shape(problem, d)
+    return [out, stats, stats, *([out] if problem.saves_rounding else [])]
 
 
 def _bwd_shape_rule(*avals, tree, problem):
-    operands = tree.unflatten(avals).operands
-    d = dims(problem, operands)
+    args = tree.unflatten(avals)
+    operands = args.operands
+    d = dims(problem, operands, args.saved)
     return [
         gradient_shape(problem, d, name, getattr(operands, name).shape) for name in _gradient_names(operands)
     ]
@@ -86,16 +86,18 @@ def _bwd_shape_rule(*avals, tree, problem):
 
 def _fwd_abstract_eval(*avals, tree, problem):
     query = tree.unflatten(avals).query
-    out, m, l = _fwd_shape_rule(*avals, tree=tree, problem=problem)
+    out, m, l, *rounding = _fwd_shape_rule(*avals, tree=tree, problem=problem)
     # out lies like query, with its own order of axes; the statistics are `*B N Sq`.
     lies = compat.Placement(query, problem.query_axes)
     dtype = accumulator_dtype(query.dtype)
     rank = problem.batch_rank
     stats = (*range(rank), rank + 1, rank)
+    like_out = [problem.out_axes.index(i) for i in range(rank + 3)]
     return (
-        lies.aval(out, query.dtype, [problem.out_axes.index(i) for i in range(rank + 3)]),
+        lies.aval(out, query.dtype, like_out),
         lies.aval(m, dtype, stats),
         lies.aval(l, dtype, stats),
+        *(lies.aval(shape, query.dtype, like_out) for shape in rounding),
     )
 
 
@@ -110,23 +112,33 @@ def _bwd_abstract_eval(*avals, tree, problem):
 # --- batching
 
 
-def _move_or_add_front(x, at):
-    if at is None:
-        return x[None]
-    return x if at == 0 else jax.numpy.moveaxis(x, at, 0)
-
-
 def _batched_operands(problem, operands, at):
     """Operands with one more batch dim, and the problem that says so; `at` holds each one's mapped axis."""
-    stored = ("query", "key", "value")
 
     def batch(name, x):
         axis = getattr(at, name)
-        return x[None] if axis is None else x if name in stored else _move_or_add_front(x, axis)
+        if axis is None:
+            return x[None]
+        return x if name in STORED or axis == 0 else jax.numpy.moveaxis(x, axis, 0)
 
-    where = {name: getattr(at, name) for name in stored}
+    where = {name: getattr(at, name) for name in STORED}
     out_at = at.query or 0
     return problem.map_front(**where, out=out_at), operands.map(batch), out_at
+
+
+def _batched_saved(saved, at, out_at: int, size: int):
+    """Saved arrays with the new batch dim in full: out and what is like it at `out_at`, statistics at the front."""
+
+    def full(x, axis, to):
+        if x is None:
+            return None
+        if axis is None:
+            return jax.numpy.broadcast_to(jax.numpy.expand_dims(x, to), (*x.shape[:to], size, *x.shape[to:]))
+        return x if axis == to else jax.numpy.moveaxis(x, axis, to)
+
+    names = [f.name for f in fields(saved)]
+    to = {name: out_at if name in LIKE_OUT else 0 for name in names}
+    return Saved(**{name: full(getattr(saved, name), getattr(at, name), to[name]) for name in names})
 
 
 def _unflatten_axes(tree, axes):
@@ -139,32 +151,16 @@ def _unflatten_axes(tree, axes):
 def _fwd_batching_rule(args, axes, *, tree, problem):
     operands, at = tree.unflatten(args), _unflatten_axes(tree, axes)
     problem, operands, out_at = _batched_operands(problem, operands, at)
-    return forward(problem, operands), (out_at, 0, 0)
+    return forward(problem, operands), (out_at, 0, 0, *([out_at] if problem.saves_rounding else []))
 
 
 def _bwd_batching_rule(args, axes, *, tree, problem):
     call, at = tree.unflatten(args), _unflatten_axes(tree, axes)
-    problem, operands, out_at = _batched_operands(problem, call.operands, at.operands)
     size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
-
-    def full(x, axis, to):
-        if x is None:
-            return None
-        if axis is None:
-            return jax.numpy.broadcast_to(jax.numpy.expand_dims(x, to), (*x.shape[:to], size, *x.shape[to:]))
-        return x if axis == to else jax.numpy.moveaxis(x, axis, to)
-
-    batched = Backward(
-        operands=operands,
-        out=full(call.out, at.out, out_at),
-        m=full(call.m, at.m, 0),
-        l=full(call.l, at.l, 0),
-        dout=full(call.dout, at.dout, out_at),
-        dlogsumexp=full(call.dlogsumexp, at.dlogsumexp, 0),
-    )
-    gradients = backward(problem, batched)
+    problem, operands, out_at = _batched_operands(problem, call.operands, at.operands)
+    gradients = backward(problem, operands, _batched_saved(call.saved, at.saved, out_at, size))
     names = _gradient_names(operands)
-    front = [getattr(at.operands, n) or 0 if n in ("query", "key", "value") else 0 for n in names]
+    front = [getattr(at.operands, n) or 0 if n in STORED else 0 for n in names]
     return [getattr(gradients, name) for name in names], front
 
 
@@ -176,9 +172,9 @@ def _fwd_run(backend, problem, tree, *leaves):
 
 
 def _bwd_run(backend, problem, tree, *leaves):
-    a = tree.unflatten(leaves)
-    gradients = backend.backward(problem, a.operands, a.out, a.m, a.l, a.dout, a.dlogsumexp)
-    return tuple(getattr(gradients, name) for name in _gradient_names(a.operands))
+    args = tree.unflatten(leaves)
+    gradients = backend.backward(problem, args.operands, args.saved)
+    return tuple(getattr(gradients, name) for name in _gradient_names(args.operands))
 
 
 def _jvp_rule(run, primals, tangents, *, tree, problem):
@@ -195,15 +191,18 @@ def _fwd_partition(run, tree, problem, avals):
     operands = tree.unflatten(avals)
     rule = Partition(problem, operands)
     inputs = _operand_labels(rule, operands)
-    return rule.wrap(run, inputs, [rule.out(), rule.stats(), rule.stats()], [False] * 3)
+    results = [rule.out(), rule.stats(), rule.stats(), *([rule.out()] if problem.saves_rounding else [])]
+    return rule.wrap(run, inputs, results, [False] * len(results))
 
 
 def _bwd_partition(run, tree, problem, avals):
     args = tree.unflatten(avals)
-    rule = Partition(problem, args.operands)
-    saved = [rule.out(), rule.stats(), rule.stats(), rule.out()]
-    if args.dlogsumexp is not None:
-        saved.append(rule.stats())
+    rule = Partition(problem, args.operands, args.saved)
+    saved = [
+        rule.out() if f.name in LIKE_OUT else rule.stats()
+        for f in fields(args.saved)
+        if getattr(args.saved, f.name) is not None
+    ]
     names = _gradient_names(args.operands)
     results = [rule.gradient(name, getattr(args.operands, name).shape) for name in names]
     return rule.wrap(run, _operand_labels(rule, args.operands) + saved, results, [True] * len(results))

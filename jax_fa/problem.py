@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Axes = tuple[int, ...]
@@ -54,6 +55,10 @@ class Problem:
     mask: Hashable = None
     # Gradients keep the first `mapped` batch dims in full, also where the operand has size 1: vmap added them.
     mapped: int = 0
+    # The forward also returns what rounding took from the output (see `Saved`): for a derivative in 16 bits.
+    saves_rounding: bool = False
+    # With bias_offset: no two key heads (of any batch entries) read the same element of bias.
+    bias_apart: bool = False
     # The caller uses the log-sum-exp, so its cotangent reaches the backward.
     logsumexp: bool = False
     implementation: str | None = None
@@ -91,15 +96,27 @@ class Operands:
     query: Any  # *#B Sq N D, in the order of query_axes
     key: Any  # *#B Skv K D
     value: Any  # *#B Skv K Dv
-    bias: Any = None  # *#B #N #Sq #Skv, any float dtype, added after scaling
+    bias: Any = (
+        None  # *#B #N #Sq #Skv, any float dtype, added after scaling; with bias_offset *#B #N elements
+    )
     mask: Any = None  # *#B #N #Sq #Skv bool, True = visible
     lower: Any = None  # *#B #N #Sq int32: key j is visible only if lower <= j; None: 0
     upper: Any = None  # *#B #N #Sq int32: ... and j < upper; None: Skv
-    alibi_slopes: Any = None  # *#B N float32
+    alibi_slopes: Any = None  # *#B N #Sq float32
     dropout_seed: Any = None  # *#B 2 uint32: the Philox key
     dropout_stream: Any = None  # *#B #N 2 uint32: (head, batch) words of the Philox counter
     drop_bits: Any = None  # *#B bytes uint8: explicit keep bits, LSB first, 1 = keep
     drop_offset: Any = None  # *#B #N #Sq 2 int32: (byte, bit) of a row's key 0 in drop_bits
+    # Where a row's bias begins: that of key j is bias[bias_offset + j]. Out of range for masked keys at most.
+    bias_offset: Any = None  # *#B #N #Sq int32
+    position: Any = None  # *#B #N #Sq int32: the key position a row stands at, for ALiBi; None: its index
+    # Key j is visible only if segment_row < 0 (the bounds say it all) or segment_row == segment_key[j].
+    segment_row: Any = None  # *#B #N #Sq int32
+    segment_key: Any = None  # *#B #N Skv int32
+    # Scalars that are data; the static ones are in the problem.
+    scale: Any = None  # *#B #N float32 (float64 for float64 calls)
+    soft_cap: Any = None  # *#B #N, likewise
+    keep_threshold: Any = None  # *#B #N uint32: see dropout.threshold
     # The same pse and atten_mask that bias, slopes and mask hold, in CANN's own forms behind batch dims of size 1.
     # Only its backend reads them; they have no gradient of their own.
     cann_pse: Any = None
@@ -114,7 +131,36 @@ class Operands:
 
 
 IN_CANN_FORM = ("cann_pse", "cann_mask")
-DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes")
+STORED = ("query", "key", "value")  # in an axis order of their own; the rest are stored canonically
+DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What the backward has besides the operands: results of the forward, and the cotangents."""
+
+    out: Any  # in the order of out_axes
+    m: Any  # softmax max, *B N Sq
+    l: Any  # softmax sum, *B N Sq
+    dout: Any  # like out
+    # Like out, in 16-bit calls: the output without rounding is out + rounding * rounding_unit. The backward
+    # subtracts delta = rowsum(dout * output) from numbers of delta's size, so that the digits beyond 16 bits count.
+    rounding: Any = None
+    dlogsumexp: Any = None  # *B N Sq
+
+
+LIKE_OUT = ("out", "dout", "rounding")  # fields of Saved in the order of out_axes; the rest are statistics
+
+
+def rounding_unit(dtype: Any) -> float:
+    """What one unit of `Saved.rounding` stands for: half a unit in the last place of 1."""
+    return float(jnp.finfo(dtype).eps) / 2
+
+
+def has_rounding(dtype: Any) -> bool:
+    """Whether an output of this dtype is rounded from a wider sum."""
+    return jnp.dtype(dtype).itemsize < 4
 
 
 @dataclass(frozen=True)
@@ -143,14 +189,19 @@ def stored_shape(shape: tuple[Any, ...], axes: Axes) -> tuple[Any, ...]:
     return tuple(shape[axes.index(i)] for i in range(len(axes)))
 
 
-def dims(problem: Problem, operands: Operands) -> Dims:
-    """Reads the sizes off the operands (arrays or avals)."""
+def dims(problem: Problem, operands: Operands, saved: Saved | None = None) -> Dims:
+    """Reads the sizes off the operands (arrays or avals).
+
+    A derivative needs `saved` too: under vmap, what it has mapped may be the cotangents alone.
+    """
     rank = problem.batch_rank
     q = canonical_shape(operands.query.shape, problem.query_axes)
     k = canonical_shape(operands.key.shape, problem.key_axes)
     v = canonical_shape(operands.value.shape, problem.value_axes)
     batches = [q[:rank], k[:rank], v[:rank]]
     batches += [x.shape[:rank] for name, x in operands.items()[3:] if x is not None]
+    if saved is not None:
+        batches.append(saved.m.shape[:rank])
     B = tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*batches, strict=True))
     return Dims(B, q[rank], k[rank], q[rank + 1], k[rank + 1], q[rank + 2], v[rank + 2])
 
@@ -162,7 +213,7 @@ def out_shape(problem: Problem, d: Dims) -> Shape:
 def gradient_shape(problem: Problem, d: Dims, name: str, shape: Shape) -> Shape:
     """The gradient has its operand's shape, but keeps in full the batch dims that vmap added."""
     full = d.B[: problem.mapped]
-    if name in ("query", "key", "value"):
+    if name in STORED:
         axes = getattr(problem, f"{name}_axes")
         canonical = canonical_shape(shape, axes)
         return stored_shape((*full, *canonical[problem.mapped :]), axes)

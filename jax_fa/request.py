@@ -1,6 +1,7 @@
 """From checked arguments to (`Problem`, `Operands`): shared by every public entry."""
 
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -24,10 +25,13 @@ def build(
     bias=None,
     mask: masks.Mask | None = None,
     scale=None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap=None,
     alibi: str | None = None,
     alibi_slopes=None,
-    dropout_rate: float = 0.0,
+    position=None,
+    bias_offset=None,
+    bias_apart: bool = False,
+    dropout_rate=0.0,
     dropout_key=None,
     keep_prob: float | None = None,
     drop_bits=None,
@@ -40,29 +44,39 @@ def build(
 
     `axes` puts query, key and value into the order `*B S N D`; `layout` names their stored dims in errors.
     With `drop_bits`, `keep_prob` says what kept weights are divided by; otherwise `dropout_rate` does.
+    `position`, `bias_offset` and, with it, `bias` are operands already (see `Operands`), and so are `alibi_slopes` of
+    rank B + 2; without `position`, the mask places the rows.
+
+    Scalars that are traced become operands, those that are known belong to the program.
     """
     check_query_key_value(query, key, value, axes, layout)
     rank = len(axes) - 3
     *B, Sq, N, D = canonical_shape(query.shape, axes)
     Skv, batch = canonical_shape(key.shape, axes)[rank], tuple(B)
     acc = accumulator_dtype(query.dtype)
-    query, static_scale = _scale(query, scale, D)
-    lower, upper, dense = masks.intervals(mask, batch, N, Sq, Skv)
-    seed = stream = None
+    scale, soft_cap = _scale(scale, D), _soft_cap(logits_soft_cap)
+    rules = masks.intervals(mask, batch, N, Sq, Skv)
     rate = _dropout_rate(dropout_rate, dropout_key)
-    if rate:
+    limit = dropout.threshold(1.0 - rate) if isinstance(rate, float) else dropout.traced_threshold(rate)
+    seed = stream = None
+    if not isinstance(rate, float) or rate:
         seed = masks.lead(dropout.seed_words(dropout_key), rank + 1)
         stream = dropout.streams(batch, N)
+    if alibi_slopes is not None and position is None:
+        position = masks.positions(mask, batch, N, Sq, Skv)
+    if keep_prob is None:
+        keep_prob = _static(limit, dropout.LIMIT) / dropout.LIMIT
     problem = Problem(
         query_axes=axes,
         key_axes=axes,
         value_axes=axes,
         out_axes=axes,
-        scale=static_scale,
-        logits_soft_cap=_soft_cap(logits_soft_cap),
+        scale=_static(scale, 1.0),
+        logits_soft_cap=_static(soft_cap, None),
         alibi=alibi,  # type: ignore[arg-type]
-        keep_prob=1.0 - rate if keep_prob is None else keep_prob,
+        keep_prob=keep_prob,
         mask=None if mask is None else mask.static(),
+        bias_apart=bias_apart,
         logsumexp=logsumexp,
         implementation=implementation,
         max_work=_max_work(max_work),
@@ -71,17 +85,34 @@ def build(
         query=query,
         key=key,
         value=value,
-        bias=_bias(bias, (*batch, N, Sq, Skv), acc),
-        mask=dense,
-        lower=lower,
-        upper=upper,
+        bias=_bias(bias, (*batch, N, Sq, Skv), acc) if bias_offset is None else bias,
+        bias_offset=bias_offset,
+        mask=rules.dense,
+        lower=rules.lower,
+        upper=rules.upper,
+        segment_row=rules.segment_row,
+        segment_key=rules.segment_key,
         alibi_slopes=_slopes(alibi_slopes, batch, N),
+        position=position,
         dropout_seed=seed,
         dropout_stream=stream,
         drop_bits=drop_bits,
         drop_offset=drop_offset,
+        scale=_data(scale, rank, acc),
+        soft_cap=_data(soft_cap, rank, acc),
+        keep_threshold=_data(limit, rank, jnp.uint32),
     )
     return problem, operands
+
+
+def _static(x, otherwise):
+    """A scalar that is part of the program; `otherwise` where it is data."""
+    return otherwise if isinstance(x, jax.Array) else x
+
+
+def _data(x, rank: int, dtype):
+    """A scalar that is data, `*1 1`; None where it is part of the program."""
+    return x.astype(dtype).reshape((1,) * (rank + 1)) if isinstance(x, jax.Array) else None
 
 
 def check_query_key_value(query, key, value, axes: Axes, layout: str) -> None:
@@ -122,37 +153,46 @@ def _expect(name, layout, what, want, got, other, x, other_name="query") -> str:
     )
 
 
-def _scale(query, scale, D: Size):
-    """(query, static scale). A traced scale is multiplied into the query, in float32, so that it has a gradient."""
+def _scalar(name: str, x) -> float | jax.Array:
+    """A real scalar: a float where its value is known now, a traced array otherwise."""
+    if isinstance(x, (bool, np.bool_)) or not (isinstance(x, numbers.Real) or hasattr(x, "dtype")):
+        raise TypeError(f"{name} must be a real number or a scalar array; got {x!r}.")
+    if not isinstance(x, numbers.Real):
+        if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+            raise TypeError(f"{name} must be real; got dtype {x.dtype}.")
+        if np.ndim(x) != 0:
+            raise ValueError(f"{name} must be a scalar; got shape {np.shape(x)}.")
+        if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+            return x
+    return float(x)
+
+
+def _scale(scale, D: Size) -> float | jax.Array:
     if scale is None:
-        return query, 1.0 / math.sqrt(D)
-    if np.ndim(scale) != 0:
-        raise ValueError(f"scale must be a scalar or None; got shape {np.shape(scale)}.")
-    if isinstance(scale, jax.core.Tracer):
-        wide = accumulator_dtype(query.dtype)
-        return (query.astype(wide) * scale.astype(wide)).astype(query.dtype), 1.0
-    value = float(scale)
-    if not math.isfinite(value):
-        raise ValueError(f"scale must be finite; got {value}.")
-    return query, value
+        return 1.0 / math.sqrt(D)
+    scale = _scalar("scale", scale)
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite; got {scale}.")
+    return scale
 
 
-def _soft_cap(cap) -> float | None:
+def _soft_cap(cap) -> float | jax.Array | None:
     if cap is None:
         return None
-    if isinstance(cap, jax.core.Tracer) or not float(cap) > 0 or not math.isfinite(float(cap)):
-        raise ValueError(f"logits_soft_cap must be a positive finite Python number or None; got {cap}.")
-    return float(cap)
+    cap = _scalar("logits_soft_cap", cap)
+    if isinstance(cap, float) and not (cap > 0 and math.isfinite(cap)):
+        raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")
+    return cap
 
 
-def _dropout_rate(rate, key) -> float:
-    if isinstance(rate, jax.core.Tracer) or not 0.0 <= float(rate) < 1.0:
-        raise ValueError(f"dropout_rate must be a Python number in [0, 1); got {rate}.")
-    if float(rate) > 0.0 and key is None:
-        raise ValueError(
-            f"dropout_key must be a jax.random key when dropout_rate > 0 (it is {rate}); got None."
-        )
-    return float(rate)
+def _dropout_rate(rate, key) -> float | jax.Array:
+    rate = _scalar("dropout_rate", rate)
+    if isinstance(rate, float) and not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1); got {rate}.")
+    if key is None and not (isinstance(rate, float) and rate == 0.0):
+        what = f"dropout_rate > 0 (it is {rate})" if isinstance(rate, float) else "dropout_rate is traced"
+        raise ValueError(f"dropout_key must be a jax.random key when {what}; got None.")
+    return rate
 
 
 def _max_work(work) -> int | None:
@@ -182,10 +222,12 @@ def _slopes(slopes, batch: Shape, N: Size) -> Any:
     if slopes is None:
         return None
     slopes = jnp.asarray(slopes)
+    if slopes.ndim == len(batch) + 2:
+        return slopes
     if not jnp.issubdtype(slopes.dtype, jnp.floating):
         raise TypeError(f"alibi_slopes must have a floating dtype; got {slopes.dtype}.")
     if slopes.shape[-1:] != (N,) or not masks.broadcasts(slopes.shape, (*batch, N)):
         raise ValueError(
             f"alibi_slopes must have shape (N,) or (*B, N) with B={batch}, N={N}; got {slopes.shape}."
         )
-    return masks.lead(slopes, len(batch) + 1)
+    return masks.lead(slopes, len(batch) + 1)[..., None]

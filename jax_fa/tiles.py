@@ -7,13 +7,15 @@ a copy of a whole operand. In a tile the heads are split as `K G` and batch dims
 
 import math
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_fa.problem import Axes, Dims, Operands, Problem, Size, accumulator_dtype, dims
+from jax_fa import dropout
+from jax_fa.problem import LIKE_OUT, Axes, Dims, Operands, Problem, Saved, Size, accumulator_dtype, dims
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,15 @@ def is_symbolic(size) -> bool:
     return not isinstance(size, (int, np.integer))
 
 
+BY_ROW = ("lower", "upper", "alibi_slopes", "drop_offset", "bias_offset", "position", "segment_row")
+
+
 class Padding:
     """Makes symbolic sequence lengths whole numbers of tiles; the keys added are masked, the rows cut off again."""
 
-    def __init__(self, problem: Problem, operands: Operands, tile: int) -> None:
+    def __init__(self, problem: Problem, operands: Operands, tile: int, saved: Saved | None = None) -> None:
         self.problem, self.operands = problem, operands
-        d = self.dims = dims(problem, operands)
+        d = self.dims = dims(problem, operands, saved)
         self.extra = {
             size: (size + tile - 1) // tile * tile - size for size in (d.Sq, d.Skv) if is_symbolic(size)
         }
@@ -88,15 +93,16 @@ class Padding:
 
     def operand(self, name: str, x):
         p, d, rank = self.problem, self.dims, self.problem.batch_rank
+        whole = {rank + 1: d.Sq, rank + 2: d.Skv}
         axes = {
             "query": {p.query_axes[rank]: d.Sq},
             "key": {p.key_axes[rank]: d.Skv},
             "value": {p.value_axes[rank]: d.Skv},
-            "bias": {rank + 1: d.Sq, rank + 2: d.Skv},
-            "mask": {rank + 1: d.Sq, rank + 2: d.Skv},
+            "bias": {} if self.operands.bias_offset is not None else whole,
+            "mask": whole,
+            "segment_key": {rank + 1: d.Skv},
         }
-        rows = name in ("lower", "upper", "drop_offset")
-        return self._pad(x, axes.get(name, {rank + 1: d.Sq} if rows else {}))
+        return self._pad(x, axes.get(name, {rank + 1: d.Sq} if name in BY_ROW else {}))
 
     def operands_padded(self) -> Operands:
         padded = self.operands.map(self.operand)
@@ -105,15 +111,15 @@ class Padding:
             padded = replace(padded, upper=jnp.full((1,) * (rank + 2), self.dims.Skv, jnp.int32))
         return padded
 
-    def out(self, x):
-        return (
-            None
-            if x is None
-            else self._pad(x, {self.problem.out_axes[self.problem.batch_rank]: self.dims.Sq})
-        )
+    def saved(self, saved: Saved) -> Saved:
+        seq = self.problem.out_axes[self.problem.batch_rank]
 
-    def stats(self, x):
-        return None if x is None else self._pad(x, {x.ndim - 1: self.dims.Sq})
+        def pad(name: str, x):
+            return (
+                None if x is None else self._pad(x, {seq if name in LIKE_OUT else x.ndim - 1: self.dims.Sq})
+            )
+
+        return Saved(**{f.name: pad(f.name, getattr(saved, f.name)) for f in fields(saved)})
 
     @staticmethod
     def cut(x, shape):
@@ -124,17 +130,34 @@ class Padding:
 class Call:
     """The operands of one call, and the way from the order they are stored in to canonical order and back."""
 
-    def __init__(self, problem: Problem, operands: Operands) -> None:
+    def __init__(self, problem: Problem, operands: Operands, saved: Saved | None = None) -> None:
         self.problem, self.operands = problem, operands
-        self.dims: Dims = dims(problem, operands)
+        self.dims: Dims = dims(problem, operands, saved)
         self.dtype = operands.query.dtype
         self.acc = accumulator_dtype(self.dtype)
         self.kept = tuple(i for i, size in enumerate(self.dims.B) if size != 1)
         self.B = tuple(self.dims.B[i] for i in self.kept)
-        self.bias = self.by_head(operands.bias)
+        self.bias, self.bias_offset = self.by_head(operands.bias), self.by_head(operands.bias_offset)
         self.mask = self.by_head(operands.mask)
         self.lower, self.upper = self.by_head(operands.lower), self.by_head(operands.upper)
-        self.slopes = self.by_head(operands.alibi_slopes)
+        self.segment_row, self.segment_key = map(self.by_head, (operands.segment_row, operands.segment_key))
+        self.slopes, self.position = self.by_head(operands.alibi_slopes), self.by_head(operands.position)
+        self.scale = self._scalar(operands.scale, problem.scale)
+        self.soft_cap = self._scalar(operands.soft_cap, problem.logits_soft_cap)
+        self.keep_limit, self.keep_prob = self._dropout(operands.keep_threshold, problem.keep_prob)
+
+    def _dropout(self, limit, keep_prob: float) -> tuple[Any, Any]:
+        """What a 16-bit number must stay below to keep its weight, and what kept weights are divided by."""
+        if limit is None:
+            return dropout.threshold(keep_prob), None if keep_prob == 1 else jnp.asarray(keep_prob, self.acc)
+        limit = self.by_head(limit)[..., None, None]
+        return limit, limit.astype(self.acc) / dropout.LIMIT
+
+    def _scalar(self, data, static: float | None) -> Any:
+        """A factor of the logits `... rows keys`, from the array or the number that holds it; None: absent."""
+        if data is not None:
+            return self.by_head(data)[..., None, None].astype(self.acc)
+        return None if static is None else jnp.asarray(static, self.acc)
 
     @property
     def heads(self) -> Size:

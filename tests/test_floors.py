@@ -9,9 +9,10 @@ import jax_fa
 
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
-    {"problem", "compat", "arguments", "native", "program", "_native"},
-    {"masks", "softmax", "dropout", "tiles", "packed", "ascend.installation", "mosaic", "mosaic.widths"},
-    {"mosaic.tuning", "mosaic.logits", "mosaic.memory"},
+    {"problem", "compat", "gather", "integers", "arguments", "native", "program", "_native"},
+    {"segments", "packed"},
+    {"masks", "softmax", "dropout", "ascend.installation", "mosaic", "mosaic.widths"},
+    {"tiles", "mosaic.tuning", "mosaic.logits", "mosaic.memory"},
     {"mosaic.geometry", "mosaic.launch"},
     {"mosaic.operands"},
     {"mosaic.careful"},

@@ -297,7 +297,7 @@ class Translation:
         if x.bias is None and x.alibi_slopes is None:
             return None, 1
         if self.slopes or sequences is not None:
-            slopes = self._flat(x.alibi_slopes).astype(jnp.float32)
+            slopes = self._flat(x.alibi_slopes[..., 0]).astype(jnp.float32)
             return slopes[0] if slopes.shape[0] == 1 else slopes, _ALIBI[self.problem.alibi or "linear"]
         dtype = jnp.float32 if self.wide else x.query.dtype
         bias = self._bias()
@@ -318,7 +318,7 @@ class Translation:
             i, j = jnp.arange(d.Sq, dtype=jnp.float32), jnp.arange(d.Skv, dtype=jnp.float32)
             away = jnp.abs(j - i[:, None])
             away = jnp.sqrt(away) if self.problem.alibi == "sqrt" else away
-            term = -self._flat(x.alibi_slopes)[..., None, None].astype(jnp.float32) * away
+            term = -self._flat(x.alibi_slopes[..., 0])[..., None, None].astype(jnp.float32) * away
             total = term if total is None else total.astype(jnp.float32) + term
         B, _, rows, _ = total.shape
         return jnp.broadcast_to(total, (B, d.N, rows, d.Skv))

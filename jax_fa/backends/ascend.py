@@ -14,6 +14,7 @@ and their splitting (`split`).
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ from jax_fa.ascend import call, installation
 from jax_fa.ascend import layout as layouts
 from jax_fa.ascend.request import MAX_HEADS, V2, Request, Translation
 from jax_fa.backends import xla
-from jax_fa.problem import Dims, Operands, Problem, accumulator_dtype, dims, gradient_shape, out_shape
+from jax_fa.problem import Dims, Operands, Problem, Saved, accumulator_dtype, dims, gradient_shape, out_shape
 from jax_fa.softmax import FLT_MAX
 
 name = "ascend"
@@ -65,7 +66,10 @@ def _why_not(problem: Problem, operands: Operands, backward: bool) -> str | None
         return f"serves float32, bfloat16 and float16, not {dtype}"
     if not all(isinstance(size, (int, np.integer)) for size in (*d.B, d.Sq, d.Skv, d.N, d.K, d.D, d.Dv)):
         return "symbolic dimensions are not supported"
-    if problem.logits_soft_cap is not None:
+    for feature in ("bias_offset", "position", "segment_row", "scale", "keep_threshold"):
+        if getattr(operands, feature) is not None:
+            return f"does not take {feature}"
+    if problem.logits_soft_cap is not None or operands.soft_cap is not None:
         return "CANN has no soft cap of logits"
     if max(d.D, d.Dv) > _MAX_HEAD_DIM:
         return f"head_dim is at most {_MAX_HEAD_DIM}, not {max(d.D, d.Dv)}"
@@ -147,8 +151,14 @@ def _transposes(problem: Problem, d: Dims) -> bool:
 # --- forward
 
 
-def forward(problem: Problem, operands: Operands):
-    """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
+def forward(problem: Problem, operands: Operands) -> tuple[Any, ...]:
+    """out stored in out_axes, softmax max and sum `*B N Sq`, and rounding like out if the problem says so."""
+    found = _forward(problem, operands)
+    # CANN hands the rounded output alone, and its backward takes delta from that.
+    return *found, *([jnp.zeros_like(found[0])] if problem.saves_rounding else [])
+
+
+def _forward(problem: Problem, operands: Operands):
     d = dims(problem, operands)
     stats = (*d.B, d.N, d.Sq)
     if _empty(d):
@@ -181,14 +191,14 @@ def _empty(d: Dims) -> bool:
 # --- backward
 
 
-def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
+def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
     """Gradients of query, key, value and, where present, bias and alibi_slopes."""
-    d = dims(problem, operands)
+    d = dims(problem, operands, saved)
     if _empty(d):
-        return xla.backward(problem, operands, out, m, l, dout, dlogsumexp)
+        return xla.backward(problem, operands, saved)
     plan = Translation(problem, operands, installation.here())
     r = plan.request()
-    dq, dk, dv = _cann_gradients(problem, d, r, out, m, l, dout, dlogsumexp)
+    dq, dk, dv = _cann_gradients(problem, d, r, saved)
     gradients = {
         "query": _stored(problem, operands, d, r.layout, "query", dq),
         "key": _stored(problem, operands, d, r.layout, "key", dk),
@@ -196,7 +206,7 @@ def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) 
     }
     if operands.bias is not None or operands.alibi_slopes is not None:
         # XLA drops what is not read: nothing of this remains where nobody asks for these gradients.
-        plain = xla.backward(problem, operands, out, m, l, dout, dlogsumexp)
+        plain = xla.backward(problem, operands, saved)
         gradients |= {"bias": plain.bias, "alibi_slopes": plain.alibi_slopes}
     return Operands(**gradients)
 
@@ -206,10 +216,11 @@ def _wide_enough(d: Dims) -> int:
     return -(-(d.Dv + 2) // _BLOCK) * _BLOCK
 
 
-def _cann_gradients(problem: Problem, d: Dims, r: Request, out, m, l, dout, dlogsumexp):
+def _cann_gradients(problem: Problem, d: Dims, r: Request, saved: Saved):
     """dq, dk, dv in the layout."""
+    m, l, dlogsumexp = saved.m, saved.l, saved.dlogsumexp
     shape = (*d.B, d.Sq, d.N, d.Dv)
-    out, dout = (layouts.to_layout(x, problem.out_axes, r.layout, shape) for x in (out, dout))
+    out, dout = (layouts.to_layout(x, problem.out_axes, r.layout, shape) for x in (saved.out, saved.dout))
     out, dout = out.astype(r.query.dtype), dout.astype(r.query.dtype)
     flat = (math.prod(d.B), d.N, d.Sq)
     m, l = m.reshape(flat), jnp.where(l == 0, FLT_MAX, l).reshape(flat)

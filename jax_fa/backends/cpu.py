@@ -11,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import compat, dropout, native
-from jax_fa.problem import DIFFERENTIABLE, IN_CANN_FORM, Operands, Problem, dims, gradient_shape, out_shape
+from jax_fa.problem import (
+    DIFFERENTIABLE,
+    IN_CANN_FORM,
+    STORED,
+    Operands,
+    Problem,
+    Saved,
+    dims,
+    gradient_shape,
+    out_shape,
+)
 
 missing: str | None = None  # why the extension is not there
 try:
@@ -51,7 +61,13 @@ def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bo
         return "symbolic dimensions are not supported"
     if max(d.D, d.Dv) > _MAX_HEAD_DIM:
         return f"head_dim is at most {_MAX_HEAD_DIM}, not {max(d.D, d.Dv)}"
+    for feature in _LATER:
+        if getattr(operands, feature) is not None:
+            return f"does not take {feature}"
     return None
+
+
+_LATER = ("bias_offset", "position", "segment_row", "segment_key", "scale", "soft_cap", "keep_threshold")
 
 
 def instruction_set() -> str | None:
@@ -63,34 +79,41 @@ def _available() -> str:
     return ", ".join(isa for isa, there in _native.instruction_sets().items() if there)
 
 
-def forward(problem: Problem, operands: Operands):
-    """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
+def forward(problem: Problem, operands: Operands) -> tuple[Any, ...]:
+    """out stored in out_axes, softmax max and sum `*B N Sq`, and rounding like out if the problem says so."""
     d = dims(problem, operands)
     stats = jax.ShapeDtypeStruct((*d.B, d.N, d.Sq), jnp.float32)
     out = jax.ShapeDtypeStruct(out_shape(problem, d), operands.query.dtype)
     present, arrays = _arrays(operands)
     call = jax.ffi.ffi_call("jax_fa_cpu_forward", (out, stats, stats))
-    return tuple(call(*arrays, problem=_attribute(problem, present)))
+    found = call(*arrays, problem=_attribute(problem, present))
+    return *found, *([jnp.zeros_like(found[0])] if problem.saves_rounding else [])
 
 
-def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
-    """Gradients of query, key, value and, where present, bias and alibi_slopes."""
-    d = dims(problem, operands)
+def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
+    """Gradients of the differentiable operands that are present."""
+    d = dims(problem, operands, saved)
     present, arrays = _arrays(operands)
     names = [name for name in DIFFERENTIABLE if getattr(operands, name) is not None]
 
     def result(name: str) -> jax.ShapeDtypeStruct:
         operand = getattr(operands, name)
         # Sums over broadcast dims are float32, also where the operand is not.
-        dtype = operand.dtype if name in ("query", "key", "value") else jnp.float32
-        return jax.ShapeDtypeStruct(gradient_shape(problem, d, name, operand.shape), dtype)
+        dtype = operand.dtype if name in STORED else jnp.float32
+        shape = gradient_shape(problem, d, name, operand.shape)
+        return jax.ShapeDtypeStruct(shape[:-1] if name == "alibi_slopes" else shape, dtype)
 
-    saved = [out, m, l, dout] + ([] if dlogsumexp is None else [dlogsumexp.astype(jnp.float32)])
+    dlogsumexp = [] if saved.dlogsumexp is None else [saved.dlogsumexp.astype(jnp.float32)]
+    rest = [saved.out, saved.m, saved.l, saved.dout, *dlogsumexp]
     call = jax.ffi.ffi_call("jax_fa_cpu_backward", [result(name) for name in names])
-    gradients = dict(zip(names, call(*arrays, *saved, problem=_attribute(problem, present)), strict=True))
-    absent = {"query": None, "key": None, "value": None}
-    given = Operands(**absent | gradients)
-    return given.map(lambda name, x: x.astype(getattr(operands, name).dtype))
+    gradients = dict(zip(names, call(*arrays, *rest, problem=_attribute(problem, present)), strict=True))
+    given = Operands(**dict.fromkeys(STORED) | gradients)
+
+    def finish(name, x):
+        operand = getattr(operands, name)
+        return x.reshape(gradient_shape(problem, d, name, operand.shape)).astype(operand.dtype)
+
+    return given.map(finish)
 
 
 def _arrays(operands: Operands) -> tuple[int, list[Any]]:
@@ -102,7 +125,7 @@ def _arrays(operands: Operands) -> tuple[int, list[Any]]:
         present |= 1 << bit
         if name == "alibi_slopes" or (name == "bias" and x.dtype not in _DTYPES):
             x = x.astype(jnp.float32)
-        arrays.append(x)
+        arrays.append(x[..., 0] if name == "alibi_slopes" else x)
     return present, arrays
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_fa import compat
 from jax_fa.mosaic import tuning
-from jax_fa.problem import DIFFERENTIABLE, Operands, Problem, dims, gradient_shape
+from jax_fa.problem import DIFFERENTIABLE, Operands, Problem, Saved, dims, gradient_shape
 from jax_fa.tiles import is_symbolic
 
 name = "mosaic"
@@ -61,6 +61,9 @@ def _no_kernel(problem: Problem, operands: Operands, backward: bool) -> str | No
         axes = getattr(problem, f"{array}_axes")
         if axes[-1] != len(axes) - 1:
             return f"the head_dim of {array} is not its last axis in memory"
+    for feature in ("bias_offset", "position", "segment_row", "scale", "soft_cap", "keep_threshold"):
+        if getattr(operands, feature) is not None:
+            return f"does not take {feature}"
     if operands.drop_bits is not None:
         return "it draws dropout bits itself and reads none (drop_mask)"
     if max(d.D, d.Dv) > tuning.MAX_HEAD_DIM:
@@ -116,23 +119,24 @@ def _tiles(which: tuning.Which, problem: Problem, operands: Operands) -> tuning.
 
 
 def forward(problem: Problem, operands: Operands):
-    """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
+    """out stored in out_axes, softmax max and sum `*B N Sq`, and rounding like out if the problem says so."""
     from jax_fa.mosaic.forward import forward
 
     tiles = _tiles("forward", problem, operands)
     assert tiles is not None  # why_not asked
-    return _run(lambda operands: forward(problem, operands, tiles), operands)
+    found = _run(lambda operands: forward(problem, operands, tiles), operands)
+    return *found, *([jnp.zeros_like(found[0])] if problem.saves_rounding else [])
 
 
-def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
+def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
     """Gradients of query, key, value and, where present, bias and alibi_slopes."""
-    return _run(partial(_backward, problem), operands, out, m, l, dout, dlogsumexp)
+    return _run(partial(_backward, problem), operands, saved)
 
 
-def _backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
+def _backward(problem: Problem, operands: Operands, given: Saved) -> Operands:
     from jax_fa.mosaic.bias_gradient import bias_gradient
     from jax_fa.mosaic.key_gradient import key_gradient
-    from jax_fa.mosaic.operands import Saved
+    from jax_fa.mosaic.operands import RowStatistics
     from jax_fa.mosaic.query_gradient import query_gradient
 
     def tiles(which: tuning.Which) -> tuning.Tiles:
@@ -140,7 +144,7 @@ def _backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp)
         assert found is not None  # why_not asked
         return found
 
-    saved = Saved.of(problem, out, m, l, dout, dlogsumexp)
+    saved = RowStatistics.of(problem, given)
     found = query_gradient(problem, operands, saved, tiles("query_gradient"))
     found |= key_gradient(problem, operands, saved, tiles("key_gradient"))
     if _is_tile(operands.bias):
@@ -150,8 +154,8 @@ def _backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp)
             found["bias_rows"][..., None] if "bias_rows" in found else found["bias_keys"][..., None, :]
         )
     if operands.alibi_slopes is not None:
-        found["alibi_slopes"] = found["slopes"].sum(axis=-1)
-    d = dims(problem, operands)
+        found["alibi_slopes"] = found["slopes"]
+    d = dims(problem, operands, given)
 
     def finish(name: str, x):
         if name not in DIFFERENTIABLE:

@@ -5,26 +5,30 @@ tile can see. No array of Sq x Skv exists; the largest temporary is one tile of 
 
 Forward, per row tile (Dao et al. 2022, arXiv:2205.14135, algorithm 1; Dao 2023, arXiv:2307.08691):
     s = cap(scale q k^T + bias),  m = max s,  l = sum exp(s - m),  out = sum keep exp(s - m) v / (keep_prob l)
-Backward from the saved m and l, with D = rowsum(dout out) - dlogsumexp:
+Backward from the saved m and l, with D = rowsum(dout out) - dlogsumexp, out as it was before rounding:
     p = exp(s - m) / l,  dp = keep / keep_prob (dout v^T),  ds = p (dp - D)
     dq = scale ds k,  dk = scale ds^T q,  dv = (keep / keep_prob p)^T dout,  dbias = ds
 
-Masked keys must not be heard even if they hold NaN (padding often does), and 0 * NaN is NaN in a matrix
-product. So in masked tiles non-finite numbers enter the products as 0, and where they are visible they come
-back through the probabilities: key and query through s anyway, value added to s, dout through 1 / l. A row
-that sees a non-finite value is NaN as a whole, with its statistics.
+Rows of ds sum to 0 (to dlogsumexp), so that what all keys have in common cancels in dq. Rounding to 16 bits would leave
+some of it, in p v (of which D is made) as well as in ds k: both take their weights wide.
+
+NaN in masked positions (padding often holds it) must not propagate, and 0 * NaN is NaN in a matrix product. So in
+masked tiles non-finite values enter the products as 0, and where they are visible they come back through the
+probabilities: key and query through s anyway, value added to s, dout through 1 / l. A row with a visible non-finite
+value is NaN as a whole, with its statistics.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jax_fa import dropout, softmax
-from jax_fa.problem import Operands, Problem, Shape, gradient_shape, out_shape
+from jax_fa.gather import add_last, take_last
+from jax_fa.problem import Operands, Problem, Saved, Shape, gradient_shape, out_shape, rounding_unit
 from jax_fa.tiles import Axis, Call, Padding, is_symbolic
 
 name = "xla"
@@ -34,8 +38,9 @@ platforms = None  # every one
 # keep matrix multiplies busy, small enough for a last-level cache.
 TILE_ELEMENTS = 2**20
 MIN_TILE, MAX_ROWS, MAX_KEYS = 128, 512, 512
-# A call of at most this many logits is one tile, without loops: it compiles in half the time.
-ONE_TILE_ELEMENTS = 2**21
+# A call of at most this many logits is one tile, without loops: it compiles in half the time. Not where rows are longer
+# than this: sums over keys are more accurate tile by tile.
+ONE_TILE_ELEMENTS, ONE_TILE_KEYS = 2**21, 2**14
 
 
 def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bool) -> str | None:
@@ -43,38 +48,36 @@ def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bo
     return None
 
 
-def forward(problem: Problem, operands: Operands):
-    """(out, softmax max, softmax sum): out stored in out_axes, the statistics `*B N Sq`."""
+def forward(problem: Problem, operands: Operands) -> tuple[Any, ...]:
+    """out stored in out_axes, softmax max and sum `*B N Sq`, and rounding like out if the problem says so."""
     padding = Padding(problem, operands, MIN_TILE)
     if padding.extra:
         results = _forward(Call(problem, padding.operands_padded()))
         d = padding.dims
-        stats = (*d.B, d.N, d.Sq)
-        shapes = out_shape(problem, d), stats, stats
-        return tuple(map(padding.cut, results, shapes))
+        stats, out = (*d.B, d.N, d.Sq), out_shape(problem, d)
+        return tuple(padding.cut(x, stats if i in (1, 2) else out) for i, x in enumerate(results))
     return _forward(Call(problem, operands))
 
 
-def backward(problem: Problem, operands: Operands, out, m, l, dout, dlogsumexp) -> Operands:
-    """Gradients of query, key, value and, where present, bias and alibi_slopes."""
-    padding = Padding(problem, operands, MIN_TILE)
+def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
+    """Gradients of the differentiable operands that are present."""
+    padding = Padding(problem, operands, MIN_TILE, saved)
     if padding.extra:
-        out, dout = padding.out(out), padding.out(dout)
-        m, l, dlogsumexp = (padding.stats(x) for x in (m, l, dlogsumexp))
-        padded = _backward(Call(problem, padding.operands_padded()), out, m, l, dout, dlogsumexp)
+        saved = padding.saved(saved)
+        padded = _backward(Call(problem, padding.operands_padded(), saved), saved)
 
         def cut(name, x):
             return padding.cut(x, gradient_shape(problem, padding.dims, name, getattr(operands, name).shape))
 
         return padded.map(cut)
-    return _backward(Call(problem, operands), out, m, l, dout, dlogsumexp)
+    return _backward(Call(problem, operands, saved), saved)
 
 
 def _tiling(call: Call) -> tuple[Axis, Axis]:
     d = call.dims
     if any(map(is_symbolic, (call.heads, d.Sq, d.Skv))):
         return Axis.of(d.Sq, MIN_TILE), Axis.of(d.Skv, MIN_TILE)
-    if call.heads * d.Sq * d.Skv <= ONE_TILE_ELEMENTS:
+    if call.heads * d.Sq * d.Skv <= ONE_TILE_ELEMENTS and d.Skv <= ONE_TILE_KEYS:
         return Axis.of(d.Sq, d.Sq), Axis.of(d.Skv, d.Skv)
     keys = Axis.of(d.Skv, MAX_KEYS)
     rows = TILE_ELEMENTS // max(1, call.heads * keys.tile)
@@ -145,32 +148,58 @@ class _Tile:
             terms.append(j < self.rows.cut(call.upper, -1, self.t)[..., None])
         if call.mask is not None:
             terms.append(self.cut(call.mask))
+        if call.segment_row is not None:
+            row = self.rows.cut(call.segment_row, -1, self.t)[..., None]
+            terms.append((row < 0) | (row == self.keys.cut(call.segment_key, -1, self.u)[..., None, :]))
         return _all(*terms)
 
     def distance(self):
         """What an ALiBi slope multiplies."""
         i, j = self.rows.positions(self.t), self.keys.positions(self.u)
-        away = jnp.abs(j - i[:, None]).astype(self.call.acc)
+        if self.call.position is not None:
+            i = self.rows.cut(self.call.position, -1, self.t)
+        away = jnp.abs(j - i[..., None]).astype(self.call.acc)
         return jnp.sqrt(away) if self.call.problem.alibi == "sqrt" else away
 
-    def logits(self, q, k, visible, poison=None):
-        """Logits with -inf where masked, and the derivative of the soft cap (or None).
+    def bias_index(self):
+        """Where an indexed bias holds this tile's: `*#B #K #G rows keys`."""
+        offset = self.rows.cut(self.call.bias_offset, -1, self.t)
+        shape = (*offset.shape[:-1], self.rows.tile)
+        return jnp.broadcast_to(offset, shape)[..., None] + self.keys.positions(self.u)
 
-        `poison` (`*#B K keys`, 0 or NaN) is added to the logits of its keys.
-        """
-        problem, call = self.call.problem, self.call
-        s = call.product("kgid,kjd->kgij", q, k) * jnp.asarray(problem.scale, call.acc)
-        if call.bias is not None:
-            s = s + self.cut(call.bias).astype(call.acc)
+    def bias(self):
+        call = self.call
+        if call.bias is None:
+            return None
+        indexed = call.bias_offset is not None
+        bias = take_last(call.bias, self.bias_index()) if indexed else self.cut(call.bias)
+        return bias.astype(call.acc)
+
+    def slopes(self):
+        """ALiBi slopes of the rows, over the tile."""
+        return self.rows.cut(self.call.slopes, -1, self.t)[..., None].astype(self.call.acc)
+
+    def logits(self, q, k, visible, nan_marker=None) -> "_Logits":
+        """`nan_marker` (`*#B K keys`, 0 or NaN) is added to the logits of its keys."""
+        call = self.call
+        product = call.product("kgid,kjd->kgij", q, k)
+        s = product * call.scale
+        if (bias := self.bias()) is not None:
+            s = s + bias
         if call.slopes is not None:
-            s = s - call.slopes[..., None, None].astype(call.acc) * self.distance()
-        slope = None
-        if problem.logits_soft_cap is not None:
-            tanh = jnp.tanh(s / problem.logits_soft_cap)
-            s, slope = problem.logits_soft_cap * tanh, 1 - tanh * tanh
-        if poison is not None:
-            s = s + poison[..., None, None, :].astype(call.acc)
-        return (s if visible is None else jnp.where(visible, s, -jnp.inf)), slope
+            s = s - self.slopes() * self.distance()
+        slope = cap_slope = None
+        if (cap := call.soft_cap) is not None:
+            x = s / cap
+            tanh = jnp.tanh(x)
+            s, slope = cap * tanh, 1 - tanh * tanh
+            cap_slope = tanh - x * slope
+            if bias is not None:  # -inf masks a key, whatever comes after
+                s = jnp.where(bias == -jnp.inf, -jnp.inf, s)
+        if nan_marker is not None:
+            s = s + nan_marker[..., None, None, :].astype(call.acc)
+        s = s if visible is None else jnp.where(visible, s, -jnp.inf)
+        return _Logits(s, product, slope, cap_slope)
 
     def keep(self):
         """Keep bits of the tile, or None without dropout."""
@@ -181,12 +210,19 @@ class _Tile:
             seed = call.squeeze(operands.dropout_seed)[..., None, None, :]
             stream = call.by_head(operands.dropout_stream)
             rows = self.rows.positions(self.t)
-            seeded = dropout.keep_tile(seed, stream, rows, first, columns, call.problem.keep_prob)
+            seeded = dropout.keep_tile(seed, stream, rows, first, columns, call.keep_limit)
         if operands.drop_bits is not None:
             bits = call.squeeze(operands.drop_bits)[..., None, None, :]
             offset = self.rows.cut(call.by_head(operands.drop_offset), -2, self.t)
             explicit = dropout.explicit_keep_tile(bits, offset, first, columns)
         return _all(seeded, explicit)
+
+
+class _Logits(NamedTuple):
+    x: Any  # logits, -inf where masked
+    product: Any  # q k^T
+    slope: Any  # the derivative of the soft cap by the logits; None without a cap
+    cap_slope: Any  # ... and by the cap
 
 
 def _all(*terms):
@@ -206,19 +242,20 @@ def _nan_unless_finite(x):
     return jnp.sum(x * jnp.zeros((), x.dtype), axis=-1)
 
 
-def _forward(call: Call):
+def _forward(call: Call) -> tuple[Any, ...]:
     problem, operands, d = call.problem, call.operands, call.dims
     shape, stats = (*call.B, d.K, d.G, d.Sq), (*d.B, d.N, d.Sq)
     out = call.stored(jnp.zeros((*shape, d.Dv), call.dtype), problem.out_axes)
+    outs = (out, out) if problem.saves_rounding else (out,)
     m, l = softmax.start(shape, call.acc)
     if call.empty:
-        return out, m.reshape(stats), l.reshape(stats)
+        return outs[0], m.reshape(stats), l.reshape(stats), *outs[1:]
     rows, keys = _tiling(call)
     key_range = _key_ranges(call, rows, keys)
     seq = problem.out_axes[problem.batch_rank]
 
     def row_tile(t, carry):
-        out, m, l = carry
+        outs, m, l = carry
         q = call.query_tile(operands.query, problem.query_axes, rows, t)
 
         def key_tile(u, carry):
@@ -227,43 +264,40 @@ def _forward(call: Call):
             k = call.key_tile(operands.key, problem.key_axes, keys, u)
             v = call.key_tile(operands.value, problem.value_axes, keys, u)
             visible = tile.visible()
-            poison = None
+            nan_marker = None
             if visible is not None:
-                v, poison = _finite(v), _nan_unless_finite(v)
-            logits, _ = tile.logits(q, k, visible, poison)
-            m, l, rescale, p = softmax.update(m, l, logits)
+                v, nan_marker = _finite(v), _nan_unless_finite(v)
+            logits = tile.logits(q, k, visible, nan_marker)
+            m, l, rescale, p = softmax.update(m, l, logits.x)
             keep = tile.keep()
             if keep is not None:
                 p = jnp.where(keep, p, 0)
-            return acc * rescale[..., None] + call.product("kgij,kjd->kgid", p.astype(call.dtype), v), m, l
+            return acc * rescale[..., None] + call.product("kgij,kjd->kgid", p, v), m, l
 
         part = (*call.B, d.K, d.G, rows.tile)
         start = (jnp.zeros((*part, d.Dv), call.acc), *softmax.start(part, call.acc))
         acc, m_tile, l_tile = _loop(key_range(t), key_tile, start)
-        out_tile = softmax.finish(acc, l_tile * problem.keep_prob).astype(call.dtype)
+        exact = softmax.finish(acc, l_tile)
+        if call.keep_prob is not None:
+            exact = exact / call.keep_prob
+        tiles = [exact.astype(call.dtype)]
+        if problem.saves_rounding:
+            lost = exact - tiles[0].astype(call.acc)
+            tiles.append((lost / rounding_unit(call.dtype)).astype(call.dtype))
         return (
-            rows.put(out, call.stored(out_tile, problem.out_axes), seq, t),
+            tuple(
+                rows.put(x, call.stored(tile, problem.out_axes), seq, t)
+                for x, tile in zip(outs, tiles, strict=True)
+            ),
             rows.put(m, m_tile, -1, t),
             rows.put(l, l_tile, -1, t),
         )
 
-    out, m, l = _loop((0, rows.count), row_tile, (out, m, l))
-    return out, m.reshape(stats), l.reshape(stats)
+    outs, m, l = _loop((0, rows.count), row_tile, (outs, m, l))
+    return outs[0], m.reshape(stats), l.reshape(stats), *outs[1:]
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What the backward has besides the operands: out and dout as stored, the rest `*B K G Sq`."""
-
-    out: object
-    dout: object
-    m: object
-    l: object
-    dlogsumexp: object
-
-
-def _backward(call: Call, out, m, l, dout, dlogsumexp) -> Operands:
-    saved = _Saved(out, dout, *(call.by_head(x) for x in (m, l, dlogsumexp)))
+def _backward(call: Call, saved: Saved) -> Operands:
     gradients = _zero_gradients(call)
     if not call.empty:
         gradients = _sum_tiles(call, saved, gradients)
@@ -278,24 +312,28 @@ def _backward(call: Call, out, m, l, dout, dlogsumexp) -> Operands:
     return gradients.map(finish)
 
 
-def _sum_tiles(call: Call, saved: _Saved, zeros: Operands) -> Operands:
+def _sum_tiles(call: Call, saved: Saved, zeros: Operands) -> Operands:
     problem, operands, d = call.problem, call.operands, call.dims
     rows, keys = _tiling(call)
     key_range = _key_ranges(call, rows, keys)
     seq = problem.query_axes[problem.batch_rank]
-    scale = jnp.asarray(problem.scale, call.acc)
-    masked = rows.ragged or keys.ragged or any(x is not None for x in (call.lower, call.upper, call.mask))
+    rules = (call.lower, call.upper, call.mask, call.segment_row)
+    masked = rows.ragged or keys.ragged or any(x is not None for x in rules)
+    stats = {name: call.by_head(getattr(saved, name)) for name in ("m", "l", "dlogsumexp")}
 
     def row_tile(t, carry):
         dq_all, gradients = carry
         q = call.query_tile(operands.query, problem.query_axes, rows, t)
-        out = call.query_tile(saved.out, problem.out_axes, rows, t)
+        out = call.query_tile(saved.out, problem.out_axes, rows, t).astype(call.acc)
+        if saved.rounding is not None:
+            lost = call.query_tile(saved.rounding, problem.out_axes, rows, t).astype(call.acc)
+            out = out + lost * rounding_unit(call.dtype)
         dout = call.query_tile(saved.dout, problem.out_axes, rows, t)
-        delta = jnp.sum(out.astype(call.acc) * dout.astype(call.acc), axis=-1)
-        if saved.dlogsumexp is not None:
-            delta = delta - rows.cut(saved.dlogsumexp, -1, t).astype(call.acc)
-        m = rows.cut(saved.m, -1, t)
-        inverse = softmax.inverse(rows.cut(saved.l, -1, t))
+        delta = jnp.sum(out * dout.astype(call.acc), axis=-1)
+        if stats["dlogsumexp"] is not None:
+            delta = delta - rows.cut(stats["dlogsumexp"], -1, t).astype(call.acc)
+        m = rows.cut(stats["m"], -1, t)
+        inverse = softmax.inverse(rows.cut(stats["l"], -1, t))
         fresh = rows.fresh(t)
         fresh = None if fresh is None else fresh[:, None]
         q_clean, dout_clean = q, dout
@@ -309,30 +347,31 @@ def _sum_tiles(call: Call, saved: _Saved, zeros: Operands) -> Operands:
             k = call.key_tile(operands.key, problem.key_axes, keys, u)
             v = call.key_tile(operands.value, problem.value_axes, keys, u)
             visible = tile.visible()
-            logits, slope = tile.logits(q, k, visible)
-            p = jnp.exp(logits - m[..., None]) * inverse[..., None]
+            logits = tile.logits(q, k, visible)
+            p = jnp.exp(logits.x - m[..., None]) * inverse[..., None]
             dp = call.product("kgid,kjd->kgij", dout, v)
             weights, keep = p, tile.keep()
             if keep is not None:
-                weights = jnp.where(keep, p / problem.keep_prob, 0)
-                dp = jnp.where(keep, dp / problem.keep_prob, 0)
-            ds = p * (dp - delta[..., None])
-            if slope is not None:
-                ds = ds * slope
+                weights = jnp.where(keep, p / call.keep_prob, 0)
+                dp = jnp.where(keep, dp / call.keep_prob, 0)
             counted = _all(visible, fresh)
-            if counted is not None:
-                ds, weights = jnp.where(counted, ds, 0), jnp.where(counted, weights, 0)
+
+            def count(x):
+                return x if counted is None else jnp.where(counted, x, 0)
+
+            ds = dcapped = count(p * (dp - delta[..., None]))
+            if logits.slope is not None:
+                ds = count(ds * logits.slope)
             if masked:
                 k = _finite(k)
-            narrow = ds.astype(call.dtype)
-            dq = dq + call.product("kgij,kjd->kgid", narrow, k)
-            dk = call.product("kgij,kgid->kjd", narrow, q_clean)
-            dv = call.product("kgij,kgid->kjd", weights.astype(call.dtype), dout_clean)
-            return dq, _add_tile(tile, gradients, dk * scale, dv, ds)
+            dq = dq + _wide_product(call, "kgij,kjd->kgid", ds, k)
+            dk = _times_scale(call, ds, q_clean)
+            dv = call.product("kgij,kgid->kjd", count(weights).astype(call.dtype), dout_clean)
+            return dq, _add_tile(tile, gradients, _Parts(dk, dv, ds, dcapped, logits))
 
         part = jnp.zeros((*call.B, d.K, d.G, rows.tile, d.D), call.acc)
         dq, gradients = _loop(key_range(t), key_tile, (part, gradients))
-        dq = (dq * scale).astype(call.dtype)
+        dq = (dq * call.scale).astype(call.dtype)
         if fresh is not None:  # the previous tile has the gradient of the rows both share
             before = call.query_tile(dq_all, problem.query_axes, rows, t)
             dq = jnp.where(fresh, dq, before)
@@ -343,13 +382,31 @@ def _sum_tiles(call: Call, saved: _Saved, zeros: Operands) -> Operands:
     return replace(gradients, query=dq)
 
 
+def _wide_product(call: Call, spec: str, x, y):
+    """The product of wide x and y; in 16-bit calls x is rounded twice, which costs less than 32-bit products."""
+    if call.dtype == call.acc:
+        return call.product(spec, x, y)
+    high = x.astype(call.dtype)
+    low = (x - high.astype(call.acc)).astype(call.dtype)
+    return call.product(spec, high, y) + call.product(spec, low, y)
+
+
+def _times_scale(call: Call, ds, q):
+    """scale ds^T q, summed over the heads that share a key."""
+    if call.scale.ndim and call.scale.shape[-3] != 1:  # a scale for each of them
+        return call.product("kgij,kgid->kjd", ds * call.scale, q)
+    product = call.product("kgij,kgid->kjd", ds.astype(call.dtype), q)
+    return product * (call.scale[..., 0, :, :] if call.scale.ndim else call.scale)
+
+
 def _zero_gradients(call: Call) -> Operands:
-    """Query's gradient as stored; accumulators `*B ...` that keep the dims in which bias and slopes broadcast."""
-    d, problem = call.dims, call.problem
+    """Query's gradient as stored; accumulators `*B ...` that keep the dims in which the other operands broadcast."""
+    d, problem, operands = call.dims, call.problem, call.operands
 
     def like(x):
         if x is None:
             return None
+        x = call.by_head(x)
         full = [call.B[at] if i < problem.mapped else x.shape[at] for at, i in enumerate(call.kept)]
         return jnp.zeros((*full, *x.shape[len(full) :]), call.acc)
 
@@ -358,13 +415,25 @@ def _zero_gradients(call: Call) -> Operands:
         query=call.stored(query, problem.query_axes),
         key=jnp.zeros((*call.B, d.K, d.Skv, d.D), call.acc),
         value=jnp.zeros((*call.B, d.K, d.Skv, d.Dv), call.acc),
-        bias=like(call.bias),
-        alibi_slopes=like(call.slopes),
+        bias=like(operands.bias),
+        alibi_slopes=like(operands.alibi_slopes),
+        scale=like(operands.scale),
+        soft_cap=like(operands.soft_cap),
     )
 
 
-def _add_tile(tile: _Tile, gradients: Operands, dk, dv, ds) -> Operands:
-    """The gradients with one tile's part added; ds is summed over the dims in which bias broadcasts."""
+class _Parts(NamedTuple):
+    """What one tile adds to the gradients."""
+
+    dk: Any
+    dv: Any
+    ds: Any
+    dcapped: Any  # the gradient of the logits after the soft cap
+    logits: _Logits
+
+
+def _add_tile(tile: _Tile, gradients: Operands, parts: _Parts) -> Operands:
+    """The gradients with one tile's part added; each is summed over the dims in which its operand broadcasts."""
 
     def along_keys(total, part):
         if total.shape == part.shape:
@@ -372,17 +441,34 @@ def _add_tile(tile: _Tile, gradients: Operands, dk, dv, ds) -> Operands:
         before = tile.keys.cut(total, -2, tile.u)
         return tile.keys.put(total, before + part, -2, tile.u)
 
-    changes = {"key": along_keys(gradients.key, dk), "value": along_keys(gradients.value, dv)}
+    def along_rows(total, part):
+        """`part` is `... rows`."""
+        part = _sum_to(part, (*total.shape[:-1], 1 if total.shape[-1] == 1 else part.shape[-1]))
+        before = tile.rows.cut(total, -1, tile.t)
+        return tile.rows.put(total, before + part, -1, tile.t) if total.shape != part.shape else total + part
+
+    def scalar(total, part):
+        return total + _sum_to(part, (*total.shape, 1, 1)).reshape(total.shape)
+
+    ds = parts.ds
+    changes = {"key": along_keys(gradients.key, parts.dk), "value": along_keys(gradients.value, parts.dv)}
     if gradients.bias is not None:
         changes["bias"] = _add_bias(tile, gradients.bias, ds)
     if gradients.alibi_slopes is not None:
-        slopes = gradients.alibi_slopes
-        part = _sum_to(-ds * tile.distance(), (*slopes.shape, 1, 1))
-        changes["alibi_slopes"] = slopes + part.reshape(slopes.shape)
+        part = jnp.sum(-ds * tile.distance(), axis=-1)
+        changes["alibi_slopes"] = along_rows(gradients.alibi_slopes, part)
+    if gradients.scale is not None:
+        # A product of a masked position may be NaN.
+        changes["scale"] = scalar(gradients.scale, jnp.where(ds == 0, 0, ds * parts.logits.product))
+    if gradients.soft_cap is not None:
+        part = parts.dcapped * parts.logits.cap_slope
+        changes["soft_cap"] = scalar(gradients.soft_cap, jnp.where(parts.dcapped == 0, 0, part))
     return replace(gradients, **changes)
 
 
 def _add_bias(tile: _Tile, dbias, ds):
+    if tile.call.bias_offset is not None:
+        return add_last(dbias, tile.bias_index(), ds)
     part = _sum_to(
         ds, tuple(1 if full == 1 else size for full, size in zip(dbias.shape, ds.shape, strict=True))
     )

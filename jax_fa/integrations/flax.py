@@ -272,4 +272,4 @@ def _shows_all_to_the_last(mask: Mask) -> bool:
     """Whether every key is visible to the last query, whatever the lengths: True for `Causal("bottom-right")`."""
     if not isinstance(mask, masks.Band) or mask.align != "bottom-right" or mask.left is not None:
         return False
-    return mask.right is None or (isinstance(mask.offset, int) and int(mask.right) + mask.offset >= 0)
+    return mask.right is None or (mask.is_static and int(mask.right) + mask.offset >= 0)

@@ -30,7 +30,7 @@ from jax_fa.mosaic.memory import (
     two_products,
     wait_if,
 )
-from jax_fa.mosaic.operands import BY_KEY, BY_ROW, Arrays, Saved, by_rows, cut, stored
+from jax_fa.mosaic.operands import BY_KEY, BY_ROW, Arrays, RowStatistics, by_rows, cut, stored
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.mosaic.widths import padded_head_dim
 from jax_fa.problem import Axes, Operands, Problem
@@ -38,7 +38,7 @@ from jax_fa.problem import Axes, Operands, Problem
 MOVING = ("query", "dout", "key", "value")
 
 
-def bias_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Tiles) -> jax.Array:
+def bias_gradient(problem: Problem, operands: Operands, saved: RowStatistics, tiles: Tiles) -> jax.Array:
     """`*#B #N Sq Skv`, in full where bias is and in the batch dims that vmap added, and in bias's dtype."""
     g = Geometry.of(problem, operands, tiles, pack=False)
     d, bias = g.dims, operands.bias

@@ -40,7 +40,7 @@ from jax_fa.mosaic.operands import (
     BY_TILE,
     RANGE,
     Arrays,
-    Saved,
+    RowStatistics,
     aligned,
     cut,
     for_keys,
@@ -53,7 +53,9 @@ from jax_fa.problem import Axes, Operands, Problem, stored_shape
 BOTH_SUMS = 128  # the head_dim up to which one kernel computes both
 
 
-def key_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Tiles) -> dict[str, jax.Array]:
+def key_gradient(
+    problem: Problem, operands: Operands, saved: RowStatistics, tiles: Tiles
+) -> dict[str, jax.Array]:
     """The gradients of key and value, stored as these are with all batch dims; `bias_keys`, `*B N Skv` sums of ds over
     rows, where bias has one number per key."""
     g = Geometry.of(problem, operands, tiles)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.tuning import ROWS
 from jax_fa.mosaic.widths import padded_head_dim
-from jax_fa.problem import Axes, Dims, Operands, Problem
+from jax_fa.problem import Axes, Dims, Operands, Problem, Saved, rounding_unit
 from jax_fa.softmax import FLT_MAX
 
 Arrays = dict[str, Any]
@@ -29,8 +29,8 @@ RANGE = ("first", "inner_first", "inner_last", "last")  # key tiles of a tile of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
-    """What the backward has besides the operands."""
+class RowStatistics:
+    """What the backward has per row besides the operands, and dout."""
 
     # The log-sum-exp of a row that saw nothing, or does not exist: every weight is exp2(x - it) = 0.
     NOTHING: ClassVar[float] = FLT_MAX
@@ -40,13 +40,16 @@ class Saved:
     delta: Any  # `*B N Sq` float32: rowsum(dout out) - dlogsumexp
 
     @classmethod
-    def of(cls, problem: Problem, out, m, l, dout, dlogsumexp) -> "Saved":
+    def of(cls, problem: Problem, saved: Saved) -> "RowStatistics":
         """From the forward's results and the cotangents; one pass over out and dout."""
-        delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+        out, m, l, dout = saved.out.astype(jnp.float32), saved.m, saved.l, saved.dout
+        if saved.rounding is not None:
+            out = out + saved.rounding.astype(jnp.float32) * rounding_unit(dout.dtype)
+        delta = jnp.sum(out * dout.astype(jnp.float32), axis=-1)
         *batch, seq, heads, _ = problem.out_axes
         delta = delta.transpose(*batch, heads, seq)
-        if dlogsumexp is not None:
-            delta = delta - dlogsumexp
+        if saved.dlogsumexp is not None:
+            delta = delta - saved.dlogsumexp
         empty = l == 0
         base2 = jnp.maximum(m * math.log2(math.e), -FLT_MAX) + jnp.log2(jnp.where(empty, 1.0, l))
         return cls(dout=dout, logsumexp=jnp.where(empty, cls.NOTHING, base2), delta=delta)
@@ -75,7 +78,7 @@ def aligned_head_dim(D: int) -> int:
     return -(-D // 8) * 8 if D <= 64 else padded_head_dim(D)
 
 
-def stored(problem: Problem, operands: Operands, saved: Saved | None = None) -> Arrays:
+def stored(problem: Problem, operands: Operands, saved: RowStatistics | None = None) -> Arrays:
     """Query, key and value, and dout in the backward, as they are stored."""
     found: Arrays = {
         name: aligned(getattr(operands, name), getattr(problem, f"{name}_axes"))
@@ -84,7 +87,7 @@ def stored(problem: Problem, operands: Operands, saved: Saved | None = None) -> 
     return found if saved is None else found | {"dout": aligned(saved.dout, problem.out_axes)}
 
 
-def by_rows(g: Geometry, operands: Operands, saved: Saved | None = None) -> Arrays:
+def by_rows(g: Geometry, operands: Operands, saved: RowStatistics | None = None) -> Arrays:
     """The rest, for kernels in which rows stay: numbers per row in packed order."""
     found = visibility(g, operands) | additive(g, operands) | dropping(g, operands)
     if saved is None:
@@ -161,7 +164,7 @@ def additive(g: Geometry, operands: Operands) -> Arrays:
         found["bias_tile"] = whole_rows(bias)
     if operands.alibi_slopes is not None:
         slopes = operands.alibi_slopes.astype(jnp.float32)
-        found["slopes"] = g.pack(jnp.broadcast_to(slopes[..., None], (*slopes.shape, g.dims.Sq)))
+        found["slopes"] = g.pack(jnp.broadcast_to(slopes, (*slopes.shape[:-1], g.dims.Sq)))
     return found
 
 
@@ -195,7 +198,7 @@ def whole_rows(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra[0]), (0, extra[1])]) if any(extra) else x
 
 
-def for_keys(g: Geometry, operands: Operands, saved: Saved) -> Arrays:
+def for_keys(g: Geometry, operands: Operands, saved: RowStatistics) -> Arrays:
     """What the kernel takes in which keys stay: `g.tiles.width` rows of one head move at a time.
 
     Numbers per row in their own order, filled up to whole tiles; what has Sq x Skv numbers turned over, `Skv Sq`.
@@ -230,7 +233,7 @@ def for_keys(g: Geometry, operands: Operands, saved: Saved) -> Arrays:
         else:
             found[f"{name}_tile"] = whole_rows(jnp.swapaxes(x, -1, -2))
     if operands.alibi_slopes is not None:
-        found["slopes"] = per_row(operands.alibi_slopes.astype(jnp.float32)[..., None])
+        found["slopes"] = per_row(operands.alibi_slopes.astype(jnp.float32))
     if operands.dropout_seed is not None:
         stream = operands.dropout_stream
         found |= {

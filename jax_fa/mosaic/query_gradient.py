@@ -17,13 +17,15 @@ from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.logits import ROW, WGMMA
 from jax_fa.mosaic.memory import MOST_TOGETHER, hidden, multiply_add, two_products
-from jax_fa.mosaic.operands import Saved, aligned, by_rows, cut, stored
+from jax_fa.mosaic.operands import RowStatistics, aligned, by_rows, cut, stored
 from jax_fa.mosaic.rows import RowBlock, RowKernel
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.problem import Operands, Problem, stored_shape
 
 
-def query_gradient(problem: Problem, operands: Operands, saved: Saved, tiles: Tiles) -> dict[str, jax.Array]:
+def query_gradient(
+    problem: Problem, operands: Operands, saved: RowStatistics, tiles: Tiles
+) -> dict[str, jax.Array]:
     """The gradient of query, stored as query is with all batch dims, and `*B N Sq` sums over keys.
 
     Sums: `bias_rows`, of ds, where bias has no key axis; `slopes`, of -ds times the distance.

@@ -1,0 +1,33 @@
+"""Reading and adding along the last axis by index, of arrays with leading dims that broadcast.
+
+Dims of size 1 are not broadcast in memory, and only positions along the last axis are counted, so that a large array
+of many rows does not overflow 32 bits.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def take_last(x, index):
+    """x[..., index] for x of shape `*#L n` and index of shape `*L rows keys`, clipped to the axis."""
+    flat = index.reshape(*index.shape[:-2], -1)
+    return jnp.take_along_axis(x, flat, axis=-1, mode="clip").reshape(*flat.shape[:-1], *index.shape[-2:])
+
+
+def add_last(x, index, values):
+    """x with `values` (`*L rows keys`) added at x[..., index], summed over dims that x has as 1; the transpose of `take_last`.
+
+    What lies outside the axis is dropped.
+    """
+    lead = x.ndim - 1
+    index, values = jnp.broadcast_arrays(index, values)
+    kept = [i for i in range(lead) if x.shape[i] != 1]
+    order = (*kept, *(i for i in range(index.ndim) if i not in kept))
+    count = math.prod(x.shape[i] for i in kept)
+    index, values = (a.transpose(order).reshape(count, -1) for a in (index, values))
+    # A negative index would count from the end.
+    index = jnp.where(index < 0, x.shape[-1], index)
+    add = jax.vmap(lambda x, i, v: x.at[i].add(v, mode="drop"))
+    return add(x.reshape(count, x.shape[-1]), index, values).reshape(x.shape)
