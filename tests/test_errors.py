@@ -103,7 +103,7 @@ SHARED = [
         "scale-shape",
         {"scale": jnp.ones(2)},
         ValueError,
-        r"scale must be a scalar or None; got shape \(2,\)\.",
+        r"scale must be a scalar; got shape \(2,\)\.",
     ),
     ("scale-nan", {"scale": float("nan")}, ValueError, r"scale must be finite; got nan\."),
     ("scale-infinite", {"scale": -np.inf}, ValueError, r"scale must be finite; got -inf\."),
@@ -111,26 +111,31 @@ SHARED = [
         "cap-zero",
         {"logits_soft_cap": 0.0},
         ValueError,
-        r"logits_soft_cap must be a positive finite Python number or None; got 0\.0\.",
+        r"logits_soft_cap must be positive and finite, or None for no cap; got 0\.0\.",
     ),
-    ("cap-negative", {"logits_soft_cap": -1}, ValueError, r"logits_soft_cap must be a positive .*; got -1\."),
+    (
+        "cap-negative",
+        {"logits_soft_cap": -1},
+        ValueError,
+        r"logits_soft_cap must be positive .*; got -1\.0\.",
+    ),
     (
         "cap-infinite",
         {"logits_soft_cap": np.inf},
         ValueError,
-        r"logits_soft_cap must be a positive .*; got inf\.",
+        r"logits_soft_cap must be positive .*; got inf\.",
     ),
     (
         "rate-one",
         {"dropout_rate": 1.0},
         ValueError,
-        r"dropout_rate must be a Python number in \[0, 1\); got 1\.0\.",
+        r"dropout_rate must be in \[0, 1\); got 1\.0\.",
     ),
     (
         "rate-negative",
         {"dropout_rate": -0.1},
         ValueError,
-        r"dropout_rate must be .* in \[0, 1\); got -0\.1\.",
+        r"dropout_rate must be in \[0, 1\); got -0\.1\.",
     ),
     (
         "no-dropout-key",
@@ -360,14 +365,19 @@ FLASH = [
         r"alibi_slopes must have shape .*; got \(3, 4\)\.",
     ),
     (
-        lambda: traced(lambda cap: attend(logits_soft_cap=cap), 1.0),
+        lambda: traced(lambda rate: attend(dropout_rate=rate), 0.5),
         ValueError,
-        r"logits_soft_cap must be a positive finite Python number or None; got ",
+        r"dropout_key must be a jax\.random key when dropout_rate is traced; got None\.",
     ),
     (
-        lambda: traced(lambda rate: attend(dropout_rate=rate, dropout_key=KEY), 0.5),
+        lambda: attend(logits_soft_cap=jnp.ones(2)),
         ValueError,
-        r"dropout_rate must be a Python number in \[0, 1\); got ",
+        r"logits_soft_cap must be a scalar; got shape \(2,\)\.",
+    ),
+    (
+        lambda: attend(dropout_rate=jnp.ones(2), dropout_key=KEY),
+        ValueError,
+        r"dropout_rate must be a scalar; got shape \(2,\)\.",
     ),
 ]
 
@@ -406,7 +416,7 @@ DOT = [
     (
         lambda: dot(local_window_size=(1, 2, 3)),
         ValueError,
-        r"local_window_size must be an int, a pair \(left, right\) or None; got \(1, 2, 3\)\.",
+        r"local_window_size must be an int, a pair \(left, right\) of ints, .*, or None; got \(1, 2, 3\)\.",
     ),
     (lambda: dot(local_window_size="ab"), ValueError, r"local_window_size must be an int, .*; got 'ab'\."),
     (lambda: dot(local_window_size=(1.5, 0)), ValueError, r"local_window_size must be .*; got \(1\.5, 0\)\."),
