@@ -57,6 +57,12 @@ def number(name: str, x, what: str) -> None:
         raise TypeError(f"{name} must be {what}; got {shown(x)}.")
 
 
+def integer(name: str, x) -> None:
+    """Raises TypeError unless x is an int, or a NumPy one."""
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
+        raise TypeError(f"{name} must be an int; got {shown(x)}.")
+
+
 def flag(name: str, x) -> bool:
     """A Python bool; flags are part of the program."""
     if isinstance(x, jax.core.Tracer):

@@ -468,7 +468,27 @@ DOT = [
     ),
 ]
 
+
+def score(query=Q, key=KV, value=KV, **options):
+    return jax_fa.flash_attention_score(query, key, value, head_num=4, input_layout="BSND", **options)
+
+
 OTHER = [
+    (lambda: score(key=None), TypeError, r"key must be an array; got None\."),
+    (lambda: score(query="abc"), TypeError, r"query must be an array; got 'abc'\."),
+    (lambda: score(pse="abc"), TypeError, r"pse must be an array; got 'abc'\."),
+    (
+        lambda: score(pse_type=jnp.ones(3)),
+        TypeError,
+        r"pse_type must be an int; got ArrayImpl of shape \(3,\)",
+    ),
+    (lambda: score(sparse_mode="2"), TypeError, r"sparse_mode must be an int; got '2'\."),
+    (lambda: score(inner_precise=None), TypeError, r"inner_precise must be an int; got None\."),
+    (
+        lambda: jax_fa.flash_attention_score(Q, KV, KV, head_num=4, input_layout=["BSND"]),
+        ValueError,
+        r"input_layout must be one of BSH, SBH, BSND, BNSD, TND; got \['BSND'\]\.",
+    ),
     (
         lambda: jax_fa.flash_attention_score(Q, KV, KV, head_num=4, input_layout="BSND", scale=0.3),
         TypeError,
