@@ -16,8 +16,10 @@ from jaxtyping import Array, ArrayLike, Float, Float32, Int32
 
 from jax_fa import backends, compat, request
 from jax_fa import pse as positional
+from jax_fa.arguments import entry
 from jax_fa.attention import attention
-from jax_fa.packed import Packed, check_ends, integers
+from jax_fa.integers import known
+from jax_fa.packed import Packed, checked_ends, list_of_integers
 from jax_fa.problem import Axes, CannArguments, Dims, Operands, Problem, canonical_shape, dims
 from jax_fa.request import DEFAULT_MAX_WORK
 from jax_fa.softmax import FLT_MAX
@@ -48,6 +50,7 @@ _MAX_B, _MAX_N, _MAX_S, _MAX_D = 2 * 2**20, 256, 2**20, 768
 _MAX_B_PREFIX, _MAX_B_PREFIX_TND = 2 * 2**10, 2**10
 
 
+@entry
 def flash_attention_score(
     query: ArrayLike,
     key: ArrayLike,
@@ -186,13 +189,14 @@ def flash_attention_score_request(
         raise ValueError(f"input_layout must be one of {', '.join(_LAYOUTS)}; got {input_layout!r}.")
     if inner_precise not in (0, 1, 2):
         raise ValueError(f"inner_precise must be 0, 1 or 2; got {inner_precise!r}.")
-    if scale_value is None:
-        raise TypeError("scale_value must be a number; got None. (CANN's default is 1.0.)")
+    _check_scale(scale_value)
     axes = _LAYOUTS[input_layout].axes
     query, key, value = _operands(query, key, value, input_layout, head_num)
     d = _dims(query, key, value, axes, input_layout, head_num)
     sequences = _sequences(input_layout, actual_seq_qlen, actual_seq_kvlen, d)
     _check_limits(d, sequences, prefix)
+    if sparse_mode in (7, 8) and pse is not None:
+        raise ValueError(f"pse must be None in sparse_mode={sparse_mode}, as in CANN; got an array.")
     sparse = Sparse(
         mode=sparse_mode, pre_tokens=pre_tokens, next_tokens=next_tokens, atten_mask=atten_mask, prefix=prefix
     )
@@ -200,6 +204,9 @@ def flash_attention_score_request(
     terms = positional.terms(
         pse, pse_type, scale=scale_value, dtype=query.dtype, d=d, packed=sequences, causal=sparse.causal()
     )
+    if terms.alibi and sparse_mode == 6 and sequences is not None and terms.position is None:
+        # What extends causal to a prefix there is the band's offset, which does not move the rows.
+        terms = terms._replace(position=jnp.arange(d.Sq, dtype=jnp.int32)[None])
     drop_bits, drop_offset = _dropout(drop_mask, keep_prob, d, sequences)
     problem, operands = request.build(
         query,
@@ -207,11 +214,9 @@ def flash_attention_score_request(
         value,
         axes=axes,
         layout=input_layout,
-        bias=terms.bias,
         mask=mask,
         scale=scale_value,
-        alibi=terms.alibi,
-        alibi_slopes=terms.alibi_slopes,
+        **terms._asdict(),
         keep_prob=float(keep_prob),
         drop_bits=drop_bits,
         drop_offset=drop_offset,
@@ -220,6 +225,18 @@ def flash_attention_score_request(
     )
     own = _own_form(sparse, pse, pse_type, scale_value, d, sequences)
     return replace(problem, cann=own.arguments), replace(operands, cann_pse=own.pse, cann_mask=own.mask)
+
+
+def _check_scale(scale) -> None:
+    """CANN's scalar: a number, or an array that holds one."""
+    kind = getattr(scale, "dtype", np.asarray(scale).dtype) if scale is not None else np.dtype(object)
+    if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+        raise TypeError(f"scale_value must be a number; got {scale!r}. (CANN's default is 1.0.)")
+    if np.ndim(scale) != 0:
+        raise ValueError(f"scale_value must be a scalar; got shape {np.shape(scale)}.")
+    value = known(scale)
+    if value is not None and not math.isfinite(float(value)):
+        raise ValueError(f"scale_value must be finite; got {float(value)}.")
 
 
 # --- what the caller said in CANN's words, for the backend that speaks them
@@ -236,7 +253,7 @@ def _own_form(sparse: Sparse, pse, pse_type: int, scale, d: Dims, sequences: Pac
     given = [sparse.prefix] if sequences is None else [sparse.prefix, sequences.query, sequences.key]
     if any(hasattr(x, "shape") for x in given):
         return _OwnForm()
-    prefix = None if sparse.prefix is None else integers("prefix", sparse.prefix)
+    prefix = None if sparse.prefix is None else list_of_integers("prefix", sparse.prefix)
     arguments = CannArguments(
         sizes=(*d.B, d.N, d.Sq, d.Skv),
         sparse_mode=int(sparse.mode),
@@ -248,6 +265,8 @@ def _own_form(sparse: Sparse, pse, pse_type: int, scale, d: Dims, sequences: Pac
         pse_type=int(pse_type),
     )
     mask = sparse.atten_mask if sequences is not None and sparse.full() else None
+    # CANN's TND has no mask for each sequence.
+    mask = None if mask is None or math.prod(np.shape(mask)[:-2]) != 1 else mask
 
     def lead(x):
         return None if x is None else jax.lax.stop_gradient(jnp.asarray(x)[(None,) * len(d.B)])
@@ -319,19 +338,16 @@ def _dims(query, key, value, axes: Axes, input_layout: str, head_num: int) -> Di
 
 def _check_limits(d: Dims, sequences: Packed | None, prefix) -> None:
     """CANN's limits on sizes."""
-    lengths = None if sequences is None else sequences.lengths()
     if sequences is None:
-        B, Sq, Skv = d.B[0], d.Sq, d.Skv
-        most = _MAX_B if prefix is None else _MAX_B_PREFIX
+        B, most = d.B[0], _MAX_B if prefix is None else _MAX_B_PREFIX
     else:
-        B = sequences.count
-        Sq, Skv = (0, 0) if lengths is None else (int(x.max()) for x in lengths)
-        most = _MAX_B if prefix is None else _MAX_B_PREFIX_TND
+        B, most = sequences.count, _MAX_B if prefix is None else _MAX_B_PREFIX_TND
     with_prefix = "" if prefix is None else " with prefix"
+    rows, keys = ("Sq", "Skv") if sequences is None else ("T", "T")
     for name, what, size, limit in (
         ("query", f"B{with_prefix}", B, most),
-        ("query", "Sq", Sq, _MAX_S),
-        ("key", "Skv", Skv, _MAX_S),
+        ("query", rows, d.Sq, _MAX_S),
+        ("key", keys, d.Skv, _MAX_S),
         ("query", "D", d.D, _MAX_D),
     ):
         if isinstance(size, int) and size > limit:  # a symbolic size (jax.export) has no number yet
@@ -351,14 +367,14 @@ def _sequences(input_layout: str, query_ends, key_ends, d: Dims) -> Packed | Non
             raise ValueError(f"{name} is for layout TND; got {ends} with input_layout={input_layout!r}.")
     if input_layout != "TND":
         return None
-    query, key = (integers(name, ends) for name, ends in given.items())
+    query, key = (list_of_integers(name, ends) for name, ends in given.items())
     if np.shape(query) != np.shape(key) or np.shape(query) == (0,):
         raise ValueError(
             "actual_seq_qlen and actual_seq_kvlen must name the same sequences, at least one; got "
             f"{np.shape(query)[0]} and {np.shape(key)[0]} entries."
         )
-    check_ends("actual_seq_qlen", query, d.Sq, "query's T")
-    check_ends("actual_seq_kvlen", key, d.Skv, "key's T")
+    query = checked_ends("actual_seq_qlen", query, d.Sq, "query's T")
+    key = checked_ends("actual_seq_kvlen", key, d.Skv, "key's T")
     return Packed(query, key, d.Sq, d.Skv)
 
 

@@ -1,7 +1,8 @@
 """Sequences packed along one axis (CANN's layout TND): where each row and each key stands.
 
 Sequence b holds the rows `query[b-1] <= i < query[b]` and the keys `key[b-1] <= j < key[b]`; `query` and
-`key` are cumulative ends without a leading 0. Rows and keys past the last end belong to no sequence.
+`key` are cumulative ends without a leading 0. Rows and keys past the last end belong to no sequence. An end that
+is lower than one before it counts as that one (its sequence is empty).
 """
 
 from dataclasses import dataclass
@@ -11,17 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def known(x) -> np.ndarray | None:
-    """The values of x where they can be read now; None while they are traced or live on other hosts."""
-    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
-        return None
-    return np.asarray(x)
+from jax_fa import integers
+from jax_fa.integers import known
 
 
-def integers(name: str, value) -> tuple[int, ...] | np.ndarray | jax.Array:
+def list_of_integers(name: str, value) -> tuple[int, ...] | np.ndarray | jax.Array:
     """A list, tuple or int as a tuple (static: part of the program); an array stays as it is (data)."""
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+    if integers.is_int(value):
         return (int(value),)
     if isinstance(value, (list, tuple)) and all(type(x) is int or isinstance(x, np.integer) for x in value):
         return tuple(int(x) for x in value)
@@ -48,7 +45,10 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """The sequences of one call; Sq and Skv are the lengths of the packed axes."""
+    """The sequences of one call; Sq and Skv are the lengths of the packed axes.
+
+    Known ends do not decrease (see `tidy_ends`); those of traced arrays count as their running maximum.
+    """
 
     query: tuple[int, ...] | np.ndarray | jax.Array
     key: tuple[int, ...] | np.ndarray | jax.Array
@@ -68,39 +68,40 @@ class Packed:
 
     def sizes(self) -> tuple[jax.Array, jax.Array]:
         """The lengths of every sequence as int32 arrays."""
-        (query, query_ends), (key, key_ends) = _bounds(self.query), _bounds(self.key)
+        (query, query_ends), (key, key_ends) = self._bounds()
         return query_ends - query, key_ends - key
 
     def rows(self) -> Places:
-        return self._places(self.query, self.Sq)
+        return self._places(0, self.Sq)
 
     def keys(self) -> Places:
-        return self._places(self.key, self.Skv)
+        return self._places(1, self.Skv)
 
-    def _places(self, axis, size: int) -> Places:
+    def _bounds(self):
+        """(starts, ends) of the rows and of the keys of every sequence."""
+        return _bounds(self.query, self.Sq), _bounds(self.key, self.Skv)
+
+    def _places(self, axis: int, size: int) -> Places:
         at = jnp.arange(size, dtype=jnp.int32)
-        starts, ends = _bounds(axis)
+        bounds = self._bounds()
+        starts, ends = bounds[axis]
         found = jnp.searchsorted(ends, at, side="right").astype(jnp.int32)
         sequence = jnp.minimum(found, self.count - 1)
-        first_row, first_key = _bounds(self.query)[0][sequence], _bounds(self.key)[0][sequence]
+        first_row, first_key = (start[sequence] for start, _ in bounds)
         sq, skv = (size[sequence] for size in self.sizes())
         position = at - starts[sequence]
         return Places(sequence, found < self.count, position, first_row, first_key, sq, skv)
 
 
-def _bounds(ends) -> tuple[jax.Array, jax.Array]:
-    ends = jnp.asarray(ends, jnp.int32)
+def _bounds(ends, size: int) -> tuple[jax.Array, jax.Array]:
+    ends = integers.rising(ends, size)
     return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
 
 
-def check_ends(name: str, ends, total: int, packed_axis: str) -> None:
-    """Raises ValueError unless cumulative ends, where they are known, rise from 0 to at most `total`."""
+def checked_ends(name: str, ends, total: int, packed_axis: str):
+    """Cumulative ends without the zeros that may fill up the list; raises ValueError where known ones do not fit."""
+    ends = integers.tidy_ends(name, ends)
     values = known(ends)
-    if values is None or not values.size:
-        return
-    if np.any(np.diff(values, prepend=0) < 0):
-        raise ValueError(
-            f"{name} must be cumulative ends that start at 0 or more and do not decrease; got {ends}."
-        )
-    if values[-1] > total:
+    if values is not None and values.size and integers.is_int(total) and values[-1] > total:
         raise ValueError(f"{name} must end at most at {packed_axis}={total}; got {ends}.")
+    return ends

@@ -6,8 +6,8 @@
     type 3   x = scale * s - slope * sqrt(|j - i|)
 
 Everything here is plain JAX above the custom derivative, so pse has a gradient in every type and shape.
-Where the stored form is smaller than the bias (ALiBi tables, packed sequences), a gather spreads it out, in
-float32: the transposed scatter then adds its many terms in float32 too.
+Nothing is spread out to Sq x Skv: in every stored form the elements that one row reads for consecutive keys lie one
+after another, so a row needs only the place of its key 0 (`bias_offset`), or its slope and its own position.
 
 Source: aclnnFlashAttentionScoreV2, realShiftOptional and pseType; ops-transformer `op_kernel/arch22/pse.h`.
 """
@@ -27,8 +27,11 @@ class Terms(NamedTuple):
     """Arguments of `request.build`."""
 
     bias: Any = None
+    bias_offset: Any = None
+    bias_apart: bool = False
     alibi: str | None = None
     alibi_slopes: Any = None
+    position: Any = None
 
 
 def terms(pse, pse_type: int, *, scale, dtype, d: Dims, packed: Packed | None, causal: bool) -> Terms:
@@ -54,9 +57,16 @@ def terms(pse, pse_type: int, *, scale, dtype, d: Dims, packed: Packed | None, c
     pse = jnp.asarray(pse)
     if pse_type in (2, 3):
         return _slopes(pse, pse_type, d, packed)
-    if pse_type == 1 and not (isinstance(scale, (int, float)) and scale == 1):
-        pse = pse.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
-    return Terms(bias=_dense(pse, d, causal) if packed is None else _packed(pse, d, packed, causal))
+    form = _dense(pse, d, causal) if packed is None else _packed(pse, d, packed, causal)
+    if form.bias is None or pse_type == 0 or (isinstance(scale, (int, float)) and scale == 1):
+        return form
+    return form._replace(bias=_scaled(form.bias.astype(jnp.float32), scale))
+
+
+def _scaled(pse, scale):
+    """scale * pse, in which -inf stays -inf: it masks the key, whatever the scale."""
+    masked = jnp.isneginf(pse)
+    return jnp.where(masked, -jnp.inf, jnp.where(masked, 0, pse) * jnp.asarray(scale, jnp.float32))
 
 
 def _slopes(slopes, pse_type: int, d: Dims, packed: Packed | None) -> Terms:
@@ -68,13 +78,14 @@ def _slopes(slopes, pse_type: int, d: Dims, packed: Packed | None) -> Terms:
             f"got shape {slopes.shape}."
         )
     _check_equal_lengths(f"pse_type={pse_type}", d, packed)
-    if packed is None or slopes.ndim == 1:
-        # Equal lengths: distances within a packed sequence are distances within the array.
+    if packed is None:
         return Terms(alibi=kind, alibi_slopes=slopes)
     rows = packed.rows()
-    away = jnp.abs(rows.position[:, None] - _position_of_key(rows, d)).astype(jnp.float32)
-    away = jnp.sqrt(away) if kind == "sqrt" else away
-    return Terms(bias=-slopes[rows.sequence].T[:, :, None] * away)
+    # Where the lengths are known they are equal, and a row's own position lies at its own index.
+    position = rows.first_key + rows.position if packed.lengths() is None else None
+    if slopes.ndim == 2:
+        slopes = slopes[rows.sequence].T  # one per row, `N Sq`
+    return Terms(alibi=kind, alibi_slopes=slopes, position=None if position is None else position[None])
 
 
 def _check_equal_lengths(what: str, d: Dims, packed: Packed | None) -> None:
@@ -94,7 +105,7 @@ def _dense(pse, d: Dims, causal: bool):
     leads = ((B, N), (1, N))
     if pse.ndim == 4 and pse.shape[:2] in leads and pse.shape[3] == Skv:
         if pse.shape[2] in (Sq, 1):
-            return pse
+            return Terms(bias=pse)
         if pse.shape[2] == ALIBI_ROWS and Sq > ALIBI_ROWS:
             _check_equal_lengths("an ALiBi table", d, None)
             _check_causal(pse, causal)
@@ -113,72 +124,85 @@ def _check_causal(pse, causal: bool) -> None:
         )
 
 
-def _from_table(table, d: Dims):
-    """The full bias, given its last 1024 rows and that values depend on row - column alone."""
-    row, column = jnp.arange(d.Sq, dtype=jnp.int32)[:, None], jnp.arange(d.Skv, dtype=jnp.int32)
+def _from_table(table, d: Dims) -> Terms:
+    """The last 1024 rows of a bias whose values depend on row - column alone: each row reads one of them, shifted."""
+    row = jnp.arange(d.Sq, dtype=jnp.int32)
     threshold = d.Sq - ALIBI_ROWS
     last = row >= threshold
     r = jnp.where(last, row - threshold, row % ALIBI_ROWS)
-    c = jnp.where(last, column, d.Skv - (row - column) - (ALIBI_ROWS - r))
-    return table.astype(jnp.float32)[:, :, r, jnp.minimum(c, d.Skv - 1)]
-
-
-def _packed(pse, d: Dims, packed: Packed, causal: bool):
-    """The bias `N #Sq Skv` over the packed axes. What it holds outside the sequences is masked."""
-    lengths = packed.lengths()
-    one_row = d.N * (d.Skv if lengths is None else int(lengths[1].sum()))
-    # CANN too tries the form of one row first.
-    if pse.shape == (one_row,):
-        return _from_one_row(pse, d, packed)
-    full = None if lengths is None else d.N * int(np.dot(*lengths))
-    if pse.ndim == 1 and full in (None, pse.size):
-        return _from_blocks(pse, d, packed)
-    longest = pse.shape[-1:] if lengths is None else (int(lengths[1].max()),)
-    if pse.ndim == 4 and pse.shape[0] in (1, packed.count) and pse.shape[1:] == (d.N, ALIBI_ROWS, *longest):
-        _check_equal_lengths("an ALiBi table", d, packed)
-        _check_causal(pse, causal)
-        return _from_packed_table(pse, d, packed)
-    blocks = "N*sum(Sq_b*Skv_b)" + ("" if full is None else f"={full}")
-    raise ValueError(
-        f"pse must have shape ({blocks},), (N*sum(Skv_b)={one_row},) or, as an ALiBi table, "
-        f"(1 or {packed.count}, N={d.N}, {ALIBI_ROWS}, max(Skv_b)) in layout TND; got shape {pse.shape}."
+    first_column = jnp.where(last, 0, d.Skv - row - (ALIBI_ROWS - r))
+    return Terms(
+        bias=table.reshape(*table.shape[:2], -1),
+        bias_offset=(r * d.Skv + first_column)[None, None],
+        bias_apart=table.shape[0] == d.B[0],
     )
 
 
-def _position_of_key(rows, d: Dims):
-    """Position of every key in the sequence of every row, `Sq Skv`; out of range for other sequences."""
-    return jnp.arange(d.Skv, dtype=jnp.int32) - rows.first_key[:, None]
+def _packed(pse, d: Dims, packed: Packed, causal: bool) -> Terms:
+    """The form that the shape of pse names."""
+    lengths = packed.lengths()
+    one_row = d.N * (d.Skv if lengths is None else int(lengths[1].sum()))
+    full = None if lengths is None else d.N * int(np.dot(*lengths))
+    longest = pse.shape[-1:] if lengths is None else (int(lengths[1].max()),)
+    # CANN too tries the form of one row first.
+    if pse.shape == (one_row,):
+        form = _one_row
+    elif pse.ndim == 1 and full in (None, pse.size):
+        form = _blocks
+    elif pse.ndim == 4 and pse.shape[0] in (1, packed.count) and pse.shape[1:] == (d.N, ALIBI_ROWS, *longest):
+        _check_equal_lengths("an ALiBi table", d, packed)
+        _check_causal(pse, causal)
+        form = _packed_table
+    else:
+        blocks = "N*sum(Sq_b*Skv_b)" + ("" if full is None else f"={full}")
+        raise ValueError(
+            f"pse must have shape ({blocks},), (N*sum(Skv_b)={one_row},) or, as an ALiBi table, "
+            f"(1 or {packed.count}, N={d.N}, {ALIBI_ROWS}, max(Skv_b)) in layout TND; got shape {pse.shape}."
+        )
+    if 0 in pse.shape:
+        return Terms()
+    flat, offset = form(pse, d, packed)
+    if flat.size >= 2**31:
+        raise ValueError(f"pse must hold fewer than 2**31 elements in layout TND; got shape {pse.shape}.")
+    return Terms(bias=flat[None], bias_offset=offset, bias_apart=True)
 
 
 def _heads(d: Dims):
-    return jnp.arange(d.N, dtype=jnp.int32)[:, None, None]
+    return jnp.arange(d.N, dtype=jnp.int32)[:, None]
 
 
-def _from_one_row(flat, d: Dims, packed: Packed):
+def _one_row(flat, d: Dims, packed: Packed):
     """Blocks `[N, Skv_b]`, one after another."""
-    keys = packed.keys()
-    return _take(flat, d.N * keys.first_key + _heads(d) * keys.skv + keys.position)
+    rows = packed.rows()
+    return flat, (d.N - 1) * rows.first_key + _heads(d) * rows.skv
 
 
-def _from_blocks(flat, d: Dims, packed: Packed):
+def _blocks(flat, d: Dims, packed: Packed):
     """Blocks `[N, Sq_b, Skv_b]`, one after another."""
     rows = packed.rows()
     sq, skv = packed.sizes()
     before = jnp.cumsum(sq * skv, dtype=jnp.int32) - sq * skv
-    row = d.N * before[rows.sequence] + (_heads(d)[..., 0] * rows.sq + rows.position) * rows.skv
-    return _take(flat, row[..., None] + _position_of_key(rows, d))
+    row = _heads(d) * rows.sq + rows.position
+    return flat, d.N * before[rows.sequence] + row * rows.skv - rows.first_key
 
 
-def _from_packed_table(table, d: Dims, packed: Packed):
-    """Entry (r, c) holds the distance `row - column = longest - 1024 + r - c`, whatever the sequence."""
+def _packed_table(table, d: Dims, packed: Packed):
+    """Entry (r, c) holds the distance `row - column = longest - 1024 + r - c`, whatever the sequence.
+
+    Only column 0 and row 0 are read: together one vector of all distances, the largest one first.
+    """
     rows = packed.rows()
-    longest = table.shape[-1]
-    beyond = rows.position[:, None] - _position_of_key(rows, d) - (longest - ALIBI_ROWS)
-    r = jnp.clip(beyond, 0, ALIBI_ROWS - 1)
-    c = jnp.clip(-beyond, 0, longest - 1)
-    b = rows.sequence[:, None] if table.shape[0] > 1 else 0
-    return table.astype(jnp.float32).swapaxes(0, 1)[:, b, r, c]
-
-
-def _take(flat, index):
-    return flat.astype(jnp.float32)[jnp.clip(index, 0, max(0, flat.size - 1))]
+    B, _, _, longest = table.shape
+    column, row = table[..., 0].astype(jnp.float32), table[:, :, 0, 1:].astype(jnp.float32)
+    distances = jnp.concatenate([column[..., ::-1], row], axis=-1)
+    before = 0
+    if packed.lengths() is None:
+        # Lengths that differ cannot be refused: distances beyond the table count as its first and last one.
+        before = d.Sq
+        distances = jnp.pad(distances, ((0, 0), (0, 0), (before, d.Skv)), mode="edge")
+    else:
+        distances = distances[..., :longest]
+    size = distances.shape[-1]
+    b = rows.sequence if B > 1 else 0
+    start = (b * d.N + _heads(d)) * size
+    return distances.reshape(-1), start + before + longest - 1 - rows.position - rows.first_key

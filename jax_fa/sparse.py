@@ -27,9 +27,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import masks
+from jax_fa import integers, masks
+from jax_fa.integers import known
 from jax_fa.masks import Mask
-from jax_fa.packed import Packed, integers, known
+from jax_fa.packed import Packed, list_of_integers
 from jax_fa.problem import Dims
 
 UNBOUNDED = 2147483647  # what CANN's callers pass for "all tokens"
@@ -147,7 +148,7 @@ class Sparse:
             raise ValueError(
                 f"prefix must hold one length per batch entry in sparse_mode={self.mode}; got None."
             )
-        prefix = integers("prefix", () if self.prefix is None else self.prefix)
+        prefix = list_of_integers("prefix", () if self.prefix is None else self.prefix)
         if np.shape(prefix) != (count,):
             raise ValueError(f"prefix must have B={count} entries; got {np.shape(prefix)[0]}.")
         lengths = (d.Sq, d.Skv) if packed is None else packed.lengths()
@@ -184,9 +185,9 @@ class Sparse:
         rows = packed.rows()
         if self.mode == 6:
             # j < max(i + d + 1, prefix[b]) is a causal band whose offset depends on the row.
-            reach = jnp.asarray(prefix, jnp.int32)[rows.sequence] - 1 - rows.position
-            return masks.Causal(offset=jnp.maximum(rows.skv - rows.sq, reach))
-        return masks.Causal(offset=self._edges(*packed.sizes(), jnp)[rows.sequence])
+            reach = jnp.asarray(integers.int32(prefix))[rows.sequence] - 1 - rows.position
+            return masks.Causal(offset=jnp.maximum(rows.skv - rows.sq, reach)[None])
+        return masks.Causal(offset=self._edges(*packed.sizes(), jnp)[rows.sequence][None])
 
     def _edges(self, sq, skv, xp):
         """The last key that row 0 of each sequence sees, in modes 3, 4, 7 and 8."""
@@ -219,10 +220,9 @@ class Sparse:
             return None
         if packed is not None:
             return masks.Dense(_spread(mask, packed))
-        full, per_batch = (*d.B, d.N, d.Sq, d.Skv), (*d.B, 1, d.Sq, d.Skv)
-        allowed = (
-            (full, per_batch) if self.mode == 5 else (full, per_batch, (1, 1, d.Sq, d.Skv), (d.Sq, d.Skv))
-        )
+        allowed: tuple[tuple[Any, ...], ...] = ((*d.B, d.N, d.Sq, d.Skv), (*d.B, 1, d.Sq, d.Skv))
+        if self.mode != 5 or d.B == (1,):
+            allowed += ((1, 1, d.Sq, d.Skv), (d.Sq, d.Skv))
         if mask.shape not in allowed:
             raise ValueError(
                 f"atten_mask must have one of the shapes {', '.join(map(str, dict.fromkeys(allowed)))} in "
@@ -269,30 +269,33 @@ def _visible(mask):
 
 
 def _spread(mask, packed: Packed):
-    """Visibility over the packed axes, boolean `Sq Skv`, from a mask of either shape that TND takes."""
+    """Visibility over the packed axes, boolean `Sq Skv`, from a mask of any shape that TND takes."""
     lengths = packed.lengths()
-    whole = [(packed.Sq, packed.Skv)]
-    shape = mask.shape
-    if shape[: max(0, mask.ndim - 2)] == (1,) * (mask.ndim - 2):
-        shape = shape[-2:]
-    if shape in whole:
+    whole = (packed.Sq, packed.Skv)
+    # One mask for all sequences, or `[B, 1, max Sq_b, max Skv_b]`: one for each.
+    each = mask.ndim == 4 and packed.count > 1 and mask.shape[:2] == (packed.count, 1)
+    shape = mask.shape[-2:] if each or mask.shape[:-2] == (1,) * (mask.ndim - 2) else mask.shape
+    if shape == whole and not each:
         return _visible(mask.reshape(shape))
     if lengths is None:
         fits = len(shape) == 2 and shape[0] <= packed.Sq and shape[1] <= packed.Skv and 0 not in shape
-        wanted = f"(max Sq_b, max Skv_b) or {whole[0]}"
+        total, wanted = None, f"(max Sq_b, max Skv_b) or {whole}"
     else:
         longest, total = (tuple(int(f(x)) for x in lengths) for f in (np.max, np.sum))
-        fits, wanted = (
-            shape in (longest, total),
-            f"(max Sq_b, max Skv_b)={longest} or (sum Sq_b, sum Skv_b)={total}",
-        )
+        fits = shape == longest or (shape == total and not each)
+        wanted = f"(max Sq_b, max Skv_b)={longest} or (sum Sq_b, sum Skv_b)={total}"
     if not fits:
-        raise ValueError(f"atten_mask must have shape {wanted} in layout TND; got {mask.shape}.")
-    visible = _visible(mask.reshape(shape))
-    if lengths is not None and shape == total:
-        short = [(0, n - size) for n, size in zip(whole[0], shape, strict=True)]
-        return jnp.pad(visible, short)
+        raise ValueError(
+            f"atten_mask must have shape {wanted}, or (B, 1, max Sq_b, max Skv_b) with B={packed.count}, in layout "
+            f"TND; got {mask.shape}."
+        )
     if 0 in shape:
-        return jnp.zeros(whole[0], bool)
-    i, j = packed.rows().position, packed.keys().position
-    return visible[jnp.minimum(i, shape[0] - 1)][:, jnp.minimum(j, shape[1] - 1)]
+        return jnp.zeros(whole, bool)
+    visible = _visible(mask.reshape(-1, *shape))
+    if shape == total and not each:
+        return jnp.pad(visible[0], [(0, n - size) for n, size in zip(whole, shape, strict=True)])
+    rows, j = packed.rows(), packed.keys().position
+    i, j = jnp.minimum(rows.position, shape[0] - 1), jnp.minimum(j, shape[1] - 1)
+    if not each:
+        return visible[0, i][:, j]
+    return visible[rows.sequence[:, None], i[:, None], j]

@@ -33,10 +33,11 @@ _TO_CANONICAL = _TO_STORED | {"SBND": lambda x: np.moveaxis(x, 0, -3)}
 
 @dataclass(frozen=True)
 class Kind:
-    """A mask: how the library is told, and what it means as a boolean array."""
+    """A mask: how the library is told, what it means as a boolean array, and at which key position it puts a row."""
 
     make: Callable[["Case"], Any]
     visible: Callable[["Case"], np.ndarray]
+    position: Callable[["Case"], Any] = lambda c: np.arange(c.Sq)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Case:
     scale: float | None = None
     soft_cap: float | None = None
     dropout: float = 0.0
+    spread: float = 1.0  # standard deviation of the logits, roughly: rows of a large one are peaked
     feature: bool = True  # differs from others by more than lengths
 
     def __str__(self) -> str:
@@ -98,7 +100,7 @@ class Case:
         """The differentiable operands, canonical."""
         normal = self.random("operands").standard_normal
         found = {
-            "query": self.cast(normal((*self.B, self.Sq, self.N, self.D))),
+            "query": self.cast(self.spread * normal((*self.B, self.Sq, self.N, self.D))),
             "key": self.cast(normal((*self.B, self.Skv, self.K, self.D))),
             "value": self.cast(normal((*self.B, self.Skv, self.K, self.Dv))),
         }
@@ -125,6 +127,9 @@ class Case:
 
     def visible(self) -> np.ndarray | None:
         return None if self.mask is None else KINDS[self.mask].visible(self)
+
+    def position(self) -> np.ndarray:
+        return np.arange(self.Sq) if self.mask is None else KINDS[self.mask].position(self)
 
     @property
     def keep_prob(self) -> float:
@@ -180,6 +185,7 @@ def expected(case: Case) -> tuple[oracle.Attention, dict[str, np.ndarray]]:
         visible=case.visible(),
         scale=case.scale,
         soft_cap=case.soft_cap,
+        position=case.position(),
         keep=case.keep(),
         keep_prob=case.keep_prob,
     )
@@ -204,6 +210,7 @@ def naive(case: Case):
         scale=np.float32(case.D**-0.5 if case.scale is None else case.scale),
         soft_cap=None if case.soft_cap is None else np.float32(case.soft_cap),
         keep_prob=np.float32(case.keep_prob),
+        position=np.broadcast_to(case.position(), (*case.B, 1, case.Sq)),
     )
     return jax.tree.map(np.asarray, found)
 
@@ -212,7 +219,9 @@ def check(case: Case, out=None, lse=None, gradients=None) -> None:
     """Holds results of the library (stored in the case's layout) against the oracle."""
     want, want_gradients = expected(case)
     naive_out, naive_lse, naive_gradients = naive(case)
-    floor = oracle.FLOOR[case.dtype]
+    # Float32 knows a logit x to x / 2**24, and its weight no better.
+    wide = max(1.0, case.spread / 100)
+    floor = oracle.FLOOR[case.dtype] * (wide if case.dtype == case.acc else 1)
     if out is not None:
         assert out.dtype == jnp.dtype(case.dtype)
         oracle.assert_close_to_oracle(case.canonical(out), want.out, naive_out, f"{case}: out", floor)
@@ -239,17 +248,40 @@ def _batch(case: Case, *values: int) -> np.ndarray:
     return np.resize(np.array(values, np.int32), case.B)
 
 
-def _known(case: Case, *values: int):
-    """The same as Python integers, which are known when the call is traced."""
+def _lengths(case: Case, size: int, *values: int) -> np.ndarray:
+    """The same, within 0..size."""
+    return np.minimum(_batch(case, *values), size)
 
-    def known(x):
-        return tuple(map(known, x)) if isinstance(x, list) else x
 
-    return known(_batch(case, *values).tolist())
+def _both_lengths(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    return _lengths(case, case.Sq, 30, 17), _lengths(case, case.Skv, 45, 11)
+
+
+def _python(x):
+    """Python integers, which are part of the program."""
+
+    def convert(x):
+        return tuple(map(convert, x)) if isinstance(x, list) else x
+
+    return convert(x.tolist())
+
+
+def _data(x) -> jax.Array:
+    """An array whose values are not known when it is made under a trace."""
+    return jax.lax.optimization_barrier(jnp.asarray(x))
 
 
 def _ids(case: Case, size: int, salt: str) -> np.ndarray:
     return np.sort(case.random(salt).integers(0, 4, (*case.B, size)), axis=-1).astype(np.int32)
+
+
+def _mixed_ids(case: Case, size: int, salt: str, padding: bool = False) -> np.ndarray:
+    """Ids of runs whose order is mixed, so that some segments have several runs; `padding`: the last ones are 0."""
+    random = case.random(salt)
+    ids = np.repeat(random.integers(1, 5, (*case.B, -(-size // 3))), 3, axis=-1)[..., :size].astype(np.int32)
+    if padding:
+        ids = np.where(np.arange(size) < size - size // 4, np.sort(ids, axis=-1), 0).astype(np.int32)
+    return ids
 
 
 def _ends(case: Case, size: int, salt: str) -> np.ndarray:
@@ -266,7 +298,9 @@ def _dense(shape: str, chance: float = 0.7) -> Kind:
     return Kind(array, array)
 
 
-def _both(*kinds: str) -> Kind:
+def _both(*kinds: str, position: str | None = None) -> Kind:
+    """The kinds together; `position`: the one that puts the rows at other keys than those of their indices."""
+
     def make(case: Case):
         mask, *others = (masks.as_mask(KINDS[k].make(case)) for k in kinds)
         for other in others:
@@ -279,76 +313,138 @@ def _both(*kinds: str) -> Kind:
             found = found & KINDS[kind].visible(case)
         return found
 
-    return Kind(make, visible)
+    return Kind(make, visible, lambda c: KINDS[position].position(c) if position else np.arange(c.Sq))
+
+
+def _corner(case: Case) -> np.ndarray:
+    return np.arange(case.Sq) + case.Skv - case.Sq
 
 
 def _aligned(case: Case) -> np.ndarray:
     """Causal from the bottom right corner of each entry's own lengths."""
-    query, key = _batch(case, 30, 17), _batch(case, 45, 11)
+    query, key = _both_lengths(case)
     corner = oracle.band(case.Sq, case.Skv, None, 0, offset=(key - query)[..., None, None])
     return corner & oracle.lengths(case.Sq, case.Skv, query, key)
+
+
+def _aligned_corner(case: Case) -> np.ndarray:
+    query, key = _both_lengths(case)
+    return np.arange(case.Sq) + (key - query)[..., None, None]
+
+
+def _window_data(case: Case) -> np.ndarray:
+    """A window for each batch entry, of which some are unbounded to the left."""
+    left, right = (x[..., None, None, None] for x in (_batch(case, 6, -1), _batch(case, 0, 3)))
+    return oracle.band(case.Sq, case.Skv, np.where(left < 0, case.Sq + case.Skv, left), right, BOTTOM)
 
 
 def _band(left=None, right=None, align="top-left", offset=0) -> Kind:
     return Kind(
         lambda c: masks.Band(left, right, align, offset),
         lambda c: oracle.band(c.Sq, c.Skv, left, right, align, offset),
+        lambda c: (_corner(c) if align == BOTTOM else np.arange(c.Sq)) + offset,
     )
 
 
 BOTTOM = "bottom-right"
 KINDS: dict[str, Kind] = {
     "causal": Kind(lambda c: masks.Causal(), lambda c: oracle.causal(c.Sq, c.Skv)),
-    "causal_bottom": Kind(lambda c: masks.Causal(BOTTOM), lambda c: oracle.causal(c.Sq, c.Skv, BOTTOM)),
+    "causal_bottom": Kind(
+        lambda c: masks.Causal(BOTTOM), lambda c: oracle.causal(c.Sq, c.Skv, BOTTOM), _corner
+    ),
     "window": Kind(lambda c: masks.SlidingWindow(7), lambda c: oracle.band(c.Sq, c.Skv, 7, 0)),
     "window_bottom": Kind(
-        lambda c: masks.SlidingWindow(20, 3, BOTTOM), lambda c: oracle.band(c.Sq, c.Skv, 20, 3, BOTTOM)
+        lambda c: masks.SlidingWindow(20, 3, BOTTOM),
+        lambda c: oracle.band(c.Sq, c.Skv, 20, 3, BOTTOM),
+        _corner,
     ),
     "band": _band(5, 9),
     "band_left": _band(left=3),
     "band_negative": _band(-2, 12, BOTTOM),
     "band_unbounded": _band(2147483647, 2147483647),
+    "band_offset_per_batch": Kind(
+        lambda c: masks.Causal(BOTTOM, offset=_batch(c, 4, -6)),
+        lambda c: oracle.band(c.Sq, c.Skv, None, 0, BOTTOM, offset=_batch(c, 4, -6)[..., None, None]),
+        lambda c: _corner(c) + _batch(c, 4, -6)[..., None, None],
+    ),
+    "window_data": Kind(
+        lambda c: masks.SlidingWindow(_batch(c, 6, -1), _data(_batch(c, 0, 3)), BOTTOM), _window_data, _corner
+    ),
     "band_offset": Kind(
         lambda c: masks.Band(9, 2, offset=_batch(c, 4, -6)[..., None, None]),
         lambda c: oracle.band(c.Sq, c.Skv, 9, 2, offset=_batch(c, 4, -6)[..., None, None]),
+        lambda c: np.arange(c.Sq) + _batch(c, 4, -6)[..., None, None],
     ),
     "prefix": Kind(
-        lambda c: masks.Prefix(_batch(c, 0, 21)), lambda c: oracle.prefix(c.Sq, c.Skv, _batch(c, 0, 21))
+        lambda c: masks.Prefix(_lengths(c, c.Skv, 0, 21)),
+        lambda c: oracle.prefix(c.Sq, c.Skv, _batch(c, 0, 21)),
     ),
     "prefix_bottom": Kind(
-        lambda c: masks.Prefix(_batch(c, 40, 3), BOTTOM),
+        lambda c: masks.Prefix(_lengths(c, c.Skv, 40, 3), BOTTOM),
         lambda c: oracle.prefix(c.Sq, c.Skv, _batch(c, 40, 3), BOTTOM),
+        _corner,
     ),
     "prefix_static": Kind(
-        lambda c: masks.Prefix(_known(c, 40, 3)), lambda c: oracle.prefix(c.Sq, c.Skv, _batch(c, 40, 3))
+        lambda c: masks.Prefix(_python(_lengths(c, c.Skv, 40, 3))),
+        lambda c: oracle.prefix(c.Sq, c.Skv, _batch(c, 40, 3)),
     ),
     "lengths": Kind(
-        lambda c: masks.Lengths(_batch(c, 30, 17), _batch(c, 45, 11)),
-        lambda c: oracle.lengths(c.Sq, c.Skv, _batch(c, 30, 17), _batch(c, 45, 11)),
+        lambda c: masks.Lengths(**dict(zip(("query", "key"), _both_lengths(c), strict=True))),
+        lambda c: oracle.lengths(c.Sq, c.Skv, *_both_lengths(c)),
     ),
     "key_lengths": Kind(
-        lambda c: masks.Lengths(key=_batch(c, 33, 0)),
+        lambda c: masks.Lengths(key=_lengths(c, c.Skv, 33, 0)),
         lambda c: oracle.lengths(c.Sq, c.Skv, key=_batch(c, 33, 0)),
     ),
     "cumulative": Kind(
         lambda c: masks.CumulativeLengths(_ends(c, c.Sq, "q"), _ends(c, c.Skv, "k")),
         lambda c: oracle.cumulative(c.Sq, c.Skv, _ends(c, c.Sq, "q"), _ends(c, c.Skv, "k")),
+        lambda c: oracle.cumulative_position(c.Sq, _ends(c, c.Sq, "q"), _ends(c, c.Skv, "k"), bottom=False),
     ),
     "cumulative_causal": Kind(
         lambda c: masks.CumulativeLengths(_ends(c, c.Sq, "q"), _ends(c, c.Skv, "k"), masks.Causal(BOTTOM)),
         lambda c: oracle.cumulative(
             c.Sq, c.Skv, _ends(c, c.Sq, "q"), _ends(c, c.Skv, "k"), partial(oracle.causal, align=BOTTOM)
         ),
+        lambda c: oracle.cumulative_position(c.Sq, _ends(c, c.Sq, "q"), _ends(c, c.Skv, "k"), bottom=True),
     ),
     "segments": Kind(
         lambda c: masks.SegmentIds(_ids(c, c.Sq, "q"), _ids(c, c.Skv, "k")),
         lambda c: oracle.segments(_ids(c, c.Sq, "q"), _ids(c, c.Skv, "k")),
+        lambda c: oracle.segment_position(_ids(c, c.Sq, "q"), _ids(c, c.Skv, "k")),
     ),
     "segments_window": Kind(
         lambda c: masks.SegmentIds(_ids(c, c.Sq, "q"), _ids(c, c.Skv, "k"), masks.SlidingWindow(5)),
         lambda c: oracle.segments(
             _ids(c, c.Sq, "q"), _ids(c, c.Skv, "k"), partial(oracle.band, left=5, right=0)
         ),
+        lambda c: oracle.segment_position(_ids(c, c.Sq, "q"), _ids(c, c.Skv, "k")),
+    ),
+    "segments_mixed": Kind(
+        lambda c: masks.SegmentIds(_mixed_ids(c, c.Sq, "q"), _mixed_ids(c, c.Skv, "k")),
+        lambda c: oracle.segments(_mixed_ids(c, c.Sq, "q"), _mixed_ids(c, c.Skv, "k")),
+        lambda c: oracle.segment_position(_mixed_ids(c, c.Sq, "q"), _mixed_ids(c, c.Skv, "k")),
+    ),
+    "segments_mixed_causal": Kind(
+        lambda c: masks.SegmentIds(
+            _mixed_ids(c, c.Sq, "q"), _mixed_ids(c, c.Skv, "k"), masks.Causal(BOTTOM), padding_id=3
+        ),
+        lambda c: oracle.segments(
+            _mixed_ids(c, c.Sq, "q"),
+            _mixed_ids(c, c.Skv, "k"),
+            partial(oracle.causal, align=BOTTOM),
+            padding_id=3,
+        ),
+        lambda c: oracle.segment_position(_mixed_ids(c, c.Sq, "q"), _mixed_ids(c, c.Skv, "k"), bottom=True),
+    ),
+    "segments_padded": Kind(
+        lambda c: masks.SegmentIds(
+            *(_data(_mixed_ids(c, n, "q", padding=True)) for n in (c.Sq, c.Skv)), masks.Causal()
+        ),
+        lambda c: oracle.segments(
+            *(_mixed_ids(c, n, "q", padding=True) for n in (c.Sq, c.Skv)), oracle.causal
+        ),
+        lambda c: oracle.segment_position(*(_mixed_ids(c, n, "q", padding=True) for n in (c.Sq, c.Skv))),
     ),
     "dense": _dense("BNQK"),
     "dense_heads": _dense("NQK"),
@@ -358,10 +454,11 @@ KINDS: dict[str, Kind] = {
     "nothing": _dense("BNQ1", chance=0.0),
     "causal_lengths": _both("causal", "lengths"),
     "causal_bottom_lengths": Kind(
-        lambda c: masks.Causal(BOTTOM) & masks.Lengths(_batch(c, 30, 17), _batch(c, 45, 11)), _aligned
+        lambda c: masks.Causal(BOTTOM) & KINDS["lengths"].make(c), _aligned, _aligned_corner
     ),
-    "prefix_window": _both("prefix_bottom", "window_bottom"),
+    "prefix_window": _both("prefix_bottom", "window_bottom", position="window_bottom"),
     "segments_causal": _both("segments", "causal"),
+    "segments_twice": _both("segments_mixed", "segments_padded", position="segments_padded"),
     "causal_dense": _both("causal", "dense_padding", "dense_square"),
 }
 
@@ -428,6 +525,13 @@ CASES: tuple[Case, ...] = (
             ("causal", {"mask": "causal", "Sq": 61, "Skv": 67}),
             ("bias", {"bias": "BNQK", "bias_dtype": "float32"}),
         )
+    ),
+    *(
+        Case(
+            name=f"{dtype}-peaked-{spread}", dtype=dtype, spread=spread, mask=mask, D=32, Dv=32, feature=False
+        )
+        for dtype in ("float32", "bfloat16", "float16")
+        for spread, mask in ((50, None), (500, "causal"))
     ),
     Case(name="bfloat16-everything", dtype="bfloat16", **_ALL),
     Case(name="float16-layout", dtype="float16", layout="SBND", bias="NQK", feature=False),

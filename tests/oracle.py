@@ -73,15 +73,29 @@ def _ratio(terms, total) -> float:
 
 
 def attention(
-    q, k, v, *, bias=None, visible=None, scale=None, soft_cap=None, slopes=None, keep=None, keep_prob=1.0
+    q,
+    k,
+    v,
+    *,
+    bias=None,
+    visible=None,
+    scale=None,
+    soft_cap=None,
+    slopes=None,
+    position=None,
+    keep=None,
+    keep_prob=1.0,
 ) -> Attention:
-    """softmax(cap(scale q k^T + bias - slope |j - i|), visible) v, weights kept by `keep`."""
+    """softmax(cap(scale q k^T + bias - slope |j - position|), visible) v, weights kept by `keep`.
+
+    `position` of each row broadcasts to `*B N Sq`; None: the row's index.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     *_, Sq, N, D = q.shape
     Skv, K = k.shape[-3:-1]
     k, v = np.repeat(k, N // K, axis=-2), np.repeat(v, N // K, axis=-2)
     scale = D**-0.5 if scale is None else scale
-    distance = np.abs(np.arange(Skv) - np.arange(Sq)[:, None]).astype(np.float64)
+    distance = np.abs(np.arange(Skv) - _position(position, Sq)[..., None]).astype(np.float64)
     s = scale * np.einsum("...ind,...jnd->...nij", q, k)
     if bias is not None:
         s = s + np.asarray(bias, np.float64)
@@ -114,6 +128,10 @@ def attention(
     return Attention(np.einsum("...nij,...jnd->...ind", kept * w, v), m, l, lse, saved)
 
 
+def _position(position, Sq: int):
+    return np.arange(Sq) if position is None else np.asarray(position)
+
+
 def _sum_to(x, shape: tuple[int, ...]):
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
     axes = tuple(i for i, size in enumerate(shape) if size == 1 and x.shape[i] != 1)
@@ -137,9 +155,9 @@ def band(sq: int, skv: int, left=None, right=None, align="top-left", offset=0) -
     j = np.arange(skv, dtype=np.int64)
     visible = np.ones(np.broadcast_shapes(i.shape, (skv,)), bool)
     if left is not None:
-        visible &= i - left <= j
+        visible = visible & (i - left <= j)
     if right is not None:
-        visible &= j <= i + right
+        visible = visible & (j <= i + right)
     return visible
 
 
@@ -180,8 +198,8 @@ def cumulative(sq: int, skv: int, query, key=None, within=None) -> np.ndarray:
     return visible if not batch else visible[..., None, :, :]
 
 
-def segments(query, key=None, within=None) -> np.ndarray:
-    """Rows and keys of equal id; `within(rows, keys)` fills the block of one id."""
+def segments(query, key=None, within=None, padding_id=None) -> np.ndarray:
+    """Rows and keys of equal id; `within(rows, keys)` fills the block of one id. Padding is fully masked."""
     query, key = np.asarray(query), np.asarray(query if key is None else key)
     batch = np.broadcast_shapes(query.shape[:-1], key.shape[:-1])
     sq, skv = query.shape[-1], key.shape[-1]
@@ -191,8 +209,41 @@ def segments(query, key=None, within=None) -> np.ndarray:
         for name in np.unique(query[b]):
             rows, columns = np.flatnonzero(query[b] == name), np.flatnonzero(key[b] == name)
             shape = (len(rows), len(columns))
+            if name == padding_id:
+                continue
             visible[b][np.ix_(rows, columns)] = True if within is None else within(*shape)
     return visible if not batch else visible[..., None, :, :]
+
+
+# --- the key position at which a mask puts a row, for ALiBi: `*B 1 Sq`, or what broadcasts
+
+
+def cumulative_position(sq: int, query, key, bottom: bool) -> np.ndarray:
+    """As far behind its sequence's first key as the row is behind its first row; `bottom`: from the other end."""
+    query, key = np.asarray(query), np.asarray(key)
+    found = np.zeros((*query.shape[:-1], 1, sq), int)
+    for b in np.ndindex(*query.shape[:-1]):
+        row = column = 0
+        for end_row, end_column in zip(query[b], key[b], strict=True):
+            shift = end_column - end_row if bottom else column - row
+            found[b][0, row:end_row] = np.arange(row, end_row) + shift
+            row, column = end_row, end_column
+    return found
+
+
+def segment_position(query, key, bottom: bool = False) -> np.ndarray:
+    """The key in the same place of the segment (`bottom`: counted from its end); outside, as far from its ends."""
+    query, key = np.asarray(query), np.asarray(key)
+    found = np.zeros((*query.shape[:-1], 1, query.shape[-1]), int)
+    for b in np.ndindex(*query.shape[:-1]):
+        for name in np.unique(query[b]):
+            rows, columns = np.flatnonzero(query[b] == name), np.flatnonzero(key[b] == name)
+            if len(columns) == 0:
+                continue
+            place = np.arange(len(rows)) + (len(columns) - len(rows) if bottom else 0)
+            inside = np.clip(place, 0, len(columns) - 1)
+            found[b][0, rows] = columns[inside] + place - inside
+    return found
 
 
 # --- dropout bits
@@ -242,7 +293,7 @@ _round_gradient.defvjp(lambda x, dtype: (x, None), lambda dtype, _, g: (_round(g
 
 
 @jax.jit
-def naive(operands, visible, keep, cotangents, scale, soft_cap, keep_prob):
+def naive(operands, visible, keep, cotangents, scale, soft_cap, keep_prob, position):
     """(out, log-sum-exp, gradients) of a plain implementation: logits in float32, weights in query's dtype.
 
     Takes operands by name, masks in full and scalars as arrays, so that cases of one shape share one program.
@@ -258,7 +309,7 @@ def naive(operands, visible, keep, cotangents, scale, soft_cap, keep_prob):
         if "bias" in x:
             s = s + x["bias"].astype(jnp.float32)
         if "alibi_slopes" in x:
-            distance = jnp.abs(jnp.arange(Skv) - jnp.arange(Sq)[:, None]).astype(jnp.float32)
+            distance = jnp.abs(jnp.arange(Skv) - position[..., None]).astype(jnp.float32)
             s = s - x["alibi_slopes"][..., None, None] * distance
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
@@ -291,8 +342,8 @@ def errors(x, oracle) -> tuple[float, float]:
 
 
 # Floors: what a correct result may differ from the oracle by, however well the naive one does by luck. 16-bit
-# dtypes: half the distance between neighbours, since the backward takes rowsum(dout * out) from a rounded out.
-FLOOR = {"float64": 1e-12, "float32": 2**-19, "bfloat16": 2**-8, "float16": 2**-11}
+# dtypes: an eighth of the distance between neighbours above 1.
+FLOOR = {"float64": 1e-12, "float32": 2**-19, "bfloat16": 2**-10, "float16": 2**-13}
 
 
 def assert_close_to_oracle(ours, oracle, naive, what: str, floor: float) -> None:
@@ -304,6 +355,6 @@ def assert_close_to_oracle(ours, oracle, naive, what: str, floor: float) -> None
     ours, naive = np.asarray(ours, np.float64), np.asarray(naive, np.float64)
     assert np.isfinite(ours).all(), f"{what}: {np.count_nonzero(~np.isfinite(ours))} values are not finite"
     for norm, error, allowed in zip(("L2", "max"), errors(ours, oracle), errors(naive, oracle), strict=True):
-        assert allowed <= 4 * floor, f"{what}: the naive result is off by {allowed:.3g} ({norm})"
+        assert allowed <= 16 * floor, f"{what}: the naive result is off by {allowed:.3g} ({norm})"
         bound = 2 * allowed + floor
         assert error <= bound, f"{what}: {norm} error {error:.3g} exceeds {bound:.3g} (naive: {allowed:.3g})"

@@ -9,8 +9,9 @@ import jax_fa
 
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
-    {"problem", "compat", "gather", "_native"},
-    {"masks", "softmax", "dropout", "packed", "ascend.installation", "mosaic", "mosaic.widths"},
+    {"problem", "compat", "gather", "integers", "arguments", "native", "program", "_native"},
+    {"segments", "packed"},
+    {"masks", "softmax", "dropout", "ascend.installation", "mosaic", "mosaic.widths"},
     {"tiles", "mosaic.tuning", "mosaic.logits", "mosaic.memory"},
     {"mosaic.geometry", "mosaic.launch"},
     {"mosaic.operands"},

@@ -29,10 +29,14 @@ struct Problem {
   Array query, key, value, bias, mask, lower, upper, slopes, seed, stream, drop_bits, drop_offset;
   Array bias_offset, position, segment_row, segment_key, scale_of_head, cap_of_head, threshold_of_head;
   Array dout, dlogsumexp;
-  Array out, m, l, dquery, dkey, dvalue, dbias, dslopes, dscale, dcap;
+  Array out, rounding, m, l, dquery, dkey, dvalue, dbias, dslopes, dscale, dcap;
 
   int64_t B() const { return B1 * B2; }
   int64_t G() const { return N / K; }
+  // out before it was rounded to its dtype, where that is known.
+  double Exact(size_t at) const {
+    return rounding ? out.value[at] + rounding.value[at] * HalfUlp(out.dtype) : out.value[at];
+  }
   bool Masked() const { return lower || upper || mask || segment_row; }
   double Scale(int64_t b, int64_t n) const { return scale_of_head ? scale_of_head.at(b, n) : scale; }
   double Cap(int64_t b, int64_t n) const { return cap_of_head ? cap_of_head.at(b, n) : cap; }
@@ -72,11 +76,13 @@ struct Problem {
 struct Quantity {
   std::vector<double> value, error;
   std::vector<double> terms;  // the sum of the magnitudes of its weighted terms
+  std::vector<double> moved;  // what may be put on another key where weights are rounded to 16 bits
   std::vector<uint8_t> tainted;
   void Resize(size_t n) {
     value.assign(n, 0.0);
     error.assign(n, 0.0);
     terms.assign(n, 0.0);
+    moved.assign(n, 0.0);
     tainted.assign(n, 0);
   }
   void Add(size_t at, double x, double e) {
@@ -128,14 +134,19 @@ class Reference {
       Look(b, n, i);
       const int64_t k = n / p_.G();
       const double *q = &p_.query.value[p_.query.Index(b, n, i)], *dout = &p_.dout.value[p_.dout.Index(b, n, i)];
-      const double* o = &p_.out.value[p_.out.Index(b, n, i)];
+      const size_t o = p_.out.Index(b, n, i);
       double delta = p_.dlogsumexp ? -p_.dlogsumexp.at(b, n, i) : 0.0, delta_size = std::fabs(delta);
-      for (int64_t d = 0; d < p_.Dv; ++d) delta += dout[d] * o[d], delta_size += std::fabs(dout[d] * o[d]);
+      for (int64_t d = 0; d < p_.Dv; ++d) {
+        const double term = dout[d] * p_.Exact(o + static_cast<size_t>(d));
+        delta += term, delta_size += std::fabs(term);
+      }
       const bool weights_tainted = row_.tainted || !AllFinite(dout, p_.Dv);
       const double scale = p_.Scale(b, n), cap = p_.Cap(b, n);
       const bool tainted = !seen_.empty() && (weights_tainted || !std::isfinite(delta));
       const size_t to_q = p_.dquery.Index(b, n, i);
       for (int64_t d = 0; d < p_.D; ++d) dquery.tainted[to_q + static_cast<size_t>(d)] |= tainted;
+      double missing = p_.dlogsumexp ? p_.dlogsumexp.at(b, n, i) : 0.0, ds_size = 0.0;  // from the sum of ds
+      std::vector<double> largest_key(static_cast<size_t>(p_.D), 0.0);
       for (const Seen& x : seen_) {
         const size_t at_k = p_.key.Index(b, k, x.j), at_v = p_.value.Index(b, k, x.j);
         if (x.hidden) {  // adds nothing, or in a tainted row anything
@@ -156,6 +167,9 @@ class Reference {
             (x.p * x.error + kTiny) * std::fabs(inner) * x.slope +
             x.p * kEps * (x.slope * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner)) +
                           x.slope_error * std::fabs(inner));
+        missing -= ds, ds_size += std::fabs(ds);
+        for (size_t d = 0; d < largest_key.size() && ds != 0.0; ++d)
+          largest_key[d] = std::max(largest_key[d], std::fabs(key[d]));
         const double in_row = std::fabs(scale) * (ds_error + kEps * per_row * std::fabs(ds));
         const double in_key = std::fabs(scale) * (ds_error + kEps * per_key * std::fabs(ds));
         const double weight = x.keep * x.p, weight_error = x.keep * (x.p * x.error + kTiny) + kEps * per_key * weight;
@@ -200,6 +214,8 @@ class Reference {
           dcap.tainted[at] |= tainted;
         }
       }
+      for (size_t d = 0; d < largest_key.size() && !seen_.empty(); ++d)
+        dquery.moved[to_q + d] += std::fabs(scale) * (std::fabs(missing) + 0x1p-8 * ds_size) * largest_key[d];
     });
   }
 

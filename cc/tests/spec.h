@@ -17,7 +17,7 @@ struct Spec {
   int bound_axes = 8;
   int mask = kNoAxes, bias = kNoAxes;
   bool infinite_bias = false;  // some of it -inf
-  double scale = 0.25, amplitude = 1.0, cap = 0.0, keep = 1.0;
+  double scale = 0.25, amplitude = 1.0, query_amplitude = 1.0, cap = 0.0, keep = 1.0;
   jax_fa::Alibi alibi = jax_fa::Alibi::kNone;
   int slope_axes = 7, position = kNoAxes;
   int indexed = kNoAxes;       // bias by index: axes of its offsets; `bias` gives those of the elements
@@ -26,6 +26,9 @@ struct Spec {
   int scales = kNoAxes, caps = kNoAxes, rates = kNoAxes;  // axes of what is given per head instead
   bool philox = false, bits = false, dlogsumexp = false;
   int layout = 0;              // 0: B S N D without gaps; else any order, drawn from the seed
+  bool rounding = true;        // of a 16-bit out is saved for the backward
+  double common_key = 0.0;     // a component that all keys share, as large as that
+  double common_logit = 0.0;   // what all logits have in common
   double garbage = 0.0;        // NaN or infinity: where nobody sees it, and in a few places that are seen
   bool seen_garbage = false;
   uint64_t seed = 1;
@@ -36,11 +39,12 @@ struct Spec {
     char text[512];
     std::snprintf(text, sizeof text,
                   "B=%lldx%lld Sq=%lld Skv=%lld N=%lld K=%lld D=%lld Dv=%lld %s bounds=%s/%d mask=%d bias=%d%s "
-                  "scale=%g amplitude=%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d per-head=%d/%d/%d "
+                  "scale=%g amplitude=%g/%g common=%g/%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d per-head=%d/%d/%d "
                   "dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s seed=%llu",
                   Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv),
                   kDTypes[static_cast<int>(dtype)], kBounds[static_cast<int>(bounds)], bound_axes, mask, bias,
-                  infinite_bias ? "(-inf)" : "", scale, amplitude, cap, static_cast<int>(alibi), slope_axes, position,
+                  infinite_bias ? "(-inf)" : "", scale, amplitude, query_amplitude, common_key,
+                  common_logit, cap, static_cast<int>(alibi), slope_axes, position,
                   indexed, apart ? "(apart)" : "", segments, scales, caps, rates,
                   philox ? "philox " : "", bits ? "bits " : "", keep, dlogsumexp, layout, garbage,
                   seen_garbage ? "(seen)" : "", static_cast<unsigned long long>(seed));
@@ -64,7 +68,9 @@ class Maker {
     p_.value = Stored(s_.dtype, {s_.B1, s_.B2, s_.K, s_.Skv, s_.Dv});
     p_.dout = Stored(s_.dtype, {s_.B1, s_.B2, s_.N, s_.Sq, s_.Dv});
     for (Array* x : {&p_.query, &p_.key}) Draw(*x, s_.amplitude);
+    for (double& x : p_.query.value) x *= s_.query_amplitude;
     for (Array* x : {&p_.value, &p_.dout}) Draw(*x, 1.0);
+    MakeCommon();
     if (s_.dlogsumexp) Draw(p_.dlogsumexp = Stats(), 1.0);
     MakeMasks();
     if (s_.bias != kNoAxes) {
@@ -125,6 +131,23 @@ class Maker {
 
   void Draw(Array& x, double amplitude) {
     for (double& y : x.value) y = amplitude * random_.Normal();
+  }
+
+  void MakeCommon() {
+    const auto each = [](Array& x, const auto& fn) {
+      const int64_t head = x.dims[kRow] * x.dims[kCol];
+      for (size_t at = 0; at < x.value.size(); ++at)
+        fn(x.value[at], static_cast<int64_t>(at) / head, static_cast<int64_t>(at) % x.dims[kCol]);
+    };
+    if (s_.common_key != 0.0) {
+      each(p_.key, [&](double& x, int64_t head, int64_t d) {
+        x += s_.common_key * Random(static_cast<uint64_t>(head * s_.D + d)).Normal();
+      });
+    }
+    if (s_.common_logit != 0.0) {
+      each(p_.query, [](double& x, int64_t, int64_t d) { x = d == 0 ? 1.0 : x; });
+      each(p_.key, [&](double& x, int64_t, int64_t d) { x = d == 0 ? s_.common_logit / s_.scale : x; });
+    }
   }
 
   void MakeMasks() {
@@ -252,6 +275,7 @@ class Maker {
 
   void MakeResults() {
     p_.out = Stored(s_.dtype, p_.dout.dims);
+    if (s_.rounding && s_.dtype != DType::kF32) p_.rounding = Stored(s_.dtype, p_.dout.dims);
     p_.m = Stats(), p_.l = Stats();
     p_.dquery = Stored(s_.dtype, p_.query.dims);
     p_.dkey = Stored(s_.dtype, p_.key.dims);

@@ -115,7 +115,7 @@ def of_mask(mask: Mask | None, d: Dims) -> Sparse | None:
     members = masks.members(mask)
     bands = [member for member in members if isinstance(member, masks.Band)]
     dense = [member for member in members if isinstance(member, masks.Dense)]
-    if len(bands) + len(dense) != len(members) or not all(isinstance(b.offset, int) for b in bands):
+    if len(bands) + len(dense) != len(members) or not all(band.is_static for band in bands):
         return None
     left, right = _join(bands, d.Sq, d.Skv)
     if not dense:
@@ -167,7 +167,7 @@ def of_packed(within: Mask | None, lengths: list[tuple[int, int]]) -> Sparse | N
     """
     if within is None:
         return Sparse()
-    if not isinstance(within, masks.Band) or not isinstance(within.offset, int):
+    if not isinstance(within, masks.Band) or not within.is_static:
         return None
     pairs = [(sq, skv) for sq, skv in lengths if sq and skv]
     left = None if within.left is None else int(within.left) - within.offset

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import compat, dropout
+from jax_fa import compat, dropout, native
 from jax_fa.problem import (
     DIFFERENTIABLE,
     IN_CANN_FORM,
@@ -48,12 +48,15 @@ if missing is None:
 def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bool) -> str | None:
     """Why this call cannot run here, or None."""
     if missing is not None:
-        return f"the native extension is not installed ({missing}); reinstall with a C++17 compiler at hand"
+        return native.absence(missing)
     wanted = os.environ.get("JAX_FA_CPU_ISA")
     if wanted and not _native.instruction_sets().get(wanted):
         return f"JAX_FA_CPU_ISA={wanted!r} is not one this machine has: {_available()}"
     if operands.query.dtype not in _DTYPES:
-        return f"serves float32, bfloat16 and float16, not {operands.query.dtype}"
+        return (
+            f"serves float32, bfloat16 and float16, not {operands.query.dtype}: cast query, key and value (in Flax: the "
+            'layer\'s dtype="float32"), or leave implementation at None, which takes xla'
+        )
     d = dims(problem, operands)
     if not all(isinstance(size, (int, np.integer)) for size in (*d.B, d.Sq, d.Skv, d.N, d.K, d.D, d.Dv)):
         return "symbolic dimensions are not supported"
