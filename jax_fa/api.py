@@ -58,7 +58,7 @@ def dot_product_attention(
     reads key head n // (N // K).
 
     Args:
-      query: shape `(B, T, N, H)` or `(T, N, H)`, any floating dtype.
+      query: shape `(B, T, N, H)` or `(T, N, H)`, any floating dtype. 8-bit floats are computed in bfloat16.
       key: shape `(B, S, K, H)` or `(S, K, H)`, query's dtype. N must be a multiple of K.
       value: key's shape and dtype.
       bias: added to the scaled logits; broadcastable to `(B, N, T, S)`, lower ranks too. Differentiable:
@@ -119,11 +119,11 @@ def dot_product_attention(
         logits_soft_cap=logits_soft_cap,
     )
     result = attention(problem, operands)
-    shape = jnp.asarray(query).shape
-    out = result.out.reshape(shape)
+    given = jnp.asarray(query)
+    shape, dtype = given.shape, given.dtype
+    out = result.out.reshape(shape).astype(dtype)
     if not return_residual:
         return out
-    dtype = operands.key.dtype
     residual = jax.lax.stop_gradient(jnp.maximum(result.logsumexp, float(jnp.finfo(dtype).min)))
     return out, jnp.swapaxes(residual, -1, -2).astype(dtype).reshape(shape[:-1])
 
@@ -287,7 +287,7 @@ def flash_attention(
     n reads key head n // (N // K)), D query/key head_dim, Dv value head_dim.
 
     Args:
-      query: shape `(*B, Sq, N, D)`, any floating dtype.
+      query: shape `(*B, Sq, N, D)`, any floating dtype. 8-bit floats are computed in bfloat16.
       key: shape `(*B, Skv, K, D)`, query's dtype; N must be a multiple of K.
       value: shape `(*B, Skv, K, Dv)`, query's dtype; Dv may differ from D.
       bias: added to the scaled logits; broadcastable to `(*B, N, Sq, Skv)`. Differentiable.
@@ -341,7 +341,8 @@ def flash_attention(
         max_work=max_work,
     )
     result = attention(problem, operands)
-    return (result.out, result.logsumexp) if return_logsumexp else result.out
+    out = result.out.astype(jnp.asarray(query).dtype)
+    return (out, result.logsumexp) if return_logsumexp else out
 
 
 @compat.lenient()

@@ -50,6 +50,7 @@ def build(
     Scalars that are traced become operands, those that are known belong to the program.
     """
     check_query_key_value(query, key, value, axes, layout)
+    query, key, value = (x.astype(computed_dtype(x.dtype)) for x in (query, key, value))
     rank = len(axes) - 3
     *B, Sq, N, D = canonical_shape(query.shape, axes)
     Skv, batch = canonical_shape(key.shape, axes)[rank], tuple(B)
@@ -113,6 +114,11 @@ def _static(x, otherwise):
 def _data(x, rank: int, dtype):
     """A scalar that is data, `*1 1`; None where it is part of the program."""
     return x.astype(dtype).reshape((1,) * (rank + 1)) if isinstance(x, jax.Array) else None
+
+
+def computed_dtype(dtype):
+    """The dtype a call computes in: 8-bit floats and smaller are widened, exactly, since their weights would underflow."""
+    return jnp.dtype(jnp.bfloat16 if jnp.finfo(dtype).bits < 16 else dtype)
 
 
 def check_query_key_value(query, key, value, axes: Axes, layout: str) -> None:
