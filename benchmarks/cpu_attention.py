@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ import jaxlib
 import numpy as np
 
 import jax_fa
-from jax_fa import _native
+from jax_fa import _native, program
 from jax_fa.masks import Causal, SlidingWindow
 
 # A peer where it is installed.
@@ -246,14 +247,23 @@ def _describe(row: dict[str, Any]) -> str:
     return f"{label}  {row['seconds']['cpu'] * 1e3:9.3f} ms {row['gflops']:7.1f} GF/s {limit}  {ratios}"
 
 
+def _check(parser: argparse.ArgumentParser, path: Path) -> None:
+    try:
+        program.check_writable(path)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--rounds", type=int, default=7, help="calls of each contestant (default: %(default)s)"
     )
     parser.add_argument("--only", default="", help="only cases whose line contains this text")
-    parser.add_argument("--json", help="also write all figures to this file")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file, as they come")
     options = parser.parse_args()
+    if options.json:
+        _check(parser, options.json)
     versions = {
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -272,10 +282,9 @@ def main() -> None:
             for row in measure(case, options.rounds):
                 print(_describe(row), flush=True)
                 rows.append(row)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"versions": versions, "rows": rows}, file, indent=1)
+            if options.json:
+                program.write(options.json, json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    program.start(main)

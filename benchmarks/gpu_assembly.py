@@ -30,6 +30,7 @@ import jax.numpy as jnp  # noqa: E402
 from gpu import assembler  # noqa: E402
 
 import jax_fa  # noqa: E402
+from jax_fa import program  # noqa: E402
 from jax_fa.masks import Causal, Dense, Lengths, SlidingWindow  # noqa: E402
 from jax_fa.mosaic import tuning  # noqa: E402
 
@@ -281,13 +282,18 @@ Rows = list[dict[str, Any]]
 class Report:
     """Prints rows in order as they are done, and keeps them."""
 
-    def __init__(self, sass: Path | None) -> None:
+    def __init__(self, sass: Path | None, rows_file: Path | None) -> None:
         self.rows: Rows = []
+        self.rows_file = rows_file
         self.sass = sass
         print(line({name: name for name in HEAD} | {"notes": ["notes"]}), flush=True)
 
     def add(self, row: dict[str, Any], code: str | None = None) -> None:
         self.rows.append(row)
+        if self.rows_file is not None:
+            program.write(
+                self.rows_file, json.dumps({"jax": jax.__version__, "rows": self.rows}, indent=1) + "\n"
+            )
         print(line(row), flush=True)
         if self.sass is not None and code is not None:
             name = f"{row['kernel']}-{row['D']}-{row['Dv']}-{row['dtype']}-{row['feature']}-{row['tiles']}"
@@ -329,9 +335,15 @@ def assemble_all(tools: assembler.Tools, todo: list[Case], report: Report, jobs:
 
 
 def main() -> int:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if options.json:
+        try:
+            program.check_writable(options.json)
+        except ValueError as error:
+            parser.error(str(error))
     if jax.__version_info__[:2] < OLDEST:
-        print(f"The kernels need jax 0.11 or newer; this is jax {jax.__version__}.")
+        print(f"The kernels need jax 0.11 or newer, and that Python 3.12; this is jax {jax.__version__}.")
         return 2
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -351,10 +363,8 @@ def _run(options: argparse.Namespace, tools: assembler.Tools) -> int:
     todo = [case for case in known if options.only in str(case)]
     if options.sass:
         options.sass.mkdir(parents=True, exist_ok=True)
-    report = Report(options.sass)
+    report = Report(options.sass, options.json)
     assemble_all(tools, todo, report, options.jobs)
-    if options.json:
-        options.json.write_text(json.dumps({"jax": jax.__version__, "rows": report.rows}, indent=1) + "\n")
     kernels = [row for row in report.rows if row["registers"] != "-"]
     bad = [row for row in report.rows if not row["ok"]]
     warned = sum(bool(row["warnings"]) for row in kernels)
@@ -370,7 +380,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", default="", metavar="TEXT", help='only "D=128 Dv=128 bfloat16 causal" with it'
     )
     parser.add_argument("--candidates", action="store_true", help="the tiles worth measuring, not the tables")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there, as they come")
     parser.add_argument(
         "--sass",
         type=Path,
@@ -385,4 +395,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.start(main)

@@ -126,7 +126,14 @@ def _has_cuda(jax: Any) -> bool:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
+    # As jax_fa.program ends them; it is not imported here, because the process that watches is to load no JAX.
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 141
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
     sys.stderr.flush()
     os._exit(code)  # threads that compile may not come back

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import jaxlib
 import numpy as np
 
 import jax_fa
+import jax_fa.program
 
 OURS, THEIRS = "jax_fa", "jax.nn"
 ATTENTIONS: dict[str, Callable[..., Any]] = {
@@ -147,8 +149,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9, help="calls of each program (default: 9)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
-    parser.add_argument("--json", metavar="FILE", help="write every single time there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every single time there, as they come"
+    )
     options = parser.parse_args()
+    if options.json:
+        try:
+            jax_fa.program.check_writable(options.json)
+        except ValueError as error:
+            parser.error(str(error))
 
     found: dict[str, Any] = {"environment": environment(), "rounds": options.rounds, "cases": []}
     print(", ".join(f"{name} {value}" for name, value in found["environment"].items()))
@@ -156,14 +165,13 @@ def main() -> None:
     for case in CASES:
         if options.only not in case.name:
             continue
-        for program, by_name in measure(case, options.rounds).items():
-            print(row(case, program, by_name[OURS], by_name[THEIRS]), flush=True)
-            measured = {name: asdict(m) for name, m in by_name.items()}
-            found["cases"].append({**asdict(case), "program": program, "measured": measured})
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(found, file, indent=1)
+        for name, by_name in measure(case, options.rounds).items():
+            print(row(case, name, by_name[OURS], by_name[THEIRS]), flush=True)
+            measured = {attention: asdict(m) for attention, m in by_name.items()}
+            found["cases"].append({**asdict(case), "program": name, "measured": measured})
+            if options.json:
+                jax_fa.program.write(options.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    jax_fa.program.start(main)

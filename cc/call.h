@@ -48,16 +48,24 @@ struct Call {
 
   View query, key, value, out;     // row: position, col: head_dim
   View bias, mask;                 // row: query, col: key; mask: nonzero = visible
+  View bias_offset;                // int32 [.., N, Sq]: then bias is [.., N, elements], and key j's is at offset + j
+  int64_t bias_elements = 0;       // of one head; what lies outside belongs to masked pairs
+  bool bias_apart = false;         // with bias_offset: no two key heads or batch entries share an element
   View lower, upper;               // int32 [.., N, Sq]
-  View slopes;                     // float [.., N]
+  View segment_row, segment_key;   // int32 [.., N, Sq], [.., N, Skv]: visible where row < 0 or row == key
+  View slopes;                     // float [.., N, Sq]
+  View position;                   // int32 [.., N, Sq]: where a row stands among the keys, for ALiBi; absent: its index
   View seed, stream;               // uint32: [.., 2] per batch entry, [.., N, 2]
   View drop_bits, drop_offset;     // uint8 [.., bytes], int32 [.., N, Sq, 2]
   int64_t drop_bytes = 0;          // length of one batch entry's bits
+  View scale_of_head, soft_cap_of_head;  // float [.., N], instead of scale and soft_cap
+  View threshold_of_head;                // uint32 [.., N], instead of threshold and keep_prob
   View m, l;                       // float [.., N, Sq]
+  View rounding;                   // as out: what rounding took from it, in halves of the dtype's epsilon
 
-  // Backward only. dbias (float) and dslopes have the operand's broadcast dims. dbias must be zero when the kernel
-  // starts, unless WritesAllBias.
-  View dout, dlogsumexp, dquery, dkey, dvalue, dbias, dslopes;
+  // Backward only. The gradients of bias, slopes, scale and soft cap (float) have the operand's broadcast dims. dbias
+  // must be zero when the kernel starts, unless WritesAllBias.
+  View dout, dlogsumexp, dquery, dkey, dvalue, dbias, dslopes, dscale, dsoft_cap;
 
   JAX_FA_INLINE int64_t G() const { return N / K; }
 };
@@ -71,8 +79,8 @@ JAX_FA_INLINE bool SharesBiasBatch(const Call& c) {
 
 // Whether each number of dbias is the ds of one visible pair, so that it is just written.
 JAX_FA_INLINE bool WritesAllBias(const Call& c) {
-  return !c.lower && !c.upper && !c.mask && c.dbias.col == 1 && (c.dbias.row != 0 || c.Sq == 1) &&
-         (c.dbias.head != 0 || c.N == 1) && !SharesBiasBatch(c);
+  return !c.lower && !c.upper && !c.mask && !c.segment_row && !c.bias_offset && c.dbias.col == 1 &&
+         (c.dbias.row != 0 || c.Sq == 1) && (c.dbias.head != 0 || c.N == 1) && !SharesBiasBatch(c);
 }
 
 // Runs fn(context, 0), ..., fn(context, count - 1), possibly in parallel, and returns when all are done.

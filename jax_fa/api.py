@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import backends, compat, integers, masks, request
+from jax_fa import arguments, backends, compat, integers, masks, request
 from jax_fa.attention import attention
 from jax_fa.masks import Mask
 from jax_fa.problem import Operands, Problem
@@ -31,6 +31,7 @@ _LAYOUTS = {
 Like = ArrayLike | Sequence[Any]
 
 
+@arguments.entry
 def dot_product_attention(
     query: Like,
     key: Like,
@@ -42,12 +43,12 @@ def dot_product_attention(
     is_causal: bool = False,
     query_seq_lengths: Like | None = None,
     key_value_seq_lengths: Like | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | Like | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | Like = 0.0,
     dropout_key: Like | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: float | Like | None = None,
 ):
     """A drop-in for `jax.nn.dot_product_attention` in O(S) memory.
 
@@ -57,36 +58,40 @@ def dot_product_attention(
     reads key head n // (N // K).
 
     Args:
-      query: shape `(B, T, N, H)` or `(T, N, H)`, any floating dtype.
+      query: shape `(B, T, N, H)` or `(T, N, H)`, any floating dtype. 8-bit floats are computed in bfloat16.
       key: shape `(B, S, K, H)` or `(S, K, H)`, query's dtype. N must be a multiple of K.
       value: key's shape and dtype.
       bias: added to the scaled logits; broadcastable to `(B, N, T, S)`, lower ranks too. Differentiable:
         its gradient is summed over broadcast dims as it is computed.
       mask: boolean, True = take part; broadcastable to `(B, N, T, S)`, lower ranks too.
-      scale: factor of the logits; None: `1 / sqrt(H)`. A traced scale is folded into the query.
-      is_causal: let query i see keys j <= i (top-left aligned, as in jax.nn).
+      scale: factor of the logits; None: `1 / sqrt(H)`. A Python number or a scalar array, traced or not, with the
+        same result. Differentiable.
+      is_causal: mask keys j > i for query i (top-left aligned, as in jax.nn).
       query_seq_lengths: integers of shape `(B,)`; rows from the length on are 0.
-      key_value_seq_lengths: integers of shape `(B,)`; keys from the length on are not seen.
-      local_window_size: `(left, right)`, both inclusive: query i sees keys i - left .. i + right. An int
-        means both. Combines with is_causal.
+      key_value_seq_lengths: integers of shape `(B,)`; keys from the length on are masked.
+      local_window_size: `(left, right)`, both inclusive: keys i - left .. i + right are visible to query i. An int
+        means both. Combines with is_causal. May be traced, also as an array of shape (2,): layers with different
+        windows can share one `jax.lax.scan`.
       implementation: None (the best backend that can), or the name of a backend: see `explain`.
       return_residual: also return the log-sum-exp of the logits.
-      dropout_rate: probability in [0, 1) of dropping an attention weight; kept ones are divided by
-        1 - dropout_rate.
+      dropout_rate: probability in [0, 1) of dropping an attention weight, rounded to a multiple of 2**-16; kept
+        weights are divided by the probability of keeping them. A traced rate is clipped to that range and has no
+        gradient.
       dropout_key: a `jax.random` key, required if dropout_rate > 0. Same key, same bits, on every backend;
         `jax_fa.dropout_mask` shows them.
-      logits_soft_cap: replaces the logits x (after scale and bias) by `cap * tanh(x / cap)`.
+      logits_soft_cap: positive; replaces the logits x (after scale and bias) by `cap * tanh(x / cap)`. A finite
+        bias is capped with them; a bias of -inf masks its key all the same. May be traced; differentiable.
 
     Returns:
       The output, of query's shape and dtype; with return_residual a pair of it and the natural log-sum-exp
       of shape `(B, T, N)` or `(T, N)`, in key's dtype and without gradient.
 
     Differences from jax.nn:
-      * A row that sees no key gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of
-        the dtype's lowest finite number.
-      * NaN and infinity in keys and values that a row does not see do not reach it.
+      * A fully masked row gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of the dtype's
+        lowest finite value.
+      * NaN and infinity in masked positions of keys and values do not propagate.
       * float64 inputs are computed in float64 throughout.
-      * `implementation` takes this library's names, not "cudnn".
+      * `implementation` takes this library's names: "xla" is one of them, "cudnn" is not.
       * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
 
     Raises:
@@ -114,11 +119,11 @@ def dot_product_attention(
         logits_soft_cap=logits_soft_cap,
     )
     result = attention(problem, operands)
-    shape = jnp.asarray(query).shape
-    out = result.out.reshape(shape)
+    given = jnp.asarray(query)
+    shape, dtype = given.shape, given.dtype
+    out = result.out.reshape(shape).astype(dtype)
     if not return_residual:
         return out
-    dtype = operands.key.dtype
     residual = jax.lax.stop_gradient(jnp.maximum(result.logsumexp, float(jnp.finfo(dtype).min)))
     return out, jnp.swapaxes(residual, -1, -2).astype(dtype).reshape(shape[:-1])
 
@@ -143,6 +148,8 @@ def dot_product_attention_request(
     logits_soft_cap=None,
 ) -> tuple[Problem, Operands]:
     backends.check_implementation(implementation)
+    arguments.flag("return_residual", return_residual)
+    _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     query, key, value = (
         _four_dims(name, x) for name, x in (("query", query), ("key", key), ("value", value))
     )
@@ -152,14 +159,10 @@ def dot_product_attention_request(
             "(jax_fa.flash_attention takes values of another head_dim.)"
         )
     combined: Mask | None = None
-    for name, x in (("bias", bias), ("mask", mask)):
-        if isinstance(x, Mask):
-            raise TypeError(f"{name} must be an array; got {x!r}. Structured masks: jax_fa.flash_attention.")
-        if x is not None and jnp.ndim(x) > 4:
-            raise ValueError(f"{name} must have at most 4 dimensions; got shape {jnp.shape(x)}.")
+    bias, mask = _at_most_four_dims("bias", bias), _at_most_four_dims("mask", mask)
     for given in (
-        None if mask is None else masks.Dense(jnp.asarray(mask)),
-        masks.Causal() if is_causal else None,
+        None if mask is None else masks.Dense(mask),
+        masks.Causal() if arguments.flag("is_causal", is_causal) else None,
         _window(local_window_size),
         _lengths(query_seq_lengths, key_value_seq_lengths, query.shape, key.shape),
     ):
@@ -181,8 +184,36 @@ def dot_product_attention_request(
     )
 
 
+def _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key) -> None:
+    if scale is not None:
+        arguments.number("scale", scale, "a number or None")
+    if logits_soft_cap is not None:
+        arguments.number("logits_soft_cap", logits_soft_cap, "a positive number or None")
+    arguments.number("dropout_rate", dropout_rate, "a number in [0, 1)")
+    if dropout_key is not None:
+        arguments.random_key("dropout_key", dropout_key)
+
+
+def _at_most_four_dims(name: str, x):
+    if x is None:
+        return None
+    if isinstance(x, Mask):
+        raise TypeError(f"{name} must be an array; got {x!r}. Structured masks: jax_fa.flash_attention.")
+    if isinstance(x, (list, tuple)) and any(isinstance(member, Mask) for member in x):
+        raise TypeError(
+            f"{name} must be an array; got a {type(x).__name__} of masks. Structured masks, joined by &, are "
+            "arguments of jax_fa.flash_attention."
+        )
+    if name == "mask" and isinstance(x, bool):
+        raise TypeError(f"mask must be a boolean array; got {x}. A causal mask is is_causal=True.")
+    x = arguments.array(name, x)
+    if x.ndim > 4:
+        raise ValueError(f"{name} must have at most 4 dimensions; got shape {x.shape}.")
+    return x
+
+
 def _four_dims(name: str, x):
-    x = jnp.asarray(x)
+    x = arguments.array(name, x)
     if x.ndim not in (3, 4):
         raise ValueError(f"{name} must have 4 dimensions (B, S, N, D) or 3 (S, N, D); got shape {x.shape}.")
     return x if x.ndim == 4 else x[None]
@@ -196,25 +227,39 @@ def _window(size) -> Mask | None:
         size = (size, size)
     if not isinstance(size, Sequence) and np.shape(size) == (2,):
         size = tuple(size)
-    if not isinstance(size, Sequence) or len(size) != 2 or any(np.shape(x) for x in size):
-        raise ValueError(f"local_window_size must be an int, a pair (left, right) or None; got {size!r}.")
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(map(_is_count, size)):
+        raise ValueError(
+            "local_window_size must be an int, a pair (left, right) of ints, both of which may be data, or None; "
+            f"got {arguments.shown(size)}."
+        )
     return masks.Band(*size)
+
+
+def _is_count(x) -> bool:
+    """An int, an integer scalar that is data, or None for no bound."""
+    dtype = getattr(x, "dtype", None)
+    data = dtype is not None and jnp.issubdtype(dtype, jnp.integer) and np.shape(x) == ()
+    return x is None or data or integers.is_int(x)
 
 
 def _lengths(query, key, query_shape, key_shape) -> Mask | None:
     """As in jax.nn, lengths beyond the arrays mean all of them, and negative ones none."""
     found = {}
-    for name, x, shape in (("query", query, query_shape), ("key_value", key, key_shape)):
+    for side, name, x, shape in (
+        ("query", "query_seq_lengths", query, query_shape),
+        ("key", "key_value_seq_lengths", key, key_shape),
+    ):
         if x is not None:
-            x = jnp.asarray(x)
+            x = arguments.array(name, x)
             if not jnp.issubdtype(x.dtype, jnp.integer):
-                raise TypeError(f"{name}_seq_lengths must hold integers; got dtype {x.dtype}.")
+                raise TypeError(f"{name} must hold integers; got dtype {x.dtype}.")
             if x.shape != shape[:1]:
-                raise ValueError(f"{name}_seq_lengths must have shape (B,)={shape[:1]}; got {x.shape}.")
-            found[name.removesuffix("_value")] = jnp.clip(integers.int32(x), 0, shape[1])
+                raise ValueError(f"{name} must have shape (B,)={shape[:1]}; got {x.shape}.")
+            found[side] = jnp.clip(integers.int32(x), 0, shape[1])
     return masks.Lengths(**found) if found else None
 
 
+@arguments.entry
 def flash_attention(
     query: Float[ArrayLike, "..."],
     key: Float[ArrayLike, "..."],
@@ -224,8 +269,8 @@ def flash_attention(
     mask: Mask | Bool[ArrayLike, "..."] | None = None,
     alibi_slopes: Float[ArrayLike, "..."] | None = None,
     scale: float | ArrayLike | None = None,
-    logits_soft_cap: float | None = None,
-    dropout_rate: float = 0.0,
+    logits_soft_cap: float | ArrayLike | None = None,
+    dropout_rate: float | ArrayLike = 0.0,
     dropout_key: ArrayLike | None = None,
     layout: str = "BSND",
     implementation: str | None = None,
@@ -242,17 +287,21 @@ def flash_attention(
     n reads key head n // (N // K)), D query/key head_dim, Dv value head_dim.
 
     Args:
-      query: shape `(*B, Sq, N, D)`, any floating dtype.
+      query: shape `(*B, Sq, N, D)`, any floating dtype. 8-bit floats are computed in bfloat16.
       key: shape `(*B, Skv, K, D)`, query's dtype; N must be a multiple of K.
       value: shape `(*B, Skv, K, Dv)`, query's dtype; Dv may differ from D.
       bias: added to the scaled logits; broadcastable to `(*B, N, Sq, Skv)`. Differentiable.
       mask: a mask of `jax_fa.masks` (`Causal`, `SlidingWindow`, `Band`, `Prefix`, `Lengths`,
         `CumulativeLengths`, `SegmentIds`, `Dense`, or several joined by `&`), or a boolean array
-        broadcastable to `(*B, N, Sq, Skv)` with True = visible. Structured masks skip the tiles they hide.
+        broadcastable to `(*B, N, Sq, Skv)` with True = visible. Structured masks skip fully masked tiles.
       alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)` (arXiv:2108.12409); evaluated in the kernel.
-        Differentiable.
-      scale: None: `1 / sqrt(D)`. A traced scale is folded into the query.
-      logits_soft_cap: positive; None: no cap. Applied after scale and bias, before the mask.
+        Differentiable. The distance of key j to row i is `|p - j|` with p the key position at which the mask places
+        the row: i without a mask or with top-left alignment, `i + Skv - Sq` with bottom-right alignment (as in
+        FlashAttention), and in either case plus the mask's offset; in packed sequences, the position of the row in
+        its own sequence counted from that sequence's first key.
+      scale: factor of the logits; None: `1 / sqrt(D)`. See `dot_product_attention`.
+      logits_soft_cap: positive; None: no cap. Applied after scale and bias, before the mask; a bias of -inf masks its
+        key all the same. See `dot_product_attention`.
       dropout_rate: in [0, 1); see `dot_product_attention`.
       dropout_key: a `jax.random` key, required if dropout_rate > 0.
       layout: the order of the trailing dims: "BSND" (with any number of leading batch dims, 0 too), "BNSD"
@@ -266,7 +315,7 @@ def flash_attention(
       The output, query's shape with Dv for D, query's dtype. With return_logsumexp a pair of it and the
       natural log-sum-exp of x over the visible keys, float32 (float64 for float64 inputs), shape
       `(*B, N, Sq)` in every layout, differentiable; before dropout.
-      A row that sees no key gives 0, gradients 0 and log-sum-exp -FLT_MAX.
+      A fully masked row gives 0, gradients 0 and log-sum-exp -FLT_MAX.
 
     Raises:
       ValueError: shapes or values that do not fit.
@@ -292,7 +341,8 @@ def flash_attention(
         max_work=max_work,
     )
     result = attention(problem, operands)
-    return (result.out, result.logsumexp) if return_logsumexp else result.out
+    out = result.out.astype(jnp.asarray(query).dtype)
+    return (out, result.logsumexp) if return_logsumexp else out
 
 
 @compat.lenient()
@@ -314,36 +364,64 @@ def flash_attention_request(
     max_work=request.DEFAULT_MAX_WORK,
 ) -> tuple[Problem, Operands]:
     backends.check_implementation(implementation)
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    axes, layout = _axes(layout, query.ndim)
+    arguments.flag("return_logsumexp", return_logsumexp)
+    _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
+    query, key, value = (
+        arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
+    )
+    axes, layout = _axes(layout, query)
     return request.build(
         query,
         key,
         value,
         axes=axes,
         layout=layout,
-        bias=bias,
-        mask=None if mask is None else masks.as_mask(mask),
+        bias=None if bias is None else arguments.array("bias", bias),
+        mask=None if mask is None else _mask(mask),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         alibi=None if alibi_slopes is None else "linear",
-        alibi_slopes=alibi_slopes,
+        alibi_slopes=None if alibi_slopes is None else arguments.array("alibi_slopes", alibi_slopes),
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
-        logsumexp=return_logsumexp,
+        logsumexp=bool(return_logsumexp),
         implementation=implementation,
         max_work=max_work,
     )
 
 
-def _axes(layout: str, ndim: int) -> tuple[tuple[int, ...], str]:
+def _mask(mask) -> Mask:
+    if isinstance(mask, (list, tuple)) and any(isinstance(member, Mask) for member in mask):
+        raise TypeError(
+            f"mask must be one mask; got a {type(mask).__name__} of {len(mask)}. Join masks by &: "
+            "mask=Causal() & Lengths(key=...)."
+        )
+    if isinstance(mask, bool):
+        raise TypeError(
+            f"mask must be a jax_fa.masks.Mask or a boolean array; got {mask}. A causal mask is "
+            "mask=jax_fa.masks.Causal()."
+        )
+    if isinstance(mask, type) and issubclass(mask, Mask):
+        raise TypeError(f"mask must be an object; got the class {mask.__name__}: pass {mask.__name__}().")
+    if hasattr(mask, "dtype") and hasattr(mask, "shape"):
+        mask = arguments.array("mask", mask) if isinstance(mask, (np.ndarray, jax.ShapeDtypeStruct)) else mask
+    return masks.as_mask(mask)
+
+
+def _axes(layout: str, query) -> tuple[tuple[int, ...], str]:
     """Axes that put arrays of this layout into canonical order, and the layout spelt for their rank."""
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}; got {layout!r}.")
+    arguments.choice("layout", layout, _LAYOUTS, _other_letters(layout))
+    ndim = query.ndim
     if ndim < 3 or ("B" not in layout and ndim != 3) or (layout == "SBND" and ndim != 4):
-        raise ValueError(f"query must have a rank that fits layout {layout!r}; got {ndim} dimensions.")
+        raise ValueError(f"query must have a rank that fits layout {layout!r}; got shape {query.shape}.")
     if layout == "SBND" or "B" not in layout:
         return _LAYOUTS[layout], layout
     tail = (1, 0, 2) if layout == "BNSD" else (0, 1, 2)
     lead = ndim - 3
     return (*range(lead), *(lead + axis for axis in tail)), "B" * lead + layout[1:]
+
+
+def _other_letters(layout) -> str:
+    """Advice for a layout that is spelt in the letters of others: heads H, lengths T or L."""
+    meant = str(layout).upper().replace("H", "N").replace("T", "S").replace("L", "S")
+    return f" Heads are N and lengths S here: pass layout={meant!r}." if meant in _LAYOUTS else ""

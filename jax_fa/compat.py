@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax._src import config, dispatch, sharding_impls
 from jax._src.export import _export
+from jax.extend import backend as extend_backend
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxlib import xla_client
@@ -129,6 +130,16 @@ def compute_capability() -> str | None:
         return str(jax.devices("cuda")[0].compute_capability)
     except RuntimeError:  # no such platform here
         return None
+
+
+def kind_of_gpu() -> str:
+    """Which platform JAX's "gpu" is here."""
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+
+
+def platforms() -> frozenset[str]:
+    """The platforms of this process, plugins' too."""
+    return frozenset(extend_backend.backends())
 
 
 # An abstract device has a name only.

@@ -14,17 +14,20 @@ blocks of 8 columns, so the same layout is cheap on GPUs and CPUs.
 """
 
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32, UInt8, UInt32
 
-from jax_fa import compat
+from jax_fa import arguments, compat
 from jax_fa.gather import take_last
 from jax_fa.problem import Shape, Size
 
 BLOCK = 32  # columns whose counters lie together
+TILE_ELEMENTS = 2**18  # bits that `dropout_mask` draws at a time
 
 
 def philox4x32(counter, key, rounds: int = 10, multiply=None):
@@ -124,26 +127,71 @@ def dropout_mask(
 
     Args:
       dropout_key: a `jax.random` key, or an old-style uint32 key array.
-      dropout_rate: probability of dropping an attention weight, in [0, 1). It is rounded to a multiple
-        of 2**-16.
-      shape: `(B, N, Sq, Skv)`; N counts query heads.
+      dropout_rate: probability of dropping an attention weight, a Python number in [0, 1). It is rounded to a
+        multiple of 2**-16.
+      shape: `(B, N, Sq, Skv)`, ints; N counts query heads.
 
     Returns:
       uint8 array of `ceil(B*N*Sq*Skv / 8)` bytes. Bit `((b*N + n)*Sq + i)*Skv + j`, least significant bit
       of a byte first, is 1 where the weight of key j for query i of head n is kept. The whole mask has
       S x S bits per head: attention itself computes them tile by tile and never stores them.
 
+    Raises:
+      ValueError: a rate or a shape out of range, or several keys.
+      TypeError: what is no key, number or shape, and a traced rate.
+
     Source: Philox4x32-10, Salmon et al., SC'11; bit order of aclnnFlashAttentionScore's dropMaskOptional.
     """
-    if len(shape) != 4:
-        raise ValueError(f"shape must be (B, N, Sq, Skv); got {tuple(shape)}.")
-    if not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"dropout_rate must be in [0, 1); got {dropout_rate}.")
-    B, N, Sq, Skv = shape
-    if 0 in shape:
+    arguments.random_key("dropout_key", dropout_key)
+    rate, sizes = _rate(dropout_rate), _sizes(shape)
+    if 0 in sizes:
         return jnp.zeros((0,), jnp.uint8)
-    rows = jnp.arange(Sq, dtype=jnp.int32)
-    keep = keep_tile(
-        seed_words(dropout_key), streams((B,), N), rows, jnp.int32(0), Skv, threshold(1 - dropout_rate)
-    )
-    return jnp.packbits(keep.reshape(-1), bitorder="little")
+    return _packed(seed_words(dropout_key), threshold(1.0 - rate), sizes)
+
+
+def _rate(rate: Any) -> float:
+    arguments.number("dropout_rate", rate, "a Python number in [0, 1)")
+    if isinstance(rate, jax.core.Tracer) or np.ndim(rate):
+        raise TypeError(
+            f"dropout_rate must be a Python number in [0, 1); got {arguments.shown(rate)}. "
+            "Under jax.jit make it a static argument (static_argnames)."
+        )
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1); got {rate}.")
+    return float(rate)
+
+
+def _sizes(shape) -> tuple[int, ...]:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 4:
+        given = tuple(shape) if isinstance(shape, (tuple, list)) else shape
+        raise ValueError(f"shape must be (B, N, Sq, Skv); got {arguments.shown(given)}.")
+    if not all(isinstance(size, (int, np.integer)) and type(size) is not bool for size in shape):
+        raise TypeError(f"shape must hold the ints (B, N, Sq, Skv); got {arguments.shown(tuple(shape))}.")
+    if min(shape) < 0:
+        raise ValueError(f"shape must hold sizes of at least 0; got {tuple(shape)}.")
+    if math.prod(shape[:3]) >= 2**31:
+        raise ValueError(f"shape must have fewer than 2**31 rows B*N*Sq; got {tuple(shape)}.")
+    return tuple(int(size) for size in shape)
+
+
+@partial(jax.jit, static_argnames=("limit", "shape"))
+def _packed(seed, limit: int, shape: tuple[int, ...]):
+    """The bits in tiles of rows of all heads, one after another: what is not packed yet is small."""
+    _, N, Sq, Skv = shape
+    rows = math.prod(shape[:3])
+    whole = 8 // math.gcd(8, Skv)  # so many rows fill bytes
+    tile = min(max(1, TILE_ELEMENTS // (whole * Skv)), -(-rows // whole)) * whole
+
+    def pack(t):
+        row = (t * tile).astype(jnp.uint32) + jnp.arange(tile, dtype=jnp.uint32)
+        b, n, i = row // np.uint32(N * Sq), row // np.uint32(Sq) % np.uint32(N), row % np.uint32(Sq)
+
+        def columns(b, n, i):
+            at = i.astype(jnp.int32)[None]
+            return keep_tile(seed, jnp.stack([n, b]), at, jnp.int32(0), Skv, limit)[0]
+
+        keep = jax.vmap(columns)(b, n, i) & (row < np.uint32(rows))[:, None]
+        return jnp.packbits(keep.reshape(-1), bitorder="little")
+
+    packed = jax.lax.map(pack, jnp.arange(-(-rows // tile), dtype=jnp.int32))
+    return packed.reshape(-1)[: -(-math.prod(shape) // 8)]

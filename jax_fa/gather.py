@@ -13,7 +13,8 @@ import jax.numpy as jnp
 def take_last(x, index):
     """x[..., index] for x of shape `*#L n` and index of shape `*L rows keys`, clipped to the axis."""
     flat = index.reshape(*index.shape[:-2], -1)
-    return jnp.take_along_axis(x, flat, axis=-1, mode="clip").reshape(*flat.shape[:-1], *index.shape[-2:])
+    found = jnp.take_along_axis(x, flat, axis=-1, mode="clip")
+    return found.reshape(*found.shape[:-1], *index.shape[-2:])
 
 
 def add_last(x, index, values):

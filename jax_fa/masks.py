@@ -124,6 +124,15 @@ class Mask:
     def __rand__(self, other) -> "Mask":
         return as_mask(other) & self
 
+    def __invert__(self) -> "Mask":
+        raise TypeError("masks have no complement (~): pass the inverted boolean array, with True = visible.")
+
+    def __or__(self, other) -> "Mask":
+        raise TypeError("masks have no union (|): join masks by &, or pass the union as a boolean array.")
+
+    def __ror__(self, other) -> "Mask":
+        return self | other
+
     def check(self, batch: Shape, heads: Size, sq: Size, skv: Size) -> None:
         """Raises ValueError or TypeError where the mask does not fit a call of these sizes."""
 

@@ -40,7 +40,7 @@ def terms(pse, pse_type: int, *, scale, dtype, d: Dims, packed: Packed | None, c
     Args:
       pse: see `flash_attention_score`. pse_type: 0 to 3. scale: the factor of type 1.
       dtype: query's. d: the sizes of the call. packed: the sequences in layout TND.
-      causal: no row sees a key after its own position; an ALiBi table is defined for those only.
+      causal: keys after its own position are masked for every row; an ALiBi table is defined for the others only.
     """
     if pse_type not in (0, 1, 2, 3):
         raise ValueError(f"pse_type must be 0, 1, 2 or 3; got {pse_type!r}.")

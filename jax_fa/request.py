@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import dropout, masks
+from jax_fa import arguments, dropout, masks
 from jax_fa.problem import Axes, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
 # Multiply-adds of one device call: about a second's work of an Ascend 910B, far below what its watchdogs allow.
@@ -50,6 +50,7 @@ def build(
     Scalars that are traced become operands, those that are known belong to the program.
     """
     check_query_key_value(query, key, value, axes, layout)
+    query, key, value = (x.astype(computed_dtype(x.dtype)) for x in (query, key, value))
     rank = len(axes) - 3
     *B, Sq, N, D = canonical_shape(query.shape, axes)
     Skv, batch = canonical_shape(key.shape, axes)[rank], tuple(B)
@@ -115,6 +116,11 @@ def _data(x, rank: int, dtype):
     return x.astype(dtype).reshape((1,) * (rank + 1)) if isinstance(x, jax.Array) else None
 
 
+def computed_dtype(dtype):
+    """The dtype a call computes in: 8-bit floats and smaller are widened, exactly, since their weights would underflow."""
+    return jnp.dtype(jnp.bfloat16 if jnp.finfo(dtype).bits < 16 else dtype)
+
+
 def check_query_key_value(query, key, value, axes: Axes, layout: str) -> None:
     """Raises unless shapes and dtypes fit together; messages give the stored shapes."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -123,7 +129,10 @@ def check_query_key_value(query, key, value, axes: Axes, layout: str) -> None:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating dtype; got {x.dtype}.")
         if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have query's dtype {query.dtype}; got {x.dtype}.")
+            raise TypeError(
+                f"{name} must have query's dtype {query.dtype}; got {x.dtype}. Cast them to one dtype, such as "
+                f"{name}.astype(query.dtype)."
+            )
     rank = len(axes) - 3
     q, k, v = (canonical_shape(x.shape, axes) for x in (query, key, value))
     if k[:rank] != q[:rank]:
@@ -196,7 +205,7 @@ def _max_work(work) -> int | None:
     if work is None:
         return None
     if isinstance(work, bool) or not isinstance(work, (int, np.integer)) or work <= 0:
-        raise ValueError(f"max_work must be a positive int or None; got {work!r}.")
+        raise ValueError(f"max_work must be a positive int or None; got {arguments.shown(work)}.")
     return int(work)
 
 

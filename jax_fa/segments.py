@@ -42,7 +42,9 @@ def of_ids(query, key, padding_id: int | None) -> Segments:
     query, key = _comparable(query, key)
     xp = integers.module(query, key)
     rank = max(query.ndim, key.ndim) + 1
-    query, key = (x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (query[..., None, :], key[..., None, :]))
+    query, key = (
+        x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (query[..., None, :], key[..., None, :])
+    )
     order, starts = _sorted_runs(key, xp)
     ordered = xp.take_along_axis(key, order, -1)
     first = _search(ordered, query, "left", xp)
@@ -95,7 +97,9 @@ def both(a: Labels | None, b: Labels | None) -> Labels | None:
     # The pairs of rows and keys are numbered together: sorted by the second label, then stably by the first.
     sizes = a.row.shape[-1], a.key.shape[-1]
     pairs = [
-        xp.concatenate([xp.broadcast_to(row, (*batch, sizes[0])), xp.broadcast_to(key, (*batch, sizes[1]))], -1)
+        xp.concatenate(
+            [xp.broadcast_to(row, (*batch, sizes[0])), xp.broadcast_to(key, (*batch, sizes[1]))], -1
+        )
         for row, key in ((a.row, a.key), (b.row, b.key))
     ]
     by_second = _argsort(pairs[1], xp)
@@ -172,7 +176,9 @@ def _search(table, values, side: str, xp):
         )
         return find(table, values)
     batch = np.broadcast_shapes(table.shape[:-1], values.shape[:-1])
-    tables, wanted = (np.broadcast_to(x, (*batch, x.shape[-1])).reshape(-1, x.shape[-1]) for x in (table, values))
+    tables, wanted = (
+        np.broadcast_to(x, (*batch, x.shape[-1])).reshape(-1, x.shape[-1]) for x in (table, values)
+    )
     found = np.empty(wanted.shape, np.int32)
     for b in range(len(wanted)):
         found[b] = np.searchsorted(tables[b], wanted[b], side)

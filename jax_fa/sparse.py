@@ -2,7 +2,7 @@
 
 `d = Skv - Sq`; in layout TND every letter is that of one sequence.
 
-    mode  row i sees key j where                            atten_mask
+    mode  key j is visible to row i where                   atten_mask
     0     i - pre <= j <= i + next, and not masked          full (optional)
     1     not masked                                        full (optional)
     2     j <= i                                            compressed (optional)
@@ -13,7 +13,7 @@
     7     j <= i + d, in the last sequence j <= i + d + next    compressed (optional); TND only
     8     j <= i, in the first sequence j <= i + d + next       compressed (optional); TND only
 
-(Last and first of the sequences that have rows.) A mask of 1 hides a key. A compressed mask says nothing that
+(Last and first of the sequences that have rows.) A mask of 1 masks a key. A compressed mask says nothing that
 the mode does not say, so it is checked and then not read.
 
 Source: aclnnFlashAttentionScoreV2, sparseMode; ops-transformer `docs/context` on sparse modes and
@@ -41,7 +41,7 @@ _SIDE, _PREFIX_ROWS = 2048, 1024  # a compressed mask is 2048 x 2048; for mode 6
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse:
-    """The arguments that say which keys a row sees."""
+    """The arguments that say which keys are visible to a row."""
 
     mode: int
     pre_tokens: int | np.integer
@@ -66,7 +66,7 @@ class Sparse:
         return structure & dense
 
     def causal(self) -> bool:
-        """Whether, with Sq == Skv, no row sees a key after its own position, by structure alone."""
+        """Whether, with Sq == Skv, keys after its own position are masked for every row, by structure alone."""
         return self.mode in (2, 3) or (self.mode in (0, 4, 7) and int(self.next_tokens) <= 0)
 
     def full(self) -> bool:
@@ -190,7 +190,7 @@ class Sparse:
         return masks.Causal(offset=self._edges(*packed.sizes(), jnp)[rows.sequence][None])
 
     def _edges(self, sq, skv, xp):
-        """The last key that row 0 of each sequence sees, in modes 3, 4, 7 and 8."""
+        """The last key visible to row 0 of each sequence, in modes 3, 4, 7 and 8."""
         following = min(int(self.next_tokens), 2**30)
         if self.mode in (3, 4):
             return skv - sq + (following if self.mode == 4 else 0)

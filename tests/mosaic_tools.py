@@ -1,6 +1,7 @@
 """What the tests of the Mosaic GPU backend share: Pallas' interpreter, lowering for absent GPUs, spreads of options."""
 
 import itertools
+import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ from jax import export
 from jax_fa import api, backends
 
 OLD_JAX = jax.__version_info__[:2] < (0, 11)
-REFUSED = f"needs jax 0.11 or newer; this is {jax.__version__}"
+REFUSED = (
+    f"needs jax 0.11 or newer, which needs Python 3.12 or newer; this is jax {jax.__version__} on Python "
+    f"{platform.python_version()}"
+)
 needs_new_jax = pytest.mark.skipif(OLD_JAX, reason=REFUSED)
 TARGET = "mosaic_gpu_v2"  # the custom call that a kernel becomes
 

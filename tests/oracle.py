@@ -342,8 +342,8 @@ def errors(x, oracle) -> tuple[float, float]:
 
 
 # Floors: what a correct result may differ from the oracle by, however well the naive one does by luck. 16-bit
-# dtypes: half the distance between neighbours, since the backward takes rowsum(dout * out) from a rounded out.
-FLOOR = {"float64": 1e-12, "float32": 2**-19, "bfloat16": 2**-8, "float16": 2**-11}
+# dtypes: an eighth of the distance between neighbours above 1.
+FLOOR = {"float64": 1e-12, "float32": 2**-19, "bfloat16": 2**-10, "float16": 2**-13}
 
 
 def assert_close_to_oracle(ours, oracle, naive, what: str, floor: float) -> None:
@@ -355,6 +355,6 @@ def assert_close_to_oracle(ours, oracle, naive, what: str, floor: float) -> None
     ours, naive = np.asarray(ours, np.float64), np.asarray(naive, np.float64)
     assert np.isfinite(ours).all(), f"{what}: {np.count_nonzero(~np.isfinite(ours))} values are not finite"
     for norm, error, allowed in zip(("L2", "max"), errors(ours, oracle), errors(naive, oracle), strict=True):
-        assert allowed <= 4 * floor, f"{what}: the naive result is off by {allowed:.3g} ({norm})"
+        assert allowed <= 16 * floor, f"{what}: the naive result is off by {allowed:.3g} ({norm})"
         bound = 2 * allowed + floor
         assert error <= bound, f"{what}: {norm} error {error:.3g} exceeds {bound:.3g} (naive: {allowed:.3g})"

@@ -1,14 +1,20 @@
 """`python -m jax_fa.bench`: what it measures, what it refuses, and what it writes."""
 
+import importlib.util
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jax_fa import bench
+from jax_fa import bench, program
 from jax_fa.bench import contestants, measure, record, report, shapes
 from jax_fa.bench.measure import Result
 
@@ -225,6 +231,85 @@ def test_a_file_of_others_is_refused(text, tmp_path):
         record.read(path)
 
 
+def test_a_file_grows_with_the_rows(tmp_path, monkeypatch):
+    """Whatever ends the program, the rows before it are in the file; and nothing else is left beside it."""
+    path = tmp_path / "run.json"
+    measured = measure.measure
+    arguments = [*TINY, "--direction", "forward,backward", "--json", str(path)]
+
+    def stop(call, *rest):
+        if path.exists():
+            raise KeyboardInterrupt
+        return measured(call, *rest)
+
+    monkeypatch.setattr(measure, "measure", stop)
+    assert program.run(lambda: bench.main(arguments)) == program.INTERRUPTED
+    run = record.read(path)
+    assert not run.complete and {result.call.direction for result in run.results} == {"forward"}
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_stopped_run_says_so(capsys):
+    report.compare([replace(record.new_run(_results()), complete=False)])
+    assert "This run was stopped before its end." in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_loses_no_verdict(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(program, "write", full)
+    arguments = [*TINY, "--direction", "forward", "--json", str(tmp_path / "run.json")]
+    assert bench.main(arguments) == program.UNWRITTEN
+    shown = capsys.readouterr()
+    assert shown.out.rstrip().endswith("the same numbers.")
+    assert "run.json was not written: no space left" in shown.err
+
+
+def test_a_file_is_whole_at_any_time(tmp_path):
+    path = tmp_path / "x.json"
+    program.write(path, "old")
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    program.write(link, "new")
+    assert path.read_text() == "new" and link.is_symlink()
+    with pytest.raises(UnicodeEncodeError):
+        program.write(path, "\ud800")
+    assert path.read_text() == "new" and sorted(x.name for x in tmp_path.iterdir()) == ["link", "x.json"]
+    program.write(Path(os.devnull), "to a device")
+
+
+@pytest.mark.parametrize("module", ["jax_fa", "jax_fa.bench"])
+def test_output_that_nobody_reads_ends_the_program(module):
+    """`| head` closes the pipe: no traceback."""
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", module, "--quick"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=120) == program.NOBODY_READS
+        assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("module", ["jax_fa", "jax_fa.bench"])
+def test_an_interrupted_program_ends_without_a_traceback(module):
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", module, "--quick"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == program.INTERRUPTED
+    assert "Traceback" not in error and error.rstrip().endswith("interrupted")
+
+
 # --- what is printed and drawn
 
 
@@ -259,14 +344,12 @@ def test_slopes(keys, times, slope):
 
 
 def test_without_matplotlib_a_plot_is_refused(monkeypatch, capsys):
-    find = bench.importlib.util.find_spec
-    monkeypatch.setattr(
-        bench.importlib.util, "find_spec", lambda n, *a: None if n == "matplotlib" else find(n, *a)
-    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "matplotlib" else find(n, *a))
     with pytest.raises(SystemExit) as exit:
         bench.main([*TINY, "--plot", "x.png"])
     assert exit.value.code == 2
-    assert 'python -m pip install ".[bench]"' in capsys.readouterr().err
+    assert "--plot needs matplotlib: python -m pip install matplotlib" in capsys.readouterr().err
 
 
 def test_a_plot_of_an_unknown_format_is_refused_before_measuring(tmp_path, capsys):

@@ -60,6 +60,68 @@ def test_dropout_mask_is_the_documented_layout(shape, rate):
     np.testing.assert_array_equal(found, oracle.keep_bits(_seed(key), shape, 1 - rate))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 17, 45), (2, 3, 16, 40), (1, 1, 3, 700), (3, 2, 9, 1)], ids=str)
+def test_a_dropout_mask_of_many_tiles(shape, monkeypatch):
+    """Tiles of rows run over heads and batch entries, and the last one is cut."""
+    monkeypatch.setattr(dropout, "TILE_ELEMENTS", 256)
+    key = jax.random.key(12)
+    found = jax_fa.dropout_mask(key, RATE, shape)
+    np.testing.assert_array_equal(_unpack(found, shape), oracle.keep_bits(_seed(key), shape, 1 - RATE))
+    past = -math.prod(shape) % 8
+    assert int(found[-1]) >> (8 - past) == 0 or past == 0  # bits past the end are 0
+
+
+def test_a_dropout_mask_takes_little_memory():
+    """Temporaries are at most twice the result, and a tile."""
+    shape = (1, 8, 1024, 1024)
+    draw = jax.jit(lambda key: jax_fa.dropout_mask(key, RATE, shape))
+    memory = draw.lower(jax.random.key(0)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * math.prod(shape) // 8 + 64 * dropout.TILE_ELEMENTS
+
+
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((None, 0.5, (1, 2, 3, 4)), TypeError, r"dropout_key must be a jax\.random key, .*; got None\."),
+        ((0, 0.5, (1, 2, 3, 4)), TypeError, r"dropout_key must be a jax\.random key, .*; got 0\."),
+        (("rate", None, (1, 2, 3, 4)), TypeError, r"dropout_rate must be a Python number .*; got None\."),
+        (("rate", "0.5", (1, 2, 3, 4)), TypeError, r"dropout_rate must be a Python number .*; got '0\.5'\."),
+        (
+            ("rate", jnp.ones(2), (1, 2, 3, 4)),
+            TypeError,
+            r"dropout_rate must be a Python number .*shape \(2,\)",
+        ),
+        (("rate", float("nan"), (1, 2, 3, 4)), ValueError, r"dropout_rate must be in \[0, 1\); got nan\."),
+        (("shape", 0.5, None), ValueError, r"shape must be \(B, N, Sq, Skv\); got None\."),
+        (("shape", 0.5, (1, 2, 3)), ValueError, r"shape must be \(B, N, Sq, Skv\); got \(1, 2, 3\)\."),
+        (("shape", 0.5, (1, 2, 3.0, 4)), TypeError, r"shape must hold the ints .*; got \(1, 2, 3\.0, 4\)\."),
+        (
+            ("shape", 0.5, (1, 2, -3, 4)),
+            ValueError,
+            r"shape must hold sizes of at least 0; got \(1, 2, -3, 4\)",
+        ),
+        (
+            ("shape", 0.5, (2**16, 1, 2**16, 1)),
+            ValueError,
+            r"shape must have fewer than 2\*\*31 rows B\*N\*Sq",
+        ),
+    ],
+)
+def test_errors_of_dropout_mask(arguments, kind, message):
+    key, *rest = arguments
+    with pytest.raises(kind, match=message):
+        jax_fa.dropout_mask(jax.random.key(0) if isinstance(key, str) else key, *rest)
+
+
+@pytest.mark.usefixtures("no_type_checker")
+def test_a_traced_rate_of_dropout_mask_is_refused():
+    with pytest.raises(
+        TypeError, match=r"dropout_rate must be a Python number .* got a traced value float32\[\]"
+    ):
+        jax.jit(lambda rate: jax_fa.dropout_mask(jax.random.key(0), rate, (1, 2, 3, 4)))(0.5)
+
+
 def test_an_empty_dropout_mask():
     assert jax_fa.dropout_mask(jax.random.key(0), 0.5, (2, 0, 3, 4)).shape == (0,)
 

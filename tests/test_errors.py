@@ -185,17 +185,17 @@ FLASH = [
     (
         lambda: attend(_zeros(4, 8), _zeros(2, 8), _zeros(2, 8)),
         ValueError,
-        r"query must have a rank that fits layout 'BSND'; got 2 dimensions\.",
+        r"query must have a rank that fits layout 'BSND'; got shape \(4, 8\)\.",
     ),
     (
         lambda: attend(layout="SND"),
         ValueError,
-        r"query must have a rank that fits layout 'SND'; got 4 dimensions\.",
+        r"query must have a rank that fits layout 'SND'; got shape \(2, 5, 4, 8\)\.",
     ),
     (
         lambda: attend(Q[0], KV[0], KV[0], layout="SBND"),
         ValueError,
-        r"query must have a rank that fits layout 'SBND'; got 3 dimensions\.",
+        r"query must have a rank that fits layout 'SBND'; got shape \(5, 4, 8\)\.",
     ),
     (lambda: attend(key=KV[0]), ValueError, r"key must have 4 dimensions \(BSND\); got shape \(7, 2, 8\)\."),
     (
@@ -343,6 +343,6 @@ def test_a_backend_that_refuses_says_why(monkeypatch):
     ):
         jax.jit(lambda q: attend(q, implementation="xla"))(Q)
     with pytest.raises(
-        NotImplementedError, match=r"Any backend cannot serve this call .*xla: it does not like this"
+        NotImplementedError, match=r"No backend can serve this call .*xla: it does not like this"
     ):
         jax.jit(attend)(Q)

@@ -9,7 +9,7 @@ import jax_fa
 
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
-    {"problem", "compat", "gather", "integers", "_native"},
+    {"problem", "compat", "gather", "integers", "arguments", "native", "program", "_native"},
     {"segments", "packed"},
     {"masks", "softmax", "dropout", "ascend.installation", "mosaic", "mosaic.widths"},
     {"tiles", "mosaic.tuning", "mosaic.logits", "mosaic.memory"},

@@ -88,3 +88,19 @@ def test_bias_of_another_dtype(dtype, backend):
     out = jax_fa.flash_attention(**case.stored_operands() | {"bias": given}, implementation=backend)
     wide = jax_fa.flash_attention(**case.stored_operands() | {"bias": bias}, implementation=backend)
     np.testing.assert_array_equal(out, wide)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_8_bit_floats(dtype, backend):
+    """Weights of 1 / 4096 would underflow in 8 bits; the result has the inputs' dtype, and so have gradients."""
+    q = jnp.zeros((1, 3, 2, 16), dtype)
+    k, v = jnp.zeros((1, 4096, 2, 16), dtype), jnp.ones((1, 4096, 2, 16), dtype)
+
+    def attend(q):
+        return jax_fa.flash_attention(q, k, v, implementation=backend)
+
+    out, pullback = jax.vjp(attend, q)
+    assert out.dtype == q.dtype
+    np.testing.assert_array_equal(np.float32(out), 1)
+    assert pullback(out)[0].dtype == q.dtype
+    assert jax_fa.dot_product_attention(q, k, v, implementation=backend).dtype == q.dtype

@@ -49,7 +49,10 @@ def test_what_is_missing_is_one_sentence(tmp_path):
     done = _run("--plugin", str(tmp_path))
     assert (done.returncode, done.stderr) == (2, "")
     if jax.__version_info__[:2] < (0, 11):
-        assert done.stdout == f"The kernels need jax 0.11 or newer; this is jax {jax.__version__}.\n"
+        assert (
+            done.stdout
+            == f"The kernels need jax 0.11 or newer, and that Python 3.12; this is jax {jax.__version__}.\n"
+        )
     else:
         assert done.stdout.startswith(
             f"jax-cuda13-pjrt is not in {tmp_path}: pip install --no-deps jax-cuda13-"

@@ -503,23 +503,51 @@ def test_flax_rows_that_see_nothing(flax_ours):
     assert not out[:, 0].any() and out[:, 1:].all()
 
 
-def test_flax_precision(flax_ours):
-    """What the kernels cannot promise is refused; what they can is passed."""
+PRECISIONS = [
+    None,
+    "default",
+    "highest",
+    "tensorfloat32",
+    jax.lax.Precision.HIGHEST,
+    ("default", "highest"),
+    jax.lax.DotAlgorithmPreset.F32_F32_F32,
+    "BF16_BF16_F32_X3",
+]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_flax_accepts_every_precision_that_is_met(precision, flax_ours, linen):
+    """On CPU float32 products are exact to float32; sums of 16-bit products are float32 everywhere."""
+    for dtype in ("float32", "bfloat16"):
+        x = _x().astype(dtype)
+        run = jax.jit(lambda x: flax_ours.attention_fn(x, x, x, precision=precision))
+        np.testing.assert_array_equal(run(x), flax_ours.attention_fn(x, x, x))
+    x = _normal(B, S, E)
+    layer = linen.MultiHeadDotProductAttention(N, precision=precision, attention_fn=flax_ours.attention_fn)
+    layer.init(jax.random.key(0), x)
+
+
+def test_flax_refuses_a_precision_that_is_not_met(flax_ours, monkeypatch):
     x = _x()
-    for accepted in (None, "default", jax.lax.Precision.DEFAULT, ("default", None)):
+    with pytest.raises(NotImplementedError, match=r"precision='F64_F64_F64' asks for float64; float32 is"):
+        flax_ours.attention_fn(x, x, x, precision="F64_F64_F64")
+    for unknown in ("fast", 3, ("default", "fast")):
+        with pytest.raises(NotImplementedError, match=r"precision must be None, a jax\.lax\.Precision or"):
+            flax_ours.attention_fn(x, x, x, precision=unknown)
+    monkeypatch.setattr(flax_ours, "here", lambda: "tpu")
+    for accepted in (None, "default", "bfloat16", "BF16_BF16_F32"):
         flax_ours.attention_fn(x, x, x, precision=accepted)
     low = x.astype(jnp.bfloat16)
     flax_ours.attention_fn(low, low, low, precision="highest")
-    for refused in ("high", jax.lax.Precision.HIGHEST, ("default", "highest")):
-        with pytest.raises(NotImplementedError, match=r"precision=.* is more than the kernels may use"):
+    for refused in ("high", jax.lax.Precision.HIGHEST, ("default", "highest"), "F32_F32_F32"):
+        with pytest.raises(
+            NotImplementedError, match=r"precision=.* is more than the kernels may use on tpu"
+        ):
             flax_ours.attention_fn(x, x, x, precision=refused)
         with jax.default_matmul_precision("highest"):
             fn = flax_ours.make_attention_fn(implementation="xla")
             run = jax.jit(lambda x, fn=fn, p=refused: fn(x, x, x, precision=p))
             assert "precision = [HIGHEST, HIGHEST]" in run.lower(x).as_text()
-    for unknown in ("fast", jax.lax.DotAlgorithmPreset.F32_F32_F32):
-        with pytest.raises(NotImplementedError, match=r"precision must be None or a jax\.lax\.Precision"):
-            flax_ours.attention_fn(x, x, x, precision=unknown)
 
 
 @pytest.mark.usefixtures("no_type_checker")

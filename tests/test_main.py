@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa import demo
+from jax_fa import demo, program
 from jax_fa.backends import cpu as native
 from jax_fa.demo import baseline, checks, gpt, race
 
@@ -151,6 +151,37 @@ def test_plot_without_matplotlib_gives_2(capsys, monkeypatch):
     assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/no/such/directory/a.png", "/no/such/directory must be a directory, to write a.png into"),
+        ("/", "/ must be a file to write, and is a directory"),
+        ("x.nonsense", "--plot must end in one of"),
+    ],
+)
+def test_a_plot_that_could_not_be_written_gives_2_before_any_work(path, message, capsys):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as exit:
+        demo.main([*TINY, "--plot", path])
+    assert exit.value.code == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.out == ""
+
+
+def test_a_plot_that_fails_loses_no_verdict(one_case, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(demo.report, "plot", full)
+    path = tmp_path / "a.png"
+    assert demo.main([*TINY, "--plot", str(path)]) == program.UNWRITTEN
+    shown = capsys.readouterr()
+    assert f"--plot {path} was not written: no space left" in shown.err
+    assert shown.out.splitlines()[-1].startswith("OK: 1 of 1 cases right, losses agree; ")
+
+
 def test_help_tells_the_exit_codes():
     """In a process of its own: the module starts, and asks nothing of the device."""
     done = subprocess.run(
@@ -161,7 +192,10 @@ def test_help_tells_the_exit_codes():
         env=os.environ | {"COLUMNS": "200"},
     )
     assert done.returncode == 0, done.stderr
-    assert "Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments." in done.stdout
+    assert (
+        "Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments, 3 the plot could not be written."
+        in done.stdout
+    )
 
 
 def test_progress_on_a_terminal_is_one_line(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Masks against their brute-force definition: what every row sees, before any attention."""
+"""Masks against their brute-force definition: which keys are visible to every row, before any attention."""
 
 from functools import partial
 
@@ -21,16 +21,24 @@ ALIGN = st.sampled_from(["top-left", BOTTOM])
 
 
 def visible(mask, batch: tuple[int, ...], heads: int, sq: int, skv: int) -> np.ndarray:
-    """What the kernels would let each row see, `*B N Sq Skv`."""
-    lower, upper, dense = masks.intervals(mask, batch, heads, sq, skv)
+    """What the kernels would let each row attend to, `*B N Sq Skv`."""
+    return visible_by(masks.intervals(mask, batch, heads, sq, skv), batch, heads, sq, skv)
+
+
+def visible_by(rules: masks.Rules, batch: tuple[int, ...], heads: int, sq: int, skv: int) -> np.ndarray:
     j = np.arange(skv)
     found = np.ones((*batch, heads, sq, skv), bool)
-    for bound, inside in ((lower, np.greater_equal), (upper, np.less)):
+    for bound, inside in ((rules.lower, np.greater_equal), (rules.upper, np.less)):
         if bound is not None:
             assert bound.dtype == jnp.int32 and bound.ndim == len(batch) + 2
             assert (bound >= 0).all() and (bound <= skv).all()
             found = found & inside(j, np.asarray(bound)[..., None])
-    return found if dense is None else found & np.asarray(dense)
+    if rules.segment_row is not None:
+        row, key = np.asarray(rules.segment_row), np.asarray(rules.segment_key)
+        assert row.dtype == key.dtype == np.int32 and row.ndim == key.ndim == len(batch) + 2
+        assert key.shape[-1] == skv and (key >= 0).all()
+        found = found & ((row < 0)[..., None] | (row[..., None] == key[..., None, :]))
+    return found if rules.dense is None else found & np.asarray(rules.dense)
 
 
 def same(mask, want, batch: tuple[int, ...], sq: int, skv: int, heads: int = 2) -> None:
@@ -86,8 +94,9 @@ def test_sliding_window(sq, skv, left, right, align):
 
 
 @_properties()
-@given(SIZES, SIZES, st.lists(st.integers(0, 10), min_size=2, max_size=2), ALIGN, st.booleans())
-def test_prefix(sq, skv, length, align, host):
+@given(st.data(), SIZES, SIZES, ALIGN, st.booleans())
+def test_prefix(data, sq, skv, align, host):
+    length = data.draw(st.lists(st.integers(0, skv), min_size=2, max_size=2))
     given_length = tuple(length) if host else np.array(length)
     same(Prefix(given_length, align), oracle.prefix(sq, skv, length, align), (2,), sq, skv)
 
@@ -99,7 +108,8 @@ def test_lengths(data, sq, skv, host):
         data.draw(st.none() | st.lists(st.integers(0, size), min_size=2, max_size=2)) for size in (sq, skv)
     )
     convert = tuple if host else np.array
-    mask = Lengths(*(None if x is None else convert(x) for x in (query, key)))
+    query, key = (None if x is None else convert(x) for x in (query, key))
+    mask = Lengths(query=query, key=key)
     same(mask, oracle.lengths(sq, skv, query, key), (2,), sq, skv)
 
 
@@ -127,13 +137,97 @@ def test_cumulative_lengths(data, sq, skv, within, host):
 
 
 @_properties()
-@given(st.data(), SIZES, SIZES, WITHIN)
-def test_segment_ids(data, sq, skv, within):
+@given(st.data(), SIZES, SIZES, WITHIN, st.sampled_from([None, 0, 7]), st.booleans(), st.booleans())
+def test_segment_ids(data, sq, skv, within, padding_id, in_order, traced):
+    """Ids in any order: what lies apart is one segment."""
+
     def ids(size):
-        return np.array(sorted(data.draw(st.lists(st.integers(-1, 3), min_size=size, max_size=size))))
+        found = data.draw(st.lists(st.integers(-1, 3), min_size=size, max_size=size))
+        return np.array(sorted(found) if in_order else found, np.int32)
 
     query, key = ids(sq), ids(skv)
-    same(SegmentIds(query, key, within[0]), oracle.segments(query, key, within[1]), (), sq, skv)
+
+    def rules(query, key):
+        return masks.intervals(SegmentIds(query, key, within[0], padding_id=padding_id), (), 2, sq, skv)
+
+    found = (jax.jit(rules) if traced else rules)(query, key)
+    want = oracle.segments(query, key, within[1], padding_id)
+    seen = visible_by(found, (), 2, sq, skv)
+    np.testing.assert_array_equal(seen, np.broadcast_to(want, seen.shape))
+    if in_order and not traced:
+        assert found.segment_row is None and found.segment_key is None
+
+
+@_properties()
+@given(st.data(), SIZES, SIZES, st.sampled_from([(), (2,)]), st.booleans())
+def test_segments_of_segments(data, sq, skv, B, traced):
+    """Two masks that both compare labels, one of them with ids per batch entry."""
+
+    def ids(shape):
+        count = int(np.prod(shape))
+        found = data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
+        return np.array(found, np.int32).reshape(shape)
+
+    a, b, c, d = ids((*B, sq)), ids((*B, skv)), ids((sq,)), ids((skv,))
+
+    def rules(a, b, c, d):
+        return masks.intervals(SegmentIds(a, b) & SegmentIds(c, d, Causal()), B, 1, sq, skv)
+
+    found = visible_by((jax.jit(rules) if traced else rules)(a, b, c, d), B, 1, sq, skv)
+    want = oracle.segments(a, b) & oracle.segments(c, d, oracle.causal)
+    np.testing.assert_array_equal(found, np.broadcast_to(want, found.shape))
+
+
+def test_ids_as_they_are_packed_compare_no_labels():
+    """Ids 1, 1, 2, 2, 3 and then 0 for padding: known ones are intervals; traced ones say so row by row."""
+    ids = np.array([1, 1, 2, 2, 3, 0, 0])
+    for padding_id in (None, 0):
+        mask = SegmentIds(ids, within=Causal(), padding_id=padding_id)
+        want = oracle.segments(ids, within=oracle.causal, padding_id=padding_id)
+        assert masks.intervals(mask, (), 1, 7, 7).segment_row is None
+        same(mask, want, (), 7, 7)
+        traced = jax.jit(lambda mask: masks.intervals(mask, (), 1, 7, 7))(mask)
+        assert (np.asarray(traced.segment_row) == -1).all()
+        np.testing.assert_array_equal(visible_by(traced, (), 1, 7, 7)[0], want)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (np.int64, [5, 2**40 + 5, 2**40 + 5, -(2**40)]),
+        (np.uint32, [2**31, 0, 2**32 - 1, 2**31]),
+        (np.uint64, [2**63, 0, 2**63, 2**32]),
+        (np.int8, [-1, 127, -128, -1]),
+        (np.uint8, [255, 0, 255, 1]),
+    ],
+)
+def test_ids_of_every_integer_dtype(dtype, values, traced, x64):
+    """Ids beyond int32 are told apart; where JAX would truncate them, they must be known or are refused by JAX."""
+    if traced and not x64 and np.dtype(dtype).itemsize == 8:
+        return  # jit has made int32 of them before the library is asked
+    ids = np.array(values, dtype)
+    with jax.enable_x64(x64):
+        rules = lambda ids: masks.intervals(SegmentIds(ids, within=Causal()), (), 1, 4, 4)
+        found = visible_by((jax.jit(rules) if traced else rules)(ids), (), 1, 4, 4)[0]
+    np.testing.assert_array_equal(found, oracle.segments(ids, within=oracle.causal))
+
+
+def test_ids_of_different_dtypes():
+    """They are compared by value, or refused."""
+    query, key = np.array([1, 2**31, 2], np.uint32), np.array([-(2**31), 1, 2], np.int32)
+    want = oracle.segments(query.astype(np.int64), key.astype(np.int64))
+    same(SegmentIds(query, key), want, (), 3, 3)
+    with pytest.raises(
+        TypeError, match="query segment ids of dtype uint32 must fit int32, .* cast query and key"
+    ):
+        jax.jit(lambda *ids: masks.intervals(SegmentIds(*ids), (), 1, 3, 3))(query, key)
+    with pytest.raises(TypeError, match="segment ids must have dtypes that compare; got uint64 and int32"):
+        masks.intervals(SegmentIds(query.astype(np.uint64), key), (), 1, 3, 3)
+    big = np.array([2**40, 1, 2])
+    with pytest.raises(TypeError, match="query segment ids of dtype int64 must fit int32"):
+        jax.jit(lambda key: masks.intervals(SegmentIds(big, key), (), 1, 3, 3))(key)
 
 
 @_properties()
@@ -159,14 +253,61 @@ def test_intersections(data):
 def test_lengths_align_the_masks_they_meet(order):
     """Bottom-right is the corner of each entry's own lengths, in whatever order the masks are joined."""
     query, key = np.array([3, 5]), np.array([6, 2])
-    a, b = (Causal(BOTTOM), Lengths(query, key))[::order]
+    a, b = (Causal(BOTTOM), Lengths(query=query, key=key))[::order]
     corner = oracle.band(5, 8, None, 0, offset=(key - query)[:, None, None])
     same(a & b, corner & oracle.lengths(5, 8, query, key), (2,), 5, 8)
 
 
 def test_band_offset_per_row_and_head():
-    offset = np.arange(10).reshape(2, 5)
-    same(Band(1, 1, offset=offset), oracle.band(5, 8, 1, 1, offset=offset), (3,), 5, 8)
+    for shape in ((1, 2, 5), (3, 2, 5), (3, 1, 5), (3, 2, 1)):
+        offset = np.arange(30)[: np.prod(shape)].reshape(shape)
+        same(Band(1, 1, offset=offset), oracle.band(5, 8, 1, 1, offset=offset), (3,), 5, 8)
+    rows = np.arange(5)[None]
+    same(Causal(offset=rows), oracle.band(5, 8, None, 0, offset=rows), (), 5, 8)
+
+
+@pytest.mark.parametrize("B", [(), (3,), (5,), (2, 3)], ids=str)
+def test_counts_per_batch_entry(B):
+    """Every count of a mask may have shape `*B`, also where B, N and Sq are alike."""
+    random = np.random.default_rng(0)
+    left, right, offset, length = (random.integers(0, 5, B) for _ in range(4))
+    per_batch = [np.asarray(x)[..., None, None] for x in (left, right, offset)]
+    left_, right_ = (x[..., None] for x in per_batch[:2])
+    same(Band(left, right, offset=offset), oracle.band(5, 8, left_, right_, offset=per_batch[2]), B, 5, 8, 5)
+    same(SlidingWindow(left, right), oracle.band(5, 8, left_, right_), B, 5, 8, 5)
+    same(Prefix(length), oracle.prefix(5, 8, length), B, 5, 8, 5)
+    same(Lengths(key=length), oracle.lengths(5, 8, key=length), B, 5, 8, 5)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_counts_as_data(traced):
+    """Layers with different windows in one program: Python ints, NumPy and JAX scalars say the same."""
+    run = jax.jit if traced else lambda f: f
+    for left, right in ((2, 1), (0, 3), (-1, 0), (2, -1)):
+        unbounded = [None if x == -1 else x for x in (left, right)]
+        for dtype in (np.int32, np.int8, np.int64):
+            found = run(lambda *w: masks.intervals(SlidingWindow(*w, BOTTOM), (), 1, 5, 8))(
+                dtype(left), dtype(right)
+            )
+            want = oracle.band(5, 8, *unbounded, BOTTOM)
+            np.testing.assert_array_equal(visible_by(found, (), 1, 5, 8)[0], want)
+        found = run(lambda *w: masks.intervals(Band(*w), (), 1, 5, 8))(np.asarray(left), np.asarray(right))
+        np.testing.assert_array_equal(visible_by(found, (), 1, 5, 8)[0], oracle.band(5, 8, left, right))
+
+
+def test_windows_of_the_layers_of_a_scan(backend):
+    x = Case(name="layers", Sq=9, Skv=9).operands()
+    windows = jnp.array([0, 3, -1])
+
+    def layer(query, window):
+        mask = SlidingWindow(window)
+        out = jax_fa.flash_attention(query, x["key"], x["value"], mask=mask, implementation=backend)
+        return query, out
+
+    _, outs = jax.lax.scan(layer, x["query"], windows)
+    for out, left in zip(outs, (0, 3, None), strict=True):
+        want = oracle.attention(*x.values(), visible=oracle.band(9, 9, left, 0)).out
+        np.testing.assert_allclose(out, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("ends", [[0, 3, 5], [3, 3, 5], [5], []], ids=str)
@@ -183,16 +324,16 @@ def test_empty_sequences_are_harmless(ends):
 @pytest.mark.parametrize("shape", [(), (8,), (5, 1), (1, 1, 8), (2, 1, 5, 8), (2, 2, 1, 1)], ids=str)
 def test_dense_keeps_its_broadcast_dims(shape):
     array = np.random.default_rng(0).random(shape) < 0.5
-    lower, upper, dense = masks.intervals(Dense(array), (2,), 2, 5, 8)
-    assert lower is None and upper is None
-    assert dense.shape == (1,) * (4 - len(shape)) + shape
+    rules = masks.intervals(Dense(array), (2,), 2, 5, 8)
+    assert rules == masks.Rules(dense=rules.dense)
+    assert rules.dense.shape == (1,) * (4 - len(shape)) + shape
     same(Dense(array), array, (2,), 5, 8)
 
 
 def test_structured_masks_are_small():
     """Intervals have no key axis, and no batch or head axis that the mask does not have."""
-    lower, upper, dense = masks.intervals(Causal() & Lengths(key=np.array([3, 4])), (2,), 8, 5, 8)
-    assert lower is None and dense is None and upper.shape == (2, 1, 5)
+    rules = masks.intervals(Causal() & Lengths(key=np.array([3, 4])), (2,), 8, 5, 8)
+    assert rules == masks.Rules(upper=rules.upper) and rules.upper.shape == (2, 1, 5)
 
 
 # --- masks as values
@@ -201,7 +342,7 @@ def test_structured_masks_are_small():
 # Beside the kinds of the table, which hold arrays: masks of Python numbers.
 HOST = {
     "host_prefix": (Prefix((1, 4)), oracle.prefix(9, 7, [1, 4])),
-    "host_lengths": (Lengths((3, 9), (7, 0)), oracle.lengths(9, 7, [3, 9], [7, 0])),
+    "host_lengths": (Lengths(query=(3, 9), key=(7, 0)), oracle.lengths(9, 7, [3, 9], [7, 0])),
     "host_cumulative": (CumulativeLengths((2, 5), [3, 4]), oracle.cumulative(9, 7, [2, 5], [3, 4])),
     "host_numpy_integers": (
         Band(np.int64(2), np.int8(1), offset=np.int32(1)),
@@ -229,7 +370,7 @@ def test_masks_are_pytrees(kind):
         same(other, want, (2,), 9, 7, 4)
 
 
-def visible_inside(mask) -> tuple:
+def visible_inside(mask) -> masks.Rules:
     return masks.intervals(mask, (2,), 4, 9, 7)
 
 
@@ -288,8 +429,9 @@ def test_boolean_arrays_join_masks():
 # --- errors
 
 ERRORS = [
-    (lambda: Band("1"), TypeError, r"left must be an int or None; got '1'\."),
-    (lambda: Band(1, True), TypeError, r"right must be an int or None; got True\."),
+    (lambda: Band("1"), TypeError, r"left must be an int, an integer array or None; got '1'\."),
+    (lambda: Band(1, True), TypeError, r"right must be an int, an integer array or None; got True\."),
+    (lambda: Band(np.ones(2)), TypeError, r"left must be an int, an integer array or None; got array"),
     (
         lambda: Band(1, 1, "center"),
         ValueError,
@@ -304,12 +446,17 @@ ERRORS = [
         r"offset must be an int or an integer array; got .*float32",
     ),
     (
-        lambda: SlidingWindow(-1),
+        lambda: SlidingWindow(-2),
         ValueError,
-        r"left must be at least 0 in a sliding window; got -1\. See Band\.",
+        r"left must be at least 0 in a sliding window, or -1 \(unbounded\); got -2\. See Band\.",
     ),
-    (lambda: SlidingWindow(1, -2), ValueError, r"right must be at least 0 in a sliding window; got -2\."),
-    (lambda: SlidingWindow(1.5), TypeError, r"left must be an int or None; got 1\.5\."),
+    (lambda: SlidingWindow(1, -2), ValueError, r"right must be at least 0 in a sliding window, .* got -2\."),
+    (lambda: SlidingWindow(1.5), TypeError, r"left must be an int, an integer array or None; got 1\.5\."),
+    (
+        lambda: Lengths(np.array([3, 4])),
+        TypeError,
+        r"Lengths takes keywords: Lengths\(key=\.\.\.\) for the lengths of keys .* got 1 positional argument",
+    ),
     (lambda: Prefix(np.ones(2, np.float32)), TypeError, r"length must hold integers; got dtype float32\."),
     (lambda: Lengths(key=np.ones(2)), TypeError, r"key lengths must hold integers; got dtype float"),
     (
@@ -320,7 +467,8 @@ ERRORS = [
     (
         lambda: CumulativeLengths((3, 2)),
         ValueError,
-        r"cumulative query lengths must not decrease; got \(3, 2\)\.",
+        r"cumulative query lengths must be cumulative ends that start at 0 or more and do not decrease, "
+        r"but for zeros after the last one; got \(3, 2\)\.",
     ),
     (
         lambda: CumulativeLengths((1, 2), (1, 2, 3)),
@@ -333,9 +481,9 @@ ERRORS = [
         r"within must be a Band \(Causal, SlidingWindow\); got Prefix",
     ),
     (
-        lambda: SegmentIds(np.array([0, 1, 0])),
-        ValueError,
-        r"query segment ids must not decrease along the sequence; got \[0 1 0\]\.",
+        lambda: SegmentIds(np.zeros(3, int), padding_id=np.zeros(3, int)),
+        TypeError,
+        r"padding_id must be an int or None; got array",
     ),
     (lambda: SegmentIds(np.ones(3)), TypeError, r"query segment ids must hold integers; got dtype float"),
     (
@@ -346,7 +494,18 @@ ERRORS = [
     (lambda: Causal() & np.ones((5, 8)), TypeError, r"mask must be boolean .* got dtype float"),
 ]
 MISFITS = [
-    (Band(offset=np.arange(4)), r"offset must broadcast to \(\*B, N, Sq\)=\(2, 4, 5\); got shape \(4,\)\."),
+    (
+        Band(offset=np.arange(4)),
+        r"offset must be an int, or have one entry per batch entry, shape \(2,\), or one per row, shape "
+        r"\(\*B, N, Sq\)=\(2, 4, 5\) of which any may be 1; got shape \(4,\)\.",
+    ),
+    (Band(offset=np.arange(5)), r"offset must be an int, .*; got shape \(5,\)\."),
+    (Band(offset=np.zeros((4, 5), int)), r"offset must be an int, .*; got shape \(4, 5\)\."),
+    (Band(left=np.arange(5)), r"left must have one entry per batch entry, shape \(2,\); got shape \(5,\)\."),
+    (
+        CumulativeLengths((3, 5), (3, 5), Causal(offset=np.arange(5))),
+        r"offset must be an int, .*; got shape \(5,\)\.",
+    ),
     (Prefix((1, 2, 3)), r"length must have one entry per batch entry, shape \(2,\); got shape \(3,\)\."),
     (
         Lengths(query=np.arange(3)),
@@ -354,8 +513,8 @@ MISFITS = [
     ),
     (Lengths(query=(1, 6)), r"query lengths must be in 0\.\.5; got \(1, 6\)\."),
     (Lengths(key=(-1, 6)), r"key lengths must be in 0\.\.8; got \(-1, 6\)\."),
-    (CumulativeLengths((3, 6)), r"cumulative query lengths must not exceed 5; got \(3, 6\)\."),
-    (CumulativeLengths((3, 5), (8, 9)), r"cumulative key lengths must not exceed 8; got \(8, 9\)\."),
+    (CumulativeLengths((3, 6)), r"cumulative query lengths must be in 0\.\.5; got \(3, 6\)\."),
+    (CumulativeLengths((3, 5), (8, 9)), r"cumulative key lengths must be in 0\.\.8; got \(8, 9\)\."),
     (
         CumulativeLengths(np.ones((3, 2), int)),
         r"cumulative query lengths must have shape \(sequences,\) or \(\*B, sequences\) with B=\(2,\); got \(3, 2\)\.",
@@ -386,3 +545,149 @@ def test_errors_when_made(make, kind, message, no_type_checker):
 def test_errors_when_used(mask, message, no_type_checker):
     with pytest.raises(ValueError, match=message):
         masks.intervals(mask, (2,), 4, 5, 8)
+
+
+# What the docstrings ask of values: (the mask, values that break it, the error where they are known, the values
+# that they mean where they are not). Sq = 5, Skv = 8.
+PRECONDITIONS = {
+    "prefix-range": (lambda x: Prefix(x), [9, -1], r"length must be in 0\.\.8", [8, 0]),
+    "prefix-int32": (lambda x: Prefix(x), [2**31 - 1, 2], r"length must be in 0\.\.8", [8, 2]),
+    "query-lengths": (lambda x: Lengths(query=x), [6, -2], r"query lengths must be in 0\.\.5", [5, 0]),
+    # The diagonal starts from the corner of the lengths, so that a length beyond the array would move it.
+    "key-lengths": (
+        lambda x: Causal(BOTTOM) & Lengths(key=x),
+        [12, -3],
+        r"key lengths must be in 0\.\.8",
+        [8, 0],
+    ),
+    "query-ends": (
+        lambda x: CumulativeLengths(x, (2, 8)),
+        [3, 9],
+        r"cumulative query lengths must be in 0\.\.5",
+        [3, 5],
+    ),
+    "key-ends": (
+        lambda x: CumulativeLengths((2, 5), x, Causal(BOTTOM)),
+        [3, 9],
+        r"cumulative key lengths must be in 0\.\.8",
+        [3, 8],
+    ),
+    "decreasing-ends": (
+        lambda x: CumulativeLengths(x, (2, 3, 8), Causal()),
+        [4, 2, 5],
+        "cumulative query lengths must be cumulative ends that start at 0 or more and do not decrease",
+        [4, 4, 5],
+    ),
+    "negative-ends": (
+        lambda x: CumulativeLengths((1, 5), x),
+        [-1, 3],
+        "cumulative key lengths must be cumulative ends that start at 0 or more",
+        [0, 3],
+    ),
+    "window": (lambda x: SlidingWindow(x), [-3, 2], "left must be at least 0 in a sliding window", [-1, 2]),
+}
+
+
+@pytest.mark.parametrize("form", ["tuple", "numpy", "numpy-in-jit", "jax", "traced"])
+@pytest.mark.parametrize("name", PRECONDITIONS)
+def test_preconditions(name, form):
+    """Checked wherever the values are known when tracing; what else is given means what the docstring says."""
+    make, wrong, message, meant = PRECONDITIONS[name]
+
+    def rules(x):
+        return masks.intervals(make(x), (2,), 1, 5, 8)
+
+    calls = {
+        "tuple": lambda: rules(tuple(wrong)),
+        "numpy": lambda: rules(np.array(wrong)),
+        "numpy-in-jit": lambda: jax.jit(lambda: rules(np.array(wrong)))(),
+        "jax": lambda: rules(jnp.array(wrong)),
+    }
+    if form == "traced":
+        found = jax.jit(rules)(np.array(wrong, np.int32))
+        want = rules(np.array(meant))
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+    elif (name, form) != ("window", "tuple"):  # a window is an int or an array
+        with pytest.raises(ValueError, match=message):
+            calls[form]()
+
+
+@pytest.mark.parametrize("form", ["tuple", "numpy", "jax", "traced"])
+def test_lists_of_ends_filled_up_with_zeros(form):
+    """Zeros after the last end are empty sequences, known or not."""
+
+    def rules(query, key):
+        return masks.intervals(CumulativeLengths(query, key, Causal(BOTTOM)), (), 1, 5, 8)
+
+    query, key = (2, 4, 0, 0), (3, 8, 0, 0)
+    arrays = np.array(query, np.int32), np.array(key, np.int32)
+    found = {
+        "tuple": lambda: rules(query, key),
+        "numpy": lambda: rules(*arrays),
+        "jax": lambda: rules(*map(jnp.asarray, arrays)),
+        "traced": lambda: jax.jit(rules)(*arrays),
+    }[form]()
+    want = oracle.cumulative(5, 8, (2, 4), (3, 8), partial(oracle.causal, align=BOTTOM))
+    np.testing.assert_array_equal(visible_by(found, (), 1, 5, 8)[0], want)
+
+
+def test_backends_get_ends_that_do_not_decrease():
+    assert CumulativeLengths((2, 4, 0, 0)).static() == CumulativeLengths((2, 4, 4, 4))
+    assert CumulativeLengths(((2, 4, 0), (1, 3, 5))).query == ((2, 4, 4), (1, 3, 5))
+
+
+def test_zeros_between_ends_are_refused():
+    with pytest.raises(ValueError, match="do not decrease, but for zeros after the last one"):
+        CumulativeLengths((2, 0, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("B", [(), (2,), (2, 3)], ids=str)
+def test_positions(kind, B):
+    """The key position at which a mask puts a row, wherever the row has a visible key."""
+    case = Case(name="masks", B=B)
+    mask = masks.as_mask(KINDS[kind].make(case))
+    found = masks.positions(mask, B, case.N, case.Sq, case.Skv)
+    want = np.broadcast_to(KINDS[kind].position(case), (*B, 1, case.Sq))
+    if found is None:
+        found = np.arange(case.Sq)
+    else:
+        assert found.dtype == jnp.int32 and found.ndim == len(B) + 2
+    live = visible(mask, B, case.N, case.Sq, case.Skv).any(axis=(-3, -1))[..., None, :]
+    want = np.where(live, want, 0)
+    np.testing.assert_array_equal(np.where(live, found, 0), want)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        Causal(),
+        SlidingWindow(3) & Lengths(key=np.array([3, 5])),
+        CumulativeLengths((2, 5), within=Causal(BOTTOM)),
+        CumulativeLengths((2, 5), (2, 5), within=Causal()),
+        SegmentIds(np.array([1, 1, 2, 2, 0]), within=SlidingWindow(2)) & Causal(),
+        SegmentIds(np.array([2, 1, 2, 1, 0]), np.array([0, 1, 2, 1, 0])) & Causal(),
+    ],
+)
+def test_rows_that_stand_at_their_index(mask):
+    assert masks.positions(mask, (2,), 2, 5, 5) is None
+
+
+def test_masks_that_put_rows_at_different_keys():
+    """One of them would be wrong about ALiBi's distance."""
+    for mask in (
+        Causal() & SlidingWindow(3, align=BOTTOM),
+        Causal(offset=1) & Causal(offset=2),
+        CumulativeLengths((2, 5), (3, 8), Causal()) & Causal(),
+    ):
+        with pytest.raises(ValueError, match="alibi_slopes need one position for each row; .*Causal"):
+            masks.positions(mask, (2,), 2, 5, 8)
+    alike = Causal(BOTTOM, offset=np.array([1, 2])) & SlidingWindow(3, align=BOTTOM)
+    with pytest.raises(ValueError, match="alibi_slopes need one position"):
+        masks.positions(alike, (2,), 2, 5, 8)
+    offset = jnp.array([1, 2])
+    joined = Causal(BOTTOM, offset=offset) & Band(3, None, BOTTOM, offset=np.array([1, 2]))
+    np.testing.assert_array_equal(
+        masks.positions(joined, (2,), 2, 5, 8)[:, 0], np.arange(5) + 3 + np.array([[1], [2]])
+    )

@@ -16,6 +16,7 @@ import pytest
 from cases import BY_NAME, Case, check
 
 import jax_fa
+from jax_fa import native
 from jax_fa.backends import cpu
 from jax_fa.masks import Causal
 
@@ -148,8 +149,7 @@ REFUSALS = (
     Refusal(
         name="no-extension",
         missing="no such file",
-        reason="the native extension is not installed (no such file); "
-        "reinstall with a C++17 compiler at hand",
+        reason=native.absence("no such file"),
     ),
 )
 

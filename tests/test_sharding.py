@@ -82,6 +82,15 @@ LAYOUTS = (
         query_heads="y",
         key_heads="y",
     ),
+    Layout("batch-bfloat16", replace(_SMALL, dtype="bfloat16", mask="causal"), {"x": 8}, batch="x"),
+    Layout(
+        "batch-segments",
+        replace(_SMALL, B=(4,), mask="segments_mixed", slopes="BN"),
+        {"x": 4, "y": 2},
+        batch="x",
+        query_heads="y",
+        key_heads="y",
+    ),
     # One key head serves all devices: its gradient is a sum over them.
     Layout("heads-of-one-key", replace(_SMALL, B=(2,), N=8, K=1), {"x": 8}, query_heads="x", shared=True),
     Layout("batch-shared-bias", replace(_SMALL, bias="1NQK", slopes="N"), {"x": 8}, batch="x", shared=True),
@@ -293,3 +302,29 @@ def test_vmap_with_a_sharded_axis(backend):
     assert "all-" not in program.as_text()
     want = oracle.attention(*(np.asarray(x)[:, 0] for x in qkv), visible=oracle.causal(19, 33))
     np.testing.assert_allclose(np.asarray(out)[:, 0], want.out, atol=1e-5)
+
+
+@pytest.mark.parametrize("mapped", ["cotangents", "scales"])
+def test_vmap_of_what_is_not_an_array_of_the_call(mapped, backend):
+    """Only the cotangents, or only the scale, mapped and spread over devices."""
+    mesh = _mesh(x=4)
+    q, k, v = _qkv(2, 4, 2)
+    dout = np.random.default_rng(0).standard_normal((4, *q.shape)).astype(np.float32)
+    scales = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+
+    def gradient(dout, scale):
+        attend = partial(jax_fa.flash_attention, mask=Causal(), scale=scale, implementation=backend)
+        return jax.vjp(attend, q, k, v)[1](dout)
+
+    axes = (0, None) if mapped == "cotangents" else (None, 0)
+    given = (dout, scales[0]) if mapped == "cotangents" else (dout[0], scales)
+    spread = [
+        jax.device_put(x, NamedSharding(mesh, P("x"))) if a == 0 else x
+        for x, a in zip(given, axes, strict=True)
+    ]
+    found = jax.jit(jax.vmap(gradient, in_axes=axes))(*spread)
+    one = jax.jit(gradient)
+    for i in range(4):
+        want = one(*(x[i] if a == 0 else x for x, a in zip(given, axes, strict=True)))
+        for a, b in zip(found, want, strict=True):
+            np.testing.assert_allclose(np.asarray(a)[i], b, rtol=2e-5, atol=2e-5)

@@ -1,14 +1,12 @@
 // Few query rows (decoding): the time is that of reading keys and values once, so they are read where they lie
 // instead of being packed. A task takes all key heads of a range of keys.
+//
+// The backward of such calls takes its products q.k from here too: summed in another order they would be other numbers
+// than those of the saved max and sum, which shows where logits are large. Hence the choice depends on the shape alone.
 
 constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
 
-template <bool kPairs>
-inline bool IsDirect(const Call& c, int64_t rows) {
-  const int64_t vector = kLanes * Unit<kPairs>::kNumbers;
-  return rows <= kDirectRows && c.key.col == 1 && c.value.col == 1 && c.D % vector == 0 && c.Dv % kPanel == 0 &&
-         c.key.row % Unit<kPairs>::kNumbers == 0 && c.Skv > 0;
-}
+inline bool IsDirect(const Call& c) { return c.G() * c.Sq <= kDirectRows && c.Skv > 0; }
 
 // Lane j of the result: the sum of the lanes of x[j].
 inline F SumEach(F* x) {
@@ -44,14 +42,32 @@ JAX_FA_INLINE F LoadAs(const char* p, int64_t i) {
   }
 }
 
-// kR rows of queries times kLanes / kR keys: lane i of the result is row i / (kLanes / kR), key i % (kLanes / kR).
+// The last `n` numbers of a row, from unit i on, which do not fill a vector; then zeros.
+template <bool kPairs, DType kType>
+JAX_FA_INLINE F LoadRest(const char* p, int64_t i, int n) {
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
+  if constexpr (kPairs) {
+    return Unit<kPairs>::LoadFirst(halves + 2 * i, n);
+  } else if constexpr (kType == DType::kF32) {
+    return LoadFirst(reinterpret_cast<const float*>(p) + i, n);
+  } else if constexpr (kType == DType::kBF16) {
+    return LoadFirstBF16(halves + i, n, i > 0);
+  } else {
+    return LoadFirstF16(halves + i, n, i > 0);
+  }
+}
+
+// kR rows of queries times kLanes / kR keys of D numbers: lane i of the result is row i / (kLanes / kR), key
+// i % (kLanes / kR).
 template <bool kPairs, DType kType, int kR>
-inline F DotKeys(const float* q, int64_t q_row, int64_t units, const char* const* keys) {
+inline F DotKeys(const float* q, int64_t q_row, int64_t D, const char* const* keys) {
   constexpr int kKeys = kLanes / kR;
+  constexpr int64_t kPer = Unit<kPairs>::kNumbers;
   F sums[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sums[i] = Set(0.0f);
-  for (int64_t d = 0; d < units; d += kLanes) {
+  int64_t d = 0;
+  for (; d + kLanes <= D / kPer; d += kLanes) {
     F x[kR];
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) x[r] = Load(q + r * q_row + d);
@@ -62,93 +78,163 @@ inline F DotKeys(const float* q, int64_t q_row, int64_t units, const char* const
       for (int r = 0; r < kR; ++r) sums[r * kKeys + i] = Unit<kPairs>::MulAdd(key, x[r], sums[r * kKeys + i]);
     }
   }
+  if (const int rest = static_cast<int>(D - d * kPer); rest > 0) {
+    F x[kR];
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) x[r] = LoadFirst(q + r * q_row + d, static_cast<int>(Units<kPairs>(rest)));
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+      const F key = LoadRest<kPairs, kType>(keys[i], d, rest);
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r) sums[r * kKeys + i] = Unit<kPairs>::MulAdd(key, x[r], sums[r * kKeys + i]);
+    }
+  }
   return SumEach(sums);
 }
 
 // Rows r .. r + kR of logits for kLanes keys.
 template <bool kPairs, DType kType, int kR>
-inline void DotRows(const float* q, int64_t q_row, int64_t units, const char* const* keys, float* logits,
+inline void DotRows(const float* q, int64_t q_row, int64_t D, const char* const* keys, float* logits,
                     int64_t s_row) {
   constexpr int kKeys = kLanes / kR;
   for (int j = 0; j < kLanes; j += kKeys) {
     float lanes[kLanes];
-    Store(lanes, DotKeys<kPairs, kType, kR>(q, q_row, units, keys + j));
+    Store(lanes, DotKeys<kPairs, kType, kR>(q, q_row, D, keys + j));
     for (int r = 0; r < kR; ++r) __builtin_memcpy(logits + r * s_row + j, lanes + r * kKeys, sizeof(float) * kKeys);
   }
 }
 
 template <bool kPairs, DType kType>
-inline void DotAll(int64_t n, const float* q, int64_t q_row, int64_t units, const char* const* keys, float* logits,
+inline void DotAll(int64_t n, const float* q, int64_t q_row, int64_t D, const char* const* keys, float* logits,
                    int64_t s_row) {
   int64_t r = 0;
-  for (; r + 4 <= n; r += 4) DotRows<kPairs, kType, 4>(q + r * q_row, q_row, units, keys, logits + r * s_row, s_row);
-  for (; r + 2 <= n; r += 2) DotRows<kPairs, kType, 2>(q + r * q_row, q_row, units, keys, logits + r * s_row, s_row);
-  for (; r < n; ++r) DotRows<kPairs, kType, 1>(q + r * q_row, q_row, units, keys, logits + r * s_row, s_row);
+  for (; r + 4 <= n; r += 4) DotRows<kPairs, kType, 4>(q + r * q_row, q_row, D, keys, logits + r * s_row, s_row);
+  for (; r + 2 <= n; r += 2) DotRows<kPairs, kType, 2>(q + r * q_row, q_row, D, keys, logits + r * s_row, s_row);
+  for (; r < n; ++r) DotRows<kPairs, kType, 1>(q + r * q_row, q_row, D, keys, logits + r * s_row, s_row);
+}
+
+// Products of the n rows of head k, as units in q, with up to kLanes keys from j0 on; those from `end` on repeat the last
+// key and are not looked at. `stage` holds kLanes rows.
+template <bool kPairs>
+inline void DirectDots(const Call& c, int64_t b, int64_t k, int64_t n, const float* q, int64_t q_row, int64_t j0,
+                       int64_t end, float* stage, float* logits, int64_t s_row) {
+  const char* keys[kLanes];
+  const bool in_place = c.key.col == 1;
+  const int64_t ld = RoundUp(Units<kPairs>(c.D), kLanes);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const int64_t j = j0 + i < end ? j0 + i : end - 1;
+    keys[i] = c.key.Bytes(b, k, j);
+    if (in_place) continue;
+    CopyRow<kPairs>(c.key, b, k, j, c.D, stage + i * ld);
+    keys[i] = reinterpret_cast<const char*>(stage + i * ld);
+  }
+  if (kPairs || c.key.dtype == DType::kF32 || !in_place) {
+    DotAll<kPairs, DType::kF32>(n, q, q_row, c.D, keys, logits, s_row);
+  } else if (c.key.dtype == DType::kBF16) {
+    DotAll<kPairs, DType::kBF16>(n, q, q_row, c.D, keys, logits, s_row);
+  } else {
+    DotAll<kPairs, DType::kF16>(n, q, q_row, c.D, keys, logits, s_row);
+  }
+}
+
+// Numbers [from, to) of a value row as floats, up to whole vectors.
+JAX_FA_INLINE void ReadVectors(const View& x, const char* row, int64_t from, int64_t to, float* dst) {
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
+  const float* floats = reinterpret_cast<const float*>(row);
+  for (int64_t d = from; d < to; d += kLanes, dst += kLanes) {
+    const int n = Rest(to - d);
+    if (x.dtype == DType::kF32) {
+      Store(dst, n == kLanes ? Load(floats + d) : LoadFirst(floats + d, n));
+    } else if (x.dtype == DType::kBF16) {
+      Store(dst, n == kLanes ? LoadBF16(halves + d) : LoadFirstBF16(halves + d, n, d > 0));
+    } else {
+      Store(dst, n == kLanes ? LoadF16(halves + d) : LoadFirstF16(halves + d, n, d > 0));
+    }
+  }
+}
+
+// The product with a panel of values of which the first `columns` count; more than a panel: all of them.
+template <bool kPairs>
+inline void DirectProduct(int64_t columns, int64_t n, int64_t K, const float* weights, int64_t s_row, const float* panel,
+                          int64_t row, float* acc, int64_t dv) {
+  const int64_t vectors = (columns + kLanes - 1) / kLanes;
+  if (vectors >= kPanelVectors) return Gemm<kPairs, true>(n, K, weights, s_row, 1, panel, acc, dv, row);
+  if (vectors == 1) return Gemm<kPairs, true, 1>(n, K, weights, s_row, 1, panel, acc, dv, row);
+  if constexpr (kPanelVectors > 2) {
+    if (vectors == 2) return Gemm<kPairs, true, 2>(n, K, weights, s_row, 1, panel, acc, dv, row);
+    return Gemm<kPairs, true, 3>(n, K, weights, s_row, 1, panel, acc, dv, row);
+  }
+}
+
+// Adds to the output of the n rows of head k what the values j0 + [from, to) bring, read where they lie.
+template <bool kPairs, typename Scratch>
+inline void DirectValues(const Call& c, const Scratch& s, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t from,
+                         int64_t to) {
+  const int64_t given = to - from, dv = Panels(c.Dv) * kPanel, units = Units<kPairs>(given);
+  const bool floats = !kPairs && c.value.dtype == DType::kF32;
+  const int64_t in_place = floats ? c.Dv / kPanel : 0;  // panels
+  if constexpr (kPairs) {
+    PackRows<kPairs>(given, c.Dv, s.stage, s.own.values, [&](int64_t i, float* own) {
+      return ReadRow<kPairs>(c.value, b, k, j0 + from + i, c.Dv, own);
+    });
+  } else {
+    for (int64_t p = in_place; p < Panels(c.Dv); ++p) {
+      const int64_t last = (p + 1) * kPanel < c.Dv ? (p + 1) * kPanel : c.Dv;
+      for (int64_t i = 0; i < given; ++i)
+        ReadVectors(c.value, c.value.Bytes(b, k, j0 + from + i), p * kPanel, last,
+                    s.own.values + (p * given + i) * kPanel);
+    }
+  }
+  for (int64_t p = 0; p < Panels(c.Dv); ++p) {
+    const bool there = p < in_place;
+    const float* panel = there ? reinterpret_cast<const float*>(c.value.Bytes(b, k, j0 + from, p * kPanel))
+                               : s.own.values + p * units * kPanel;
+    DirectProduct<kPairs>(c.Dv - p * kPanel, n, units, s.logits + k * n * s.s_row + from / Unit<kPairs>::kNumbers,
+                          s.s_row, panel, there ? c.value.row : kPanel, s.acc + k * n * dv + p * kPanel, dv);
+  }
 }
 
 // The rows of all key heads (n of each, one head after the other in the scratch) over the keys j0 + [0, width) that lie
 // within `all`. Keys, then values, are read in the order of the memory where heads lie side by side, which the
-// processor's own prefetching follows. Returns false, having changed nothing, where a hidden value is not finite: the
-// packed products keep such values apart.
+// processor's own prefetching follows. Where a value of a masked call is not finite, values are packed, which keeps it
+// apart from the rows that do not see it.
 template <bool kPairs, typename Scratch>
-inline bool DirectBlock(const Call& c, const Scratch& s, int64_t b, int64_t n, int64_t j0, int64_t width, Range all) {
-  const int64_t units = Units<kPairs>(c.D), dv = c.Dv, per = Unit<kPairs>::kNumbers;
+inline void DirectBlock(const Call& c, const Scratch& s, int64_t b, int64_t n, int64_t j0, int64_t width, Range all) {
+  const int64_t dv = Panels(c.Dv) * kPanel;
   const int64_t first = all.lo > j0 ? all.lo - j0 : 0, last = all.hi < j0 + width ? all.hi - j0 : width;
-  if (first >= last) return true;
+  if (first >= last) return;
   const int64_t c0 = first / kLanes * kLanes, c1 = RoundUp(last, kLanes);
-  if (IsMasked(c)) {
+  for (int64_t j = c0; j < c1; j += kLanes)
+    for (int64_t k = 0; k < c.K; ++k)
+      DirectDots<kPairs>(c, b, k, n, s.q + k * n * s.q_row, s.q_row, j0 + j, j0 + last, s.stage,
+                         s.logits + k * n * s.s_row + j, s.s_row);
+  bool packs = c.value.col != 1;
+  if (IsMasked(c) && !packs) {
     float bad = 0.0f;
     for (int64_t j = c0; j < last; ++j)
       for (int64_t k = 0; k < c.K; ++k)
-        bad += ZeroOrNaN(ReadRow<kPairs>(c.value, b, k, j0 + j, dv, s.stage), dv);
-    if (bad != 0.0f) return false;
+        bad += ZeroOrNaN(ReadRow<kPairs>(c.value, b, k, j0 + j, c.Dv, s.stage), c.Dv);
+    packs = bad != 0.0f;
   }
-  for (int64_t j = c0; j < c1; j += kLanes) {
+  const auto soften = [&](int64_t k, const float* poison) {
+    for (int64_t r = k * n; r < (k + 1) * n; ++r)
+      SoftmaxRow<kPairs>(c, RowAt(c, b, k, r - k * n), j0, Within(s.lo[r], s.hi[r], j0, width), c0, c1, poison, s.tmp,
+                         s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv);
+  };
+  if (packs) {
+    const int64_t units = Units<kPairs>(width), from = c0 / Unit<kPairs>::kNumbers, to = Units<kPairs>(last);
     for (int64_t k = 0; k < c.K; ++k) {
-      const char* keys[kLanes];  // past the last key its row again, which is not looked at
-      for (int64_t i = 0; i < kLanes; ++i) keys[i] = c.key.Bytes(b, k, j0 + (j + i < last ? j + i : last - 1));
-      const float* q = s.q + k * n * s.q_row;
-      float* logits = s.logits + k * n * s.s_row + j;
-      if (kPairs || c.key.dtype == DType::kF32) {
-        DotAll<kPairs, DType::kF32>(n, q, s.q_row, units, keys, logits, s.s_row);
-      } else if (c.key.dtype == DType::kBF16) {
-        DotAll<kPairs, DType::kBF16>(n, q, s.q_row, units, keys, logits, s.s_row);
-      } else {
-        DotAll<kPairs, DType::kF16>(n, q, s.q_row, units, keys, logits, s.s_row);
-      }
+      float* poison = IsMasked(c) ? s.own.poison : nullptr;
+      const bool any = PackValues<kPairs>(c, b, k, j0, width, s.stage, poison, s.own.values);
+      soften(k, any ? poison : nullptr);
+      for (int64_t p = 0; p < Panels(c.Dv); ++p)
+        Gemm<kPairs, true>(n, to - from, s.logits + k * n * s.s_row + from, s.s_row, 1,
+                           s.own.values + (p * units + from) * kPanel, s.acc + k * n * dv + p * kPanel, dv);
     }
+    return;
   }
-  for (int64_t r = 0; r < c.K * n; ++r)
-    SoftmaxRow<kPairs>(c, RowAt(c, b, r / n, r % n), j0, Within(s.lo[r], s.hi[r], j0, width), c0, c1, nullptr, s.tmp,
-                       s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv);
+  for (int64_t k = 0; k < c.K; ++k) soften(k, nullptr);
   constexpr int64_t kStep = 16;
-  const bool in_place = !kPairs && c.value.dtype == DType::kF32;
-  for (int64_t j = c0; j < last; j += kStep) {
-    const int64_t given = j + kStep < last ? kStep : last - j;
-    for (int64_t k = 0; k < c.K; ++k) {
-      if constexpr (kPairs) {
-        PackRows<kPairs>(given, dv, s.stage, s.own.values, [&](int64_t i, float* own) {
-          return ReadRow<kPairs>(c.value, b, k, j0 + j + i, dv, own);
-        });
-      } else if (!in_place) {
-        for (int64_t i = 0; i < given; ++i) {
-          const uint16_t* row = c.value.At<uint16_t>(b, k, j0 + j + i);
-          for (int64_t d = 0; d < dv; d += kLanes)
-            Store(s.own.values + (d / kPanel * given + i) * kPanel + d % kPanel,
-                  c.value.dtype == DType::kBF16 ? LoadBF16(row + d) : LoadF16(row + d));
-        }
-      }
-      for (int64_t p = 0; p < Panels(dv); ++p) {
-        const float* panel = s.own.values + p * Units<kPairs>(given) * kPanel;
-        int64_t row = kPanel;
-        if (in_place) {
-          panel = reinterpret_cast<const float*>(c.value.Bytes(b, k, j0 + j, p * kPanel));
-          row = c.value.row;
-        }
-        Gemm<kPairs, true>(n, Units<kPairs>(given), s.logits + k * n * s.s_row + j / per, s.s_row, 1, panel,
-                           s.acc + k * n * dv + p * kPanel, dv, row);
-      }
-    }
-  }
-  return true;
+  for (int64_t j = c0; j < last; j += kStep)
+    for (int64_t k = 0; k < c.K; ++k) DirectValues<kPairs>(c, s, b, k, n, j0, j, j + kStep < last ? j + kStep : last);
 }

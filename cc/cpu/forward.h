@@ -25,7 +25,7 @@ struct ForwardPlan {
   explicit ForwardPlan(const Call& c) {
     rows = c.G() * c.Sq;
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
-    direct = IsDirect<kPairs>(c, rows);
+    direct = IsDirect(c);
     key_block = direct ? kDirectKeys : wide <= 128 ? 512 : wide <= 256 ? 256 : 128;
     key_blocks = (c.Skv + key_block - 1) / key_block;
     keys_size = RoundUp(key_block, kPanel) * Units<kPairs>(c.D);
@@ -49,8 +49,7 @@ struct ForwardPlan {
   }
 };
 
-// Keys and values of a block as the products take them. `poison`: null, or NaN for each key whose values are not
-// all finite; those values are 0, so that they reach only the rows that see them.
+// Keys and values of a block as the products take them. `poison` as in PackValues, or null.
 struct Packed {
   float *keys, *values, *poison;
 };
@@ -69,7 +68,7 @@ struct ForwardScratch {
     s_row = kb + kLanes;  // padded, so that rows do not meet in one cache set
     const bool packs = !plan.shared;
     const int64_t sizes[] = {n * q_row, n * dv, n, n, (n > kGroupRows ? n : kGroupRows) * s_row, StageSize(c), kb,
-                             packs ? plan.keys_size : 0, packs ? plan.values_size : 0, kb, n, n};
+                             packs && !plan.direct ? plan.keys_size : 0, packs ? plan.values_size : 0, kb, n, n};
     float* parts[12];
     TakeScratch(sizes, parts);
     float** const names[] = {&q, &acc, &m, &l, &logits, &stage, &tmp, &own.keys, &own.values, &own.poison};
@@ -78,27 +77,6 @@ struct ForwardScratch {
     hi = reinterpret_cast<int32_t*>(parts[11]);
   }
 };
-
-// Values j0 .. j0 + n of one head as panels. `poison` as in Packed, or null where nothing is hidden. Returns
-// whether any value is not finite.
-template <bool kPairs>
-inline bool PackValues(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t n, float* stage, float* poison,
-                       float* panels) {
-  bool any = false;
-  PackRows<kPairs>(n, c.Dv, stage, panels, [&](int64_t j, float* own) {
-    const auto* row = ReadRow<kPairs>(c.value, b, k, j0 + j, c.Dv, own);
-    if (poison != nullptr) {
-      poison[j] = ZeroOrNaN(row, c.Dv);
-      if (poison[j] != 0.0f) {
-        any = true;
-        Fill(own, 0, Units<kPairs>(c.Dv), 0.0f);
-        return reinterpret_cast<decltype(row)>(own);
-      }
-    }
-    return row;
-  });
-  return any;
-}
 
 template <bool kPairs>
 inline void PackBlock(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t width, float* stage, Packed* to) {
@@ -208,19 +186,24 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
   }
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
-    if (DirectBlock<kPairs>(c, s, b, n, j0, width, all)) continue;
-    for (int64_t k = 0; k < c.K; ++k) {
-      Packed packed = s.own;
-      PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
-      ForwardGroup<kPairs>(c, s, b, k, -k * n, k * n, n, j0, width, packed);
-    }
+    DirectBlock<kPairs>(c, s, b, n, j0, width, all);
   }
 }
 
 inline void FinishRow(const Call& c, const Row& row, float* acc, float m, float l) {
   if (l == 0.0f) Fill(acc, 0, c.Dv, 0.0f);
-  StoreRow(acc, l == 0.0f ? 0.0f : 1.0f / (l * c.keep_prob), c.out.Bytes(row.b, row.n, row.i), c.out.dtype, c.out.col,
-           c.Dv);
+  const float factor = l == 0.0f ? 0.0f : 1.0f / (l * KeepProbOf(c, row));
+  char* out = c.out.Bytes(row.b, row.n, row.i);
+  if (!c.rounding) {
+    StoreRow(acc, factor, out, c.out.dtype, c.out.col, c.Dv);
+  } else {
+    char* rounding = c.rounding.Bytes(row.b, row.n, row.i);
+    if (c.out.dtype == DType::kBF16) {
+      StoreRounded<DType::kBF16>(acc, factor, out, c.out.col, rounding, c.rounding.col, c.Dv);
+    } else {
+      StoreRounded<DType::kF16>(acc, factor, out, c.out.col, rounding, c.rounding.col, c.Dv);
+    }
+  }
   *c.m.At<float>(row.b, row.n, row.i) = l == l ? m : l;  // a NaN is not seen by max
   *c.l.At<float>(row.b, row.n, row.i) = l;
 }
@@ -297,7 +280,6 @@ void ForwardAs(const Call& c, const Runner& runner) {
     for (int64_t h = 0; h < plan.task_heads; ++h) {
       for (int64_t r = 0; r < n; ++r) {
         const int64_t at = h * n + r;
-        if (s.m[at] != -kFloatMax) s.m[at] *= MaxScale(c);
         if (plan.splits == 1) {
           FinishRow(c, RowAt(c, b, k + h, r0 + r), s.acc + at * dv, s.m[at], s.l[at]);
         } else {

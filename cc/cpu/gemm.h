@@ -4,37 +4,37 @@
 // products of the backward) are the same code. kRows x kPanelVectors accumulators fill the registers; inlined, the
 // compiler would keep its pointers in memory.
 
-template <bool kPairs, int M, bool kAdd>
+template <bool kPairs, int M, bool kAdd, int kVectors>
 __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k, const float* __restrict b,
                      int64_t b_row, float* __restrict c, int64_t c_row) {
-  F acc[M][kPanelVectors];
+  F acc[M][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) acc[i][v] = Set(0.0f);
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = Set(0.0f);
   for (int64_t k = 0; k < K; ++k) {
-    F bv[kPanelVectors];
+    F bv[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) bv[v] = Load(b + k * b_row + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) bv[v] = Load(b + k * b_row + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const F ai = Set(a[i * a_row + k * a_k]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kPanelVectors; ++v) acc[i][v] = Unit<kPairs>::MulAdd(ai, bv[v], acc[i][v]);
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = Unit<kPairs>::MulAdd(ai, bv[v], acc[i][v]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       float* p = c + i * c_row + v * kLanes;
       Store(p, kAdd ? Load(p) + acc[i][v] : acc[i][v]);
     }
 }
 
 // The same for any number of rows, split as evenly as possible. With kAdd the sum over k starts from zero
-// and is added to C at the end: continuing C's accumulation would cost accuracy.
-template <bool kPairs, bool kAdd>
+// and is added to C at the end: continuing C's accumulation would cost accuracy. kVectors: those of a panel that count.
+template <bool kPairs, bool kAdd, int kVectors = kPanelVectors>
 inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
                  int64_t c_row, int64_t b_row = kPanel) {
   const int64_t tiles = (rows + kRows - 1) / kRows;
@@ -43,12 +43,12 @@ inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t
     const float* at = a + i0 * a_row;
     float* ct = c + i0 * c_row;
     switch (n) {
-      case 1: GemmRows<kPairs, 1, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
-      case 2: GemmRows<kPairs, 2, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
-      case 3: GemmRows<kPairs, 3, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
-      case 4: GemmRows<kPairs, 4, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
-      case 5: GemmRows<kPairs, 5, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
-      default: GemmRows<kPairs, 6, kAdd>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 1: GemmRows<kPairs, 1, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 2: GemmRows<kPairs, 2, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 3: GemmRows<kPairs, 3, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 4: GemmRows<kPairs, 4, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 5: GemmRows<kPairs, 5, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      default: GemmRows<kPairs, 6, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
     }
   }
 }

@@ -48,6 +48,30 @@ inline void StoreRow(const float* src, float factor, void* dst, DType dtype, int
   }
 }
 
+// The same for a 16-bit dtype, and to `rounding` what rounding took away, in halves of the dtype's epsilon.
+// `src` has room for whole vectors.
+template <DType kType>
+inline void StoreRounded(const float* src, float factor, void* dst, int64_t stride, void* rounding,
+                         int64_t rounding_stride, int64_t n) {
+  constexpr bool kBF16 = kType == DType::kBF16;
+  constexpr float kUnits = kBF16 ? 256.0f : 2048.0f;
+  const auto store = [](uint16_t* p, F x) { kBF16 ? StoreBF16(p, x) : StoreF16(p, x); };
+  uint16_t *d = static_cast<uint16_t*>(dst), *e = static_cast<uint16_t*>(rounding);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    uint16_t kept[kLanes], lost[kLanes];
+    const bool whole = i + kLanes <= n && stride == 1 && rounding_stride == 1;
+    uint16_t *to = whole ? d + i : kept, *rest = whole ? e + i : lost;
+    const F x = Rounded(Load(src + i) * Set(factor));
+    store(to, x);
+    store(rest, (x - (kBF16 ? LoadBF16(to) : LoadF16(to))) * Set(kUnits));
+    if (whole) continue;
+    for (int64_t j = 0; j < kLanes && i + j < n; ++j) {
+      d[(i + j) * stride] = kept[j];
+      e[(i + j) * rounding_stride] = lost[j];
+    }
+  }
+}
+
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t Panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
@@ -216,18 +240,21 @@ inline void PackTransposed(const View& x, int64_t width, int64_t b, int64_t k, i
   }
 }
 
-// Two rows of `n` bfloat16 numbers as pairs: row `r` of panels of `rows` rows each. Both are read up to a multiple
-// of kPanel numbers.
+// Two rows of `n` bfloat16 numbers (the second may be null: zeros) as pairs: row `r` of panels of `rows` rows each.
 template <bool kPairs>
 inline void PackPairs(const uint16_t* first, const uint16_t* second, int64_t n, int64_t r, int64_t rows,
                       float* panels) {
+  const auto read = [&](const uint16_t* row, int64_t at) {
+    if (row == nullptr || at >= n) return Set(0.0f);
+    if (at + 2 * kLanes > n) return Unit<kPairs>::LoadFirst(row + at, static_cast<int>(n - at));
+    return Load(reinterpret_cast<const float*>(row + at));
+  };
   for (int64_t p = 0; p < Panels(n); ++p) {
     float* dst = panels + (p * rows + r) * kPanel;
     for (int64_t c = 0; c < kPanel; c += 2 * kLanes) {
       F low, high;
       const int64_t at = p * kPanel + c;
-      Unit<kPairs>::Interleave(Load(reinterpret_cast<const float*>(first + at)),
-                               Load(reinterpret_cast<const float*>(second + at)), &low, &high);
+      Unit<kPairs>::Interleave(read(first, at), read(second, at), &low, &high);
       Store(dst + c, low);
       Store(dst + c + kLanes, high);
     }
@@ -244,18 +271,31 @@ inline void PackRows(int64_t n, int64_t width, float* stage, float* panels, cons
     const int64_t full = Panels(width) * kPanel;
     uint16_t* stages[2] = {reinterpret_cast<uint16_t*>(stage), reinterpret_cast<uint16_t*>(stage) + full};
     for (int64_t i = 0; i < n; i += 2) {
-      const uint16_t* rows[2];
-      for (int64_t e = 0; e < 2; ++e) {
-        const uint16_t* row = i + e < n ? read(i + e, reinterpret_cast<float*>(stages[e])) : nullptr;
-        if (row == nullptr || width % kPanel != 0) {
-          const int64_t given = row == nullptr ? 0 : width;
-          if (row != nullptr && row != stages[e]) __builtin_memcpy(stages[e], row, sizeof(uint16_t) * static_cast<size_t>(width));
-          __builtin_memset(stages[e] + given, 0, sizeof(uint16_t) * static_cast<size_t>(full - given));
-          row = stages[e];
-        }
-        rows[e] = row;
-      }
-      PackPairs<kPairs>(rows[0], rows[1], width, i / 2, Units<true>(n), panels);
+      const uint16_t* first = read(i, reinterpret_cast<float*>(stages[0]));
+      const uint16_t* second = i + 1 < n ? read(i + 1, reinterpret_cast<float*>(stages[1])) : nullptr;
+      PackPairs<kPairs>(first, second, width, i / 2, Units<true>(n), panels);
     }
   }
+}
+
+// Values j0 .. j0 + n of one head as panels. `poison`: null where nothing is masked, else it gets NaN for each key
+// whose values are not all finite; those values are 0, so that they reach only the rows that see them. Returns whether
+// there are any.
+template <bool kPairs>
+inline bool PackValues(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t n, float* stage, float* poison,
+                       float* panels) {
+  bool any = false;
+  PackRows<kPairs>(n, c.Dv, stage, panels, [&](int64_t j, float* own) {
+    const auto* row = ReadRow<kPairs>(c.value, b, k, j0 + j, c.Dv, own);
+    if (poison != nullptr) {
+      poison[j] = ZeroOrNaN(row, c.Dv);
+      if (poison[j] != 0.0f) {
+        any = true;
+        Fill(own, 0, Units<kPairs>(c.Dv), 0.0f);
+        return reinterpret_cast<decltype(row)>(own);
+      }
+    }
+    return row;
+  });
+  return any;
 }

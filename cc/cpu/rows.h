@@ -31,15 +31,60 @@ inline Range Visible(const Call& c, const Row& row) {
 // Lanes of a vector at most.
 inline int Rest(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
 
-inline bool IsMasked(const Call& c) { return c.lower || c.upper || c.mask; }
+inline bool IsMasked(const Call& c) { return c.lower || c.upper || c.mask || c.segment_row; }
+
+// What is one number for the call, or one for each head.
+inline float ScaleOf(const Call& c, int64_t b, int64_t n) {
+  return c.scale_of_head ? *c.scale_of_head.At<float>(b, n) : c.scale;
+}
+inline float ScaleOf(const Call& c, const Row& row) { return ScaleOf(c, row.b, row.n); }
+inline float SoftCapOf(const Call& c, const Row& row) {
+  return c.soft_cap_of_head ? *c.soft_cap_of_head.At<float>(row.b, row.n) : c.soft_cap;
+}
+inline uint32_t ThresholdOf(const Call& c, const Row& row) {
+  return c.threshold_of_head ? *c.threshold_of_head.At<uint32_t>(row.b, row.n) : c.threshold;
+}
+inline float KeepProbOf(const Call& c, const Row& row) {
+  if (!c.threshold_of_head) return c.keep_prob;
+  return static_cast<float>(*c.threshold_of_head.At<uint32_t>(row.b, row.n)) * 0x1p-16f;
+}
+
+// Where a row stands among the keys, for ALiBi.
+inline int64_t PositionOf(const Call& c, const Row& row) {
+  return c.position ? *c.position.At<int32_t>(row.b, row.n, row.i) : row.i;
+}
 
 // Whether a row's logits are just its products, times the scale.
-inline bool IsPlain(const Call& c) {
-  return !c.bias && !c.slopes && c.soft_cap == 0.0f && !c.mask && c.scale > 0.0f;
+inline bool IsPlain(const Call& c, const Row& row) {
+  return !c.bias && !c.slopes && !c.mask && !c.segment_row && SoftCapOf(c, row) == 0.0f && ScaleOf(c, row) > 0.0f;
+}
+
+// The element of an indexed bias for the row's key j.
+inline int64_t BiasIndex(const Call& c, const Row& row, int64_t j) {
+  return *c.bias_offset.At<int32_t>(row.b, row.n, row.i) + j;
+}
+
+// Those of n elements from `first` on that an indexed bias has; where it lacks some, their pairs are masked.
+inline Range BiasElements(const Call& c, int64_t first, int64_t n) {
+  const int64_t end = c.bias_elements - first;
+  const Range given{first < 0 ? -first : 0, end < n ? end : n};
+  return given.Empty() ? Range{0, 0} : given;
 }
 
 // The part of the row's bias for keys j0 + [from, to), as floats: where it lies, or in `tmp`.
 inline const float* BiasOf(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float* tmp) {
+  if (c.bias_offset) {
+    const int64_t first = BiasIndex(c, row, j0 + from), n = to - from;
+    const Range given = BiasElements(c, first, n);
+    Fill(tmp, 0, given.lo, 0.0f);
+    Fill(tmp, given.hi, n, 0.0f);
+    if (given.Empty()) return tmp;
+    const char* src = c.bias.Bytes(row.b, row.n, 0, first + given.lo);
+    if (given.hi - given.lo == n && c.bias.dtype == DType::kF32 && c.bias.col == 1)
+      return reinterpret_cast<const float*>(src);
+    LoadRow(src, c.bias.dtype, c.bias.col, given.hi - given.lo, tmp + given.lo);
+    return tmp;
+  }
   if (c.bias.col == 0) {
     LoadRow(c.bias.Bytes(row.b, row.n, row.i), c.bias.dtype, 1, 1, tmp);
     Fill(tmp, 0, to - from, tmp[0]);
@@ -62,8 +107,21 @@ inline void Combine(int64_t n, float* x, const float* more, const What& what) {
   }
 }
 
-// Sets x[from..to) to `value` where the row's mask hides the key.
+// Sets x[0..n) to `value` where the row's segment is not that of the key.
+inline void HideOtherSegments(const Call& c, const Row& row, int64_t first, int64_t n, float value, float* x) {
+  const int32_t segment = *c.segment_row.At<int32_t>(row.b, row.n, row.i);
+  if (segment < 0) return;
+  const int32_t* keys = c.segment_key.At<int32_t>(row.b, row.n, 0, first);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) Store(x + j, Select(Equal(keys + j, segment), Load(x + j), Set(value)));
+  for (; j < n; ++j)
+    if (keys[j] != segment) x[j] = value;
+}
+
+// Sets x[from..to) to `value` where the row's mask hides the key, or segments do.
 inline void Hide(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float value, float* x) {
+  if (c.segment_row) HideOtherSegments(c, row, j0 + from, to - from, value, x + from);
+  if (!c.mask) return;
   const uint8_t* visible = c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + from);
   x += from;
   const int64_t n = to - from;
@@ -80,37 +138,57 @@ inline void Hide(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
     if (!visible[j * c.mask.col]) x[j] = value;
 }
 
-// Turns products q.k of keys j0 + [from, to) into logits, in place; `slope` (may be null) takes the derivative of
-// the soft cap. Columns are relative to key j0; `tmp` holds to - from floats. `poison` (may be null) is added.
+// The derivative of cap * tanh(x / cap) by cap, tanh u - u (1 - tanh^2 u), from u = x / cap and t = tanh u. Where u is
+// small the two cancel, so there its series is summed.
+inline F ByCap(F u, F t) {
+  const F v = Max(Set(-9.0f), Set(0.0f) - Max(Set(-9.0f), Set(0.0f) - u)), y = v * v;  // beyond, t is 1 and u (1 - t^2) 0
+  F p = Set(-0.043105f);
+  p = Fma(p, y, Set(0.0886323f));
+  p = Fma(p, y, Set(-0.17495591f));
+  p = Fma(p, y, Set(0.32380952f));
+  p = Fma(p, y, Set(-0.53333333f));
+  p = Fma(p, y, Set(0.66666667f));
+  const F small = p * y * v, large = t - v * (Set(1.0f) - t * t), limit = Set(0.35f);
+  return Select(Equal(Max(Abs(v), limit), limit), small, large);
+}
+
+// Turns products q.k of keys j0 + [from, to) into logits, in place; `by_x` and `by_cap` (may be null) take the
+// derivatives of the soft cap. Columns are relative to key j0; `tmp` holds to - from floats. `poison` (may be null) is
+// added. A bias of -inf hides its key, whatever comes after.
 inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* poison,
-                     float* s, float* slope, float* tmp) {
+                     float* s, float* by_x, float* by_cap, float* tmp) {
   const int64_t n = to - from;
-  const F scale = Set(c.scale);
+  const F scale = Set(ScaleOf(c, row));
   s += from;
+  const float* bias = nullptr;
   if (c.bias) {
-    Combine(n, s, BiasOf(c, row, j0, from, to, tmp), [&](F x, F bias) { return Fma(x, scale, bias); });
+    bias = BiasOf(c, row, j0, from, to, tmp);
+    Combine(n, s, bias, [&](F x, F y) { return Fma(x, scale, y); });
   } else {
     Combine(n, s, s, [&](F x, F) { return x * scale; });
   }
   if (c.slopes) {
-    const F minus = Set(-*c.slopes.At<float>(row.b, row.n)), count = Count();
-    const int64_t base = j0 + from - row.i;  // exact as a float up to 2^24, as the slopes' definition has it
+    const F minus = Set(-*c.slopes.At<float>(row.b, row.n, row.i)), count = Count();
+    const int64_t base = j0 + from - PositionOf(c, row);  // exact as a float up to 2^24, as the slopes' definition has it
     for (int64_t j = 0; j < n; j += kLanes) {
       const F away = Abs(count + Set(static_cast<float>(base + j)));
       const F x = Fma(minus, c.alibi == Alibi::kSqrt ? Sqrt(away) : away, LoadFirst(s + j, Rest(n - j)));
       StoreFirst(s + j, x, Rest(n - j));
     }
   }
-  if (c.soft_cap != 0.0f) {
-    const F inverse = Set(1.0f / c.soft_cap), cap = Set(c.soft_cap);
+  if (const float soft_cap = SoftCapOf(c, row); soft_cap != 0.0f) {
+    const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap), none = Set(0.0f), hidden = Set(-__builtin_inff());
     for (int64_t j = 0; j < n; j += kLanes) {
-      const F t = Tanh(LoadFirst(s + j, Rest(n - j)) * inverse);
-      StoreFirst(s + j, t * cap, Rest(n - j));
-      if (slope != nullptr) StoreFirst(slope + from + j, Set(1.0f) - t * t, Rest(n - j));
+      const int rest = Rest(n - j);
+      const F u = LoadFirst(s + j, rest) * inverse, t = Tanh(u), b = bias ? LoadFirst(bias + j, rest) : none;
+      const Mask hides = Equal(b, hidden);
+      StoreFirst(s + j, Select(hides, hidden, t * cap), rest);
+      if (by_x != nullptr) StoreFirst(by_x + from + j, Select(hides, none, Set(1.0f) - t * t), rest);
+      if (by_cap != nullptr) StoreFirst(by_cap + from + j, Select(hides, none, ByCap(u, t)), rest);
     }
   }
   if (poison != nullptr) Combine(n, s, poison + from, [](F x, F more) { return x + more; });
-  if (c.mask) Hide(c, row, j0, from, to, -__builtin_inff(), s - from);
+  Hide(c, row, j0, from, to, -__builtin_inff(), s - from);
 }
 
 // Zeroes those of p[from..to) that dropout drops.
@@ -120,7 +198,7 @@ inline void Drop(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
     const uint32_t* stream = c.stream.At<uint32_t>(row.b, row.n);
     for (int64_t block = (j0 + from) / kKeepColumns; block * kKeepColumns < j0 + to; ++block) {
       uint32_t keep[4];
-      KeepColumns(seed, stream, static_cast<uint32_t>(row.i), static_cast<uint32_t>(block), c.threshold, keep);
+      KeepColumns(seed, stream, static_cast<uint32_t>(row.i), static_cast<uint32_t>(block), ThresholdOf(c, row), keep);
       const int64_t first = block * kKeepColumns - j0;  // may lie before `from`, even before 0
       for (int64_t j = 0; j < kKeepColumns; j += kLanes) {
         const int64_t at = first + j;
@@ -161,15 +239,19 @@ inline float RowMax(const float* s, int64_t from, int64_t to) {
   return m;
 }
 
-// p = exp(scale (s - m)) in place over a whole number of vectors; returns the sum. With kPairs the results are
+// exp(scale x - m), the one formula of both passes: the weights of the backward are those that the sum l is made of. The
+// logit scale x is rounded like the max among them, so that the largest weight is 1 exactly.
+JAX_FA_INLINE F Weight(F x, F scale, F m) { return Exp2((Rounded(x * scale) - m) * Set(kLog2E)); }
+
+// p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
 // rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros.
 template <bool kPairs>
 inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
-  const F mv = Set(m), f = Set(scale * kLog2E);  // what is equal to the max becomes 1 exactly
+  const F mv = Set(m), f = Set(scale);
   F a = Set(0.0f), b = a;
   int64_t j = from;
   for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
-    const F x = Exp2((Load(s + j) - mv) * f), y = Exp2((Load(s + j + kLanes) - mv) * f);
+    const F x = Weight(Load(s + j), f, mv), y = Weight(Load(s + j + kLanes), f, mv);
     if constexpr (kPairs) {
       Store(s + j / 2, Unit<kPairs>::Join(x, y));
     } else {
@@ -180,7 +262,7 @@ inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
     b = b + y;
   }
   for (; j < to; j += kLanes) {
-    const F x = Exp2((Load(s + j) - mv) * f);
+    const F x = Weight(Load(s + j), f, mv);
     if constexpr (kPairs) {
       Store(s + j / 2, Unit<kPairs>::Join(x, Set(0.0f)));
     } else {
@@ -198,27 +280,24 @@ inline void RowJoin(float* s, int64_t from, int64_t to) {
     Store(s + j / 2, Unit<kPairs>::Join(Load(s + j), j + kLanes < to ? Load(s + j + kLanes) : Set(0.0f)));
 }
 
-// What the max of a row counts in: products not yet scaled where these are its logits, so that one multiplication
-// does for scale and exponential.
-inline float MaxScale(const Call& c) { return IsPlain(c) ? c.scale : 1.0f; }
-
 // Turns a row's products with keys j0 + [c0, c1) into weights, of which it sees [v.lo, v.hi), and moves its max,
 // sum and output on.
 template <bool kPairs>
 inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1, const float* poison,
                        float* tmp, float* x, float* m, float* l, float* acc) {
   if (v.Empty()) v = {c0, c0};
-  const float scale = MaxScale(c);
-  if (!IsPlain(c)) {
-    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, poison, x, nullptr, tmp);
+  const bool plain = IsPlain(c, row);
+  const float scale = plain ? ScaleOf(c, row) : 1.0f;  // of what x then holds
+  if (!plain) {
+    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, poison, x, nullptr, nullptr, tmp);
   } else if (poison != nullptr) {
     Combine(v.hi - v.lo, x + v.lo, poison + v.lo, [](F y, F more) { return y + more; });
   }
   Fill(x, c0, v.lo, -__builtin_inff());
   Fill(x, v.hi, c1, -__builtin_inff());
-  const float most = RowMax(x, c0, c1);
+  const float most = Rounded(RowMax(x, c0, c1) * scale);
   if (most > *m) {
-    const float rescale = __builtin_expf((*m - most) * scale);
+    const float rescale = __builtin_expf(*m - most);
     const F f = Set(rescale);
     for (int64_t d = 0; d < Panels(c.Dv) * kPanel; d += kLanes) Store(acc + d, Load(acc + d) * f);
     *l *= rescale;

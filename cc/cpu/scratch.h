@@ -23,6 +23,7 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   float* get() const { return data_; }
   int64_t* ints() const { return reinterpret_cast<int64_t*>(data_); }
+  double* doubles() const { return reinterpret_cast<double*>(data_); }
 
  private:
   float* data_;

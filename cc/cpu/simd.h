@@ -31,6 +31,11 @@ inline F LoadBF16(const uint16_t* p) {
 inline F LoadF16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+// The first n < kLanes numbers, then zeros; nothing behind them is read. `inside`: kLanes numbers lie before p too.
+inline F LoadFirstBF16(const uint16_t* p, int n, bool) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(First(n), p)), 16));
+}
+inline F LoadFirstF16(const uint16_t* p, int n, bool) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(First(n), p)); }
 inline void StoreF16(uint16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -51,6 +56,10 @@ inline Mask NonZero(const uint8_t* p) {
 }
 inline Mask Bits(uint32_t bits) { return static_cast<Mask>(bits); }
 inline Mask IsZero(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ); }
+inline Mask Equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline Mask Equal(const int32_t* p, int32_t x) {
+  return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(x));
+}
 // t = n + f with n integral and f in [-1/2, 1/2]; for t = -inf, f is 0.
 inline F Fraction(F t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2^n for integral n <= 0; 0 below the normal numbers.
@@ -89,6 +98,23 @@ inline F LoadBF16(const uint16_t* p) {
 inline F LoadF16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+// The first n < kLanes numbers, then zeros; nothing behind them is read. `inside`: kLanes numbers lie before p too.
+inline __m128i LoadFirst16(const uint16_t* p, int n, bool inside) {
+  alignas(32) static const uint8_t kBytes[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                                 128, 128, 128, 128, 128, 128, 128, 128,
+                                                 128, 128, 128, 128, 128, 128, 128, 128};
+  if (inside) {  // the last kLanes numbers, moved to the front
+    const __m128i last = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + n - kLanes));
+    return _mm_shuffle_epi8(last, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kBytes + 2 * (kLanes - n))));
+  }
+  uint16_t x[kLanes] = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+}
+inline F LoadFirstBF16(const uint16_t* p, int n, bool inside) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LoadFirst16(p, n, inside)), 16));
+}
+inline F LoadFirstF16(const uint16_t* p, int n, bool inside) { return _mm256_cvtph_ps(LoadFirst16(p, n, inside)); }
 inline void StoreF16(uint16_t* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -115,6 +141,11 @@ inline Mask Bits(uint32_t bits) {
       _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each), each));
 }
 inline Mask IsZero(F x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ); }
+inline Mask Equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+inline Mask Equal(const int32_t* p, int32_t x) {
+  const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(y, _mm256_set1_epi32(x)));
+}
 inline F Fraction(F t) { return t - _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F NotBelow(F x, float least) { return _mm256_max_ps(_mm256_set1_ps(least), x); }  // NaN stays
 inline F ScaleByPowerOf2(F x, F n) {
@@ -144,6 +175,13 @@ inline float MaxOf(F x) {
 }
 inline F LoadBF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatBF16(p[i]); return x; }
 inline F LoadF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatF16(p[i]); return x; }
+// The first n < kLanes numbers, then zeros; nothing behind them is read.
+inline F LoadFirstBF16(const uint16_t* p, int n, bool) {
+  F x{}; for (int i = 0; i < n; ++i) x[i] = ToFloatBF16(p[i]); return x;
+}
+inline F LoadFirstF16(const uint16_t* p, int n, bool) {
+  F x{}; for (int i = 0; i < n; ++i) x[i] = ToFloatF16(p[i]); return x;
+}
 inline void StoreF16(uint16_t* p, F x) { for (int i = 0; i < 4; ++i) p[i] = FromFloatF16(x[i]); }
 inline void StoreBF16(uint16_t* p, F x) { for (int i = 0; i < 4; ++i) p[i] = FromFloatBF16(x[i]); }
 inline F Sqrt(F x) { F r; for (int i = 0; i < 4; ++i) r[i] = __builtin_sqrtf(x[i]); return r; }
@@ -155,6 +193,8 @@ inline Mask Bits(uint32_t bits) {
   return (Mask{b, b, b, b} & Mask{1, 2, 4, 8}) != Mask{0, 0, 0, 0};
 }
 inline Mask IsZero(F x) { return x == Set(0.0f); }
+inline Mask Equal(F a, F b) { return a == b; }
+inline Mask Equal(const int32_t* p, int32_t x) { return Mask{p[0], p[1], p[2], p[3]} == Mask{x, x, x, x}; }
 inline F Fraction(F t) { F f; for (int i = 0; i < 4; ++i) f[i] = t[i] - __builtin_rintf(t[i]); return f; }
 inline F NotBelow(F x, float least) { const F v = Set(least); return x < v ? v : x; }  // NaN stays
 inline F ScaleByPowerOf2(F x, F n) {
@@ -170,19 +210,30 @@ inline F ScaleByPowerOf2(F x, F n) {
 
 constexpr int kPanel = kLanes * kPanelVectors;  // columns of a packed panel
 
+// x as it is: the compiler does not merge the multiplication that gave it with an addition into one rounding.
+#if defined(__x86_64__)
+JAX_FA_INLINE F Rounded(F x) { asm("" : "+v"(x)); return x; }
+JAX_FA_INLINE float Rounded(float x) { asm("" : "+v"(x)); return x; }
+#elif defined(__aarch64__)
+JAX_FA_INLINE F Rounded(F x) { asm("" : "+w"(x)); return x; }
+JAX_FA_INLINE float Rounded(float x) { asm("" : "+w"(x)); return x; }
+#else
+JAX_FA_INLINE F Rounded(F x) { asm("" : "+m"(x)); return x; }
+JAX_FA_INLINE float Rounded(float x) { asm("" : "+m"(x)); return x; }
+#endif
+
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// 2^x for x <= 0 up to rounding, by a polynomial on [-1/2, 1/2]. Relative error about 1e-7 near 0; -inf gives 0, NaN
-// gives NaN.
+// 2^x for x <= 0 up to rounding, by a polynomial on [-1/2, 1/2]: of all with p(0) = 1 the one of least relative error.
+// Relative error about 1e-7 near 0; 2^0 is 1 exactly, -inf gives 0, NaN gives NaN.
 inline F Exp2(F x) {
   const F t = NotBelow(x, -300.0f);
   const F f = Fraction(t);
-  F p = Set(1.5403530393381609954e-4f);
-  p = Fma(p, f, Set(1.3333558146428443423e-3f));
-  p = Fma(p, f, Set(9.6181291076284771619e-3f));
-  p = Fma(p, f, Set(5.5504108664821579953e-2f));
-  p = Fma(p, f, Set(2.4022650695910071233e-1f));
-  p = Fma(p, f, Set(6.9314718055994530942e-1f));
+  F p = Set(1.32029823e-3f);
+  p = Fma(p, f, Set(9.67495193e-3f));
+  p = Fma(p, f, Set(5.55104738e-2f));
+  p = Fma(p, f, Set(2.40221660e-1f));
+  p = Fma(p, f, Set(6.93146596e-1f));
   p = Fma(p, f, Set(1.0f));
   return ScaleByPowerOf2(p, t - f);
 }
@@ -219,6 +270,14 @@ template <>
 struct Unit<true> {
   static constexpr int64_t kNumbers = 2;
   static JAX_FA_INLINE F MulAdd(F a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  // The first n < 2 kLanes numbers of a row as units, then zeros; nothing behind them is read.
+  static JAX_FA_INLINE F LoadFirst(const uint16_t* p, int n) {
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint32_t{1} << n) - 1u), p));
+  }
+  // acc plus the numbers themselves.
+  static JAX_FA_INLINE F Add(F acc, F units) { return MulAdd(units, (F)_mm512_set1_epi16(0x3f80), acc); }
+  // The larger magnitude of each lane; a NaN counts for nothing.
+  static JAX_FA_INLINE F MaxAbs(F a, F b) { return _mm512_range_ps(a, b, 0x0b); }
   // Two vectors of floats, rounded, in their order.
   static JAX_FA_INLINE F Join(F first, F second) { return (F)_mm512_cvtne2ps_pbh(second, first); }
   // From 32 columns of two rows: pairs (row a, row b) of the first and of the last 16 columns.

@@ -49,6 +49,9 @@ inline Format FormatOf(DType t) {
   return {24, -126, 23, 0x1.FFFFFFp127};
 }
 
+// Half of what 1 is away from the next larger number.
+inline double HalfUlp(DType t) { return std::ldexp(1.0, -FormatOf(t).digits); }
+
 // x rounded to nearest, ties to even.
 inline double Rounded(double x, DType t) {
   if (!std::isfinite(x) || x == 0.0) return x;

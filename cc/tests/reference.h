@@ -1,9 +1,11 @@
 // Attention by its definition, in double, and how far a float computation of it may be off.
 //
-//   s = cap(scale q.k + bias - slope distance),  m = max s,  l = sum exp(s - m),  p = exp(s - m) / l
+//   s = cap tanh((scale q.k + bias - slope distance) / cap),  m = max s,  l = sum exp(s - m),  p = exp(s - m) / l
 //   out = sum keep p v / keep_prob,  ds = p (keep dout.v / keep_prob - delta) cap',  delta = dout.out - dlogsumexp
 //   dq = scale ds k,  dk = scale ds^T q,  dv = (keep p / keep_prob)^T dout,  dbias = ds,  dslope = -ds distance
+//   dscale = ds q.k,  dcap = p (keep dout.v / keep_prob - delta) (t - u (1 - t^2)),  u = s before the cap / cap,  t = tanh u
 //
+// A bias of -inf gives a logit of -inf, whatever the cap.
 // Sums run over the visible keys only, so what is hidden is never read. Next to every number stands a bound of
 // the rounding errors, to first order, from the magnitudes that enter its sums: an error of one lost key, a
 // wrong neighbour or a shifted bit is far beyond it.
@@ -23,16 +25,34 @@ struct Problem {
   double scale = 1.0, keep_prob = 1.0, cap = 0.0;
   jax_fa::Alibi alibi = jax_fa::Alibi::kNone;
   uint32_t threshold = 0;
+  bool bias_apart = false;
   Array query, key, value, bias, mask, lower, upper, slopes, seed, stream, drop_bits, drop_offset;
+  Array bias_offset, position, segment_row, segment_key, scale_of_head, cap_of_head, threshold_of_head;
   Array dout, dlogsumexp;
-  Array out, m, l, dquery, dkey, dvalue, dbias, dslopes;
+  Array out, rounding, m, l, dquery, dkey, dvalue, dbias, dslopes, dscale, dcap;
 
   int64_t B() const { return B1 * B2; }
   int64_t G() const { return N / K; }
-  bool Masked() const { return lower || upper || mask; }
+  // out before it was rounded to its dtype, where that is known.
+  double Exact(size_t at) const {
+    return rounding ? out.value[at] + rounding.value[at] * HalfUlp(out.dtype) : out.value[at];
+  }
+  bool Masked() const { return lower || upper || mask || segment_row; }
+  double Scale(int64_t b, int64_t n) const { return scale_of_head ? scale_of_head.at(b, n) : scale; }
+  double Cap(int64_t b, int64_t n) const { return cap_of_head ? cap_of_head.at(b, n) : cap; }
+  double Threshold(int64_t b, int64_t n) const { return threshold_of_head ? threshold_of_head.at(b, n) : threshold; }
+  double KeepProb(int64_t b, int64_t n) const {
+    return threshold_of_head ? threshold_of_head.at(b, n) / 65536 : keep_prob;
+  }
+  // Of an element of bias, or of its gradient, which is as large.
+  size_t BiasIndex(int64_t b, int64_t n, int64_t i, int64_t j) const {
+    if (!bias_offset) return bias.Index(b, n, i, j);
+    return bias.Index(b, n, 0, static_cast<int64_t>(bias_offset.at(b, n, i)) + j);
+  }
   bool Visible(int64_t b, int64_t n, int64_t i, int64_t j) const {
     return !(lower && static_cast<double>(j) < lower.at(b, n, i)) &&
-           !(upper && static_cast<double>(j) >= upper.at(b, n, i)) && !(mask && mask.at(b, n, i, j) == 0.0);
+           !(upper && static_cast<double>(j) >= upper.at(b, n, i)) && !(mask && mask.at(b, n, i, j) == 0.0) &&
+           !(segment_row && segment_row.at(b, n, i) >= 0.0 && segment_row.at(b, n, i) != segment_key.at(b, n, 0, j));
   }
   bool Kept(int64_t b, int64_t n, int64_t i, int64_t j) const {
     if (seed) {
@@ -41,7 +61,7 @@ struct Problem {
       const Philox x(c, static_cast<uint32_t>(i), u(stream.at(b, n, 0, 0)), u(stream.at(b, n, 0, 1)),
                      u(seed.at(b, 0, 0, 0)), u(seed.at(b, 0, 0, 1)));
       const uint32_t word = x.word[j / 8 % 4];
-      if ((j % 2 ? word >> 16 : word & 0xFFFF) >= threshold) return false;
+      if ((j % 2 ? word >> 16 : word & 0xFFFF) >= Threshold(b, n)) return false;
     }
     if (drop_bits) {
       const auto bit = static_cast<int64_t>(drop_offset.at(b, n, i, 0) * 8 + drop_offset.at(b, n, i, 1)) + j;
@@ -56,11 +76,13 @@ struct Problem {
 struct Quantity {
   std::vector<double> value, error;
   std::vector<double> terms;  // the sum of the magnitudes of its weighted terms
+  std::vector<double> moved;  // what may be put on another key where weights are rounded to 16 bits
   std::vector<uint8_t> tainted;
   void Resize(size_t n) {
     value.assign(n, 0.0);
     error.assign(n, 0.0);
     terms.assign(n, 0.0);
+    moved.assign(n, 0.0);
     tainted.assign(n, 0);
   }
   void Add(size_t at, double x, double e) {
@@ -74,7 +96,7 @@ class Reference {
  public:
   explicit Reference(const Problem& p) : p_(p) {}
 
-  Quantity out, m, l, dquery, dkey, dvalue, dbias, dslopes;
+  Quantity out, m, l, dquery, dkey, dvalue, dbias, dslopes, dscale, dcap;
 
   void Forward() {
     out.Resize(p_.out.value.size()), m.Resize(p_.m.value.size()), l.Resize(p_.l.value.size());
@@ -103,22 +125,39 @@ class Reference {
     dquery.Resize(p_.dquery.value.size());
     dkey.Resize(p_.dkey.value.size()), dvalue.Resize(p_.dvalue.value.size());
     dbias.Resize(p_.dbias.value.size()), dslopes.Resize(p_.dslopes.value.size());
+    dscale.Resize(p_.dscale.value.size()), dcap.Resize(p_.dcap.value.size());
     const int64_t pairs = p_.B() * p_.N * p_.Sq * p_.Skv;
     const double per_key = Growth(p_.G() * p_.Sq), per_row = Growth(p_.Skv);
-    const double per_bias = Growth(pairs / std::max<int64_t>(1, static_cast<int64_t>(dbias.value.size())));
+    const double per_bias = Growth(
+        p_.bias_offset ? pairs : pairs / std::max<int64_t>(1, static_cast<int64_t>(dbias.value.size())));
     ForEachRow([&](int64_t b, int64_t n, int64_t i) {
       Look(b, n, i);
       const int64_t k = n / p_.G();
       const double *q = &p_.query.value[p_.query.Index(b, n, i)], *dout = &p_.dout.value[p_.dout.Index(b, n, i)];
-      const double* o = &p_.out.value[p_.out.Index(b, n, i)];
+      const size_t o = p_.out.Index(b, n, i);
       double delta = p_.dlogsumexp ? -p_.dlogsumexp.at(b, n, i) : 0.0, delta_size = std::fabs(delta);
-      for (int64_t d = 0; d < p_.Dv; ++d) delta += dout[d] * o[d], delta_size += std::fabs(dout[d] * o[d]);
+      for (int64_t d = 0; d < p_.Dv; ++d) {
+        const double term = dout[d] * p_.Exact(o + static_cast<size_t>(d));
+        delta += term, delta_size += std::fabs(term);
+      }
       const bool weights_tainted = row_.tainted || !AllFinite(dout, p_.Dv);
+      const double scale = p_.Scale(b, n), cap = p_.Cap(b, n);
       const bool tainted = !seen_.empty() && (weights_tainted || !std::isfinite(delta));
       const size_t to_q = p_.dquery.Index(b, n, i);
       for (int64_t d = 0; d < p_.D; ++d) dquery.tainted[to_q + static_cast<size_t>(d)] |= tainted;
+      double missing = p_.dlogsumexp ? p_.dlogsumexp.at(b, n, i) : 0.0, ds_size = 0.0;  // from the sum of ds
+      std::vector<double> largest_key(static_cast<size_t>(p_.D), 0.0);
       for (const Seen& x : seen_) {
         const size_t at_k = p_.key.Index(b, k, x.j), at_v = p_.value.Index(b, k, x.j);
+        if (x.hidden) {  // adds nothing, or in a tainted row anything
+          for (int64_t d = 0; d < p_.D; ++d) dkey.tainted[at_k + static_cast<size_t>(d)] |= tainted;
+          for (int64_t d = 0; d < p_.Dv; ++d) dvalue.tainted[at_v + static_cast<size_t>(d)] |= weights_tainted;
+          if (p_.dbias) dbias.tainted[p_.BiasIndex(b, n, i, x.j)] |= tainted;
+          if (p_.dslopes) dslopes.tainted[p_.dslopes.Index(b, n, i)] |= tainted;
+          if (p_.dscale) dscale.tainted[p_.dscale.Index(b, n)] |= tainted;
+          if (p_.dcap) dcap.tainted[p_.dcap.Index(b, n)] |= tainted;
+          continue;
+        }
         const double *key = &p_.key.value[at_k], *value = &p_.value.value[at_v];
         double dp = 0.0, dp_size = 0.0;
         for (int64_t d = 0; d < p_.Dv; ++d) dp += dout[d] * value[d], dp_size += std::fabs(dout[d] * value[d]);
@@ -128,13 +167,16 @@ class Reference {
             (x.p * x.error + kTiny) * std::fabs(inner) * x.slope +
             x.p * kEps * (x.slope * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner)) +
                           x.slope_error * std::fabs(inner));
-        const double in_row = std::fabs(p_.scale) * (ds_error + kEps * per_row * std::fabs(ds));
-        const double in_key = std::fabs(p_.scale) * (ds_error + kEps * per_key * std::fabs(ds));
+        missing -= ds, ds_size += std::fabs(ds);
+        for (size_t d = 0; d < largest_key.size() && ds != 0.0; ++d)
+          largest_key[d] = std::max(largest_key[d], std::fabs(key[d]));
+        const double in_row = std::fabs(scale) * (ds_error + kEps * per_row * std::fabs(ds));
+        const double in_key = std::fabs(scale) * (ds_error + kEps * per_key * std::fabs(ds));
         const double weight = x.keep * x.p, weight_error = x.keep * (x.p * x.error + kTiny) + kEps * per_key * weight;
         for (int64_t d = 0; d < p_.D; ++d) {
           const auto at = static_cast<size_t>(d);
-          dquery.Add(to_q + at, p_.scale * ds * key[d], in_row * std::fabs(key[d]));
-          dkey.Add(at_k + at, p_.scale * ds * q[d], in_key * std::fabs(q[d]));
+          dquery.Add(to_q + at, scale * ds * key[d], in_row * std::fabs(key[d]));
+          dkey.Add(at_k + at, scale * ds * q[d], in_key * std::fabs(q[d]));
           dkey.tainted[at_k + at] |= tainted;
         }
         for (int64_t d = 0; d < p_.Dv; ++d) {
@@ -143,17 +185,37 @@ class Reference {
           dvalue.tainted[at_v + at] |= weights_tainted;
         }
         if (p_.dbias) {
-          const size_t at = p_.dbias.Index(b, n, i, x.j);
+          const size_t at = p_.BiasIndex(b, n, i, x.j);
           dbias.Add(at, ds, ds_error + kEps * per_bias * std::fabs(ds));
           dbias.tainted[at] |= tainted;
         }
         if (p_.dslopes) {
-          const size_t at = p_.dslopes.Index(b, n);
-          const double away = Distance(i, x.j);
+          const size_t at = p_.dslopes.Index(b, n, i);
+          const double away = Distance(b, n, i, x.j);
           dslopes.Add(at, -ds * away, (ds_error + kEps * Growth(pairs) * std::fabs(ds)) * away);
           dslopes.tainted[at] |= tainted;
         }
+        if (p_.dscale) {
+          const size_t at = p_.dscale.Index(b, n);
+          double dot = 0.0, size = 0.0;
+          for (int64_t d = 0; d < p_.D; ++d) dot += q[d] * key[d], size += std::fabs(q[d] * key[d]);
+          dscale.Add(at, ds * dot, (ds_error + kEps * Growth(pairs) * std::fabs(ds)) * std::fabs(dot) +
+                                       kEps * Growth(p_.D) * std::fabs(ds) * size);
+          dscale.tainted[at] |= tainted;
+        }
+        if (p_.dcap) {
+          const size_t at = p_.dcap.Index(b, n);
+          const double before = x.p * inner, by_cap = ByCap(x.u);
+          const double by_error = kEps * (2 * std::fabs(x.u) * x.slope * x.before_error / cap + 12 * std::fabs(by_cap) +
+                                          8 * std::min(1.0, std::fabs(x.u)));
+          const double before_error = (x.p * x.error + kTiny) * std::fabs(inner) +
+                                      x.p * kEps * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner));
+          dcap.Add(at, before * by_cap, before_error * std::fabs(by_cap) + by_error * std::fabs(before));
+          dcap.tainted[at] |= tainted;
+        }
       }
+      for (size_t d = 0; d < largest_key.size() && !seen_.empty(); ++d)
+        dquery.moved[to_q + d] += std::fabs(scale) * (std::fabs(missing) + 0x1p-8 * ds_size) * largest_key[d];
     });
   }
 
@@ -165,7 +227,9 @@ class Reference {
     double s, p, keep;          // keep: 0 or 1 / keep_prob
     double slope, slope_error;  // of the soft cap; errors in units of kEps
     double logit_error;
+    double u, before_error;     // before the soft cap: in caps, and its error
     double error;               // of p, relative, not in units
+    bool hidden;                // by a bias of -inf under a soft cap
   };
   struct Row {
     double m, l;
@@ -179,8 +243,18 @@ class Reference {
     return std::all_of(x, x + n, [](double y) { return std::isfinite(y); });
   }
 
-  double Distance(int64_t i, int64_t j) const {
-    const double away = std::fabs(static_cast<double>(j - i));
+  // The derivative of cap tanh(x / cap) by cap, for u = x / cap; that of -inf is not asked for.
+  static double ByCap(double u) {
+    if (!std::isfinite(u)) return std::isnan(u) ? u : u > 0 ? 1.0 : 0.0;
+    const double t = std::tanh(u), c = std::cosh(std::min(300.0, std::fabs(u)));
+    // Where the difference loses digits, by the series of tanh.
+    if (std::fabs(u) < 0.05) return 2.0 / 3 * std::pow(u, 3) - 8.0 / 15 * std::pow(u, 5) + 34.0 / 105 * std::pow(u, 7);
+    return t - u / (c * c);
+  }
+
+  double Distance(int64_t b, int64_t n, int64_t i, int64_t j) const {
+    const double at = p_.position ? p_.position.at(b, n, i) : static_cast<double>(i);
+    const double away = std::fabs(static_cast<double>(j) - at);
     return p_.alibi == jax_fa::Alibi::kSqrt ? std::sqrt(away) : away;
   }
 
@@ -197,36 +271,42 @@ class Reference {
     seen_.clear();
     row_ = {none, 0.0, false};
     const int64_t k = n / p_.G();
+    const double scale = p_.Scale(b, n), cap = p_.Cap(b, n);
     for (int64_t j = 0; j < p_.Skv; ++j) {
       if (!p_.Visible(b, n, i, j)) continue;
       const double* q = &p_.query.value[p_.query.Index(b, n, i)];
       const double* key = &p_.key.value[p_.key.Index(b, k, j)];
-      Seen x{j, 0.0, 0.0, p_.Kept(b, n, i, j) ? 1.0 / p_.keep_prob : 0.0, 1.0, 0.0, 0.0, 0.0};
+      Seen x{j, 0.0, 0.0, p_.Kept(b, n, i, j) ? 1.0 / p_.KeepProb(b, n) : 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, false};
       double dot = 0.0, size = 0.0;
       for (int64_t d = 0; d < p_.D; ++d) dot += q[d] * key[d], size += std::fabs(q[d] * key[d]);
-      double z = p_.scale * dot;
-      x.logit_error = Growth(p_.D) * std::fabs(p_.scale) * size;
+      double z = scale * dot;
+      x.logit_error = Growth(p_.D) * std::fabs(scale) * size;
+      bool hides = false;
       row_.tainted |= !AllFinite(q, p_.D) || !AllFinite(key, p_.D) ||
                       !AllFinite(&p_.value.value[p_.value.Index(b, k, j)], p_.Dv);
       if (p_.bias) {
-        const double y = p_.bias.at(b, n, i, j);
+        const double y = p_.bias.value[p_.BiasIndex(b, n, i, j)];
         z += y;
+        hides = y == -std::numeric_limits<double>::infinity();
         if (std::isfinite(y)) x.logit_error += 2 * std::fabs(y);
         row_.tainted |= !(y < std::numeric_limits<double>::infinity());
       }
       if (p_.slopes) {
-        const double y = p_.slopes.at(b, n) * Distance(i, j);
+        const double y = p_.slopes.at(b, n, i) * Distance(b, n, i, j);
         z -= y;
         x.logit_error += 6 * std::fabs(y);
       }
-      if (p_.cap != 0.0) {
+      if (cap != 0.0) {
         if (std::isfinite(z)) x.logit_error += 4 * std::fabs(z);
-        const double t = std::tanh(z / p_.cap);
+        const double t = std::tanh(z / cap);
+        x.u = z / cap, x.before_error = x.logit_error;
         x.slope = 1.0 - t * t;
-        x.slope_error = 2.0 * x.slope * x.logit_error / p_.cap + 24.0;
-        x.logit_error = x.slope * x.logit_error + 8.0 * p_.cap * std::fabs(t);
-        z = p_.cap * t;
+        x.slope_error = 2.0 * x.slope * x.logit_error / cap + 24.0;
+        x.logit_error = x.slope * x.logit_error + 8.0 * cap * std::fabs(t);
+        z = cap * t;
       }
+      x.hidden = hides && cap != 0.0;
+      if (x.hidden) z = -std::numeric_limits<double>::infinity(), x.logit_error = 0.0;
       x.s = z;
       if (!(row_.m >= z)) row_.m = std::isnan(row_.m) ? row_.m : z;
       seen_.push_back(x);

@@ -17,11 +17,18 @@ struct Spec {
   int bound_axes = 8;
   int mask = kNoAxes, bias = kNoAxes;
   bool infinite_bias = false;  // some of it -inf
-  double scale = 0.25, amplitude = 1.0, cap = 0.0, keep = 1.0;
+  double scale = 0.25, amplitude = 1.0, query_amplitude = 1.0, cap = 0.0, keep = 1.0;
   jax_fa::Alibi alibi = jax_fa::Alibi::kNone;
-  int slope_axes = 7;
+  int slope_axes = 7, position = kNoAxes;
+  int indexed = kNoAxes;       // bias by index: axes of its offsets; `bias` gives those of the elements
+  bool apart = false;          // ... and each key head has elements of its own
+  int segments = kNoAxes;
+  int scales = kNoAxes, caps = kNoAxes, rates = kNoAxes;  // axes of what is given per head instead
   bool philox = false, bits = false, dlogsumexp = false;
   int layout = 0;              // 0: B S N D without gaps; else any order, drawn from the seed
+  bool rounding = true;        // of a 16-bit out is saved for the backward
+  double common_key = 0.0;     // a component that all keys share, as large as that
+  double common_logit = 0.0;   // what all logits have in common
   double garbage = 0.0;        // NaN or infinity: where nobody sees it, and in a few places that are seen
   bool seen_garbage = false;
   uint64_t seed = 1;
@@ -32,11 +39,13 @@ struct Spec {
     char text[512];
     std::snprintf(text, sizeof text,
                   "B=%lldx%lld Sq=%lld Skv=%lld N=%lld K=%lld D=%lld Dv=%lld %s bounds=%s/%d mask=%d bias=%d%s "
-                  "scale=%g amplitude=%g cap=%g alibi=%d/%d dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s "
-                  "seed=%llu",
+                  "scale=%g amplitude=%g/%g common=%g/%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d per-head=%d/%d/%d "
+                  "dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s seed=%llu",
                   Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv),
                   kDTypes[static_cast<int>(dtype)], kBounds[static_cast<int>(bounds)], bound_axes, mask, bias,
-                  infinite_bias ? "(-inf)" : "", scale, amplitude, cap, static_cast<int>(alibi), slope_axes,
+                  infinite_bias ? "(-inf)" : "", scale, amplitude, query_amplitude, common_key,
+                  common_logit, cap, static_cast<int>(alibi), slope_axes, position,
+                  indexed, apart ? "(apart)" : "", segments, scales, caps, rates,
                   philox ? "philox " : "", bits ? "bits " : "", keep, dlogsumexp, layout, garbage,
                   seen_garbage ? "(seen)" : "", static_cast<unsigned long long>(seed));
     return text;
@@ -59,26 +68,36 @@ class Maker {
     p_.value = Stored(s_.dtype, {s_.B1, s_.B2, s_.K, s_.Skv, s_.Dv});
     p_.dout = Stored(s_.dtype, {s_.B1, s_.B2, s_.N, s_.Sq, s_.Dv});
     for (Array* x : {&p_.query, &p_.key}) Draw(*x, s_.amplitude);
+    for (double& x : p_.query.value) x *= s_.query_amplitude;
     for (Array* x : {&p_.value, &p_.dout}) Draw(*x, 1.0);
+    MakeCommon();
     if (s_.dlogsumexp) Draw(p_.dlogsumexp = Stats(), 1.0);
     MakeMasks();
     if (s_.bias != kNoAxes) {
-      p_.bias = Plain(random_.OneIn(2) ? s_.dtype : DType::kF32, Full(s_.bias, s_.Skv));
+      if (s_.indexed != kNoAxes) MakeOffsets();
+      p_.bias = Plain(random_.OneIn(2) ? s_.dtype : DType::kF32,
+                      p_.bias_offset ? Elements() : Full(s_.bias, s_.Skv));
       Draw(p_.bias, 1.0);
       for (double& x : p_.bias.value)
         if (s_.infinite_bias && random_.OneIn(4)) x = -std::numeric_limits<double>::infinity();
       p_.dbias = Plain(DType::kF32, p_.bias.dims);
     }
     if (s_.alibi != jax_fa::Alibi::kNone) {
-      p_.slopes = Plain(DType::kF32, Full(s_.slope_axes & 7, 1));
+      p_.slopes = Plain(DType::kF32, Full(s_.slope_axes & 15, 1));
       for (double& x : p_.slopes.value) x = 0.3 * random_.Uniform();
       p_.dslopes = Plain(DType::kF32, p_.slopes.dims);
+      if (s_.position != kNoAxes) {
+        p_.position = Pairs(DType::kI32, Full(s_.position & 15, 1));
+        for (double& x : p_.position.value) x = static_cast<double>(random_.Below(2 * s_.Skv + 40) - 20);
+      }
     }
+    MakeHeads();
     MakeDropout();
     MakeResults();
     if (s_.garbage != 0.0) Spoil();
     for (Array* x : {&p_.query, &p_.key, &p_.value, &p_.dout, &p_.dlogsumexp, &p_.lower, &p_.upper, &p_.mask, &p_.bias,
-                     &p_.slopes, &p_.seed, &p_.stream, &p_.drop_bits, &p_.drop_offset})
+                     &p_.slopes, &p_.seed, &p_.stream, &p_.drop_bits, &p_.drop_offset, &p_.bias_offset, &p_.position,
+                     &p_.segment_row, &p_.segment_key, &p_.scale_of_head, &p_.cap_of_head, &p_.threshold_of_head})
       if (*x) x->Write();
   }
 
@@ -114,6 +133,23 @@ class Maker {
     for (double& y : x.value) y = amplitude * random_.Normal();
   }
 
+  void MakeCommon() {
+    const auto each = [](Array& x, const auto& fn) {
+      const int64_t head = x.dims[kRow] * x.dims[kCol];
+      for (size_t at = 0; at < x.value.size(); ++at)
+        fn(x.value[at], static_cast<int64_t>(at) / head, static_cast<int64_t>(at) % x.dims[kCol]);
+    };
+    if (s_.common_key != 0.0) {
+      each(p_.key, [&](double& x, int64_t head, int64_t d) {
+        x += s_.common_key * Random(static_cast<uint64_t>(head * s_.D + d)).Normal();
+      });
+    }
+    if (s_.common_logit != 0.0) {
+      each(p_.query, [](double& x, int64_t, int64_t d) { x = d == 0 ? 1.0 : x; });
+      each(p_.key, [&](double& x, int64_t, int64_t d) { x = d == 0 ? s_.common_logit / s_.scale : x; });
+    }
+  }
+
   void MakeMasks() {
     const auto bound = [&](Array& x, const auto& fn) {
       x = Pairs(DType::kI32, Full(s_.bound_axes & 15, 1));
@@ -142,6 +178,12 @@ class Maker {
       case Bounds::kLengths: bound(p_.upper, [&](int64_t) { return random_.Below(s_.Skv + 1); }); break;
       case Bounds::kFrom: bound(p_.lower, [&](int64_t) { return random_.Below(s_.Skv + 1); }); break;
     }
+    if (s_.segments != kNoAxes) {
+      p_.segment_row = Pairs(DType::kI32, Full(s_.segments & 15, 1));
+      p_.segment_key = Pairs(DType::kI32, Full((s_.segments & 7) | 16, s_.Skv));
+      for (double& x : p_.segment_row.value) x = static_cast<double>(random_.Below(4) - 1);
+      for (double& x : p_.segment_key.value) x = static_cast<double>(random_.OneIn(3) ? random_.Below(4) - 1 : 1);
+    }
     if (s_.mask == kNoAxes) return;
     p_.mask = Plain(DType::kU8, Full(s_.mask, s_.Skv));
     const int64_t row = std::max<int64_t>(1, p_.mask.dims[kCol]);
@@ -149,6 +191,62 @@ class Maker {
       if (static_cast<int64_t>(at) % row == 0) density_ = random_.OneIn(5) ? 0 : 1 + random_.Below(4);
       p_.mask.value[at] = random_.Below(4) < density_ ? 1.0 : 0.0;
     }
+  }
+
+  // Offsets as of a relative position, or any. The elements are those of visible pairs and none beyond.
+  void MakeOffsets() {
+    const bool relative = random_.OneIn(2);
+    p_.bias_apart = s_.apart;
+    p_.bias_offset = Pairs(DType::kI32, Full(s_.apart ? 15 : s_.indexed & 15, 1));
+    for (size_t at = 0; at < p_.bias_offset.value.size(); ++at) {
+      const int64_t i = static_cast<int64_t>(at) % std::max<int64_t>(1, p_.bias_offset.dims[kRow]);
+      p_.bias_offset.value[at] = static_cast<double>(relative ? s_.Sq - i : random_.Below(s_.Sq + 20));
+    }
+    elements_ = 0;
+    const int64_t parts = s_.apart ? p_.B() * s_.K : 1, heads = s_.apart ? p_.G() : s_.N;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = s_.apart ? part / s_.K : 0, last = s_.apart ? first + 1 : p_.B();
+      const int64_t n0 = s_.apart ? part % s_.K * heads : 0;
+      double least = kNone, most = -kNone;
+      for (int64_t b = first; b < last; ++b)
+        for (int64_t n = n0; n < n0 + heads; ++n)
+          for (int64_t i = 0; i < s_.Sq; ++i)
+            for (int64_t j = 0; j < s_.Skv; ++j) {
+              if (!p_.Visible(b, n, i, j)) continue;
+              const double at = p_.bias_offset.at(b, n, i) + static_cast<double>(j);
+              least = std::min(least, at), most = std::max(most, at);
+            }
+      if (least == kNone) least = 0.0, most = -1.0;  // no pair is visible
+      std::vector<uint8_t> moved(p_.bias_offset.value.size(), 0);
+      for (int64_t b = first; b < last; ++b)
+        for (int64_t n = n0; n < n0 + heads; ++n)
+          for (int64_t i = 0; i < s_.Sq; ++i) {
+            const size_t at = p_.bias_offset.Index(b, n, i);
+            if (!moved[at]) p_.bias_offset.value[at] += static_cast<double>(elements_) - least;
+            moved[at] = 1;
+          }
+      elements_ += static_cast<int64_t>(most - least) + 1;
+    }
+  }
+  Dims Elements() const {
+    const int axes = s_.apart ? 0 : s_.bias & 7;
+    return {axes & 1 ? s_.B1 : 1, axes & 2 ? s_.B2 : 1, axes & 4 ? s_.N : 1, 1, elements_};
+  }
+
+  // What one number may be for each head.
+  void MakeHeads() {
+    const auto make = [&](Array& x, DType dtype, int axes, const auto& fn) {
+      if (axes == kNoAxes) return;
+      x = Pairs(dtype, Full(axes & 7, 1));
+      for (double& y : x.value) y = fn();
+    };
+    make(p_.scale_of_head, DType::kF32, s_.scales, [&] { return random_.OneIn(6) ? 0.0 : s_.scale * random_.Normal(); });
+    make(p_.cap_of_head, DType::kF32, s_.caps, [&] { return 0.5 + (random_.OneIn(3) ? 50.0 : 5.0) * random_.Uniform(); });
+    if (p_.scale_of_head) p_.dscale = Plain(DType::kF32, p_.scale_of_head.dims);
+    if (p_.cap_of_head) p_.dcap = Plain(DType::kF32, p_.cap_of_head.dims);
+    if (s_.philox)
+      make(p_.threshold_of_head, DType::kU32, s_.rates,
+           [&] { return random_.OneIn(4) ? 65536.0 : static_cast<double>(20000 + random_.Below(45000)); });
   }
 
   void MakeDropout() {
@@ -177,6 +275,7 @@ class Maker {
 
   void MakeResults() {
     p_.out = Stored(s_.dtype, p_.dout.dims);
+    if (s_.rounding && s_.dtype != DType::kF32) p_.rounding = Stored(s_.dtype, p_.dout.dims);
     p_.m = Stats(), p_.l = Stats();
     p_.dquery = Stored(s_.dtype, p_.query.dims);
     p_.dkey = Stored(s_.dtype, p_.key.dims);
@@ -210,7 +309,8 @@ class Maker {
       for (int64_t b = 0; b < p_.B(); ++b)
         for (int64_t n = 0; n < s_.N; ++n)
           for (int64_t i = 0; i < s_.Sq; ++i)
-            for (int64_t j = 0; j < s_.Skv; ++j) seen[p_.bias.Index(b, n, i, j)] |= p_.Visible(b, n, i, j);
+            for (int64_t j = 0; j < s_.Skv; ++j)
+              if (p_.Visible(b, n, i, j)) seen[p_.BiasIndex(b, n, i, j)] = 1;
       for (size_t at = 0; at < seen.size(); ++at)
         if (!seen[at]) p_.bias.value[at] = s_.garbage;
     }
@@ -229,7 +329,8 @@ class Maker {
   const Spec& s_;
   Problem& p_;
   Random random_;
-  int64_t density_ = 0;
+  static constexpr double kNone = std::numeric_limits<double>::max();
+  int64_t density_ = 0, elements_ = 0;
 };
 
 }  // namespace jax_fa_test

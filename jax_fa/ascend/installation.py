@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jax_fa import compat
+from jax_fa import compat, native
 
 missing: str | None = None  # why the extension is not there
 try:
@@ -58,8 +58,7 @@ def library() -> Library:
     The search order stands in docs/ascend.md.
     """
     if missing is not None:
-        error = f"the native extension is not installed ({missing}); reinstall with a C++17 compiler at hand"
-        return Library(error, None, None, None, None, False, (), ())
+        return Library(native.absence(missing), None, None, None, None, False, (), ())
     found = _native.cann_library()
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
     return Library(**given)
@@ -87,10 +86,9 @@ def emulator_dir() -> str:
     """
     path = Path(__file__).parent.parent / "emulator"
     if not (path / "libopapi.so").exists():
-        reason = missing or f"{path} is not there"
-        raise RuntimeError(
-            f"the CANN emulator is not installed ({reason}); reinstall with a C++17 compiler at hand"
-        )
+        reason = f"{path} is not there; reinstall with a C++17 compiler at hand"
+        reason = reason if missing is None else native.absence(missing)
+        raise RuntimeError(f"the CANN emulator is not installed: {reason}")
     return str(path)
 
 

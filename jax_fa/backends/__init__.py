@@ -13,6 +13,7 @@ where forward and backward are plain traceable functions.
 
 from types import ModuleType
 
+from jax_fa import arguments
 from jax_fa.backends import ascend, cpu, mosaic, xla
 from jax_fa.problem import Operands, Problem
 
@@ -23,16 +24,31 @@ ON_CPU_TOO = ("ascend", "mosaic")
 PLATFORMS = ("cpu",)
 
 
+# What callers may know backends as.
+_BEST = " None takes the best backend of the platform that a program is compiled for"
+_ADVICE = {
+    "cudnn": f"{_BEST}: on NVIDIA GPUs 'mosaic' or 'xla', and no cuDNN.",
+    **dict.fromkeys(
+        ("gpu", "cuda", "mosaic_gpu", "triton", "pallas"), f"{_BEST}: on NVIDIA GPUs 'mosaic' or 'xla'."
+    ),
+    **dict.fromkeys(("tpu", "rocm"), f"{_BEST}: there 'xla'."),
+    **dict.fromkeys(("npu", "cann"), f"{_BEST}: on Ascend 'ascend'."),
+    "native": f"{_BEST}: on CPU 'cpu'.",
+}
+_WRITTEN = {"cpu": "CPU", "cuda": "CUDA"}
+
+
 def names() -> tuple[str, ...]:
     return tuple(backend.name for backend in BACKENDS)
 
 
 def check_implementation(implementation: str | None) -> None:
     """Raises ValueError for a name that is no backend."""
-    if implementation is None or implementation in names():
+    if implementation is None or (isinstance(implementation, str) and implementation in names()):
         return
     allowed = f"None or one of {', '.join(map(repr, names()))}"
-    raise ValueError(f"implementation must be {allowed}; got {implementation!r}.")
+    advice = _ADVICE.get(implementation, "") if isinstance(implementation, str) else ""
+    raise ValueError(f"implementation must be {allowed}; got {arguments.shown(implementation)}.{advice}")
 
 
 def reasons(
@@ -43,7 +59,8 @@ def reasons(
     for backend in BACKENDS:
         serves = backend.platforms is None or platform.lower() in backend.platforms
         if not serves and not (platform == "cpu" and backend.name in ON_CPU_TOO):
-            found[backend.name] = f"runs on {', '.join(backend.platforms)} only, not on {platform}"
+            where = ", ".join(_WRITTEN.get(served, served) for served in backend.platforms)
+            found[backend.name] = f"runs on {where} only, not on {_WRITTEN.get(platform, platform)}"
         else:
             found[backend.name] = backend.why_not(problem, operands, platform=platform, backward=backward)
     return found
@@ -59,9 +76,9 @@ def choose(platform: str, problem: Problem, operands: Operands, backward: bool =
     listed = "; ".join(
         f"{name}: {why}" for name, why in found.items() if problem.implementation in (None, name)
     )
-    asked = f"implementation={problem.implementation!r}" if problem.implementation else "Any backend"
     what = "the gradient of this call" if backward else "this call"
-    raise NotImplementedError(f"{asked} cannot serve {what} on platform {platform!r}. {listed}.")
+    who = f"implementation={problem.implementation!r} cannot" if problem.implementation else "No backend can"
+    raise NotImplementedError(f"{who} serve {what} on platform {platform!r}. {listed}.")
 
 
 def notes(name: str | None, problem: Problem, operands: Operands) -> tuple[str, ...]:

@@ -59,15 +59,16 @@ def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bo
 
 
 def _why_not_here(problem: Problem, platform: str) -> str | None:
-    if installation.missing is not None:
-        return installation.library().error
-    if platform.lower() != "cpu":
-        return None
-    if not installation.emulated():
+    on_cpu = platform.lower() == "cpu"
+    if on_cpu and not installation.emulated():
         return (
             f"runs on {', '.join(platforms)}; on cpu only against an emulator of CANN: set {installation.EMULATOR} to "
             "its directory (jax_fa.ascend.emulator_dir())"
         )
+    if installation.missing is not None:
+        return installation.library().error
+    if not on_cpu:
+        return None
     if installation.library().error is not None:
         return f"no CANN: {installation.library().error}"
     if problem.implementation != name:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import compat, dropout
+from jax_fa import compat, dropout, native
 from jax_fa.problem import (
     DIFFERENTIABLE,
     IN_CANN_FORM,
@@ -35,6 +35,7 @@ platforms = ("cpu",)
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_HEAD_DIM = 768
 _ALIBI = {None: 0, "linear": 1, "sqrt": 2}
+_ROUNDING, _DLOGSUMEXP = 1, 2  # bits of `saved`: arrays beyond out, m, l and dout
 
 
 if missing is None:
@@ -47,24 +48,21 @@ if missing is None:
 def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bool) -> str | None:
     """Why this call cannot run here, or None."""
     if missing is not None:
-        return f"the native extension is not installed ({missing}); reinstall with a C++17 compiler at hand"
+        return native.absence(missing)
     wanted = os.environ.get("JAX_FA_CPU_ISA")
     if wanted and not _native.instruction_sets().get(wanted):
         return f"JAX_FA_CPU_ISA={wanted!r} is not one this machine has: {_available()}"
     if operands.query.dtype not in _DTYPES:
-        return f"serves float32, bfloat16 and float16, not {operands.query.dtype}"
+        return (
+            f"serves float32, bfloat16 and float16, not {operands.query.dtype}: cast query, key and value (in Flax: the "
+            'layer\'s dtype="float32"), or leave implementation at None, which takes xla'
+        )
     d = dims(problem, operands)
     if not all(isinstance(size, (int, np.integer)) for size in (*d.B, d.Sq, d.Skv, d.N, d.K, d.D, d.Dv)):
         return "symbolic dimensions are not supported"
     if max(d.D, d.Dv) > _MAX_HEAD_DIM:
         return f"head_dim is at most {_MAX_HEAD_DIM}, not {max(d.D, d.Dv)}"
-    for feature in _LATER:
-        if getattr(operands, feature) is not None:
-            return f"does not take {feature}"
     return None
-
-
-_LATER = ("bias_offset", "position", "segment_row", "segment_key", "scale", "soft_cap", "keep_threshold")
 
 
 def instruction_set() -> str | None:
@@ -82,9 +80,10 @@ def forward(problem: Problem, operands: Operands) -> tuple[Any, ...]:
     stats = jax.ShapeDtypeStruct((*d.B, d.N, d.Sq), jnp.float32)
     out = jax.ShapeDtypeStruct(out_shape(problem, d), operands.query.dtype)
     present, arrays = _arrays(operands)
-    call = jax.ffi.ffi_call("jax_fa_cpu_forward", (out, stats, stats))
-    found = call(*arrays, problem=_attribute(problem, present))
-    return *found, *([jnp.zeros_like(found[0])] if problem.saves_rounding else [])
+    outs = (out, stats, stats, *([out] if problem.saves_rounding else []))
+    call = jax.ffi.ffi_call("jax_fa_cpu_forward", outs)
+    saved = _ROUNDING if problem.saves_rounding else 0
+    return tuple(call(*arrays, problem=_attribute(problem, present, saved)))
 
 
 def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
@@ -97,20 +96,17 @@ def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
         operand = getattr(operands, name)
         # Sums over broadcast dims are float32, also where the operand is not.
         dtype = operand.dtype if name in STORED else jnp.float32
-        shape = gradient_shape(problem, d, name, operand.shape)
-        return jax.ShapeDtypeStruct(shape[:-1] if name == "alibi_slopes" else shape, dtype)
+        return jax.ShapeDtypeStruct(gradient_shape(problem, d, name, operand.shape), dtype)
 
-    dlogsumexp = [] if saved.dlogsumexp is None else [saved.dlogsumexp.astype(jnp.float32)]
-    rest = [saved.out, saved.m, saved.l, saved.dout, *dlogsumexp]
+    rest, extra = [saved.out, saved.m, saved.l, saved.dout], 0
+    if saved.rounding is not None:
+        rest, extra = [*rest, saved.rounding], extra | _ROUNDING
+    if saved.dlogsumexp is not None:
+        rest, extra = [*rest, saved.dlogsumexp.astype(jnp.float32)], extra | _DLOGSUMEXP
     call = jax.ffi.ffi_call("jax_fa_cpu_backward", [result(name) for name in names])
-    gradients = dict(zip(names, call(*arrays, *rest, problem=_attribute(problem, present)), strict=True))
-    given = Operands(**dict.fromkeys(STORED) | gradients)
-
-    def finish(name, x):
-        operand = getattr(operands, name)
-        return x.reshape(gradient_shape(problem, d, name, operand.shape)).astype(operand.dtype)
-
-    return given.map(finish)
+    found = call(*arrays, *rest, problem=_attribute(problem, present, extra))
+    given = Operands(**dict.fromkeys(STORED) | dict(zip(names, found, strict=True)))
+    return given.map(lambda name, x: x.astype(getattr(operands, name).dtype))
 
 
 def _arrays(operands: Operands) -> tuple[int, list[Any]]:
@@ -122,7 +118,7 @@ def _arrays(operands: Operands) -> tuple[int, list[Any]]:
         present |= 1 << bit
         if name == "alibi_slopes" or (name == "bias" and x.dtype not in _DTYPES):
             x = x.astype(jnp.float32)
-        arrays.append(x[..., 0] if name == "alibi_slopes" else x)
+        arrays.append(x)
     return present, arrays
 
 
@@ -131,10 +127,11 @@ def _letters(axes: tuple[int, ...]) -> str:
     return "".join(chr(ord("a") + axis) for axis in axes)
 
 
-def _attribute(problem: Problem, present: int) -> dict[str, Any]:
+def _attribute(problem: Problem, present: int, saved: int) -> dict[str, Any]:
     """The static part as the handlers' struct; every field has exactly the type that C++ expects."""
     return {
         "present": np.uint32(present),
+        "saved": np.uint32(saved),
         "query_axes": _letters(problem.query_axes),
         "key_axes": _letters(problem.key_axes),
         "value_axes": _letters(problem.value_axes),
@@ -143,5 +140,6 @@ def _attribute(problem: Problem, present: int) -> dict[str, Any]:
         "keep_prob": np.float32(problem.keep_prob),
         "soft_cap": np.float32(problem.logits_soft_cap or 0.0),
         "alibi": np.uint8(_ALIBI[problem.alibi]),
+        "bias_apart": np.uint8(problem.bias_apart),
         "threshold": np.uint32(dropout.threshold(problem.keep_prob)),
     }

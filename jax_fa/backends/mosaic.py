@@ -4,6 +4,7 @@ The kernels are in `jax_fa/mosaic/`, imported when the first call is lowered for
 interpreter is forced (`plgpu.force_gpu_interpret_mode`), slowly: for tests.
 """
 
+import sys
 from functools import partial
 
 import jax
@@ -26,12 +27,15 @@ def why_not(problem: Problem, operands: Operands, *, platform: str, backward: bo
 
 
 def _no_gpu(platform: str) -> str | None:
-    if jax.__version_info__[:2] < _OLDEST:
-        return f"needs jax 0.11 or newer; this is {jax.__version__}"
     if platform == "cpu":
         if compat.interpreting_gpu():
             return None
-        return "runs on CPU only in Pallas' interpreter (plgpu.force_gpu_interpret_mode)"
+        return "runs on CUDA only; on CPU in Pallas' interpreter, for tests (plgpu.force_gpu_interpret_mode)"
+    if jax.__version_info__[:2] < _OLDEST:
+        return (
+            "needs jax 0.11 or newer, which needs Python 3.12 or newer; this is jax "
+            f"{jax.__version__} on Python {sys.version.split()[0]}"
+        )
     capability = compat.compute_capability()
     if capability is None:
         return "the GPU is not known where this is lowered: no device here, and no abstract device set"

@@ -1,14 +1,15 @@
 """`python -m jax_fa.bench`: times attention over shapes, against the other libraries that are installed."""
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 
+from jax_fa import program
 from jax_fa.bench import contestants, measure, record, report, shapes
 
 OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
@@ -17,7 +18,7 @@ Read = TypeVar("Read")
 
 @jax.numpy_dtype_promotion("standard")  # jax.nn mixes 16-bit dtypes with float32 itself
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code: 0 all numbers agree, 1 some do not."""
+    """Runs the benchmark; returns its exit code: 0 all numbers agree, 1 some do not, 3 a file could not be written."""
     parser = _parser()
     options = parser.parse_args(argv)
     try:
@@ -38,17 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = record.new_run([])
     report.header(run)
     results: list[measure.Result] = []
+    written = True
     with report.progress(len(calls) * (len(chosen) + options.rounds)) as (step, beside_bar):
         for call in calls:
             results += (found := measure.measure(call, chosen, options.rounds, step))
+            run = replace(run, results=results, complete=call is calls[-1])
+            if options.json:  # as rows come: whoever stops the program keeps them
+                written &= _written("--json", options.json, partial(record.write, run))
             with beside_bar():
                 report.rows(found)
-    run = replace(run, results=results)
-    if options.json:
-        record.write(run, options.json)
     if options.plot:
-        report.plot(options.plot, run)
-    return OK if report.verdict(results) else MISS
+        written &= _written("--plot", options.plot, partial(report.plot, run=run))
+    if not report.verdict(results):
+        return MISS
+    return OK if written else program.UNWRITTEN
+
+
+def _written(option: str, path: Path, writing: Callable[[Path], None]) -> bool:
+    return program.write_or_report(f"{option} {path}", partial(writing, path))
 
 
 def _chosen(names: list[str] | None) -> dict[str, Callable]:
@@ -77,18 +85,10 @@ def _calls(options: argparse.Namespace) -> list[shapes.Call]:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raises ValueError where a file could not be written: before measuring, not after."""
-    for path in (options.plot, options.json):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path.parent} must be a directory, to write {path.name} into")
-        if path is not None and path.is_dir():
-            raise ValueError(f"{path} must be a file to write, and is a directory")
-    if options.plot is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('--plot needs matplotlib: python -m pip install ".[bench]"')
-    formats = report.plot_formats()
-    if options.plot.suffix.removeprefix(".").lower() not in formats:
-        raise ValueError(f"--plot must end in one of .{', .'.join(formats)}; got {options.plot.name!r}")
+    if options.json is not None:
+        program.check_writable(options.json)
+    if options.plot is not None:
+        program.check_plot(options.plot)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Times attention over shapes: every backend of jax_fa that is here, jax.nn and PyTorch, called in turn "
         "in one process. Prints medians, half the distance of the quartiles, and ratios to the first contestant. Checks that "
         "all compute the same numbers.",
-        epilog="Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments.",
+        epilog="Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments, 3 a file could not be written.",
     )
     parser.add_argument(
         "--shapes",
@@ -139,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=_positive, default=7, metavar="N", help="timed calls of each (default: 7)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write versions and every single time")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write versions and every single time, as they come"
+    )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw time against length (needs matplotlib)"
     )

@@ -1,8 +1,7 @@
 """`python -m jax_fa.bench`."""
 
-import sys
-
+from jax_fa import program
 from jax_fa.bench import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.start(main)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 import jax_fa
+from jax_fa import program
 from jax_fa.backends import cpu
 from jax_fa.bench.measure import Result
 from jax_fa.bench.shapes import call_from
@@ -29,6 +30,7 @@ class Run:
     date: str  # ISO 8601, UTC
     environment: dict[str, Any]
     results: Sequence[Result]
+    complete: bool = True  # False: the program was stopped, or has more to measure
 
 
 def new_run(results: Sequence[Result]) -> Run:
@@ -68,8 +70,8 @@ def _cpu_model() -> str:
 
 def write(run: Run, path: Path) -> None:
     rows = [asdict(result) for result in run.results]
-    text = {"schema": SCHEMA, "run": run.id, "date": run.date, "environment": run.environment, "rows": rows}
-    path.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    head = {"schema": SCHEMA, "run": run.id, "date": run.date, "environment": run.environment}
+    program.write(path, json.dumps(head | {"complete": run.complete, "rows": rows}, indent=1) + "\n")
 
 
 def read(path: Path) -> Run:
@@ -79,6 +81,12 @@ def read(path: Path) -> Run:
         if not isinstance(text, dict) or text.get("schema") != SCHEMA:
             raise ValueError(f"schema must be {SCHEMA}")
         results = [Result(**(row | {"call": call_from(row["call"])})) for row in text["rows"]]
-        return Run(id=text["run"], date=text["date"], environment=text["environment"], results=results)
+        return Run(
+            id=text["run"],
+            date=text["date"],
+            environment=text["environment"],
+            results=results,
+            complete=text.get("complete", True),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be a file that --json wrote: {error}") from error

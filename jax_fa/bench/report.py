@@ -60,7 +60,7 @@ def compare(runs: Sequence[Run]) -> None:
     for run in runs:
         header(run)
         rows(run.results)
-        print()
+        print("" if run.complete else "\nThis run was stopped before its end.\n")
     if len({run.id for run in runs}) > 1:
         print(NO_RATIOS)
 
@@ -93,13 +93,6 @@ def progress(steps: int) -> Iterator[tuple[Callable[[], None], Callable[[], Abst
         return
     with tqdm(total=steps, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
         yield (lambda: bar.update() and None), tqdm.external_write_mode
-
-
-def plot_formats() -> list[str]:
-    """What the name of a plot's file can end in."""
-    from matplotlib.figure import Figure
-
-    return sorted(Figure().canvas.get_supported_filetypes())
 
 
 def plot(path: Path, run: Run) -> None:

@@ -1,14 +1,15 @@
 """The main job: checks the numbers, then trains a small GPT with jax_fa and with jax.nn, side by side."""
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 import jax_fa
+from jax_fa import program
 from jax_fa.demo import baseline, checks, gpt, race, report
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -17,12 +18,12 @@ OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
 
 @jax.numpy_dtype_promotion("standard")  # jax.nn mixes 16-bit dtypes with float32 itself
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the main job; returns its exit code: 0 all numbers agree, 1 some do not."""
+    """Runs the main job; returns its exit code: 0 all numbers agree, 1 some do not, 3 the plot could not be written."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: python -m pip install matplotlib")
     try:
+        if options.plot:
+            program.check_plot(options.plot)
         config = _config(options)
         explanation = _explain(config, options.implementation)
     except (ValueError, NotImplementedError) as error:
@@ -41,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = race.run(config, {"jax_fa": ours, "jax.nn": baseline.attention}, report.progress(config.steps))
     agreement = race.agreement(config, *runs.values())
     report.race(runs, agreement)
+    written = True
     if options.plot:
-        report.plot(options.plot, config, runs)
+        written = program.write_or_report(
+            f"--plot {options.plot}", lambda: report.plot(options.plot, config, runs)
+        )
     report.verdict(results, runs, agreement)
-    return OK if all(result.ok for result in results) and agreement.ok else MISS
+    if not (all(result.ok for result in results) and agreement.ok):
+        return MISS
+    return OK if written else program.UNWRITTEN
 
 
 def _explain(config: gpt.Config, implementation: str | None) -> jax_fa.Explanation:
@@ -62,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jax_fa",
         description="Checks jax_fa against float64 and jax.nn.dot_product_attention, then trains a small GPT "
         "on Python's own documentation, once with each, and compares losses, step times and memory.",
-        epilog="Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments.",
+        epilog="Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments, 3 the plot could not be written.",
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, a smaller model: under a minute")
     parser.add_argument(
@@ -80,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--implementation", metavar="NAME", help="jax_fa backend (default: the best that can)"
     )
-    parser.add_argument("--plot", metavar="FILE", help="draw loss curves and step times (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw loss curves and step times (needs matplotlib)"
+    )
     return parser
 
 

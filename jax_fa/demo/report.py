@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jaxlib
@@ -131,7 +132,7 @@ def verdict(results: Sequence[Result], runs: dict[str, Run], agreement: Agreemen
     )
 
 
-def plot(path: str, config: Config, runs: dict[str, Run]) -> None:
+def plot(path: Path, config: Config, runs: dict[str, Run]) -> None:
     """Loss curves and step times, drawn without a display."""
     from matplotlib.figure import Figure  # imported only when asked for
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype as promote_like_linen
 
 from jax_fa import api, backends, masks
 from jax_fa.attention import attention
+from jax_fa.explanation import here
 from jax_fa.masks import Mask
 
 
@@ -69,8 +71,9 @@ def attention_fn(
       dropout_rate: in [0, 1). Dropout is on if it is above 0 and `deterministic` is false.
       deterministic: turns dropout off.
       dtype: what query, key and value are cast to; None: the dtype they promote to, at least float32 for integers.
-      precision: None, or that of `jax.lax.Precision`. The kernels take the precision of their products from
-        `jax.default_matmul_precision`, so for float32 more than DEFAULT is refused unless it is set there too.
+      precision: what Flax passes to its products. Any is accepted that the kernels meet anyway: on CPU float32 products
+        and sums for float32, everywhere float32 sums for the 16-bit dtypes. On GPU and TPU float32 products take
+        their precision from `jax.default_matmul_precision`, so there more than that is refused.
       module: Flax passes the layer where attention weights are to be sown (`sow_weights=True`), which is refused:
         they never exist.
       force_fp32_for_softmax: changes nothing: the softmax is computed in float32 anyway.
@@ -185,32 +188,57 @@ def _check_no_einsum(**given) -> None:
 
 
 def _check_precision(precision, dtype) -> None:
+    """Raises NotImplementedError for a precision that the products of this dtype do not have on JAX's default platform.
+
+    On CPU every backend computes float32 products and sums for float32, as it does float64 for float64; products of
+    16-bit values and their sums are float32 everywhere.
+    """
     asked = precision if isinstance(precision, tuple) else (precision,)
-    levels = [_level(p) for p in asked]
-    if any(level is None for level in levels):
-        raise NotImplementedError(
-            f"precision must be None or a jax.lax.Precision (or its name); got {precision!r}."
-        )
-    if dtype != jnp.float32:
-        return  # only float32 products are computed with less than the operands hold
-    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    if max(level or 0 for level in levels) > (_level(default) or 0):
-        raise NotImplementedError(
-            f"precision={precision!r} is more than the kernels may use: they take the precision of float32 products "
-            f"from jax.config.jax_default_matmul_precision, which is {default!r}. Set that, by "
-            '`jax.config.update("jax_default_matmul_precision", "highest")`, or leave precision=None. (On CPU, '
-            "float32 products are in float32 either way.)"
-        )
-
-
-def _level(precision) -> int | None:
-    """0, 1 or 2 for DEFAULT, HIGH or HIGHEST; None for what is no such level."""
-    if not isinstance(precision, (str, jax.lax.Precision, type(None))):
-        return None
     try:
-        return 0 if precision is None else jax.lax.Precision(precision).value
+        levels = [_level(p) for p in asked]
     except ValueError:
-        return None
+        raise NotImplementedError(
+            f"precision must be None, a jax.lax.Precision or its name, or an algorithm of jax.lax.dot; got {precision!r}."
+        ) from None
+    if dtype == jnp.float64:
+        return
+    if _FLOAT64 in levels:
+        raise NotImplementedError(
+            f"precision={precision!r} asks for float64; {dtype} is computed with float32 products and sums. Pass float64 "
+            "arrays (dtype=jnp.float64, with jax_enable_x64)."
+        )
+    if dtype != jnp.float32 or here() == "cpu":
+        return
+    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if max(levels) > _level(default):
+        raise NotImplementedError(
+            f"precision={precision!r} is more than the kernels may use on {here()}: they take the precision of float32 "
+            f"products from jax.config.jax_default_matmul_precision, which is {default!r}. Set that, by "
+            '`jax.config.update("jax_default_matmul_precision", "highest")`, or leave precision=None.'
+        )
+
+
+_DEFAULT, _HIGH, _HIGHEST, _FLOAT64 = range(4)
+_LEVELS = {
+    "F64_F64_F64": _FLOAT64,
+    "F32_F32_F32": _HIGHEST,
+    "BF16_BF16_F32_X9": _HIGHEST,
+    "BF16_BF16_F32_X6": _HIGHEST,
+    "BF16_BF16_F32_X3": _HIGH,
+    "TF32_TF32_F32_X3": _HIGH,
+}
+
+
+def _level(precision) -> int:
+    """How much a precision asks of float32 products; ValueError for what JAX does not take as one."""
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    jax.eval_shape(lambda x: jax.lax.dot(x, x, precision=precision), one)
+    if isinstance(precision, jax.lax.DotAlgorithm):
+        return _FLOAT64 if precision.accumulation_type == np.float64 else _HIGHEST
+    name = precision.name if isinstance(precision, jax.lax.DotAlgorithmPreset) else str(precision).upper()
+    if precision is None or name in jax.lax.DotAlgorithmPreset.__members__:
+        return _LEVELS.get(name, _DEFAULT)
+    return jax.lax.Precision(precision).value
 
 
 def _check_decoding(options: _Options, query, key) -> None:

@@ -1,0 +1,189 @@
+"""Checks of the kinds of arguments: errors that name the argument, what was given, what is allowed and the way out."""
+
+import difflib
+import functools
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_LONGEST = 60  # characters of a value that an error shows
+
+
+def shown(x) -> str:
+    """A value as errors show it: short, and arrays by their shape and dtype."""
+    if isinstance(x, jax.core.Tracer):
+        return f"a traced value {x.aval.str_short()}"
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{type(x).__name__} of shape {tuple(x.shape)} and dtype {x.dtype}"
+    text = repr(x)
+    return text if len(text) <= _LONGEST else f"an object of type {type(x).__name__}"
+
+
+def array(name: str, x):
+    """x as a JAX array."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{name} must be an array; got {x}, which has no values. "
+            "(jax_fa.explain and jax.eval_shape take such shapes.)"
+        )
+    try:
+        made = None if x is None else jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        # Arrays that JAX itself cannot use here, such as deleted ones, have a better error of JAX.
+        if isinstance(x, jax.Array):
+            raise
+        raise TypeError(f"{name} must be an array; got {shown(x)}.") from error
+    if made is None or jnp.issubdtype(made.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{name} must be an array; got {'None' if x is None else 'a jax.random key'}.")
+    return made
+
+
+def number(name: str, x, what: str) -> None:
+    """Raises TypeError unless x is a real number or an array (traced ones too) of such numbers."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        real = isinstance(x, numbers.Real) and not isinstance(x, bool)
+    else:
+        real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+        real = real and not isinstance(x, jax.ShapeDtypeStruct)
+    if not real:
+        raise TypeError(f"{name} must be {what}; got {shown(x)}.")
+
+
+def flag(name: str, x) -> bool:
+    """A Python bool; flags are part of the program."""
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"{name} must be True or False, known when the program is traced; got {shown(x)}. "
+            "Make it a static argument of jax.jit (static_argnames)."
+        )
+    boolean = isinstance(x, (bool, np.bool_)) or (type(x) is int and x in (0, 1))
+    if not boolean and not (getattr(x, "dtype", None) == np.bool_ and getattr(x, "shape", None) == ()):
+        raise TypeError(f"{name} must be True or False; got {shown(x)}.")
+    return bool(x)
+
+
+def random_key(name: str, key) -> None:
+    """Raises unless this is one `jax.random` key, new style or old."""
+    dtype = getattr(key, "dtype", None)
+    shape: tuple[int, ...] | None = None
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        shape = getattr(key, "shape", None)
+    elif dtype == jnp.uint32:
+        try:
+            shape = jax.eval_shape(jax.random.wrap_key_data, key).shape
+        except (TypeError, ValueError):
+            pass
+    if shape is None or isinstance(key, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name} must be a jax.random key, such as jax.random.key(0); got {shown(key)}.")
+    if shape != ():
+        raise ValueError(
+            f"{name} must be a single jax.random key; got keys of shape {shape}. Every batch entry and head draws "
+            "dropout of its own from one key; for several keys, jax.vmap the call over them and the arrays."
+        )
+
+
+def choice(name: str, x, allowed: Mapping[str, Any], advice: str = "") -> None:
+    """Raises ValueError unless x is a string among those allowed."""
+    if not isinstance(x, str) or x not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {shown(x)}.{advice}")
+
+
+# --- names of arguments
+
+# What callers of other functions know these arguments as: for each entry, the name given and what to pass instead.
+_CAUSAL = "mask=jax_fa.masks.Causal()"
+_WINDOW = "mask=jax_fa.masks.SlidingWindow(left, right)"
+_SCALES = dict.fromkeys(("softmax_scale", "sm_scale", "scale_value"), "scale")
+_CAPS = dict.fromkeys(("softcap", "soft_cap", "logit_soft_cap", "attn_logits_soft_cap"), "logits_soft_cap")
+_DROPOUT = {"dropout_p": "dropout_rate", "dropout_rng": "dropout_key", "dropout_seed": "dropout_key"}
+_MASKS = dict.fromkeys(
+    ("attn_mask", "attention_mask", "atten_mask"), "mask (boolean, True = visible) or bias"
+)
+_ADVICE: dict[str, dict[str, str]] = {
+    "dot_product_attention": {
+        **_SCALES,
+        **_CAPS,
+        **_DROPOUT,
+        **_MASKS,
+        "causal": "is_causal=True",
+        "window_size": "local_window_size",
+        "return_logsumexp": "return_residual",
+        "return_lse": "return_residual",
+    },
+    "flash_attention": {
+        **_SCALES,
+        **_CAPS,
+        **_DROPOUT,
+        **_MASKS,
+        "causal": _CAUSAL,
+        "is_causal": _CAUSAL,
+        "window_size": _WINDOW,
+        "local_window_size": _WINDOW,
+        "query_seq_lengths": "mask=jax_fa.masks.Lengths(query=...)",
+        "key_value_seq_lengths": "mask=jax_fa.masks.Lengths(key=...)",
+        "segment_ids": "mask=jax_fa.masks.SegmentIds(...)",
+        "cu_seqlens": "mask=jax_fa.masks.CumulativeLengths(...)",
+        "return_residual": "return_logsumexp",
+        "return_lse": "return_logsumexp",
+        "input_layout": "layout",
+    },
+    "flash_attention_score": {
+        "scale": "scale_value",
+        "mask": "atten_mask (1 = masked)",
+        "attn_mask": "atten_mask (1 = masked)",
+        "bias": "pse",
+        "dropout_rate": "keep_prob and drop_mask",
+        "layout": "input_layout",
+        "causal": "sparse_mode=2",
+        "is_causal": "sparse_mode=2",
+        "padding_mask": "None of it: CANN has reserved it",
+    },
+}
+_signatures: dict[str, inspect.Signature] = {}
+
+
+def entry(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a public function: keywords that it does not have are errors with advice."""
+    _signatures[function.__name__] = inspect.signature(function)
+    known = frozenset(_signatures[function.__name__].parameters)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not known.issuperset(kwargs):
+            raise unknown(function.__name__, kwargs)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def names(entry: str) -> frozenset[str]:
+    """The arguments that an entry has."""
+    return frozenset(_signatures[entry].parameters)
+
+
+def unknown(entry: str, given: Mapping[str, Any]) -> TypeError:
+    """What to raise for keywords of which some are none of this entry's."""
+    name = next(name for name in given if name not in names(entry))
+    instead = _ADVICE.get(entry, {}).get(name)
+    others = [other for other in _signatures if other != entry and name in names(other)]
+    near = difflib.get_close_matches(name, names(entry), n=1, cutoff=0.75)
+    text = f"{entry} has no argument {name!r}"
+    if instead:
+        text += f"; pass {instead} instead"
+    elif near:
+        text += f"; did you mean {near[0]!r}?"
+    else:
+        text += f"; its arguments are {', '.join(_signatures[entry].parameters)}"
+    if others:
+        text = (
+            f"{text.rstrip('?')}. ({name} is an argument of {' and '.join(f'jax_fa.{o}' for o in others)}.)"
+        )
+    return TypeError(text if text[-1] in "?)" else f"{text}.")
