@@ -42,7 +42,7 @@ def terms(pse, pse_type: int, *, scale, dtype, d: Dims, packed: Packed | None, c
     Args:
       pse: see `flash_attention_score`. pse_type: 0 to 3. scale: the factor of type 1.
       dtype: query's. d: the sizes of the call. packed: the sequences in layout TND.
-      causal: no row sees a key after its own position; an ALiBi table is defined for those only.
+      causal: keys after its own position are masked for every row; an ALiBi table is defined for the others only.
     """
     if pse_type not in (0, 1, 2, 3):
         raise ValueError(f"pse_type must be 0, 1, 2 or 3; got {pse_type!r}.")
@@ -146,6 +146,7 @@ def _packed(pse, d: Dims, packed: Packed, causal: bool) -> Terms:
     one_row = d.N * (d.Skv if lengths is None else int(lengths[1].sum()))
     full = None if lengths is None else d.N * int(np.dot(*lengths))
     longest = pse.shape[-1:] if lengths is None else (int(lengths[1].max()),)
+    form: Any
     # CANN too tries the form of one row first.
     if pse.shape == (one_row,):
         form = _one_row

@@ -272,6 +272,7 @@ struct Unit<true> {
   static JAX_FA_INLINE F MulAdd(F a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
   // The first n < 2 kLanes numbers of a row as units, then zeros; nothing behind them is read.
   static JAX_FA_INLINE F LoadFirst(const uint16_t* p, int n) {
+    if (n % 2 == 0) return _mm512_maskz_loadu_ps(First(n / 2), p);
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint32_t{1} << n) - 1u), p));
   }
   // acc plus the numbers themselves.
