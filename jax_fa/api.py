@@ -381,13 +381,20 @@ def flash_attention_request(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         alibi=None if alibi_slopes is None else "linear",
-        alibi_slopes=None if alibi_slopes is None else arguments.array("alibi_slopes", alibi_slopes),
+        alibi_slopes=None if alibi_slopes is None else _slopes(alibi_slopes, axes),
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         logsumexp=bool(return_logsumexp),
         implementation=implementation,
         max_work=max_work,
     )
+
+
+def _slopes(slopes, axes: tuple[int, ...]):
+    slopes = arguments.array("alibi_slopes", slopes)
+    if slopes.ndim > len(axes) - 2:  # `request.build` also takes slopes of every row
+        raise ValueError(f"alibi_slopes must have shape (N,) or (*B, N); got {slopes.shape}.")
+    return slopes
 
 
 def one_mask(mask) -> Mask:

@@ -360,6 +360,11 @@ FLASH = [
         r"alibi_slopes must have shape \(N,\) or \(\*B, N\) with B=\(2,\), N=4; got \(2,\)\.",
     ),
     (
+        lambda: attend(alibi_slopes=_zeros(2, 4, 1)),
+        ValueError,
+        r"alibi_slopes must have shape \(N,\) or \(\*B, N\); got \(2, 4, 1\)\.",
+    ),
+    (
         lambda: attend(alibi_slopes=_zeros(3, 4)),
         ValueError,
         r"alibi_slopes must have shape .*; got \(3, 4\)\.",
