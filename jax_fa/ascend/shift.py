@@ -3,8 +3,7 @@
 A pse of -inf masks its key. CANN's online softmax computes exp(-inf - -inf) where it meets a block of keys that are
 all masked so: NaN, for the whole row, and in the backward for the keys of the whole sequence. A finite number that
 is far below every logit masks as well, except in rows without any other key. These are found by their maximum, which
-is then that number. Finite numbers end above it (callers mask with the lowest number of their dtype, which masks
-nothing in a row of nothing else). In float16, which has no number to spare, such rows are found by reading the bias.
+is then that number: in float16, which has none that callers do not mask with themselves, by reading the bias.
 """
 
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-# What -inf becomes as a logit. CANN's own masked logits are lower: -2**128, nearly.
-_MASKED = 2.0**127
+# What -inf becomes as a logit. Finite biases may be lower (callers mask with the lowest number of their dtype, which
+# masks nothing in a row of nothing else), but do not lie near it.
+_MASKED = 2.0**126
 
 
 class Shift(NamedTuple):
@@ -46,14 +46,10 @@ def _finite(pse, masked, pse_type: int, scale: float) -> Shift:
     most = min(_MASKED / max(1.0, abs(scale)), float(jnp.finfo(pse.dtype).max))
     value = np.copysign(most, -scale).astype(pse.dtype)
     logit = float(np.float32(value) * np.float32(scale))
-    apart = logit < -(2.0**100)
-    if apart:
-        half = jnp.asarray(np.float64(value) / 2, pse.dtype)
-        pse = jnp.maximum(pse, half) if value < 0 else jnp.minimum(pse, half)
     pse = jnp.where(masked, jnp.asarray(value), pse)
-    return Shift(pse, pse_type, logit if apart else None)
+    return Shift(pse, pse_type, logit if logit < -(2.0**100) else None)
 
 
 def masks_fully(m, masking_logit: float):
     """Whether a row of maximum m has no key but those that a pse of -inf masks."""
-    return m < 0.75 * masking_logit
+    return (m < 0.75 * masking_logit) & (m > 1.25 * masking_logit)
