@@ -27,7 +27,7 @@ Which = Literal["forward", "query_gradient", "key_gradient", "bias_gradient"]
 SMEM_BYTES = 227 * 1024
 SMEM_RESERVE = 4 * 1024  # barriers, numbers per row, what the compiler keeps for reductions
 # At most, 4 bytes each; tests/test_mosaic_parts.py counts them.
-PER_ROW = 14  # bounds, segment, statistics, scale, bias, slope, position, soft cap, dropout
+PER_ROW = 15  # bounds, segment, statistics, scale, bias, slope, position, soft cap, dropout
 PER_KEY = 3  # bias, mask, segment
 ROWS = 64  # rows of one warpgroup's matrix product
 
