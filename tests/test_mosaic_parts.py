@@ -364,10 +364,28 @@ def test_tiles_that_compare_segments_are_not_whole():
     np.testing.assert_array_equal(by_block, 4 * [[0, 0, 1, 4]])
 
 
-def test_shared_memory_has_room_for_every_scalar():
-    """What the table of tiles takes off for scalars per row and per key; a bias has one form only."""
-    assert tuning.PER_ROW == len(operands.BY_ROW)
-    assert tuning.PER_KEY == len(operands.BY_KEY)
+@pytest.mark.parametrize("bias", [None, (1, 2, 40, 1), (1, 1, 1, 70)])
+@pytest.mark.parametrize("more", [(), ("lower",), ("segment_row", "segment_key"), ("mask",), ("position", "upper")])
+def test_shared_memory_is_counted_for_every_vector(bias, more):
+    """The table of tiles is told how many scalars per key or row come with a tile; the kernels take as many."""
+    sizes = {"B": (1,), "Sq": 40, "Skv": 70, "K": 2}
+    bias = None if bias is None else jnp.zeros(bias, jnp.float32)
+    g = _geometry(**sizes, bias=bias)
+    rows, keys = jnp.zeros((1, 1, 40), jnp.int32), jnp.zeros((1, 1, 70), jnp.int32)
+    extra = {"lower": rows, "upper": rows, "segment_row": rows, "segment_key": keys, "position": rows}
+    extra |= {"mask": jnp.ones((1, 1, 40, 1), bool)}
+    scalars = {"alibi_slopes": jnp.ones((1, 2, 1)), "scale": jnp.ones((1, 2)), "soft_cap": jnp.ones((1, 2))}
+    given = Operands(
+        query=None, key=None, value=None, bias=bias, **scalars, **{name: extra[name] for name in more}
+    )
+    numbers = jnp.ones((1, 2, 40), jnp.float32)
+    saved = operands.RowStatistics(dout=None, maximum=numbers, inverse=numbers, delta=numbers)
+    by_row, by_key = operands.by_rows(g, given), operands.for_keys(g, given, saved)
+    per_key = sum(name in operands.BY_KEY for name in by_row)
+    per_row = sum(name in operands.BY_ROW and name not in operands.BY_HEAD for name in by_key)
+    assert mosaic._vectors("forward", given) == per_key
+    assert mosaic._vectors("query_gradient", given) == per_key + 1
+    assert mosaic._vectors("key_gradient", given) == per_row
 
 
 @pytest.mark.parametrize(
