@@ -532,6 +532,17 @@ def test_a_bias_of_minus_infinity_masks(bias, soft_cap, interpreted):
     oracle.assert_close_to_oracle(lse, want.lse, want.lse, "lse", oracle.FLOOR["float32"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
+def test_a_row_of_the_least_finite_biases_is_visible(dtype, interpreted):
+    """Only -inf masks: a row of equal logits has equal weights, whatever these logits are."""
+    case = Case(name="least", bias="BNQ1", bias_dtype=dtype, dtype="bfloat16")
+    x = case.operands()
+    x = x | {"query": 0 * x["query"], "bias": np.full_like(x["bias"], jnp.finfo(dtype).min)}
+    out, _ = interpreted(lambda x: case.flash_attention(x, implementation="mosaic"), x)
+    mean = np.repeat(_wide(x["value"]).mean(axis=-3, keepdims=True), case.N // case.K, axis=-2)
+    np.testing.assert_allclose(_wide(out), np.broadcast_to(mean, out.shape), atol=2**-8)
+
+
 # --- what only the portable backend has as an oracle: operands that masks and traced arguments make
 
 
@@ -581,9 +592,9 @@ MORE = {
     "dropout": ({"dropout": 0.3}, lambda case: _scalars(case, "keep_threshold")),
     "all": (
         {"bias": "1NQK", "slopes": "N", "dropout": 0.3, "mask": "lengths"},
-        lambda case: _segments(case)
-        | _positions(case)
-        | _scalars(case, "scale", "soft_cap", "keep_threshold"),
+        lambda case: (
+            _segments(case) | _positions(case) | _scalars(case, "scale", "soft_cap", "keep_threshold")
+        ),
     ),
 }
 SLOW_MORE = ("segments by head, bias, window", "scale", "soft cap", "dropout")
@@ -604,7 +615,9 @@ def _results(problem, operands, cotangents, implementation: str) -> dict:
     """out, log-sum-exp and every gradient, by name."""
     problem = replace(problem, implementation=implementation)
     floats = {
-        name: x for name, x in operands.items() if name in DIFFERENTIABLE and getattr(operands, name) is not None
+        name: x
+        for name, x in operands.items()
+        if name in DIFFERENTIABLE and getattr(operands, name) is not None
     }
 
     def attend(x):

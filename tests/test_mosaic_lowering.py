@@ -18,7 +18,7 @@ from jax_fa import backends
 from jax_fa.attention import attention
 from jax_fa.backends import mosaic
 from jax_fa.masks import Causal, Lengths, SlidingWindow
-from jax_fa.problem import Operands, Problem
+from jax_fa.problem import DIFFERENTIABLE, Operands, Problem
 
 B, N, K = 2, 4, 2
 LENGTHS = ((2048, 2016), (1000, 1008), (1, 2048))
@@ -43,10 +43,7 @@ FEATURES = {
     "dropout": lambda Sq, Skv: ({"dropout_key": _key()}, {"dropout_rate": 0.1}),
     "soft-cap": lambda Sq, Skv: ({}, {"logits_soft_cap": 20.0}),
     "slopes": lambda Sq, Skv: ({"alibi_slopes": _float(N)}, {}),
-    "scalars-as-data": lambda Sq, Skv: (
-        {"scale": _float(), "logits_soft_cap": _float(), "dropout_rate": _float(), "dropout_key": _key()},
-        {},
-    ),
+    "scale-as-data": lambda Sq, Skv: ({"scale": _float()}, {"mask": Causal()}),
     "everything": lambda Sq, Skv: (
         {"bias": _float(B, N, Sq, Skv), "alibi_slopes": _float(B, N), "dropout_key": _key()},
         {"mask": Causal() & SlidingWindow(100), "logits_soft_cap": 20.0, "dropout_rate": 0.1},
@@ -102,7 +99,7 @@ class Call:
         return jax_fa.flash_attention(**operands, **self.static(), return_logsumexp=True)
 
     def gradient(self, operands: dict):
-        floats = ("query", "key", "value", "bias", "alibi_slopes", "scale", "logits_soft_cap")
+        floats = ("query", "key", "value", "bias", "alibi_slopes", "scale")
         given = {name: x for name, x in operands.items() if name in floats}
         others = {name: x for name, x in operands.items() if name not in floats}
         results, pullback = jax.vjp(lambda x: self.attend(x | others), given)
@@ -157,7 +154,7 @@ PRODUCT = tuple(
         *(OPTIONS[name] for name in ("feature", "head_dims", "dtype", "layout"))
     )
 )
-LONG = ("dropout", "scalars-as-data", "everything")  # features whose kernels of the backward take many seconds to lower
+LONG = ("dropout", "everything")  # features whose kernels of the backward take many seconds to lower
 
 
 def _calls(slow: tuple[str, ...] = ()) -> list:
@@ -210,14 +207,26 @@ def test_a_mapped_axis_is_no_copy(axis):
     assert {name for name, size in operations(module) if size >= x.size} == {"custom_call"}
 
 
-@needs_new_jax
-@pytest.mark.parametrize("heads", [1, N])
-def test_operands_of_masks_with_segments(heads):
+def _segments(heads: int, S: int) -> dict:
     """Segments, positions and a slope per row, which a mask or a cache gives a call."""
-    S = 1024
-    call = Call(lengths=(S, S), feature="slopes", implementation="mosaic")
     ints = _float(1, heads, S, dtype=jnp.int32)
-    extra = {"segment_row": ints, "segment_key": ints, "position": ints, "alibi_slopes": _float(B, N, S)}
+    return {"segment_row": ints, "segment_key": ints, "position": ints, "alibi_slopes": _float(B, N, S)}
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+    ("feature", "extra"),
+    [
+        ("slopes", _segments(1, 1024)),
+        pytest.param("slopes", _segments(N, 1024), marks=pytest.mark.slow),
+        ("bias-per-row", {"scale": _float(1, N), "soft_cap": _float(B, N)}),
+        pytest.param("dropout", {"keep_threshold": _float(1, N, dtype=jnp.uint32)}, marks=pytest.mark.slow),
+    ],
+    ids=["segments", "segments-by-head", "scale-soft-cap", "dropout"],
+)
+def test_operands_that_masks_and_traced_arguments_make(feature, extra):
+    S = 1024
+    call = Call(lengths=(S, S), feature=feature, implementation="mosaic")
     problems = []
 
     def operands(x):
@@ -228,7 +237,7 @@ def test_operands_of_masks_with_segments(heads):
     avals = replace(jax.eval_shape(operands, call.operands()), **extra)
 
     def gradient(operands):
-        floats = {name: getattr(operands, name) for name in ("query", "key", "value", "alibi_slopes")}
+        floats = {name: x for name, x in operands.items() if name in DIFFERENTIABLE and x is not None}
         out, pullback = jax.vjp(lambda x: attention(problems[0], replace(operands, **x)).out, floats)
         return out, pullback(out)
 

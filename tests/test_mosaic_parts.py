@@ -365,7 +365,9 @@ def test_tiles_that_compare_segments_are_not_whole():
 
 
 @pytest.mark.parametrize("bias", [None, (1, 2, 40, 1), (1, 1, 1, 70)])
-@pytest.mark.parametrize("more", [(), ("lower",), ("segment_row", "segment_key"), ("mask",), ("position", "upper")])
+@pytest.mark.parametrize(
+    "more", [(), ("lower",), ("segment_row", "segment_key"), ("mask",), ("position", "upper")]
+)
 def test_shared_memory_is_counted_for_every_vector(bias, more):
     """The table of tiles is told how many scalars per key or row come with a tile; the kernels take as many."""
     sizes = {"B": (1,), "Sq": 40, "Skv": 70, "K": 2}

@@ -29,7 +29,6 @@ from jax_fa.mosaic.rows import RowBlock, RowKernel
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.problem import Dims, Operands, Problem, stored_shape
 
-
 # What is summed over keys, by the operand of one scalar per row that it is the gradient of.
 SUMS: dict[str, Callable[..., Any]] = {
     "bias_rows": lambda tile, read, ds, dcapped, done: ds,

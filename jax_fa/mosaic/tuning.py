@@ -89,9 +89,7 @@ TABLES: dict[Which, tuple[Row, ...]] = {
 MAX_HEAD_DIM = FORWARD[-1].head_dim
 
 
-def smem_bytes(
-    which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int = 0, vectors: int = 4
-) -> int:
+def smem_bytes(which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int = 0, vectors: int = 4) -> int:
     """Shared memory of a kernel; `element_bytes` and `vectors` as in `tiles_for`."""
     D, Dv = padded_head_dim(D), padded_head_dim(Dv)
     rows = ROWS * tiles.consumers
