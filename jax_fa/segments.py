@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import integers
+from jax_fa.gather import search_last
 
 
 class Segments(NamedTuple):
@@ -171,10 +172,7 @@ def _at(order, index, xp):
 def _search(table, values, side: Literal["left", "right"], xp):
     """searchsorted along the last axis."""
     if xp is jnp:
-        find = jnp.vectorize(
-            lambda t, v: jnp.searchsorted(t, v, side=side).astype(jnp.int32), signature="(n),(m)->(m)"
-        )
-        return find(table, values)
+        return search_last(table, values, side)
     batch = np.broadcast_shapes(table.shape[:-1], values.shape[:-1])
     tables, wanted = (
         np.broadcast_to(x, (*batch, x.shape[-1])).reshape(-1, x.shape[-1]) for x in (table, values)
