@@ -2,10 +2,10 @@
 
     python -P benchmarks/gpu_assembly.py [--only TEXT] [--json FILE] [--sass DIR] [--candidates] [--plugin DIR]
 
-Every line of the tables of tiles and every feature, forward and backward. It needs jax 0.11 or newer, the pip packages
-jax-cuda13-pjrt and jax-cuda13-plugin of the same version (`--no-deps` is enough; installed, or by `--target DIR` and
-`--plugin DIR`), ptxas with its libdevice (CUDA 13, or the pip package nvidia-cuda-nvcc) and a C compiler. Exits with 0,
-1 if a kernel spills registers or is not assembled, 2 if something is missing.
+Every line of the tables of tiles and every feature, forward and backward. It needs jax 0.11 or newer (which needs Python
+3.12), the pip packages jax-cuda13-pjrt and jax-cuda13-plugin of the same version (`--no-deps` is enough; installed, or by
+`--target DIR` and `--plugin DIR`), ptxas with its libdevice (CUDA 13, or the pip package nvidia-cuda-nvcc) and a C
+compiler. Exits with 0, 1 if a kernel spills registers or is not assembled, 2 if something is missing.
 """
 
 import argparse

@@ -152,7 +152,8 @@ class ShapeCheck {
         if (a >= 'a' && static_cast<size_t>(a - 'a') < axes.size() && axes.size() < 64) seen |= uint64_t{1} << (a - 'a');
       if (axes.size() < 3 || axes.size() >= 64 || axes.size() != call_.query_axes.size() ||
           seen != (uint64_t{1} << axes.size()) - 1)
-        throw BadCall(std::string(name) + "='" + std::string(axes) + "' must be a permutation of the first letters, as many as query_axes has, at least three");
+        throw BadCall(std::string(name) + "='" + std::string(axes) + "' must be a permutation of three letters or more, " +
+                      "as many as query_axes has");
     };
     is_permutation("query_axes", call_.query_axes);
     is_permutation("key_axes", call_.key_axes);

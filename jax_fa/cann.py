@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, Float32, Int32
 
 from jax_fa import backends, compat, request
 from jax_fa import pse as positional
-from jax_fa.arguments import entry
+from jax_fa.arguments import array, choice, entry, integer, shown
 from jax_fa.attention import attention
 from jax_fa.integers import known
 from jax_fa.packed import Packed, checked_ends, list_of_integers
@@ -192,8 +192,9 @@ def flash_attention_score_request(
 ) -> tuple[Problem, Operands]:
     """What `flash_attention_score` computes for these arguments; raises what it raises."""
     backends.check_implementation(implementation)
-    if input_layout not in _LAYOUTS:
-        raise ValueError(f"input_layout must be one of {', '.join(_LAYOUTS)}; got {input_layout!r}.")
+    choice("input_layout", input_layout, _LAYOUTS)
+    for name, x in (("inner_precise", inner_precise), ("sparse_mode", sparse_mode), ("pse_type", pse_type)):
+        integer(name, x)
     if inner_precise not in (0, 1, 2):
         raise ValueError(f"inner_precise must be 0, 1 or 2; got {inner_precise!r}.")
     _check_scale(scale_value)
@@ -287,13 +288,13 @@ def _own_form(sparse: Sparse, pse, pse_type: int, d: Dims, sequences: Packed | N
 def _operands(query, key, value, input_layout: str, head_num):
     """query, key and value as arrays with separate head and head_dim axes."""
     if isinstance(head_num, bool) or not isinstance(head_num, (int, np.integer)):
-        raise TypeError(f"head_num must be an int; got {head_num!r}.")
+        raise TypeError(f"head_num must be an int; got {shown(head_num)}.")
     if not 0 < head_num <= _MAX_N:
         raise ValueError(f"head_num must be in 1..{_MAX_N}; got {head_num}.")
     layout = _LAYOUTS[input_layout]
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
-        x = x if hasattr(x, "dtype") else jnp.asarray(x)
+        x = x if hasattr(x, "dtype") else array(name, x)
         if x.dtype.name not in _DTYPES:
             raise TypeError(
                 f"{name} must have dtype {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}; got {x.dtype}."

@@ -115,11 +115,11 @@ class Sparse:
             return
         sq, skv = lengths
         pre = int(self.pre_tokens)
-        hidden = np.zeros(packed.count, bool)
+        empty = np.zeros(packed.count, bool)
         if self.mode in (3, 4, 7, 8):
-            hidden = self._edges(sq, skv, np) < 0
+            empty = self._edges(sq, skv, np) < 0
         if self.mode == 0:
-            hidden = skv + pre < sq
+            empty = skv + pre < sq
         if self.mode in (7, 8):
             band = self._band(sq, np)
             if np.any(band & (pre < skv)):
@@ -127,7 +127,7 @@ class Sparse:
                     f"pre_tokens must be at least the key length of the sequence with the band, "
                     f"{skv[band].tolist()}, in sparse_mode={self.mode}; got {pre}."
                 )
-        at = np.flatnonzero(hidden & (sq > 0) & (skv > 0))
+        at = np.flatnonzero(empty & (sq > 0) & (skv > 0))
         if at.size:
             b = int(at[0])
             raise ValueError(
@@ -178,10 +178,12 @@ class Sparse:
         left, right = (None if n >= far else int(n) for n in (self.pre_tokens, self.next_tokens))
         return None if left is None and right is None else masks.Band(left, right, align)
 
-    def _within(self, d: Dims, packed: Packed, prefix) -> Mask | None:
+    def _within(self, d: Dims, packed: Packed, prefix) -> masks.Band | None:
         """The band inside each packed sequence."""
         if self.mode < 5:
-            return self._structure(d, None)
+            band = self._structure(d, None)
+            assert band is None or isinstance(band, masks.Band)
+            return band
         rows = packed.rows()
         if self.mode == 6:
             # j < max(i + d + 1, prefix[b]) is a causal band whose offset depends on the row.

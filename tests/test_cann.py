@@ -220,7 +220,7 @@ def inputs(case: Case) -> Inputs:
         mask = oracle.compressed(case.mode)
     elif case.mask is not None:
         mask = rng.random(MASKS[case.mask](case)) < 0.3
-        mask[..., : mask.shape[-2] // 4, :] = True  # rows that see nothing
+        mask[..., : mask.shape[-2] // 4, :] = True  # fully masked rows
         mask = mask if case.mask == "plain" else mask.astype(np.uint8)
     return Inputs(q, k, v, random(0, case.N, case.Dv), _random_pse(case, rng), drop, mask)
 
@@ -264,10 +264,10 @@ def integer_arguments(case: Case) -> dict[str, Any]:
     return given
 
 
-def run(case: Case, jit: bool = True, **options: Any) -> dict[str, Any]:
+def run(case: Case, jit: bool = True, integers=None, **options: Any) -> dict[str, Any]:
     """Everything the library gives for a case."""
     x = inputs(case)
-    integers = integer_arguments(case)
+    integers = integer_arguments(case) if integers is None else integers
     traced = {name: jnp.asarray(v) for name, v in integers.items()} if case.traced else {}
 
     def both(q, k, v, pse, dout, drop_mask, atten_mask, traced):
@@ -371,33 +371,18 @@ def test_values_statistics_and_gradients(case):
 
 
 @pytest.mark.parametrize("form", ["list", "tuple", "numpy", "jax", "traced"])
-@pytest.mark.parametrize("name", ["TND-mode3", "TND-mode7", "TND-mode8", "drop-TND", "pse1-TND-full-longer-keys"])
+@pytest.mark.parametrize(
+    "name", ["TND-mode3", "TND-mode7", "TND-mode8", "drop-TND", "pse1-TND-full-longer-keys"]
+)
 def test_lists_of_ends_filled_up_with_zeros(name, form):
     """Lists of a fixed length: zeros after the last end are empty sequences. What lies behind it is 0."""
     case = next(case for case in CASES if case.name == name)
     filled = {n: (*x, 0, 0) for n, x in integer_arguments(case).items()}
-    convert = {"list": list, "tuple": tuple, "numpy": np.array, "jax": jnp.array, "traced": jnp.array}[form]
-    ends = {n: convert(x) for n, x in filled.items()}
     if form == "traced":
-        x = inputs(case)
-
-        def both(q, k, v, pse, ends):
-            given = static_arguments(case) | ends
-            out, vjp, result = jax.vjp(
-                lambda *qkv: (lambda r: (r.attention_out, r))(flash_attention_score(*qkv, x.drop_mask, **given)),
-                q,
-                k,
-                v,
-                pse,
-                has_aux=True,
-            )
-            return result, vjp(x.dout)
-
-        result, grads = jax.jit(both)(x.q, x.k, x.v, x.pse, ends)
-        found = {"out": result.attention_out, "max": result.softmax_max, "sum": result.softmax_sum}
-        found |= dict(zip(("dq", "dk", "dv", "dpse"), grads, strict=True))
+        found = run(replace(case, traced=True), integers=filled)
     else:
-        found = run(case, **ends)
+        convert = {"list": list, "tuple": tuple, "numpy": np.array, "jax": jnp.array}[form]
+        found = run(case, **{n: convert(x) for n, x in filled.items()})
     check(case, found)
 
 
@@ -446,7 +431,11 @@ PRECONDITIONS = {
 def test_preconditions(name, form):
     argument, wrong, message, meant = PRECONDITIONS[name]
     if argument == "prefix":
-        q, k, given = _random(2, 8, 2, 8), _random(2, 10, 2, 8, seed=1), {"input_layout": "BSND", "sparse_mode": 6}
+        q, k, given = (
+            _random(2, 8, 2, 8),
+            _random(2, 10, 2, 8, seed=1),
+            {"input_layout": "BSND", "sparse_mode": 6},
+        )
     else:
         q, k, given = _random(8, 2, 8), _random(10, 2, 8, seed=1), {"input_layout": "TND", "sparse_mode": 2}
         given |= {"actual_seq_qlen": (3, 8), "actual_seq_kvlen": (3, 10)}
@@ -485,7 +474,9 @@ def test_a_pse_of_minus_infinity_masks(pse_type, layout, scale):
             out = flash_attention_score(q, k, k, shape, **given).attention_out
         return jnp.sum(jnp.sin(out)), out
 
-    (_, out), (dpse, dq, dk) = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(jnp.asarray(pse), q, k)
+    (_, out), (dpse, dq, dk) = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
+        jnp.asarray(pse), q, k
+    )
     finite = np.where(masked, 0, pse) * (scale if pse_type == 1 else 1)
     want = flash_attention(q, k, k, scale=scale, bias=jnp.asarray(finite), mask=jnp.asarray(~masked))
     np.testing.assert_allclose(out, want, atol=1e-6)
@@ -514,7 +505,12 @@ def test_memory_of_packed_sequences_with_pse(form, real_tiles):
     ends = (T // 2, T)
 
     def loss(q, pse):
-        call = {"head_num": N, "input_layout": "TND", "actual_seq_qlen": ends, "actual_seq_kvlen": ends} | given
+        call = {
+            "head_num": N,
+            "input_layout": "TND",
+            "actual_seq_qlen": ends,
+            "actual_seq_kvlen": ends,
+        } | given
         return jnp.sum(flash_attention_score(q, q, q, pse, implementation="xla", **call).attention_out ** 2)
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(q, pse).compile()
@@ -1066,10 +1062,22 @@ ERRORS = [
         r"actual_seq_qlen must be cumulative ends that start at 0 or more and do not decrease, but for zeros "
         r"after the last one; got \(5, 3\)",
     ),
-    (PACK | {"actual_seq_qlen": [0, 8, 4], "actual_seq_kvlen": [0, 4, 10]}, ValueError, "actual_seq_qlen must be"),
-    (PACK | {"actual_seq_qlen": [4, 0, 8], "actual_seq_kvlen": [1, 4, 10]}, ValueError, "actual_seq_qlen must be"),
+    (
+        PACK | {"actual_seq_qlen": [0, 8, 4], "actual_seq_kvlen": [0, 4, 10]},
+        ValueError,
+        "actual_seq_qlen must be",
+    ),
+    (
+        PACK | {"actual_seq_qlen": [4, 0, 8], "actual_seq_kvlen": [1, 4, 10]},
+        ValueError,
+        "actual_seq_qlen must be",
+    ),
     (PACK | {"actual_seq_kvlen": jnp.array([9, 4])}, ValueError, "actual_seq_kvlen must be cumulative ends"),
-    (PACK | {"actual_seq_qlen": jnp.array([3, 9])}, ValueError, "actual_seq_qlen must end at most at query's T=8"),
+    (
+        PACK | {"actual_seq_qlen": jnp.array([3, 9])},
+        ValueError,
+        "actual_seq_qlen must end at most at query's T=8",
+    ),
     (PACK | {"actual_seq_qlen": [-1, 3]}, ValueError, "actual_seq_qlen must be cumulative ends"),
     (
         PACK | {"actual_seq_kvlen": np.asarray([4, 11])},

@@ -199,30 +199,28 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
 // their sum, times what is common, may be larger than the gradient. It is given to one key of the row, as a float: to that
 // of the largest ds, so that nothing enters which does not contribute anyway. A soft cap has no such sum.
 struct Balance {
-  float *total, *largest;  // of each row: the sum of its ds as they were rounded; the largest magnitude of them
-  int32_t* key;            // and where that is
+  float* total;               // of each row: the sum of its ds as they were rounded
+  int32_t *largest, *key;     // the bits of the largest magnitude of them, and where that is
 };
-
-template <bool kPairs>
-inline int64_t BalanceSize(const BackwardPlan& plan) { return kPairs ? RoundUp(3 * plan.rows, kLanes) : 0; }
 
 // It lies behind the dq of all rows.
 inline Balance BalanceOf(const BackwardPlan& plan, float* dq) {
-  float* p = dq + plan.rows * plan.dq_row;
-  return {p, p + plan.rows, reinterpret_cast<int32_t*>(p + 2 * plan.rows)};
+  float* total = dq + plan.rows * plan.dq_row;
+  int32_t* largest = reinterpret_cast<int32_t*>(total + plan.rows);
+  return {total, largest, largest + plan.rows};
 }
 
-// Looks for the largest of a row's ds with keys j0 + [c0, c1).
+// Adds a row of ds, as pairs, of keys j0 + [0, keys), their sum and their largest magnitudes.
 template <bool kPairs>
-inline void FindLargest(const Balance& balance, int64_t r, int64_t j0, int64_t c0, int64_t c1, const float* ds) {
-  F most = Set(balance.largest[r]);
-  for (int64_t j = c0; j < c1; j += kLanes) most = Unit<kPairs>::MaxAbs(most, Load(ds + j));
-  const float largest = MaxOf(most);
-  if (!(largest > balance.largest[r])) return;
-  for (int64_t j = c0; j < c1; ++j) {
-    if (__builtin_fabsf(ds[j]) != largest) continue;
-    balance.largest[r] = largest;
-    balance.key[r] = static_cast<int32_t>(j0 + j);
+inline void AddToBalance(const Balance& balance, int64_t r, int64_t j0, int64_t keys, const float* ds, F sum, F most) {
+  balance.total[r] += Sum(sum);
+  if (!Unit<kPairs>::AnyAbove(most, balance.largest[r])) return;
+  const int32_t largest = Unit<kPairs>::Largest(most);
+  balance.largest[r] = largest;
+  for (int64_t j = 0; j < keys; j += 2 * kLanes) {
+    const uint32_t there = Unit<kPairs>::Equals(Load(ds + j / 2), largest);
+    if (there == 0) continue;
+    balance.key[r] = static_cast<int32_t>(j0 + j) + __builtin_ctz(there);
     return;
   }
 }
@@ -230,7 +228,7 @@ inline void FindLargest(const Balance& balance, int64_t r, int64_t j0, int64_t c
 // Adds to a finished row of dq what is missing. `stage` holds a row.
 inline void AddMissing(const Call& c, const Row& row, int64_t k, const Balance& balance, int64_t r, float* stage,
                        float* dq) {
-  if (!(balance.largest[r] > 0.0f) || SoftCapOf(c, row) != 0.0f) return;
+  if (balance.largest[r] == 0 || SoftCapOf(c, row) != 0.0f) return;
   const float target = c.dlogsumexp ? *c.dlogsumexp.At<float>(row.b, row.n, row.i) : 0.0f;
   const F missing = Set(target - balance.total[r]);
   const float* key = ReadRow<false>(c.key, row.b, k, balance.key[r], c.D, stage);
@@ -238,40 +236,47 @@ inline void AddMissing(const Call& c, const Row& row, int64_t k, const Balance& 
 }
 
 // Floats of p and ds, columns [0, keys), to pairs: of rows in place (in the first of each two rows), and ds of
-// neighbouring columns to ds_rows. Adds up the latter of rows g0 + [0, rows). `scales`: null, or what each row of ds is
-// multiplied by for the products with q.
+// neighbouring columns to ds_rows, which are added to the balance of rows g0 + [0, rows). `scales`: null, or what each row
+// of ds is multiplied by for the products with q.
 template <bool kPairs>
-inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, int64_t g0, int64_t rows, int64_t keys,
-                     const float* scales) {
+inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, int64_t g0, int64_t rows, int64_t j0,
+                     int64_t keys, const float* scales) {
   using U = Unit<kPairs>;
+  const auto put = [](F a, F b, float* to) {
+    F low, high;
+    U::Interleave(a, b, &low, &high);
+    Store(to, low);
+    Store(to + kLanes, high);
+  };
   for (int64_t r = 0; r < rows; r += 2) {
     const bool two = r + 1 < rows;
-    F sum = Set(0.0f), second_sum = sum;
-    float* const both[] = {s.p, s.ds};
-    for (float* x : both) {
-      float *first = x + r * s.s_row, *second = first + s.s_row;
-      for (int64_t j = 0; j < keys; j += 2 * kLanes) {
-        F a = U::Join(Load(first + j), Load(first + j + kLanes));
-        F b = two ? U::Join(Load(second + j), Load(second + j + kLanes)) : Set(0.0f);
-        if (x == s.ds) {
-          Store(s.ds_rows + r * s.half_row + j / 2, a);
-          if (two) Store(s.ds_rows + (r + 1) * s.half_row + j / 2, b);
-          sum = U::Add(sum, a);
-          second_sum = U::Add(second_sum, b);
-          if (scales != nullptr) {
-            const F f = Set(scales[r]), g = Set(two ? scales[r + 1] : 0.0f);
-            a = U::Join(Load(first + j) * f, Load(first + j + kLanes) * f);
-            if (two) b = U::Join(Load(second + j) * g, Load(second + j + kLanes) * g);
-          }
-        }
-        F low, high;
-        U::Interleave(a, b, &low, &high);
-        Store(first + j, low);
-        Store(first + j + kLanes, high);
+    float *first = s.p + r * s.s_row, *second = first + s.s_row;
+    for (int64_t j = 0; j < keys; j += 2 * kLanes)
+      put(U::Join(Load(first + j), Load(first + j + kLanes)),
+          two ? U::Join(Load(second + j), Load(second + j + kLanes)) : Set(0.0f), first + j);
+    first = s.ds + r * s.s_row, second = first + s.s_row;
+    float *ds = s.ds_rows + r * s.half_row, *second_ds = ds + s.half_row;
+    F sum = Set(0.0f), second_sum = sum, most = sum, second_most = sum;
+    for (int64_t j = 0; j < keys; j += 2 * kLanes) {
+      F a = U::Join(Load(first + j), Load(first + j + kLanes)), b = Set(0.0f);
+      Store(ds + j / 2, a);
+      sum = U::Add(sum, a);
+      most = U::Larger(most, a);
+      if (two) {
+        b = U::Join(Load(second + j), Load(second + j + kLanes));
+        Store(second_ds + j / 2, b);
+        second_sum = U::Add(second_sum, b);
+        second_most = U::Larger(second_most, b);
       }
+      if (scales != nullptr) {
+        const F f = Set(scales[r]), g = Set(two ? scales[r + 1] : 0.0f);
+        a = U::Join(Load(first + j) * f, Load(first + j + kLanes) * f);
+        if (two) b = U::Join(Load(second + j) * g, Load(second + j + kLanes) * g);
+      }
+      put(a, b, first + j);
     }
-    balance.total[g0 + r] += Sum(sum);
-    if (two) balance.total[g0 + r + 1] += Sum(second_sum);
+    AddToBalance<kPairs>(balance, g0 + r, j0, keys, ds, sum, most);
+    if (two) AddToBalance<kPairs>(balance, g0 + r + 1, j0, keys, second_ds, second_sum, second_most);
   }
 }
 
@@ -378,7 +383,6 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
       float *p = s.p + r * s.s_row, *ds = s.ds + r * s.s_row;
       RowGradients<kPairs>(c, s, row, g0 + r, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1, p, ds,
                            sums);
-      if constexpr (kPairs) FindLargest<kPairs>(balance, g0 + r, j0, c0, c1, ds);
       float* const both[] = {p, ds};
       for (float* x : both) {
         Fill(x, 0, c0, 0.0f);
@@ -388,7 +392,7 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
     done = tile.r + tile.n;
   }
   clear(rows);
-  if constexpr (kPairs) JoinRows<kPairs>(s, balance, g0, rows, keys, one_scale ? nullptr : scales);
+  if constexpr (kPairs) JoinRows<kPairs>(s, balance, g0, rows, j0, keys, one_scale ? nullptr : scales);
 
   const float* ds_rows = kPairs ? s.ds_rows : s.ds;
   const int64_t ds_row = kPairs ? s.half_row : s.s_row, key_units = Units<kPairs>(width);
@@ -471,7 +475,7 @@ inline void AddPart(const BackwardPlan& plan, float* part, float* total) {
     const Balance from = BalanceOf(plan, part), to = BalanceOf(plan, total);
     for (int64_t r = 0; r < plan.rows; ++r) {
       to.total[r] += from.total[r];
-      if (!(from.largest[r] > to.largest[r])) continue;
+      if (from.largest[r] <= to.largest[r]) continue;
       to.largest[r] = from.largest[r];
       to.key[r] = from.key[r];
     }

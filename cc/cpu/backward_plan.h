@@ -74,6 +74,12 @@ struct BackwardPlan {
   }
 };
 
+// Floats behind the dq of a key head (see Balance).
+template <bool kPairs>
+inline int64_t BalanceSize(const BackwardPlan& plan) {
+  return kPairs ? RoundUp(3 * plan.rows, kLanes) : 0;
+}
+
 template <bool kPairs>
 struct BackwardScratch {
   float *q, *dout;            // rows of a block, as units
@@ -95,7 +101,7 @@ struct BackwardScratch {
     const int64_t sizes[] = {n * q_row, n * dout_row, row_units * plan.dq_row, row_units * dv_row, n * s_row, n * s_row,
                              kPairs ? n * half_row : 0, s_row, c.dsoft_cap ? s_row : 0, c.dscale ? s_row : 0, kb * Units<kPairs>(c.D), kb * Units<kPairs>(c.Dv),
                              Units<kPairs>(kb) * plan.dq_row, kb * plan.dq_row, kb * dv_row, StageSize(c), kb,
-                             plan.rows, plan.rows, plan.rows, own_dq ? plan.rows * plan.dq_row + 4 * plan.rows + kLanes : 0,
+                             plan.rows, plan.rows, plan.rows, own_dq ? plan.rows * plan.dq_row + BalanceSize<kPairs>(plan) : 0,
                              plan.rows, plan.rows, plan.row_blocks, plan.row_blocks};
     float* parts[25];
     TakeScratch(sizes, parts);

@@ -137,60 +137,64 @@ inline void DirectDots(const Call& c, int64_t b, int64_t k, int64_t n, const flo
   }
 }
 
-// Numbers [from, to) of a value row as floats, up to whole vectors.
-JAX_FA_INLINE void ReadVectors(const View& x, const char* row, int64_t from, int64_t to, float* dst) {
-  const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
-  const float* floats = reinterpret_cast<const float*>(row);
-  for (int64_t d = from; d < to; d += kLanes, dst += kLanes) {
-    const int n = Rest(to - d);
-    if (x.dtype == DType::kF32) {
-      Store(dst, n == kLanes ? Load(floats + d) : LoadFirst(floats + d, n));
-    } else if (x.dtype == DType::kBF16) {
-      Store(dst, n == kLanes ? LoadBF16(halves + d) : LoadFirstBF16(halves + d, n, d > 0));
-    } else {
-      Store(dst, n == kLanes ? LoadF16(halves + d) : LoadFirstF16(halves + d, n, d > 0));
-    }
-  }
+// A 16-bit value row of n numbers as floats, up to whole vectors: row `i` of panels of `rows` rows.
+template <DType kType>
+inline void WidenRow(const uint16_t* x, int64_t n, int64_t i, int64_t rows, float* panels) {
+  const auto at = [&](int64_t d) { return panels + (d / kPanel * rows + i) * kPanel + d % kPanel; };
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) Store(at(d), kType == DType::kBF16 ? LoadBF16(x + d) : LoadF16(x + d));
+  if (const int rest = static_cast<int>(n - d); rest > 0)
+    Store(at(d), kType == DType::kBF16 ? LoadFirstBF16(x + d, rest, d > 0) : LoadFirstF16(x + d, rest, d > 0));
 }
 
-// The product with a panel of values of which the first `columns` count; more than a panel: all of them.
-template <bool kPairs>
-inline void DirectProduct(int64_t columns, int64_t n, int64_t K, const float* weights, int64_t s_row, const float* panel,
-                          int64_t row, float* acc, int64_t dv) {
-  const int64_t vectors = (columns + kLanes - 1) / kLanes;
-  if (vectors >= kPanelVectors) return Gemm<kPairs, true>(n, K, weights, s_row, 1, panel, acc, dv, row);
-  if (vectors == 1) return Gemm<kPairs, true, 1>(n, K, weights, s_row, 1, panel, acc, dv, row);
-  if constexpr (kPanelVectors > 2) {
-    if (vectors == 2) return Gemm<kPairs, true, 2>(n, K, weights, s_row, 1, panel, acc, dv, row);
-    return Gemm<kPairs, true, 3>(n, K, weights, s_row, 1, panel, acc, dv, row);
+// Adds the product with values [units][row], of which the first `columns` count, to acc.
+template <bool kPairs, bool kPart, int kVectors = 1>
+inline void DirectProduct(int64_t columns, int64_t n, int64_t units, const float* weights, int64_t s_row,
+                          const float* values, int64_t row, float* acc, int64_t dv) {
+  if constexpr (kVectors < kPanelVectors) {
+    if (columns > kVectors * kLanes)
+      return DirectProduct<kPairs, kPart, kVectors + 1>(columns, n, units, weights, s_row, values, row, acc, dv);
   }
+  Gemm<kPairs, true, kVectors, kPart>(n, units, weights, s_row, 1, values, acc, dv, row,
+                                      static_cast<int>(columns - (kVectors - 1) * kLanes));
 }
 
-// Adds to the output of the n rows of head k what the values j0 + [from, to) bring, read where they lie.
+// Adds to the output of the n rows of head k what the values j0 + [from, to) bring, floats where they lie.
 template <bool kPairs, typename Scratch>
 inline void DirectValues(const Call& c, const Scratch& s, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t from,
                          int64_t to) {
   const int64_t given = to - from, dv = Panels(c.Dv) * kPanel, units = Units<kPairs>(given);
-  const bool floats = !kPairs && c.value.dtype == DType::kF32;
-  const int64_t in_place = floats ? c.Dv / kPanel : 0;  // panels
+  const float* weights = s.logits + k * n * s.s_row + from / Unit<kPairs>::kNumbers;
+  float* acc = s.acc + k * n * dv;
+  const char* first = c.value.Bytes(b, k, j0 + from);
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(first);
+  const float* values = s.own.values;
+  int64_t panel = units * kPanel, row = kPanel;
   if constexpr (kPairs) {
-    PackRows<kPairs>(given, c.Dv, s.stage, s.own.values, [&](int64_t i, float* own) {
-      return ReadRow<kPairs>(c.value, b, k, j0 + from + i, c.Dv, own);
-    });
+    for (int64_t i = 0; i < given; i += 2) {
+      const uint16_t* x = halves + i * c.value.row;
+      PackPairs<kPairs>(x, i + 1 < given ? x + c.value.row : nullptr, c.Dv, i / 2, units, s.own.values);
+    }
+  } else if (c.value.dtype == DType::kF32) {
+    values = reinterpret_cast<const float*>(first), panel = kPanel, row = c.value.row;
   } else {
-    for (int64_t p = in_place; p < Panels(c.Dv); ++p) {
-      const int64_t last = (p + 1) * kPanel < c.Dv ? (p + 1) * kPanel : c.Dv;
-      for (int64_t i = 0; i < given; ++i)
-        ReadVectors(c.value, c.value.Bytes(b, k, j0 + from + i), p * kPanel, last,
-                    s.own.values + (p * given + i) * kPanel);
+    for (int64_t i = 0; i < given; ++i) {
+      if (c.value.dtype == DType::kBF16) {
+        WidenRow<DType::kBF16>(halves + i * c.value.row, c.Dv, i, given, s.own.values);
+      } else {
+        WidenRow<DType::kF16>(halves + i * c.value.row, c.Dv, i, given, s.own.values);
+      }
     }
   }
   for (int64_t p = 0; p < Panels(c.Dv); ++p) {
-    const bool there = p < in_place;
-    const float* panel = there ? reinterpret_cast<const float*>(c.value.Bytes(b, k, j0 + from, p * kPanel))
-                               : s.own.values + p * units * kPanel;
-    DirectProduct<kPairs>(c.Dv - p * kPanel, n, units, s.logits + k * n * s.s_row + from / Unit<kPairs>::kNumbers,
-                          s.s_row, panel, there ? c.value.row : kPanel, s.acc + k * n * dv + p * kPanel, dv);
+    const int64_t columns = c.Dv - p * kPanel;
+    if (columns >= kPanel) {
+      Gemm<kPairs, true>(n, units, weights, s.s_row, 1, values + p * panel, acc + p * kPanel, dv, row);
+    } else if (values == s.own.values) {  // whole vectors of them
+      DirectProduct<kPairs, false>(columns, n, units, weights, s.s_row, values + p * panel, row, acc + p * kPanel, dv);
+    } else {
+      DirectProduct<kPairs, !kPairs>(columns, n, units, weights, s.s_row, values + p * panel, row, acc + p * kPanel, dv);
+    }
   }
 }
 

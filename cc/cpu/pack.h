@@ -244,19 +244,29 @@ inline void PackTransposed(const View& x, int64_t width, int64_t b, int64_t k, i
 template <bool kPairs>
 inline void PackPairs(const uint16_t* first, const uint16_t* second, int64_t n, int64_t r, int64_t rows,
                       float* panels) {
-  const auto read = [&](const uint16_t* row, int64_t at) {
-    if (row == nullptr || at >= n) return Set(0.0f);
-    if (at + 2 * kLanes > n) return Unit<kPairs>::LoadFirst(row + at, static_cast<int>(n - at));
-    return Load(reinterpret_cast<const float*>(row + at));
+  const auto put = [](float* dst, F a, F b) {
+    F low, high;
+    Unit<kPairs>::Interleave(a, b, &low, &high);
+    Store(dst, low);
+    Store(dst + kLanes, high);
   };
-  for (int64_t p = 0; p < Panels(n); ++p) {
-    float* dst = panels + (p * rows + r) * kPanel;
+  const auto whole = [](const uint16_t* x) { return Load(reinterpret_cast<const float*>(x)); };
+  float* dst = panels + r * kPanel;
+  int64_t at = 0;
+  if (second != nullptr) {
+    for (; at + kPanel <= n; at += kPanel, dst += rows * kPanel)
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < kPanel; c += 2 * kLanes) put(dst + c, whole(first + at + c), whole(second + at + c));
+  }
+  for (; at < n; at += kPanel, dst += rows * kPanel) {
     for (int64_t c = 0; c < kPanel; c += 2 * kLanes) {
-      F low, high;
-      const int64_t at = p * kPanel + c;
-      Unit<kPairs>::Interleave(read(first, at), read(second, at), &low, &high);
-      Store(dst + c, low);
-      Store(dst + c + kLanes, high);
+      const int64_t rest = n - at - c;
+      const auto part = [&](const uint16_t* x) {
+        return x == nullptr || rest <= 0 ? Set(0.0f)
+               : rest < 2 * kLanes       ? Unit<kPairs>::LoadFirst(x + at + c, static_cast<int>(rest))
+                                         : whole(x + at + c);
+      };
+      put(dst + c, part(first), part(second));
     }
   }
 }

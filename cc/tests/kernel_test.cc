@@ -14,7 +14,10 @@
 
 #include "accuracy_test.h"
 #include "check.h"
+#include "shapes_test.h"
 #include "tasks_test.h"
+
+#include "plan_test.h"
 
 namespace jax_fa_test {
 namespace {
@@ -435,6 +438,10 @@ int Main(const std::vector<std::string>& args) {
     const bool quick = mode == "quick", full = mode == "full";
     CheckPhilox();
     CheckMemory();
+    CheckShapes();
+    CheckStaticAndGiven();
+    CheckFarApart();
+    if (mode != "sanitized") CheckPlanning();
     CheckConversions(quick ? 100000 : full ? 20000000 : 1000000);
     CheckEveryNumber();
     CheckFunctions();

@@ -26,7 +26,9 @@ Which = Literal["forward", "query_gradient", "key_gradient", "bias_gradient"]
 
 SMEM_BYTES = 227 * 1024
 SMEM_RESERVE = 4 * 1024  # barriers, numbers per row, what the compiler keeps for reductions
-NUMBERS_PER_ROW = 8  # at most: bounds, statistics, a bias, slopes, dropout counters
+# At most, 4 bytes each; tests/test_mosaic_parts.py counts them.
+PER_ROW = 14  # bounds, segment, statistics, scale, bias, slope, position, soft cap, dropout
+PER_KEY = 3  # bias, mask, segment
 ROWS = 64  # rows of one warpgroup's matrix product
 
 
@@ -95,13 +97,15 @@ def smem_bytes(which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int =
     rows = ROWS * tiles.consumers
     moving = tiles.stages * tiles.width * ((D + Dv) * 2 + rows * element_bytes)
     staying = rows * (D + Dv) * 2
+    if which in ("forward", "query_gradient"):
+        moving += tiles.stages * tiles.width * 4 * PER_KEY
     if which == "forward":
         staying = rows * (D if D == Dv else D + Dv) * 2
     if which == "bias_gradient":
         moving += tiles.stages * rows * (D + Dv) * 2
         staying = rows * tiles.width * 4
     if which == "key_gradient":
-        moving += tiles.stages * tiles.width * 4 * NUMBERS_PER_ROW
+        moving += tiles.stages * tiles.width * 4 * PER_ROW
     return moving + staying + SMEM_RESERVE
 
 

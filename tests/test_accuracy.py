@@ -1,0 +1,114 @@
+"""Accuracy where it is easily lost: large logits, logits or keys with much in common, peaked rows.
+
+Every backend may err twice as much as a dense computation in the same dtype, plus the floor of the dtype; both are
+measured against float64.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import jax_fa
+
+D = 64
+NAMES = ("out", "query", "key", "value")
+
+
+def _arrays(rows: int = 64, keys: int = 200, heads: int = 2, seed: int = 0) -> list[np.ndarray]:
+    """query, key, value and the cotangent of the output."""
+    normal = np.random.default_rng(seed).standard_normal
+    return [normal((1, size, heads, D)) for size in (rows, keys, keys, rows)]
+
+
+def _ours(arrays, scale: float, backend: str) -> list[jax.Array]:
+    """The output and the gradients."""
+
+    @jax.jit
+    def run(q, k, v, dout):
+        attention = partial(jax_fa.dot_product_attention, scale=scale, implementation=backend)
+        out, pullback = jax.vjp(attention, q, k, v)
+        return out, *pullback(dout)
+
+    return run(*arrays)
+
+
+def _dense(arrays, scale: float) -> list[jax.Array]:
+    q, k, v, dout = arrays
+    visible = np.ones((1, q.shape[2], q.shape[1], k.shape[1]), bool)
+    cotangents = dout, np.zeros(visible.shape[:3], np.float32)
+    operands = {"query": q, "key": k, "value": v}
+    out, _, gradients = oracle.naive(
+        operands, visible, None, cotangents, np.float32(scale), None, np.float32(1)
+    )
+    return [out, *(gradients[name] for name in operands)]
+
+
+def _errors(found, arrays, scale: float) -> dict[str, float]:
+    """Relative errors in L2, by name."""
+    q, k, v, dout = (np.asarray(x, np.float64) for x in arrays)
+    want = oracle.attention(q, k, v, scale=scale)
+    want = {"out": want.out} | want.gradients(dout)
+    return {name: oracle.errors(x, want[name])[0] for name, x in zip(NAMES, found, strict=True)}
+
+
+def _check(backend, arrays, dtype="float32", scale=D**-0.5, names=NAMES, floor=0.0, like=None) -> None:
+    """`like`: arrays for the dense computation, where those of the call are too hard for it."""
+    arrays, like = ([jnp.asarray(x, dtype) for x in given] for given in (arrays, like or arrays))
+    found = _ours(arrays, scale, backend)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in found)
+    ours, dense = _errors(found, arrays, scale), _errors(_dense(like, scale), like, scale)
+    for name in names:
+        bound = 2 * dense[name] + oracle.FLOOR[dtype] + floor
+        assert ours[name] <= bound, f"{name}: error {ours[name]:.3g} exceeds {bound:.3g} ({dense=})"
+
+
+# The relative error of a product is that of its last bit, which for logits near 120 is 4e-6 of the weight.
+@pytest.mark.parametrize("logit", [0, 120, -120, 2500, -2500])
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_logits_with_much_in_common(rows, logit, backend):
+    """Forward and backward compute the same logits, also where few rows take another path."""
+    q, k, v, dout = _arrays(rows, keys=256, heads=8)
+    if logit:
+        q[..., 0] = 1
+        k[..., 0] = logit * np.sqrt(D)
+    _check(backend, (q, k, v, dout), floor=2**-23 * abs(logit))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [4, 64])
+def test_peaked_rows(rows, dtype, backend):
+    """The backward takes delta = rowsum(dout * out) from the output before it was rounded."""
+    q, k, v, dout = _arrays(rows, keys=64)
+    _check(backend, (2 * q, 2 * k, v, dout), dtype, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("common", [0, 3, 30])
+def test_keys_with_a_common_component(common, dtype, backend):
+    """A bias on the key projection moves no softmax, and no gradient of the queries."""
+    q, k, v, dout = _arrays()
+    shifted = k + common * np.random.default_rng(1).standard_normal((1, 1, 2, D))
+    _check(backend, (q, shifted, v, dout), dtype, like=(q, k, v, dout))
+
+
+@pytest.mark.parametrize("logit", [0, -120])
+@pytest.mark.parametrize("common", [300, 3000])
+def test_float32_keys_with_a_common_component(common, logit, backend):
+    q, k, v, dout = _arrays()
+    k = k + common * np.random.default_rng(1).standard_normal((1, 1, 2, D)) / 8
+    if logit:
+        q[..., 0] = 1
+        k[..., 0] += logit * np.sqrt(D)
+    _check(backend, (q, k, v, dout))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [1e4, 1e6, 1e18])
+def test_large_queries(factor, dtype, backend):
+    """One key takes it all, which leaves the gradients of queries and keys nothing but rounding."""
+    q, k, v, dout = _arrays(keys=50)
+    _check(backend, (factor * q, k, v, dout), dtype, names=("out", "value"))
