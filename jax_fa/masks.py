@@ -137,9 +137,13 @@ class Mask:
     def check(self, batch: Shape, heads: Size, sq: Size, skv: Size) -> None:
         """Raises ValueError or TypeError where the mask does not fit a call of these sizes."""
 
-    def rules(self, rows: Rows) -> _Terms:
-        """What the mask says of the given rows."""
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
+        """(lower, upper) for the given rows, each None where unbounded; `skv` counts all keys."""
         raise NotImplementedError
+
+    def rules(self, rows: Rows) -> _Terms:
+        """What the mask says of the given rows, where two bounds do not say it all."""
+        return _Terms(*self.rows(rows, rows.all_skv))
 
     def placement(self, rows: Rows) -> "_Placement | None":
         """At which key position the mask puts the rows; None: it says nothing of it."""
@@ -240,11 +244,7 @@ class Band(Mask):
         """Whether all counts are Python ints (or None)."""
         return is_int(self.offset) and all(x is None or is_int(x) for x in (self.left, self.right))
 
-    def rules(self, rows: Rows) -> _Terms:
-        return _Terms(*self.bounds(rows))
-
-    def bounds(self, rows: Rows) -> tuple[Any, Any]:
-        """(lower, upper) of the given rows, each None where unbounded."""
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         at, offset = rows.i + rows.corner(self.align), 0
         if is_int(self.offset):
             offset = int(self.offset)
@@ -334,9 +334,9 @@ class Prefix(Mask):
         _check_batch_shape("length", self.length, batch)
         integers.check_range("length", self.length, skv)
 
-    def rules(self, rows: Rows) -> _Terms:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         causal = rows.i + rows.corner(self.align) + 1
-        return _Terms(upper=jnp.maximum(causal, rows.per_batch(self.length, rows.all_skv)))
+        return None, jnp.maximum(causal, rows.per_batch(self.length, skv))
 
     def placement(self, rows: Rows) -> _Placement:
         return _Placement(self.align == "bottom-right" and not _equal(rows.sq, rows.skv))
@@ -379,12 +379,12 @@ class Lengths(Mask):
         skv = rows.skv if self.key is None else rows.per_batch(self.key, rows.all_skv)
         return replace(rows, sq=sq, skv=skv)
 
-    def rules(self, rows: Rows) -> _Terms:
-        upper = None if self.key is None else rows.per_batch(self.key, rows.all_skv)
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
+        upper = None if self.key is None else rows.per_batch(self.key, skv)
         if self.query is not None:
             inside = rows.i < rows.per_batch(self.query, rows.all_sq)
-            upper = jnp.where(inside, rows.all_skv if upper is None else upper, 0)
-        return _Terms(upper=upper)
+            upper = jnp.where(inside, skv if upper is None else upper, 0)
+        return None, upper
 
 
 class _Packed(Mask):
@@ -464,18 +464,18 @@ class CumulativeLengths(_Packed):
                 )
             integers.check_range(f"cumulative {name} lengths", value, full)
 
-    def rules(self, rows: Rows) -> _Terms:
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         if np.shape(self.query)[-1] == 0:
-            return _Terms(upper=jnp.zeros_like(rows.i))
+            return None, jnp.zeros_like(rows.i)
         inside, start_k, own = self._places(rows)
         lower, upper = start_k, start_k + own.skv
         if self.within is not None:
-            lo, hi = self.within.bounds(own)
+            lo, hi = self.within.rows(own, skv)
             if lo is not None:
                 lower = jnp.maximum(lower, start_k + lo)
             if hi is not None:
                 upper = jnp.minimum(upper, start_k + hi)
-        return _Terms(lower, jnp.where(inside, upper, 0))
+        return lower, jnp.where(inside, upper, 0)
 
     def position(self, rows: Rows):
         if np.shape(self.query)[-1] == 0:
@@ -539,7 +539,7 @@ class SegmentIds(_Packed):
         if 0 in (*np.shape(self.query), *np.shape(self.key)):
             return _Terms(upper=jnp.zeros_like(rows.i))
         found, own = self._segments(rows)
-        lo, hi = (None, None) if self.within is None else self.within.bounds(own)
+        lo, hi = (None, None) if self.within is None else self.within.rows(own, rows.all_skv)
         return _Terms(*segments.interval(found, lo, hi))
 
     def position(self, rows: Rows):
