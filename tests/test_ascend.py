@@ -45,7 +45,8 @@ def _refusal(case: common.Case) -> str | None:
 def _check(case, out, lse, gradients) -> None:
     """As `common.check`; but where CANN rounds the output, its gradients are those with delta from that output.
 
-    delta = rowsum(dout * out) - dlogsumexp: what rounding took from out is as if dlogsumexp were another.
+    delta = rowsum(dout * out) - dlogsumexp: what rounding took from out is as if dlogsumexp were another. From the true
+    gradients they may differ by half the distance of 16-bit neighbours more, except where rows are peaked.
     """
     wide = case.bias_dtype not in (None, case.dtype)
     if case.dtype == case.acc or wide or 0 in case.full:
@@ -63,11 +64,12 @@ def _check(case, out, lse, gradients) -> None:
         errors = zip(
             oracle.errors(g, wanted[name]), oracle.errors(naive[name], exact_gradients[name]), strict=True
         )
-        for error, allowed in errors:
-            times = max(1.0, exact.cancellation.get(name, 1.0))
-            assert error <= 2 * allowed + times * floor, (
-                f"{case}: gradient of {name}: {error:.3g}, {allowed:.3g}"
-            )
+        times = max(1.0, exact.cancellation.get(name, 1.0))
+        true_errors = oracle.errors(g, exact_gradients[name])
+        for (error, allowed), true_error in zip(errors, true_errors, strict=True):
+            told = f"{case}: gradient of {name}: {error:.3g} and {true_error:.3g}, {allowed:.3g}"
+            assert error <= 2 * allowed + times * floor, told
+            assert case.spread > 1 or true_error <= 2 * allowed + times * 4 * floor, told
 
 
 @pytest.mark.parametrize("case", common.CASES, ids=str)

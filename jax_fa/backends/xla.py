@@ -282,7 +282,7 @@ def _forward(call: Call) -> tuple[Any, ...]:
             exact = exact / call.keep_prob
         tiles = [exact.astype(call.dtype)]
         if problem.saves_rounding:
-            lost = exact - tiles[0].astype(call.acc)
+            lost = exact - _rounded(exact, call.dtype)
             tiles.append((lost / rounding_unit(call.dtype)).astype(call.dtype))
         return (
             tuple(
@@ -387,9 +387,15 @@ def _wide_product(call: Call, spec: str, x, y):
     """The product of wide x and y; in 16-bit calls x is rounded twice, which costs less than 32-bit products."""
     if call.dtype == call.acc:
         return call.product(spec, x, y)
-    high = x.astype(call.dtype)
-    low = (x - high.astype(call.acc)).astype(call.dtype)
-    return call.product(spec, high, y) + call.product(spec, low, y)
+    high = _rounded(x, call.dtype)
+    low = x - high
+    return call.product(spec, high.astype(call.dtype), y) + call.product(spec, low.astype(call.dtype), y)
+
+
+def _rounded(x, dtype):
+    """x rounded to the dtype, as wide as before. XLA may drop a plain pair of casts, which it allows excess precision."""
+    kind = jnp.finfo(dtype)
+    return lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
 
 
 def _times_scale(call: Call, ds, q):
