@@ -47,7 +47,7 @@ class Case:
     D: int = 64
     dtype: str = "float32"
     mask: str = "full"
-    extra: str = ""  # bias, mask or dropout
+    extra: str = ""  # bias, mask or dropout; biases: one for each batch entry, with its gradient
     peers: bool = True
 
     @property
@@ -85,6 +85,8 @@ def _cases() -> list[Case]:
     cases.append(Case(name="GQA 8:2", K=2, mask="causal"))
     for extra in ("bias", "mask", "dropout"):
         cases.append(Case(name=f"with {extra}", extra=extra, peers=False))
+    # As windows of vision models are: what a call costs for each entry.
+    cases.append(Case(name="B=131072", B=131072, Sq=4, N=1, D=8, extra="biases"))
     return cases
 
 
@@ -100,6 +102,8 @@ def _arrays(case: Case) -> dict[str, np.ndarray]:
         "v": (case.B, case.keys, K, case.D),
         "dout": (case.B, case.Sq, case.N, case.D),
     }
+    if case.extra == "biases":
+        shapes["bias"] = (case.B, case.N, case.Sq, case.keys)
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
@@ -121,28 +125,39 @@ def _ours(case: Case, implementation: str) -> Callable[..., Any]:
 
 def _jax_programs(case: Case, attention: Callable[..., Any]) -> dict[str, Callable[[], Any]]:
     a = {name: jnp.asarray(x, case.dtype) for name, x in _arrays(case).items()}
-    forward = jax.jit(attention)
-    programs = {"forward": lambda: jax.block_until_ready(forward(a["q"], a["k"], a["v"]))}
+    dout = a.pop("dout")
+    operands = tuple(a.values())
+
+    def attend(q, k, v, *bias):
+        return attention(q, k, v, bias=bias[0]) if bias else attention(q, k, v)
+
+    forward = jax.jit(attend)
+    programs = {"forward": lambda: jax.block_until_ready(forward(*operands))}
     if not case.decodes:
         pull_back = jax.jit(lambda vjp, dout: vjp(dout))
 
         @jax.jit
-        def differentiate(q, k, v):
-            return jax.vjp(attention, q, k, v)[1]
+        def differentiate(*operands):
+            return jax.vjp(attend, *operands)[1]
 
-        vjp = differentiate(a["q"], a["k"], a["v"])
-        programs["backward"] = lambda: jax.block_until_ready(pull_back(vjp, a["dout"]))
+        vjp = differentiate(*operands)
+        programs["backward"] = lambda: jax.block_until_ready(pull_back(vjp, dout))
     return programs
 
 
 def _torch_programs(case: Case) -> dict[str, Callable[[], Any]]:
     """PyTorch in its best layout: contiguous BNSD."""
     attend = torch.nn.functional.scaled_dot_product_attention
+    arrays = {name: x if name == "bias" else x.swapaxes(1, 2) for name, x in _arrays(case).items()}
     a = {
-        name: torch.from_numpy(np.ascontiguousarray(x.swapaxes(1, 2))).to(getattr(torch, case.dtype))
-        for name, x in _arrays(case).items()
+        name: torch.from_numpy(np.ascontiguousarray(x)).to(getattr(torch, case.dtype))
+        for name, x in arrays.items()
     }
     keywords = {"is_causal": case.mask == "causal", "enable_gqa": bool(case.K)}
+    learnt = []
+    if "bias" in a:
+        keywords["attn_mask"] = a["bias"].requires_grad_()
+        learnt.append(a["bias"])
     q, k, v = (a[name].requires_grad_(not case.decodes) for name in "qkv")
 
     def forward():
@@ -152,7 +167,9 @@ def _torch_programs(case: Case) -> dict[str, Callable[[], Any]]:
     programs: dict[str, Callable[[], Any]] = {"forward": forward}
     if not case.decodes:
         out = attend(q, k, v, **keywords)
-        programs["backward"] = lambda: torch.autograd.grad(out, (q, k, v), a["dout"], retain_graph=True)
+        programs["backward"] = lambda: torch.autograd.grad(
+            out, (q, k, v, *learnt), a["dout"], retain_graph=True
+        )
     return programs
 
 

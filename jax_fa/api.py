@@ -63,7 +63,7 @@ def dot_product_attention(
       value: key's shape and dtype.
       bias: added to the scaled logits; broadcastable to `(B, N, T, S)`, lower ranks too. Differentiable:
         its gradient is summed over broadcast dims as it is computed.
-      mask: boolean, True = take part; broadcastable to `(B, N, T, S)`, lower ranks too.
+      mask: boolean, True = visible; broadcastable to `(B, N, T, S)`, lower ranks too.
       scale: factor of the logits; None: `1 / sqrt(H)`. A Python number or a scalar array, traced or not, with the
         same result. Differentiable.
       is_causal: mask keys j > i for query i (top-left aligned, as in jax.nn).
@@ -277,7 +277,7 @@ def flash_attention(
     return_logsumexp: bool = False,
     max_work: int | None = request.DEFAULT_MAX_WORK,
 ):
-    """Exact attention with everything the kernels can do.
+    """Exact attention with all features: structured masks, ALiBi, dropout, any layout, a differentiable log-sum-exp.
 
     Per head::
 
@@ -377,11 +377,11 @@ def flash_attention_request(
         axes=axes,
         layout=layout,
         bias=None if bias is None else arguments.array("bias", bias),
-        mask=None if mask is None else _mask(mask),
+        mask=None if mask is None else one_mask(mask),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         alibi=None if alibi_slopes is None else "linear",
-        alibi_slopes=None if alibi_slopes is None else arguments.array("alibi_slopes", alibi_slopes),
+        alibi_slopes=None if alibi_slopes is None else _slopes(alibi_slopes, axes),
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         logsumexp=bool(return_logsumexp),
@@ -390,7 +390,15 @@ def flash_attention_request(
     )
 
 
-def _mask(mask) -> Mask:
+def _slopes(slopes, axes: tuple[int, ...]):
+    slopes = arguments.array("alibi_slopes", slopes)
+    if slopes.ndim > len(axes) - 2:  # `request.build` also takes slopes of every row
+        raise ValueError(f"alibi_slopes must have shape (N,) or (*B, N); got {slopes.shape}.")
+    return slopes
+
+
+def one_mask(mask) -> Mask:
+    """`masks.as_mask`, with advice for what is often passed in place of a mask."""
     if isinstance(mask, (list, tuple)) and any(isinstance(member, Mask) for member in mask):
         raise TypeError(
             f"mask must be one mask; got a {type(mask).__name__} of {len(mask)}. Join masks by &: "

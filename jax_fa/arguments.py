@@ -57,6 +57,12 @@ def number(name: str, x, what: str) -> None:
         raise TypeError(f"{name} must be {what}; got {shown(x)}.")
 
 
+def integer(name: str, x) -> None:
+    """Raises TypeError unless x is an int, or a NumPy one."""
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
+        raise TypeError(f"{name} must be an int; got {shown(x)}.")
+
+
 def flag(name: str, x) -> bool:
     """A Python bool; flags are part of the program."""
     if isinstance(x, jax.core.Tracer):
@@ -148,10 +154,11 @@ _ADVICE: dict[str, dict[str, str]] = {
     },
 }
 _signatures: dict[str, inspect.Signature] = {}
+_FORWARD_MODE = "can't apply forward-mode autodiff"  # JAX's words, of a function with a rule for reverse mode
 
 
 def entry(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a public function: keywords that it does not have are errors with advice."""
+    """Decorates a public function: unknown keywords, and forward mode, are errors with advice."""
     _signatures[function.__name__] = inspect.signature(function)
     known = frozenset(_signatures[function.__name__].parameters)
 
@@ -159,7 +166,15 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if not known.issuperset(kwargs):
             raise unknown(function.__name__, kwargs)
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            if _FORWARD_MODE not in str(error):
+                raise
+            raise TypeError(
+                f"{function.__name__} has no forward-mode derivative (jax.jvp, jax.jacfwd): use jax.grad, jax.vjp or "
+                "jax.jacrev. Forward mode over a gradient works, as in jax.hessian of a scalar function."
+            ) from error
 
     return checked
 

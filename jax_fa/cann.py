@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, Float32, Int32
 
 from jax_fa import backends, compat, request
 from jax_fa import pse as positional
-from jax_fa.arguments import entry
+from jax_fa.arguments import array, choice, entry, integer, shown
 from jax_fa.attention import attention
 from jax_fa.integers import known
 from jax_fa.packed import Packed, checked_ends, list_of_integers
@@ -98,29 +98,32 @@ def flash_attention_score(
         `((b*N + n)*Sq + i)*Skv + j` belongs to key j of row i (TND: blocks `[N, Sq_b, Skv_b]` one after
         another, without padding). See `jax_fa.dropout_mask`.
       atten_mask: bool or uint8, 1 = masked. Sparse modes 0 and 1: `[B, N, Sq, Skv]`, `[B, 1, Sq, Skv]`,
-        `[1, 1, Sq, Skv]` or `[Sq, Skv]` (mode 5: the first two; TND: `[max Sq_b, max Skv_b]` or
-        `[sum Sq_b, sum Skv_b]`). Other modes need none; the `[2048, 2048]` mask that CANN wants (mode 6:
-        `[3072, 2048]`) is accepted, checked where its values are known, and not read.
+        `[1, 1, Sq, Skv]` or `[Sq, Skv]` (mode 5: the first two, with B = 1 all; TND: `[max Sq_b, max Skv_b]`,
+        `[B, 1, max Sq_b, max Skv_b]` or `[sum Sq_b, sum Skv_b]`). Other modes need none; the `[2048, 2048]` mask
+        that CANN wants (mode 6: `[3072, 2048]`) is accepted, checked where its values are known, and not read.
       prefix: sparse modes 5 and 6: one integer per batch entry in `max(0, d) .. Skv`. A list or tuple is part
-        of the program, an array is data.
+        of the program, an array is data; values not known when tracing mean the nearer end of 0 .. Skv.
       head_num: N.
       input_layout: "BSH", "SBH", "BSND", "BNSD", or "TND" for sequences of different lengths packed along T.
-      scale_value: factor of the logits. Note the default: 1, not `1 / sqrt(D)`.
+      scale_value: factor of the logits, a finite number or an array that holds one. Note the default: 1, not
+        `1 / sqrt(D)`.
       keep_prob: in (0, 1]: what kept weights are divided by. Below 1 it needs drop_mask; a drop_mask is
         applied at keep_prob = 1 too.
-      pre_tokens: how many keys before its own position a row sees, in sparse modes 0 (position i) and 4
+      pre_tokens: how many keys before its own position are visible to a row, in sparse modes 0 (position i) and 4
         (position i + d). 2147483647 is unbounded.
-      next_tokens: how many keys after its own position a row sees, in sparse modes 0, 4, 7 and 8.
-      inner_precise: 0, 1 or 2, for all of which rows without a key are as 2 has them.
+      next_tokens: how many keys after its own position are visible to a row, in sparse modes 0, 4, 7 and 8.
+      inner_precise: 0, 1 or 2: fully masked rows are the same in all three (as with 2 in CANN).
       sparse_mode: 0 band and mask, 1 mask, 2 causal from the top left, 3 causal from the bottom right, 4
         band from the bottom right, 5 and 6 prefix joined with mode 3, 7 and 8 (TND) modes 3 and 2 with
         another band in the last and first sequence. The table stands in `jax_fa/sparse.py`.
       pse_type: 0 `scale*s + pse`, 1 `scale*(s + pse)`, 2 `scale*s - slope*|j - i|`, 3 the same with
-        `sqrt(|j - i|)`.
+        `sqrt(|j - i|)`; i and j count within their own sequence from its first row and key. A pse of -inf masks its
+        key, also where scale_value is 0 or negative.
       actual_seq_qlen: TND: where each sequence ends along T, cumulative, without a leading 0; empty
-        sequences are fine. Lists and tuples are part of the program, arrays are data, checked where their
-        values are known. With traced arrays the lengths T stand for the sums of the lengths in the shapes
-        above.
+        sequences are fine, and so are zeros after the last end, which are empty sequences. Rows past the last end
+        are fully masked. Lists and tuples are part of the program, arrays are data, checked where their values are
+        known. Traced ends count as their running maximum, at most T, and T stands for the sums of the lengths in
+        the shapes above; that a pse has the size of its sequences, and ALiBi Sq_b = Skv_b, is up to the caller then.
       actual_seq_kvlen: TND: the same of key and value.
       implementation: None (the best backend that can), or the name of a backend.
       max_work: on Ascend, a call of more multiply-adds than this (`B*N*Sq*Skv*(D + Dv)`) is split into several
@@ -131,11 +134,15 @@ def flash_attention_score(
       exponentials, after scale, pse and mask, before dropout, without gradient; and attention_out, query's
       dtype and layout, with Dv for D.
 
-      A row that sees no key has out 0, gradients 0, max -FLT_MAX and sum +FLT_MAX; where there is no key
+      A fully masked row has out 0, gradients 0, max -FLT_MAX and sum +FLT_MAX; where there is no key
       at all (Skv = 0, TND: Skv_b = 0) max and sum are 0.
 
     Differences from CANN:
-      * The sparse mode and the tokens hold also without atten_mask (CANN then ignores them).
+      * The sparse mode and the tokens hold also without atten_mask, mode 0 included. (CANN then ignores them, so that
+        a causal mode without a mask is not causal there.)
+      * With an atten_mask in mode 0 the mask and the band both hold. (In CANN the tokens say which blocks may be
+        skipped, and a mask that differs from the band is undefined.)
+      * TND accepts sequences with rows and without keys in every mode, and a mask for each sequence.
       * pse has a gradient.
 
     Raises:
@@ -185,8 +192,9 @@ def flash_attention_score_request(
 ) -> tuple[Problem, Operands]:
     """What `flash_attention_score` computes for these arguments; raises what it raises."""
     backends.check_implementation(implementation)
-    if input_layout not in _LAYOUTS:
-        raise ValueError(f"input_layout must be one of {', '.join(_LAYOUTS)}; got {input_layout!r}.")
+    choice("input_layout", input_layout, _LAYOUTS)
+    for name, x in (("inner_precise", inner_precise), ("sparse_mode", sparse_mode), ("pse_type", pse_type)):
+        integer(name, x)
     if inner_precise not in (0, 1, 2):
         raise ValueError(f"inner_precise must be 0, 1 or 2; got {inner_precise!r}.")
     _check_scale(scale_value)
@@ -223,13 +231,13 @@ def flash_attention_score_request(
         implementation=implementation,
         max_work=max_work,
     )
-    own = _own_form(sparse, pse, pse_type, scale_value, d, sequences)
+    own = _own_form(sparse, pse, pse_type, d, sequences)
     return replace(problem, cann=own.arguments), replace(operands, cann_pse=own.pse, cann_mask=own.mask)
 
 
 def _check_scale(scale) -> None:
     """CANN's scalar: a number, or an array that holds one."""
-    kind = getattr(scale, "dtype", np.asarray(scale).dtype) if scale is not None else np.dtype(object)
+    kind = scale.dtype if hasattr(scale, "dtype") else np.asarray(scale).dtype
     if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
         raise TypeError(f"scale_value must be a number; got {scale!r}. (CANN's default is 1.0.)")
     if np.ndim(scale) != 0:
@@ -248,7 +256,7 @@ class _OwnForm(NamedTuple):
     mask: Any = None
 
 
-def _own_form(sparse: Sparse, pse, pse_type: int, scale, d: Dims, sequences: Packed | None) -> _OwnForm:
+def _own_form(sparse: Sparse, pse, pse_type: int, d: Dims, sequences: Packed | None) -> _OwnForm:
     """Nothing where CANN's host integers are arrays here."""
     given = [sparse.prefix] if sequences is None else [sparse.prefix, sequences.query, sequences.key]
     if any(hasattr(x, "shape") for x in given):
@@ -271,9 +279,7 @@ def _own_form(sparse: Sparse, pse, pse_type: int, scale, d: Dims, sequences: Pac
     def lead(x):
         return None if x is None else jax.lax.stop_gradient(jnp.asarray(x)[(None,) * len(d.B)])
 
-    # A traced scale is in the query already, so that a pse before scaling cannot join it any more.
-    own = pse_type != 1 or not isinstance(scale, jax.core.Tracer)
-    return _OwnForm(arguments, lead(pse) if own else None, lead(mask))
+    return _OwnForm(arguments, lead(pse), lead(mask))
 
 
 # --- shapes
@@ -282,13 +288,13 @@ def _own_form(sparse: Sparse, pse, pse_type: int, scale, d: Dims, sequences: Pac
 def _operands(query, key, value, input_layout: str, head_num):
     """query, key and value as arrays with separate head and head_dim axes."""
     if isinstance(head_num, bool) or not isinstance(head_num, (int, np.integer)):
-        raise TypeError(f"head_num must be an int; got {head_num!r}.")
+        raise TypeError(f"head_num must be an int; got {shown(head_num)}.")
     if not 0 < head_num <= _MAX_N:
         raise ValueError(f"head_num must be in 1..{_MAX_N}; got {head_num}.")
     layout = _LAYOUTS[input_layout]
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
-        x = x if hasattr(x, "dtype") else jnp.asarray(x)
+        x = x if hasattr(x, "dtype") else array(name, x)
         if x.dtype.name not in _DTYPES:
             raise TypeError(
                 f"{name} must have dtype {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}; got {x.dtype}."

@@ -198,7 +198,7 @@ def _entry(args: tuple, kwargs: dict[str, Any]) -> str:
             )
         return "flash_attention"
     key, value = (jnp.shape(named[name]) if _has_shape(named.get(name)) else () for name in ("key", "value"))
-    other_value = key[-1:] != value[-1:]
+    other_value = bool(key and value) and key[-1] != value[-1]
     more_dims = any(_has_shape(x) and len(x.shape) > 4 for x in named.values())
     if isinstance(named.get("mask"), Mask) or other_value or more_dims:
         return "dot_product_attention" if others & set(kwargs) else "flash_attention"

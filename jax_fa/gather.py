@@ -1,10 +1,11 @@
-"""Reading and adding along the last axis by index, of arrays with leading dims that broadcast.
+"""Reading, adding and searching along the last axis, of arrays with leading dims that broadcast.
 
 Dims of size 1 are not broadcast in memory, and only positions along the last axis are counted, so that a large array
 of many rows does not overflow 32 bits.
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 def take_last(x, index):
     """x[..., index] for x of shape `*#L n` and index of shape `*L rows keys`, clipped to the axis."""
     flat = index.reshape(*index.shape[:-2], -1)
-    return jnp.take_along_axis(x, flat, axis=-1, mode="clip").reshape(*flat.shape[:-1], *index.shape[-2:])
+    found = jnp.take_along_axis(x, flat, axis=-1, mode="clip")
+    return found.reshape(*found.shape[:-1], *index.shape[-2:])
 
 
 def add_last(x, index, values):
@@ -31,3 +33,29 @@ def add_last(x, index, values):
     index = jnp.where(index < 0, x.shape[-1], index)
     add = jax.vmap(lambda x, i, v: x.at[i].add(v, mode="drop"))
     return add(x.reshape(count, x.shape[-1]), index, values).reshape(x.shape)
+
+
+def search_last(table, values, side: Literal["left", "right"]):
+    """searchsorted: where each of `values` (`*#L m`) belongs in sorted `table` (`*#L n`), int32 `*L m`."""
+
+    def find(table, values):
+        if isinstance(table.shape[0], int) and isinstance(values.shape[0], int):
+            return jnp.searchsorted(table, values, side=side).astype(jnp.int32)
+        return _bisect(table, values, side)
+
+    return jnp.vectorize(find, signature="(n),(m)->(m)")(table, values)
+
+
+def _bisect(table, values, side: Literal["left", "right"]):
+    """The same of one table and symbolic sizes (`jax.export`), which jnp.searchsorted does not take."""
+    size = jnp.asarray(table.shape[0], jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) // 2
+        found = table[jnp.minimum(middle, size - 1)]
+        after = (low < high) & (found < values if side == "left" else found <= values)
+        return jnp.where(after, middle + 1, low), jnp.where(after | (low >= high), high, middle)
+
+    start = jnp.zeros_like(values, jnp.int32)
+    return jax.lax.fori_loop(0, 32, halve, (start, start + size))[0]

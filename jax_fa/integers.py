@@ -14,8 +14,10 @@ FAR = 2**29  # larger counts are moved to this, so that sums with positions stay
 
 
 def known(x) -> np.ndarray | None:
-    """The values of x where they can be read now; None while they are traced or live on other hosts."""
+    """The values of x where they can be read now; None while they are traced, abstract, or live on other hosts."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return None
+    if hasattr(x, "shape") and not isinstance(x, (np.ndarray, np.generic, jax.Array)):
         return None
     return np.asarray(x)
 

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import integers, segments
+from jax_fa.gather import search_last
 from jax_fa.integers import FAR, is_int, is_static, known
 from jax_fa.problem import Shape, Size
 
@@ -391,7 +392,7 @@ class _Packed(Mask):
 
     query: Any
     key: Any
-    within: Mask | None
+    within: Band | None
 
     def _check_within(self) -> None:
         if self.within is not None and not isinstance(self.within, Band):
@@ -435,7 +436,7 @@ class CumulativeLengths(_Packed):
 
     query: Any
     key: Any = None
-    within: Mask | None = None
+    within: Band | None = None
 
     def __post_init__(self) -> None:
         self._check_within()
@@ -513,7 +514,7 @@ class SegmentIds(_Packed):
 
     query: Any
     key: Any = None
-    within: Mask | None = None
+    within: Band | None = None
     padding_id: int | np.integer | None = None
 
     def __post_init__(self) -> None:
@@ -565,10 +566,7 @@ def _per_batch(shape: Shape, batch: Shape) -> bool:
 
 def _searchsorted(table, values, side):
     """searchsorted along the last axis; a batched result gets a head axis: `*B 1 Sq`."""
-    find = jnp.vectorize(
-        lambda t, v: jnp.searchsorted(t, v, side=side).astype(jnp.int32), signature="(n),(m)->(m)"
-    )
-    found = find(table, values)
+    found = search_last(table, values, side)
     return found if found.ndim == 1 else found[..., None, :]
 
 

@@ -1,6 +1,7 @@
 """Why the compiled extension is not here, and what to do about it."""
 
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -21,7 +22,9 @@ def absence(error: str) -> str:
 
 def _is_source_tree() -> bool:
     sources = (_ROOT / "pyproject.toml", _ROOT / "cc" / "CMakeLists.txt")
-    return all(path.is_file() for path in sources) and not any(_PACKAGE.glob("_native.*"))
+    return all(path.is_file() for path in sources) and not any(
+        (_PACKAGE / f"_native{suffix}").exists() for suffix in EXTENSION_SUFFIXES
+    )
 
 
 def _is_installed() -> bool:

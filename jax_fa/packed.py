@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import integers
+from jax_fa.gather import search_last
 from jax_fa.integers import known
 
 
@@ -85,7 +86,7 @@ class Packed:
         at = jnp.arange(size, dtype=jnp.int32)
         bounds = self._bounds()
         starts, ends = bounds[axis]
-        found = jnp.searchsorted(ends, at, side="right").astype(jnp.int32)
+        found = search_last(ends, at, "right")
         sequence = jnp.minimum(found, self.count - 1)
         first_row, first_key = (start[sequence] for start, _ in bounds)
         sq, skv = (size[sequence] for size in self.sizes())

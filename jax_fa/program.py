@@ -1,7 +1,9 @@
 """What the programs of this package share: how they end, and how they write files. Standard library only."""
 
+import contextlib
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +12,30 @@ from typing import NoReturn
 UNWRITTEN = 3  # the exit code where all went well, but a file could not be written
 INTERRUPTED = 130  # as shells have it: 128 + the number of SIGINT
 NOBODY_READS = 141  # 128 + the number of SIGPIPE
+_unfinished: set[Path] = set()  # files that are being written
 
 
 def start(main: Callable[[], int | None]) -> NoReturn:
     """Runs main and ends the process."""
+    signal.signal(signal.SIGINT, _stop)
     code = run(main)
-    if code in (INTERRUPTED, NOBODY_READS):
-        # What XLA's threads still compute would meet an interpreter that is gone.
-        sys.stderr.flush()
-        os._exit(code)
+    if code == NOBODY_READS:
+        os._exit(code)  # as in `_stop`
     sys.exit(code)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """Ends the process at once.
+
+    An exception may be lost, where C++ calls Python (garbage collection, for one). And what XLA's threads still compute
+    would meet an interpreter that is gone.
+    """
+    for part in _unfinished:
+        part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError, RuntimeError):  # which is what a print that was interrupted raises
+        sys.stdout.flush()
+    os.write(2, b"\ninterrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -66,11 +82,13 @@ def write(path: Path, text: str) -> None:
         return
     whole = path.resolve()
     part = whole.with_name(f".{whole.name}.{os.getpid()}.part")
+    _unfinished.add(part)
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(whole)
     finally:
         part.unlink(missing_ok=True)
+        _unfinished.discard(part)
 
 
 def write_or_report(name: str, writing: Callable[[], None]) -> bool:

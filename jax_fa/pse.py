@@ -14,9 +14,11 @@ Source: aclnnFlashAttentionScoreV2, realShiftOptional and pseType; ops-transform
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa import arguments
 from jax_fa.packed import Packed
 from jax_fa.problem import Dims
 
@@ -40,7 +42,7 @@ def terms(pse, pse_type: int, *, scale, dtype, d: Dims, packed: Packed | None, c
     Args:
       pse: see `flash_attention_score`. pse_type: 0 to 3. scale: the factor of type 1.
       dtype: query's. d: the sizes of the call. packed: the sequences in layout TND.
-      causal: no row sees a key after its own position; an ALiBi table is defined for those only.
+      causal: keys after its own position are masked for every row; an ALiBi table is defined for the others only.
     """
     if pse_type not in (0, 1, 2, 3):
         raise ValueError(f"pse_type must be 0, 1, 2 or 3; got {pse_type!r}.")
@@ -48,8 +50,8 @@ def terms(pse, pse_type: int, *, scale, dtype, d: Dims, packed: Packed | None, c
         if pse_type in (2, 3):
             raise ValueError(f"pse must hold the ALiBi slopes when pse_type={pse_type}; got None.")
         return Terms()
-    if not hasattr(pse, "dtype"):
-        pse = jnp.asarray(pse)
+    if not hasattr(pse, "dtype") or isinstance(pse, jax.ShapeDtypeStruct):
+        pse = arguments.array("pse", pse)
     wanted = jnp.dtype(dtype if pse_type in (0, 1) else np.float32)
     if pse.dtype != wanted:
         owner = "query's dtype " if pse_type in (0, 1) else ""
@@ -144,6 +146,7 @@ def _packed(pse, d: Dims, packed: Packed, causal: bool) -> Terms:
     one_row = d.N * (d.Skv if lengths is None else int(lengths[1].sum()))
     full = None if lengths is None else d.N * int(np.dot(*lengths))
     longest = pse.shape[-1:] if lengths is None else (int(lengths[1].max()),)
+    form: Any
     # CANN too tries the form of one row first.
     if pse.shape == (one_row,):
         form = _one_row

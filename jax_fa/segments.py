@@ -8,13 +8,14 @@ between, each key's label is compared with the row's. O(S log S), without an S x
 Everything here runs on NumPy arrays where the ids are known, and is then part of the program.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import integers
+from jax_fa.gather import search_last
 
 
 class Segments(NamedTuple):
@@ -168,13 +169,10 @@ def _at(order, index, xp):
     return xp.take_along_axis(order, xp.clip(index, 0, order.shape[-1] - 1), -1)
 
 
-def _search(table, values, side: str, xp):
+def _search(table, values, side: Literal["left", "right"], xp):
     """searchsorted along the last axis."""
     if xp is jnp:
-        find = jnp.vectorize(
-            lambda t, v: jnp.searchsorted(t, v, side=side).astype(jnp.int32), signature="(n),(m)->(m)"
-        )
-        return find(table, values)
+        return search_last(table, values, side)
     batch = np.broadcast_shapes(table.shape[:-1], values.shape[:-1])
     tables, wanted = (
         np.broadcast_to(x, (*batch, x.shape[-1])).reshape(-1, x.shape[-1]) for x in (table, values)

@@ -2,7 +2,7 @@
 
 `d = Skv - Sq`; in layout TND every letter is that of one sequence.
 
-    mode  row i sees key j where                            atten_mask
+    mode  key j is visible to row i where                   atten_mask
     0     i - pre <= j <= i + next, and not masked          full (optional)
     1     not masked                                        full (optional)
     2     j <= i                                            compressed (optional)
@@ -13,7 +13,7 @@
     7     j <= i + d, in the last sequence j <= i + d + next    compressed (optional); TND only
     8     j <= i, in the first sequence j <= i + d + next       compressed (optional); TND only
 
-(Last and first of the sequences that have rows.) A mask of 1 hides a key. A compressed mask says nothing that
+(Last and first of the sequences that have rows.) A mask of 1 masks a key. A compressed mask says nothing that
 the mode does not say, so it is checked and then not read.
 
 Source: aclnnFlashAttentionScoreV2, sparseMode; ops-transformer `docs/context` on sparse modes and
@@ -41,7 +41,7 @@ _SIDE, _PREFIX_ROWS = 2048, 1024  # a compressed mask is 2048 x 2048; for mode 6
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse:
-    """The arguments that say which keys a row sees."""
+    """The arguments that say which keys are visible to a row."""
 
     mode: int
     pre_tokens: int | np.integer
@@ -66,7 +66,7 @@ class Sparse:
         return structure & dense
 
     def causal(self) -> bool:
-        """Whether, with Sq == Skv, no row sees a key after its own position, by structure alone."""
+        """Whether, with Sq == Skv, keys after its own position are masked for every row, by structure alone."""
         return self.mode in (2, 3) or (self.mode in (0, 4, 7) and int(self.next_tokens) <= 0)
 
     def full(self) -> bool:
@@ -115,11 +115,11 @@ class Sparse:
             return
         sq, skv = lengths
         pre = int(self.pre_tokens)
-        hidden = np.zeros(packed.count, bool)
+        empty = np.zeros(packed.count, bool)
         if self.mode in (3, 4, 7, 8):
-            hidden = self._edges(sq, skv, np) < 0
+            empty = self._edges(sq, skv, np) < 0
         if self.mode == 0:
-            hidden = skv + pre < sq
+            empty = skv + pre < sq
         if self.mode in (7, 8):
             band = self._band(sq, np)
             if np.any(band & (pre < skv)):
@@ -127,7 +127,7 @@ class Sparse:
                     f"pre_tokens must be at least the key length of the sequence with the band, "
                     f"{skv[band].tolist()}, in sparse_mode={self.mode}; got {pre}."
                 )
-        at = np.flatnonzero(hidden & (sq > 0) & (skv > 0))
+        at = np.flatnonzero(empty & (sq > 0) & (skv > 0))
         if at.size:
             b = int(at[0])
             raise ValueError(
@@ -178,10 +178,12 @@ class Sparse:
         left, right = (None if n >= far else int(n) for n in (self.pre_tokens, self.next_tokens))
         return None if left is None and right is None else masks.Band(left, right, align)
 
-    def _within(self, d: Dims, packed: Packed, prefix) -> Mask | None:
+    def _within(self, d: Dims, packed: Packed, prefix) -> masks.Band | None:
         """The band inside each packed sequence."""
         if self.mode < 5:
-            return self._structure(d, None)
+            band = self._structure(d, None)
+            assert band is None or isinstance(band, masks.Band)
+            return band
         rows = packed.rows()
         if self.mode == 6:
             # j < max(i + d + 1, prefix[b]) is a causal band whose offset depends on the row.
@@ -190,7 +192,7 @@ class Sparse:
         return masks.Causal(offset=self._edges(*packed.sizes(), jnp)[rows.sequence][None])
 
     def _edges(self, sq, skv, xp):
-        """The last key that row 0 of each sequence sees, in modes 3, 4, 7 and 8."""
+        """The last key visible to row 0 of each sequence, in modes 3, 4, 7 and 8."""
         following = min(int(self.next_tokens), 2**30)
         if self.mode in (3, 4):
             return skv - sq + (following if self.mode == 4 else 0)

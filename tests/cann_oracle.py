@@ -57,13 +57,13 @@ class Sequence:
         dk, dv = (g.reshape(K, group, *g.shape[1:]).sum(axis=1) for g in (dk, dv))
         stored = {"out": out, "dq": dq, "dk": dk, "dv": dv}
         found = {name: narrow(g).swapaxes(0, 1) for name, g in stored.items()}
-        # CANN's marks: a row whose sequence has keys but sees none, and a row of a sequence without keys.
+        # CANN's marks: a fully masked row whose sequence has keys, and a row of a sequence without keys.
         l = np.where(l == 0, FLT_MAX if k.shape[1] else 0, l)
         m = m if k.shape[1] else np.zeros_like(m)
         return found | {"max": m, "sum": l, "dx": dx}
 
 
-# --- which keys a row sees: the table of sparse modes, one sequence at a time
+# --- which keys are visible to a row: the table of sparse modes, one sequence at a time
 
 
 def visible(mode: int, sq: int, skv: int, *, pre: int, following: int, prefix: int = 0, apart: bool = False):

@@ -76,7 +76,7 @@ def test_flops_are_those_of_the_visible_pairs(mask, Sq, Skv, direction):
 def test_it_measures_all_that_is_here_and_they_agree(direction, dtype, capsys):
     assert bench.main([*TINY, "--direction", direction, "--dtype", dtype]) == bench.OK
     shown = capsys.readouterr().out
-    assert "jax_fa" in shown and "cores" in shown and shown.rstrip().endswith("the same numbers.")
+    assert "jax_fa" in shown and "cores" in shown and shown.rstrip().endswith("the same values.")
     lines = [line.split() for line in shown.splitlines() if line.startswith("  ")]
     assert [line[0] for line in lines] == list(contestants.present())
     served = [line for line in lines if "not" not in line]
@@ -99,8 +99,8 @@ def test_it_measures_all_that_is_here_and_they_agree(direction, dtype, capsys):
         (["--shapes", "Sq9-Skv3-N1-D8", "--mask", "window:2"], "a window needs Sq <= Skv; got B1-Sq9-Skv3"),
         (["--dtype", "int8"], "must be among float32, bfloat16, float16; got 'int8'"),
         (["--direction", "sideways"], "must be among forward, backward, both; got 'sideways'"),
-        (["--contestants", "nobody"], "--contestants must be among "),
-        (["--contestants", "jax.nn cudnn"], "--contestants: jax.nn cudnn is not here"),
+        (["--implementations", "nobody"], "--implementations must be among "),
+        (["--implementations", "jax.nn cudnn"], "--implementations: jax.nn cudnn is not here"),
         (["--rounds", "0"], "must be a positive integer; got '0'"),
         (["--json", "/no/such/directory/x.json"], "/no/such/directory must be a directory"),
         (["--json", "/"], "/ must be a file to write, and is a directory"),
@@ -140,9 +140,9 @@ def test_what_counts_as_the_same_numbers(value, agrees):
 def test_nothing_compared_is_not_called_agreement(size, capsys):
     arguments = ["--shapes", f"S8-N1-D{size}", "--mask", "full", "--direction", "forward", "--rounds", "1"]
     name = next(iter(contestants.present()))
-    assert bench.main([*arguments, "--contestants", name]) == bench.OK
+    assert bench.main([*arguments, "--implementations", name]) == bench.OK
     shown = capsys.readouterr().out
-    assert "Numbers were not compared" in shown and "OK" not in shown
+    assert "Values were not compared" in shown and "OK" not in shown
 
 
 # --- measuring
@@ -262,7 +262,7 @@ def test_a_file_that_cannot_be_written_loses_no_verdict(tmp_path, monkeypatch, c
     arguments = [*TINY, "--direction", "forward", "--json", str(tmp_path / "run.json")]
     assert bench.main(arguments) == program.UNWRITTEN
     shown = capsys.readouterr()
-    assert shown.out.rstrip().endswith("the same numbers.")
+    assert shown.out.rstrip().endswith("the same values.")
     assert "run.json was not written: no space left" in shown.err
 
 

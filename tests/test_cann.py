@@ -124,6 +124,9 @@ def _mask_cases():
     yield _case("mask-TND-longest", packed, mask="plain", pre=25, following=5)
     yield _case("mask-TND-longest-traced", packed, mask="plain", mode=1, traced=True)
     yield _case("mask-TND-sum", packed, mask="sum", mode=1)
+    yield _case("mask-TND-each", packed, mask="batch", mode=1)
+    yield _case("mask-TND-each-traced", packed, mask="batch", mode=1, traced=True)
+    yield _case("mask-plain-5", forward, mask="plain", mode=5, prefix=(20,), lengths=((37, 45),))
     yield _case("mask-TND-compressed", packed, mask="compressed", mode=8, following=2)
 
 
@@ -149,6 +152,9 @@ def _pse_cases():
     yield _case("pse2-TND-slopes", packed, pse=(2, "slopes"), mode=3)
     yield _case("pse3-TND-slopes", packed, pse=(3, "slopes"), dtype="bfloat16")
     yield _case("pse3-TND-1 slopes", packed, pse=(3, "1 slopes"), traced=True)
+    yield _case("pse2-TND-slopes-traced", packed, pse=(2, "slopes"), mode=3, traced=True, dtype="float16")
+    yield _case("pse2-TND-prefix", packed, pse=(2, "slopes"), mode=6, prefix=(3, 0, 20, 9))
+    yield _case("pse1-TND-full-longer-keys", packed | {"lengths": PACKED}, pse=(1, "full"), dtype="float16")
     long = {"layout": "TND", "lengths": ((1040, 1040), (7, 7)), "N": 2, "K": 2}
     yield _case("pse1-TND-table-long", long, pse=(1, "table"), mode=3)
 
@@ -214,7 +220,7 @@ def inputs(case: Case) -> Inputs:
         mask = oracle.compressed(case.mode)
     elif case.mask is not None:
         mask = rng.random(MASKS[case.mask](case)) < 0.3
-        mask[..., : mask.shape[-2] // 4, :] = True  # rows that see nothing
+        mask[..., : mask.shape[-2] // 4, :] = True  # fully masked rows
         mask = mask if case.mask == "plain" else mask.astype(np.uint8)
     return Inputs(q, k, v, random(0, case.N, case.Dv), _random_pse(case, rng), drop, mask)
 
@@ -258,10 +264,10 @@ def integer_arguments(case: Case) -> dict[str, Any]:
     return given
 
 
-def run(case: Case, jit: bool = True, **options: Any) -> dict[str, Any]:
+def run(case: Case, jit: bool = True, integers=None, **options: Any) -> dict[str, Any]:
     """Everything the library gives for a case."""
     x = inputs(case)
-    integers = integer_arguments(case)
+    integers = integer_arguments(case) if integers is None else integers
     traced = {name: jnp.asarray(v) for name, v in integers.items()} if case.traced else {}
 
     def both(q, k, v, pse, dout, drop_mask, atten_mask, traced):
@@ -362,6 +368,168 @@ def check(case: Case, found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_statistics_and_gradients(case):
     check(case, run(case))
+
+
+@pytest.mark.parametrize("form", ["list", "tuple", "numpy", "jax", "traced"])
+@pytest.mark.parametrize(
+    "name", ["TND-mode3", "TND-mode7", "TND-mode8", "drop-TND", "pse1-TND-full-longer-keys"]
+)
+def test_lists_of_ends_filled_up_with_zeros(name, form):
+    """Lists of a fixed length: zeros after the last end are empty sequences. What lies behind it is 0."""
+    case = next(case for case in CASES if case.name == name)
+    filled = {n: (*x, 0, 0) for n, x in integer_arguments(case).items()}
+    if form == "traced":
+        found = run(replace(case, traced=True), integers=filled)
+    else:
+        convert = {"list": list, "tuple": tuple, "numpy": np.array, "jax": jnp.array}[form]
+        found = run(case, **{n: convert(x) for n, x in filled.items()})
+    check(case, found)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_tokens_after_the_last_end(traced):
+    """They give 0, and have gradients of 0."""
+    q, k, v = (_random(16, 2, 8, seed=i) for i in range(3))
+
+    def total(q, k, v, ends):
+        given = {"head_num": 2, "input_layout": "TND", "sparse_mode": 3}
+        result = flash_attention_score(q, k, v, actual_seq_qlen=ends, actual_seq_kvlen=ends, **given)
+        return jnp.sum(jnp.sin(result.attention_out)), result.attention_out
+
+    gradient = jax.grad(total, argnums=(0, 1, 2), has_aux=True)
+    if traced:
+        gradients, out = jax.jit(gradient)(q, k, v, jnp.array([5, 12, 0]))
+    else:
+        gradients, out = gradient(q, k, v, (5, 12, 0))
+    for x in (out, *gradients):
+        np.testing.assert_array_equal(x[12:], 0)
+        assert np.abs(x[:12]).any()
+
+
+def test_the_ends_that_the_backend_of_cann_gets_do_not_decrease():
+    q = _random(8, 2, 8)
+    ends = {"actual_seq_qlen": [4, 8, 0, 0], "actual_seq_kvlen": (4, 8, 0, 0)}
+    problem, _ = cann.flash_attention_score_request(q, q, q, head_num=2, input_layout="TND", **ends)
+    assert problem.cann.actual_seq_qlen == problem.cann.actual_seq_kvlen == (4, 8, 8, 8)
+    assert problem.mask.query == problem.mask.key == (4, 8, 8, 8)
+
+
+# What the docstring asks of integers: values that break it, the error where they are known, and what they mean
+# where they are not.
+PRECONDITIONS = {
+    "ends-decrease": ("actual_seq_qlen", [5, 3], "must be cumulative ends", [5, 5]),
+    "ends-negative": ("actual_seq_kvlen", [-2, 8], "must be cumulative ends", [0, 8]),
+    "rows-beyond-T": ("actual_seq_qlen", [3, 9], "must end at most at query's T=8", [3, 8]),
+    "keys-beyond-T": ("actual_seq_kvlen", [3, 11], "must end at most at key's T=10", [3, 10]),
+    "prefix-low": ("prefix", [-1, 5], r"prefix must be in max\(0, Skv - Sq\) .. Skv", [2, 5]),
+    "prefix-high": ("prefix", [11, 5], r"prefix must be in max\(0, Skv - Sq\) .. Skv", [10, 5]),
+}
+
+
+@pytest.mark.parametrize("form", ["list", "tuple", "numpy", "jax", "traced"])
+@pytest.mark.parametrize("name", PRECONDITIONS)
+def test_preconditions(name, form):
+    argument, wrong, message, meant = PRECONDITIONS[name]
+    if argument == "prefix":
+        q, k, given = (
+            _random(2, 8, 2, 8),
+            _random(2, 10, 2, 8, seed=1),
+            {"input_layout": "BSND", "sparse_mode": 6},
+        )
+    else:
+        q, k, given = _random(8, 2, 8), _random(10, 2, 8, seed=1), {"input_layout": "TND", "sparse_mode": 2}
+        given |= {"actual_seq_qlen": (3, 8), "actual_seq_kvlen": (3, 10)}
+
+    def call(integers):
+        return flash_attention_score(q, k, k, head_num=2, **given | {argument: integers})
+
+    if form == "traced":
+        found, want = jax.jit(call)(jnp.array(wrong)), call(meant)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, want)
+    else:
+        convert = {"list": list, "tuple": tuple, "numpy": np.array, "jax": jnp.array}[form]
+        with pytest.raises(ValueError, match=message):
+            call(convert(wrong))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
+@pytest.mark.parametrize("layout", ["BSND", "TND"])
+@pytest.mark.parametrize("pse_type", [0, 1])
+def test_a_pse_of_minus_infinity_masks(pse_type, layout, scale):
+    """Whatever the scale; a row of it is 0, with gradients of 0."""
+    q, k = _random(1, 6, 2, 8), _random(1, 7, 2, 8, seed=1)
+    pse = np.array(_random(1, 2, 6, 7, seed=2))
+    pse[..., 3, :] = pse[..., 2] = -np.inf
+    masked = np.isneginf(pse)
+    given = {"head_num": 2, "input_layout": layout, "scale_value": scale, "pse_type": pse_type}
+
+    def loss(pse, q, k):
+        shape = pse
+        if layout == "TND":
+            q, k, shape = q[0], k[0], pse.reshape(-1)
+            out = flash_attention_score(
+                q, k, k, shape, actual_seq_qlen=(6,), actual_seq_kvlen=(7,), **given
+            ).attention_out[None]
+        else:
+            out = flash_attention_score(q, k, k, shape, **given).attention_out
+        return jnp.sum(jnp.sin(out)), out
+
+    (_, out), (dpse, dq, dk) = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
+        jnp.asarray(pse), q, k
+    )
+    finite = np.where(masked, 0, pse) * (scale if pse_type == 1 else 1)
+    want = flash_attention(q, k, k, scale=scale, bias=jnp.asarray(finite), mask=jnp.asarray(~masked))
+    np.testing.assert_allclose(out, want, atol=1e-6)
+    np.testing.assert_array_equal(out[:, 3], 0)
+    np.testing.assert_array_equal(np.asarray(dpse)[masked], 0)
+    np.testing.assert_array_equal(dq[:, 3], 0)
+    np.testing.assert_array_equal(dk[:, 2], 0)
+    assert all(np.isfinite(x).all() for x in (out, dpse, dq, dk))
+
+
+FORMS = {
+    "full": lambda T, N: {"pse": _abstract(N * 2 * (T // 2) ** 2)},
+    "row": lambda T, N: {"pse": _abstract(N * T)},
+    "slopes": lambda T, N: {"pse": _abstract(2, N), "pse_type": 3},
+    "table": lambda T, N: {"pse": _abstract(2, N, 1024, T // 2), "sparse_mode": 3},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_of_packed_sequences_with_pse(form, real_tiles):
+    """Nothing is spread out to T x T: forward and backward need a multiple of pse and of the rows."""
+    T, N = 4096, 4
+    q = _abstract(T, N, 32)
+    given = FORMS[form](T, N)
+    pse = given.pop("pse")
+    ends = (T // 2, T)
+
+    def loss(q, pse):
+        call = {
+            "head_num": N,
+            "input_layout": "TND",
+            "actual_seq_qlen": ends,
+            "actual_seq_kvlen": ends,
+        } | given
+        return jnp.sum(flash_attention_score(q, q, q, pse, implementation="xla", **call).attention_out ** 2)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(q, pse).compile()
+    spread = 4 * N * T * T
+    stored = 4 * int(np.prod(pse.shape))
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * stored + spread // 4
+
+
+def test_memory_of_a_table(real_tiles):
+    """A table of 1024 rows serves all rows from where it lies."""
+    S, N = 4096, 2
+    q, table = _abstract(1, S, N, 32), _abstract(1, N, 1024, S)
+
+    def loss(q, table):
+        call = {"head_num": N, "input_layout": "BSND", "sparse_mode": 2, "implementation": "xla"}
+        return jnp.sum(flash_attention_score(q, q, q, table, **call).attention_out ** 2)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(q, table).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * N * 1024 * S + 4 * N * S * S // 4
 
 
 @pytest.mark.parametrize("name", ["BSND-mode5", "TND-mode3", "pse1-TND-row", "drop-TND", "mask-TND-longest"])
@@ -574,7 +742,12 @@ ERRORS = [
     ({"inner_precise": 3}, ValueError, "inner_precise must be 0, 1 or 2; got 3"),
     ({"implementation": "cuda"}, ValueError, "implementation must be None or one of .*; got 'cuda'"),
     ({"scale_value": None}, TypeError, "scale_value must be a number; got None"),
-    ({"scale_value": np.inf}, ValueError, "scale must be finite; got inf"),
+    ({"scale_value": np.inf}, ValueError, "scale_value must be finite; got inf"),
+    ({"scale_value": np.float32("nan")}, ValueError, "scale_value must be finite; got nan"),
+    ({"scale_value": "0.5"}, TypeError, "scale_value must be a number; got '0.5'"),
+    ({"scale_value": True}, TypeError, "scale_value must be a number; got True"),
+    ({"scale_value": 1j}, TypeError, "scale_value must be a number; got 1j"),
+    ({"scale_value": np.ones(2)}, ValueError, r"scale_value must be a scalar; got shape \(2,\)"),
     # shapes and dtypes
     ({"head_num": 2.5}, TypeError, "head_num must be an int; got 2.5"),
     ({"head_num": 0}, ValueError, "head_num must be in 1..256; got 0"),
@@ -629,6 +802,12 @@ ERRORS = [
     ({"D": 769, "Dv": 16}, ValueError, "query must have D of at most 768; got 769"),
     ({"Sq": 2**20 + 1}, ValueError, "query must have Sq of at most 1048576; got 1048577"),
     ({"Skv": 2**20 + 1}, ValueError, "key must have Skv of at most 1048576; got 1048577"),
+    (
+        PACK | {"Sq": 2**20 + 1},
+        ValueError,
+        "query must have T of at most 1048576; got 1048577",
+    ),
+    (PACK | {"Skv": 2**20 + 1}, ValueError, "key must have T of at most 1048576; got 1048577"),
     ({"B": 2**21 + 1}, ValueError, "query must have B of at most 2097152; got 2097153"),
     (
         {"B": 2049, "sparse_mode": 6, "prefix": [2] * 2049},
@@ -730,7 +909,7 @@ ERRORS = [
         r"atten_mask must have one of the shapes \(2, 4, 8, 10\), .*; got \(2, 1, 1, 10\)",
     ),
     (
-        {"atten_mask": np.zeros((8, 10), bool), "sparse_mode": 5, "prefix": [3, 3]},
+        {"atten_mask": np.zeros((8, 10), bool), "sparse_mode": 5, "prefix": np.array([3, 3])},
         ValueError,
         "atten_mask must have one of the shapes .* in sparse_mode=5",
     ),
@@ -752,7 +931,8 @@ ERRORS = [
     (
         PACK | {"atten_mask": np.zeros((8, 8), bool)},
         ValueError,
-        r"atten_mask must have shape .*=\(5, 6\) or .*=\(8, 10\) in layout TND; got \(8, 8\)",
+        r"atten_mask must have shape .*=\(5, 6\) or .*=\(8, 10\), or \(B, 1, max Sq_b, max Skv_b\) with B=2, "
+        r"in layout TND; got \(8, 8\)",
     ),
     (
         PACK | {"atten_mask": np.zeros((2, 5, 6), bool)},
@@ -815,6 +995,22 @@ ERRORS = [
         ValueError,
         "an ALiBi table needs query and key of equal length",
     ),
+    (
+        PACK | {"pse": _abstract(168), "sparse_mode": 8},
+        ValueError,
+        "pse must be None in sparse_mode=8, as in CANN; got an array",
+    ),
+    (
+        SAME | {"pse": _abstract(4), "pse_type": 2, "sparse_mode": 7, "next_tokens": 0},
+        ValueError,
+        "pse must be None in sparse_mode=7",
+    ),
+    (
+        {"layout": "TND", "Sq": 2**20, "Skv": 2**20, "actual_seq_qlen": [2**15], "actual_seq_kvlen": [2**15]}
+        | {"pse": _abstract(2**32)},
+        ValueError,
+        r"pse must hold fewer than 2\*\*31 elements in layout TND",
+    ),
     # dropout
     ({"keep_prob": 0.0}, ValueError, r"keep_prob must be a Python number in \(0, 1\]; got 0.0"),
     ({"keep_prob": 1.5}, ValueError, r"keep_prob must be a Python number in \(0, 1\]; got 1.5"),
@@ -863,7 +1059,24 @@ ERRORS = [
     (
         PACK | {"actual_seq_qlen": [5, 3]},
         ValueError,
-        r"actual_seq_qlen must be cumulative ends that start at 0 or more and do not decrease; got \(5, 3\)",
+        r"actual_seq_qlen must be cumulative ends that start at 0 or more and do not decrease, but for zeros "
+        r"after the last one; got \(5, 3\)",
+    ),
+    (
+        PACK | {"actual_seq_qlen": [0, 8, 4], "actual_seq_kvlen": [0, 4, 10]},
+        ValueError,
+        "actual_seq_qlen must be",
+    ),
+    (
+        PACK | {"actual_seq_qlen": [4, 0, 8], "actual_seq_kvlen": [1, 4, 10]},
+        ValueError,
+        "actual_seq_qlen must be",
+    ),
+    (PACK | {"actual_seq_kvlen": jnp.array([9, 4])}, ValueError, "actual_seq_kvlen must be cumulative ends"),
+    (
+        PACK | {"actual_seq_qlen": jnp.array([3, 9])},
+        ValueError,
+        "actual_seq_qlen must end at most at query's T=8",
     ),
     (PACK | {"actual_seq_qlen": [-1, 3]}, ValueError, "actual_seq_qlen must be cumulative ends"),
     (
@@ -891,6 +1104,13 @@ RIGHT = [
     {"inner_precise": 2},
     PACK,
     SAME | {"pse_type": 3, "pse": _abstract(2, 4)},
+    {"B": 1, "atten_mask": np.zeros((8, 10), bool), "sparse_mode": 5, "prefix": [3]},
+    {"B": 1, "atten_mask": np.zeros((1, 1, 8, 10), bool), "sparse_mode": 5, "prefix": [3]},
+    PACK | {"atten_mask": np.zeros((2, 1, 5, 6), bool)},
+    PACK | {"actual_seq_qlen": [3, 8, 0, 0], "actual_seq_kvlen": [4, 10, 0, 0]},
+    {"scale_value": np.float32(0.5)},
+    {"scale_value": jnp.ones((), jnp.bfloat16)},
+    {"scale_value": 2},
     {"atten_mask": oracle.compressed(2)[None, None], "sparse_mode": 2},
     {"atten_mask": oracle.compressed(6).astype(bool), "sparse_mode": 6, "prefix": np.asarray([2, 10])},
     {"prefix": [], "actual_seq_qlen": (), "actual_seq_kvlen": []},

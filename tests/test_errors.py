@@ -103,7 +103,7 @@ SHARED = [
         "scale-shape",
         {"scale": jnp.ones(2)},
         ValueError,
-        r"scale must be a scalar or None; got shape \(2,\)\.",
+        r"scale must be a scalar; got shape \(2,\)\.",
     ),
     ("scale-nan", {"scale": float("nan")}, ValueError, r"scale must be finite; got nan\."),
     ("scale-infinite", {"scale": -np.inf}, ValueError, r"scale must be finite; got -inf\."),
@@ -111,26 +111,31 @@ SHARED = [
         "cap-zero",
         {"logits_soft_cap": 0.0},
         ValueError,
-        r"logits_soft_cap must be a positive finite Python number or None; got 0\.0\.",
+        r"logits_soft_cap must be positive and finite, or None for no cap; got 0\.0\.",
     ),
-    ("cap-negative", {"logits_soft_cap": -1}, ValueError, r"logits_soft_cap must be a positive .*; got -1\."),
+    (
+        "cap-negative",
+        {"logits_soft_cap": -1},
+        ValueError,
+        r"logits_soft_cap must be positive .*; got -1\.0\.",
+    ),
     (
         "cap-infinite",
         {"logits_soft_cap": np.inf},
         ValueError,
-        r"logits_soft_cap must be a positive .*; got inf\.",
+        r"logits_soft_cap must be positive .*; got inf\.",
     ),
     (
         "rate-one",
         {"dropout_rate": 1.0},
         ValueError,
-        r"dropout_rate must be a Python number in \[0, 1\); got 1\.0\.",
+        r"dropout_rate must be in \[0, 1\); got 1\.0\.",
     ),
     (
         "rate-negative",
         {"dropout_rate": -0.1},
         ValueError,
-        r"dropout_rate must be .* in \[0, 1\); got -0\.1\.",
+        r"dropout_rate must be in \[0, 1\); got -0\.1\.",
     ),
     (
         "no-dropout-key",
@@ -172,7 +177,70 @@ SHARED = [
         "unknown-implementation",
         {"implementation": "cudnn"},
         ValueError,
-        r"implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'.*; got 'cudnn'\.",
+        r"implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'; got 'cudnn'\. "
+        r"None takes the best backend .*: on NVIDIA GPUs 'mosaic' or 'xla', and no cuDNN\.",
+    ),
+    (
+        "a-platform-as-implementation",
+        {"implementation": "tpu"},
+        ValueError,
+        r"implementation must be .*; got 'tpu'\. None takes the best backend .*: there 'xla'\.",
+    ),
+    (
+        "implementation-list",
+        {"implementation": ["xla"]},
+        ValueError,
+        r"implementation must be .*; got \['xla'\]",
+    ),
+    ("no-query", {"query": None}, TypeError, r"query must be an array; got None\."),
+    ("no-key", {"key": None}, TypeError, r"key must be an array; got None\."),
+    ("a-string", {"value": "abc"}, TypeError, r"value must be an array; got 'abc'\."),
+    (
+        "ragged",
+        {"bias": [[1.0], [1.0, 2.0]]},
+        TypeError,
+        r"bias must be an array; got \[\[1\.0\], \[1\.0, 2\.0\]\]",
+    ),
+    (
+        "a-shape-in-place-of-an-array",
+        {"query": jax.ShapeDtypeStruct((2, 5, 4, 8), jnp.float32)},
+        TypeError,
+        r"query must be an array; got ShapeDtypeStruct\(.*\), which has no values\. \(jax_fa\.explain and",
+    ),
+    ("a-key-as-bias", {"bias": KEY}, TypeError, r"bias must be an array; got a jax\.random key\."),
+    ("scale-string", {"scale": "0.3"}, TypeError, r"scale must be a number or None; got '0\.3'\."),
+    ("scale-bool", {"scale": True}, TypeError, r"scale must be a number or None; got True\."),
+    ("scale-list", {"scale": [0.3]}, TypeError, r"scale must be a number or None; got \[0\.3\]\."),
+    (
+        "cap-string",
+        {"logits_soft_cap": "30"},
+        TypeError,
+        r"logits_soft_cap must be a positive number or None; got '30'",
+    ),
+    ("no-rate", {"dropout_rate": None}, TypeError, r"dropout_rate must be a number in \[0, 1\); got None\."),
+    (
+        "an-int-as-dropout-key",
+        {"dropout_rate": 0.5, "dropout_key": 0},
+        TypeError,
+        r"dropout_key must be a jax\.random key, such as jax\.random\.key\(0\); got 0\.",
+    ),
+    (
+        "an-array-as-dropout-key",
+        {"dropout_rate": 0.5, "dropout_key": jnp.zeros(3, jnp.uint32)},
+        TypeError,
+        r"dropout_key must be a jax\.random key, .* of shape \(3,\) and dtype uint32\.",
+    ),
+    (
+        "several-dropout-keys",
+        {"dropout_rate": 0.5, "dropout_key": jax.random.split(KEY, 2)},
+        ValueError,
+        r"dropout_key must be a single jax\.random key; got keys of shape \(2,\)\. .* jax\.vmap the call",
+    ),
+    (
+        "several-old-style-keys",
+        {"dropout_rate": 0.5, "dropout_key": jnp.zeros((3, 2), jnp.uint32)},
+        ValueError,
+        r"dropout_key must be a single jax\.random key; got keys of shape \(3,\)\.",
     ),
 ]
 
@@ -180,7 +248,70 @@ FLASH = [
     (
         lambda: attend(layout="BHSD"),
         ValueError,
-        r"layout must be one of BSND, BNSD, SBND, SND, NSD; got 'BHSD'\.",
+        r"layout must be one of BSND, BNSD, SBND, SND, NSD; got 'BHSD'\. "
+        r"Heads are N and lengths S here: pass layout='BNSD'\.",
+    ),
+    (lambda: attend(layout="bshd"), ValueError, r"got 'bshd'\. .* pass layout='BSND'\."),
+    (lambda: attend(layout=None), ValueError, r"layout must be one of BSND, .*; got None\."),
+    (lambda: attend(layout=["BSND"]), ValueError, r"layout must be one of BSND, .*; got \['BSND'\]\."),
+    (
+        lambda: attend(mask=[masks.Causal(), masks.Lengths(key=(1, 2))]),
+        TypeError,
+        r"mask must be one mask; got a list of 2\. Join masks by &: mask=Causal\(\) & Lengths\(key=\.\.\.\)\.",
+    ),
+    (
+        lambda: attend(mask=True),
+        TypeError,
+        r"mask must be a jax_fa\.masks\.Mask or a boolean array; got True\. A causal mask is "
+        r"mask=jax_fa\.masks\.Causal\(\)\.",
+    ),
+    (
+        lambda: attend(mask=masks.Causal),
+        TypeError,
+        r"mask must be an object; got the class Causal: pass Causal\(\)",
+    ),
+    (
+        lambda: ~masks.Causal(),
+        TypeError,
+        r"masks have no complement \(~\): pass the inverted boolean array, with True = visible\.",
+    ),
+    (
+        lambda: masks.Causal() | masks.Lengths(key=(3,)),
+        TypeError,
+        r"masks have no union \(\|\): join masks by &, or pass the union as a boolean array\.",
+    ),
+    (lambda: jnp.ones((5, 7), bool) | masks.Causal(), TypeError, r"masks have no union \(\|\)"),
+    (lambda: np.ones((5, 7), bool) | masks.Causal(), TypeError, r"masks have no union \(\|\)"),
+    (
+        lambda: attend(causal=True),
+        TypeError,
+        r"^flash_attention has no argument 'causal'; pass mask=jax_fa\.masks\.Causal\(\) instead\.$",
+    ),
+    (
+        lambda: attend(is_causal=True),
+        TypeError,
+        r"^flash_attention has no argument 'is_causal'; pass mask=jax_fa\.masks\.Causal\(\) instead\. "
+        r"\(is_causal is an argument of jax_fa\.dot_product_attention\.\)$",
+    ),
+    (
+        lambda: attend(bais=None),
+        TypeError,
+        r"^flash_attention has no argument 'bais'; did you mean 'bias'\?$",
+    ),
+    (
+        lambda: attend(colour=1),
+        TypeError,
+        r"^flash_attention has no argument 'colour'; its arguments are query, key, .*\.$",
+    ),
+    (
+        lambda: attend(return_logsumexp="yes"),
+        TypeError,
+        r"return_logsumexp must be True or False; got 'yes'\.",
+    ),
+    (
+        lambda: attend(max_work=jnp.ones((3, 3))),
+        ValueError,
+        r"max_work must be a positive int or None; got ArrayImpl of shape \(3, 3\) and dtype float32\.",
     ),
     (
         lambda: attend(_zeros(4, 8), _zeros(2, 8), _zeros(2, 8)),
@@ -229,19 +360,29 @@ FLASH = [
         r"alibi_slopes must have shape \(N,\) or \(\*B, N\) with B=\(2,\), N=4; got \(2,\)\.",
     ),
     (
+        lambda: attend(alibi_slopes=_zeros(2, 4, 1)),
+        ValueError,
+        r"alibi_slopes must have shape \(N,\) or \(\*B, N\); got \(2, 4, 1\)\.",
+    ),
+    (
         lambda: attend(alibi_slopes=_zeros(3, 4)),
         ValueError,
         r"alibi_slopes must have shape .*; got \(3, 4\)\.",
     ),
     (
-        lambda: traced(lambda cap: attend(logits_soft_cap=cap), 1.0),
+        lambda: traced(lambda rate: attend(dropout_rate=rate), 0.5),
         ValueError,
-        r"logits_soft_cap must be a positive finite Python number or None; got ",
+        r"dropout_key must be a jax\.random key when dropout_rate is traced; got None\.",
     ),
     (
-        lambda: traced(lambda rate: attend(dropout_rate=rate, dropout_key=KEY), 0.5),
+        lambda: attend(logits_soft_cap=jnp.ones(2)),
         ValueError,
-        r"dropout_rate must be a Python number in \[0, 1\); got ",
+        r"logits_soft_cap must be a scalar; got shape \(2,\)\.",
+    ),
+    (
+        lambda: attend(dropout_rate=jnp.ones(2), dropout_key=KEY),
+        ValueError,
+        r"dropout_rate must be a scalar; got shape \(2,\)\.",
     ),
 ]
 
@@ -280,7 +421,43 @@ DOT = [
     (
         lambda: dot(local_window_size=(1, 2, 3)),
         ValueError,
-        r"local_window_size must be an int, a pair \(left, right\) or None; got \(1, 2, 3\)\.",
+        r"local_window_size must be an int, a pair \(left, right\) of ints, .*, or None; got \(1, 2, 3\)\.",
+    ),
+    (lambda: dot(local_window_size="ab"), ValueError, r"local_window_size must be an int, .*; got 'ab'\."),
+    (lambda: dot(local_window_size=(1.5, 0)), ValueError, r"local_window_size must be .*; got \(1\.5, 0\)\."),
+    (
+        lambda: dot(mask=True),
+        TypeError,
+        r"mask must be a boolean array; got True\. A causal mask is is_causal=True\.",
+    ),
+    (
+        lambda: dot(mask=[masks.Causal()]),
+        TypeError,
+        r"mask must be an array; got a list of masks\. Structured masks, joined by &, are arguments of jax_fa\.flash_",
+    ),
+    (lambda: dot(is_causal="no"), TypeError, r"is_causal must be True or False; got 'no'\."),
+    (lambda: dot(return_residual=None), TypeError, r"return_residual must be True or False; got None\."),
+    (
+        lambda: traced(lambda flag: dot(is_causal=flag), True),
+        TypeError,
+        r"is_causal must be True or False, known when the program is traced; got a traced value bool\[\]\. "
+        r"Make it a static argument of jax\.jit \(static_argnames\)\.",
+    ),
+    (
+        lambda: dot(causal=True),
+        TypeError,
+        r"^dot_product_attention has no argument 'causal'; pass is_causal=True instead\.$",
+    ),
+    (
+        lambda: dot(layout="BNSD"),
+        TypeError,
+        r"^dot_product_attention has no argument 'layout'; its arguments .*\. "
+        r"\(layout is an argument of jax_fa\.flash_attention\.\)$",
+    ),
+    (
+        lambda: dot(key_value_seq_lengths="abc"),
+        TypeError,
+        r"key_value_seq_lengths must be an array; got 'abc'\.",
     ),
     (lambda: dot(local_window_size=1.5), ValueError, r"local_window_size must be an int, .*; got 1\.5\."),
     (lambda: dot(local_window_size=True), ValueError, r"local_window_size must be an int, .*; got True\."),
@@ -296,7 +473,74 @@ DOT = [
     ),
 ]
 
+
+def score(query=Q, key=KV, value=KV, **options):
+    return jax_fa.flash_attention_score(query, key, value, head_num=4, input_layout="BSND", **options)
+
+
 OTHER = [
+    (
+        lambda: jax.jvp(attend, (Q,), (Q,)),
+        TypeError,
+        r"flash_attention has no forward-mode derivative \(jax\.jvp, jax\.jacfwd\): use jax\.grad, jax\.vjp or jax\.jacrev",
+    ),
+    (
+        lambda: jax.jacfwd(dot)(Q),
+        TypeError,
+        r"dot_product_attention has no forward-mode derivative .* works, as in jax\.hessian of a scalar function\.",
+    ),
+    (lambda: score(key=None), TypeError, r"key must be an array; got None\."),
+    (lambda: score(query="abc"), TypeError, r"query must be an array; got 'abc'\."),
+    (lambda: score(pse="abc"), TypeError, r"pse must be an array; got 'abc'\."),
+    (
+        lambda: score(pse_type=jnp.ones(3)),
+        TypeError,
+        r"pse_type must be an int; got ArrayImpl of shape \(3,\)",
+    ),
+    (lambda: score(sparse_mode="2"), TypeError, r"sparse_mode must be an int; got '2'\."),
+    (lambda: score(inner_precise=None), TypeError, r"inner_precise must be an int; got None\."),
+    (
+        lambda: jax_fa.flash_attention_score(Q, KV, KV, head_num=4, input_layout=["BSND"]),
+        ValueError,
+        r"input_layout must be one of BSH, SBH, BSND, BNSD, TND; got \['BSND'\]\.",
+    ),
+    (
+        lambda: jax_fa.flash_attention_score(Q, KV, KV, head_num=4, input_layout="BSND", scale=0.3),
+        TypeError,
+        r"^flash_attention_score has no argument 'scale'; pass scale_value instead\. \(scale is an argument of "
+        r"jax_fa\.dot_product_attention and jax_fa\.flash_attention\.\)$",
+    ),
+    (
+        lambda: jax_fa.explain(Q, KV),
+        TypeError,
+        r"these are not the arguments of jax_fa\.dot_product_attention: missing a required argument: 'value'\.",
+    ),
+    (
+        lambda: jax_fa.explain(Q, KV, KV, causal=True),
+        TypeError,
+        r"^dot_product_attention has no argument 'causal'; pass is_causal=True instead\.$",
+    ),
+    (
+        lambda: jax_fa.explain(Q, KV, KV, is_causal=True, alibi_slopes=jnp.ones(4)),
+        TypeError,
+        r"No entry has all these arguments: alibi_slopes of flash_attention, is_causal of dot_product_attention\. "
+        r"flash_attention has no argument 'is_causal'; pass mask=jax_fa\.masks\.Causal\(\) instead",
+    ),
+    (
+        lambda: jax_fa.explain(Q, KV, KV, platforms=("cudda",)),
+        ValueError,
+        r"platforms must be among cpu, cuda, tpu, ascend, rocm, metal, oneapi, npu, gpu; got 'cudda'\.",
+    ),
+    (
+        lambda: jax_fa.explain(Q, KV, KV, platforms=()),
+        ValueError,
+        r"platforms must name at least one platform",
+    ),
+    (
+        lambda: jax_fa.explain(Q, KV, KV, platforms=3),
+        TypeError,
+        r"platforms must be names of platforms or None; got 3",
+    ),
     (
         lambda: jax_fa.dropout_mask(KEY, 0.5, (2, 3, 4)),
         ValueError,

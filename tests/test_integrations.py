@@ -287,6 +287,8 @@ def test_patch_errors():
     with pytest.raises(ValueError, match=r"implementation must be .*got 'fast'"):
         patch_jax_nn(implementation="fast")
     x = _x()
+    with patch_jax_nn(), pytest.raises(TypeError, match=r"no argument 'causal'; pass is_causal=True instead"):
+        jax.nn.dot_product_attention(x, x, x, causal=True)
     with patch_jax_nn(), pytest.raises(ValueError, match=r"one of jax.nn's, None, 'xla', 'cudnn'; got 'cpu'"):
         jax.nn.dot_product_attention(x, x, x, implementation="cpu")
 
@@ -564,6 +566,16 @@ def test_flax_refuses_a_precision_that_is_not_met(flax_ours, monkeypatch):
             r"dropout_rate must be .* \[0, 1\)",
             {"dropout_rate": 1.0, "dropout_rng": jax.random.key(0)},
         ),
+        (
+            TypeError,
+            "dropout_rng must be a jax.random key, .* got 0",
+            {"dropout_rate": 0.5, "dropout_rng": 0},
+        ),
+        (TypeError, r"dropout_rate must be a number in \[0, 1\); got None", {"dropout_rate": None}),
+        (TypeError, "mask must be one mask; got a list of 2", {"mask": [Causal(), Causal()]}),
+        (TypeError, "mask must be .* got True. A causal mask is", {"mask": True}),
+        (TypeError, "mask must be .* got str", {"mask": "causal"}),
+        (TypeError, "bias must be an array; got 'abc'", {"bias": "abc"}),
         (ValueError, "mask must broadcast to", {"mask": np.ones((3, 1, S, S))}),
         (ValueError, "bias must broadcast to", {"bias": jnp.ones((S + 1,))}),
     ],
@@ -896,6 +908,10 @@ def test_equinox_errors(eqx, eqx_ours):
     x = _normal(S, E)
     with pytest.raises(ValueError, match=r"key must be a jax.random key .* dropout_p=0.4; got None"):
         layer(x, x, x)
+    with pytest.raises(TypeError, match=r"key must be a jax\.random key, such as .*; got 0\."):
+        layer(x, x, x, key=0)
+    with pytest.raises(TypeError, match=r"mask must be one mask; got a list of 1\. Join masks by &"):
+        layer(x, x, x, [Causal()], inference=True)
     with pytest.raises(ValueError, match="process_heads must keep the shapes"):
         layer(x, x, x, inference=True, process_heads=lambda q, k, v: (q[1:], k, v))
     with pytest.raises(ValueError, match="value must have key's"):
@@ -994,6 +1010,10 @@ def test_haiku_errors(hk, hk_ours):
         init(_tri())
     with pytest.raises(ValueError, match="mask must broadcast to"):
         init(np.ones((3, 1, S, S), bool))
+    with pytest.raises(TypeError, match=r"mask must be one mask; got a list of 1\. Join masks by &"):
+        init([Causal()])
+    with pytest.raises(TypeError, match="mask must be an array; got 'causal'"):
+        init("causal")
     with pytest.raises(ValueError, match=r"implementation must be .*got 'fast'"):
         init(implementation="fast")
 

@@ -96,6 +96,9 @@ CALLS = (
     Call("window-zero", {"local_window_size": (0, 0)}),
     Call("window-int-causal", {"local_window_size": 4, "is_causal": True}),
     Call("window-pair-causal", {"local_window_size": (7, 3), "is_causal": True}),
+    Call("window-negative-left", {"local_window_size": (-2, 9)}),
+    Call("window-negative-right", {"local_window_size": (5, -1)}),
+    Call("lengths-beyond", {"key_value_seq_lengths": _int(99, 20), "query_seq_lengths": _int(10, 99)}),
     Call("window-lengths", {"local_window_size": (6, 6), "key_value_seq_lengths": _int(12, 37)}),
     Call(
         "everything",
@@ -157,6 +160,32 @@ def test_parity(call, backend):
     close("residual", ours[1], theirs[1], residual, rows)
     for name, *three in zip(("query", "key", "value", "bias"), ours[2], theirs[2], gradients, strict=False):
         close(f"gradient of {name}", *three)
+
+
+@pytest.mark.parametrize("window", [(2, 9), (-2, 9), (5, -1), (0, 0), (40, 40)], ids=str)
+@pytest.mark.parametrize("form", ["pair", "numpy pair", "array", "one"])
+def test_windows_as_data(window, form, backend):
+    """A traced window means what the static one does, in jax.nn too."""
+    q, k, v, _ = Call("window").operands()
+    left, right = (window[0],) * 2 if form == "one" else window
+    convert = {
+        "pair": lambda w: (w[0], w[1]),
+        "numpy pair": lambda w: (np.int64(left), np.int8(right)),
+        "array": lambda w: w,
+        "one": lambda w: w[0],
+    }[form]
+
+    @jax.jit
+    def run(window):
+        return jax_fa.dot_product_attention(
+            q, k, v, local_window_size=convert(window), implementation=backend
+        )
+
+    found = run(jnp.array([left, right], jnp.int32))
+    theirs = jax.nn.dot_product_attention(q, k, v, local_window_size=(left, right))
+    seen = oracle.band(T, S, left, right).any(axis=-1)
+    np.testing.assert_allclose(found[:, seen], theirs[:, seen], atol=2e-6)
+    assert not np.asarray(found)[:, ~seen].any()
 
 
 def test_signature():

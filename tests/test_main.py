@@ -193,7 +193,7 @@ def test_help_tells_the_exit_codes():
     )
     assert done.returncode == 0, done.stderr
     assert (
-        "Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments, 3 the plot could not be written."
+        "Exit codes: 0 all values agree, 1 some do not, 2 bad arguments, 3 the plot could not be written."
         in done.stdout
     )
 

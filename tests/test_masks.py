@@ -191,25 +191,32 @@ def test_ids_as_they_are_packed_compare_no_labels():
         np.testing.assert_array_equal(visible_by(traced, (), 1, 7, 7)[0], want)
 
 
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "values"),
-    [
-        (np.int64, [5, 2**40 + 5, 2**40 + 5, -(2**40)]),
-        (np.uint32, [2**31, 0, 2**32 - 1, 2**31]),
-        (np.uint64, [2**63, 0, 2**63, 2**32]),
-        (np.int8, [-1, 127, -128, -1]),
-        (np.uint8, [255, 0, 255, 1]),
-    ],
-)
-def test_ids_of_every_integer_dtype(dtype, values, traced, x64):
-    """Ids beyond int32 are told apart; where JAX would truncate them, they must be known or are refused by JAX."""
-    if traced and not x64 and np.dtype(dtype).itemsize == 8:
-        return  # jit has made int32 of them before the library is asked
-    ids = np.array(values, dtype)
+IDS = {
+    np.int64: [5, 2**40 + 5, 2**40 + 5, -(2**40)],
+    np.uint32: [2**31, 0, 2**32 - 1, 2**31],
+    np.uint64: [2**63, 0, 2**63, 2**32],
+    np.int8: [-1, 127, -128, -1],
+    np.uint8: [255, 0, 255, 1],
+}
+# Without x64, jit makes 32-bit integers of 64-bit arguments before the library is asked.
+ARRIVALS = [
+    (dtype, traced, x64)
+    for dtype in IDS
+    for traced in (False, True)
+    for x64 in (False, True)
+    if x64 or not traced or np.dtype(dtype).itemsize < 8
+]
+
+
+@pytest.mark.parametrize(("dtype", "traced", "x64"), ARRIVALS)
+def test_ids_of_every_integer_dtype(dtype, traced, x64):
+    """Ids beyond int32 are told apart."""
+    ids = np.array(IDS[dtype], dtype)
+
+    def rules(ids):
+        return masks.intervals(SegmentIds(ids, within=Causal()), (), 1, 4, 4)
+
     with jax.enable_x64(x64):
-        rules = lambda ids: masks.intervals(SegmentIds(ids, within=Causal()), (), 1, 4, 4)
         found = visible_by((jax.jit(rules) if traced else rules)(ids), (), 1, 4, 4)[0]
     np.testing.assert_array_equal(found, oracle.segments(ids, within=oracle.causal))
 
@@ -220,7 +227,7 @@ def test_ids_of_different_dtypes():
     want = oracle.segments(query.astype(np.int64), key.astype(np.int64))
     same(SegmentIds(query, key), want, (), 3, 3)
     with pytest.raises(
-        TypeError, match="query segment ids of dtype uint32 must fit int32, .* cast query and key"
+        TypeError, match=r"query segment ids of dtype uint32 must fit int32, .* cast query and key"
     ):
         jax.jit(lambda *ids: masks.intervals(SegmentIds(*ids), (), 1, 3, 3))(query, key)
     with pytest.raises(TypeError, match="segment ids must have dtypes that compare; got uint64 and int32"):
@@ -233,7 +240,7 @@ def test_ids_of_different_dtypes():
 @_properties()
 @given(st.data())
 def test_intersections(data):
-    """Any set of kinds, in any order, sees what all of them see."""
+    """In any set of kinds, in any order, a key is visible where it is in all of them."""
     case = Case(name="intersection", Sq=9, Skv=7)
     simple = [kind for kind in KINDS if "lengths" not in kind and "_" not in kind] + [
         "band_negative",
@@ -681,7 +688,7 @@ def test_masks_that_put_rows_at_different_keys():
         Causal(offset=1) & Causal(offset=2),
         CumulativeLengths((2, 5), (3, 8), Causal()) & Causal(),
     ):
-        with pytest.raises(ValueError, match="alibi_slopes need one position for each row; .*Causal"):
+        with pytest.raises(ValueError, match=r"alibi_slopes need one position for each row; .*Causal"):
             masks.positions(mask, (2,), 2, 5, 8)
     alike = Causal(BOTTOM, offset=np.array([1, 2])) & SlidingWindow(3, align=BOTTOM)
     with pytest.raises(ValueError, match="alibi_slopes need one position"):

@@ -136,7 +136,12 @@ class Refusal:
 _SETS = ", ".join(isa for isa, there in cpu._native.instruction_sets().items() if there)
 _WITHOUT_FIRST = ", ".join(_SETS.split(", ")[1:])
 REFUSALS = (
-    Refusal(name="float64", dtype="float64", reason="serves float32, bfloat16 and float16, not float64"),
+    Refusal(
+        name="float64",
+        dtype="float64",
+        reason="serves float32, bfloat16 and float16, not float64: cast query, key and value (in Flax: the layer's "
+        'dtype="float32"), or leave implementation at None, which takes xla',
+    ),
     Refusal(name="head-dim", D=769, reason="head_dim is at most 768, not 769"),
     Refusal(name="head-dim-of-values", Dv=769, reason="head_dim is at most 768, not 769"),
     Refusal(name="unknown-set", isa="sse9", reason=f"{ISA}='sse9' is not one this machine has: {_SETS}"),

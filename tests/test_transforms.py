@@ -11,7 +11,7 @@ from cases import BY_NAME, check
 from programs import primitives
 
 import jax_fa
-from jax_fa.masks import Causal, Lengths
+from jax_fa.masks import Causal, CumulativeLengths, Lengths, SegmentIds
 
 OUT, STATS = "flash_attention_out", "flash_attention_stats"
 SQ, N, K, D = 37, 4, 2, 8
@@ -302,3 +302,21 @@ def test_strict_settings_of_the_caller_are_theirs(entry):
         assert jnp.isfinite(jax.grad(loss)(x)).all()
         tangent = jax.jvp(jax.grad(loss), (x,), (x,))[1]
     assert jnp.isfinite(tangent).all()
+
+
+def test_export_of_segments_with_symbolic_lengths():
+    """Masks search sorted ends and ids whose number is not known when they are exported."""
+    batch, length = jax.export.symbolic_shape("b, s")
+    x = np.random.default_rng(0).standard_normal((2, 19, 2, 8)).astype(np.float32)
+    ids = np.random.default_rng(1).integers(0, 3, (2, 19)).astype(np.int32)
+    ends = np.array([[4, 4, 11], [0, 7, 19]], np.int32)
+
+    def run(x, ids, ends):
+        packed = CumulativeLengths(ends, within=Causal())
+        segments = SegmentIds(ids, within=Causal("bottom-right"))
+        return [jax_fa.flash_attention(x, x, x, mask=mask) for mask in (packed, segments)]
+
+    shapes = ((batch, length, 2, 8), jnp.float32), ((batch, length), jnp.int32), ((batch, 3), jnp.int32)
+    program = jax.export.export(jax.jit(run))(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    for found, want in zip(program.call(x, ids, ends), run(x, ids, ends), strict=True):
+        np.testing.assert_allclose(found, want, rtol=2e-5, atol=2e-5)

@@ -76,31 +76,6 @@ void ValidateDTypes(const Call& c) {
     Refuse("atten_mask must be uint8 or bool; got " + Text(c.atten_mask) + ".");
 }
 
-// CANN writes results where its own arithmetic on the operands says, and older releases do not compare that with the
-// shapes they were given: what they would write beyond is stopped here.
-void ValidateShapes(const Call& c) {
-  const auto must = [](const char* name, const Array& x, const std::vector<int64_t>& dims) {
-    if (x.dims != dims) Refuse(std::string(name) + " must have shape " + Text(dims) + "; got " + Text(x.dims) + ".");
-  };
-  const auto dim = [&](char letter) { return c.query.dims[c.input_layout.find(letter)]; };
-  const std::vector<int64_t> stats = c.varlen() ? std::vector<int64_t>{dim('T'), c.head_num, 8}
-                                                : std::vector<int64_t>{dim('B'), c.head_num, dim('S'), 8};
-  must("softmax_max", c.softmax_max, stats);
-  must("softmax_sum", c.softmax_sum, stats);
-  std::vector<int64_t> attention = c.query.dims;
-  const int64_t width = c.value.dims.back();
-  attention.back() = width;
-  // Query rows hold N heads and value rows those of the keys, in the same proportion as the rows of query and key.
-  if (c.input_layout.find('H') != std::string::npos && c.key.dims.back() > 0)
-    attention.back() = c.query.dims.back() * width / c.key.dims.back();
-  must("attention", c.attention, attention);
-  if (!c.backward()) return;
-  must("dy", c.dy, attention);
-  must("dq", c.dq, c.query.dims);
-  must("dk", c.dk, c.key.dims);
-  must("dv", c.dv, c.value.dims);
-}
-
 }  // namespace
 
 int64_t Array::elements() const {

@@ -73,8 +73,12 @@ inline constexpr size_t kTensorAlignment = 32;
 
 bool Aligned(const Array& array);
 
-// Throws Failure where CANN would crash, or not notice: what it checks itself is left to it.
+// Throws Failure where CANN would crash, or not notice: what else it checks itself is left to it.
 void Validate(const Call& call);
+
+// Throws Failure unless the arrays, of which those that are required are present, with layout and ranks that fit each
+// other, have the shapes that the call gives them.
+void ValidateShapes(const Call& call);
 
 // "float16[2, 8, 64]"
 std::string Text(const Array& array);

@@ -108,7 +108,8 @@ class Drawn:
         x, d, found = self.operands, self.dims, None
         if x.dropout_seed is not None:
             seed, stream = self._at(x.dropout_seed, b), self._at(x.dropout_stream, b, n)
-            limit = dropout.threshold(self.problem.keep_prob)
+            limit = x.keep_threshold
+            limit = dropout.threshold(self.problem.keep_prob) if limit is None else self._at(limit, b, n)
             found = dropout.keep_tile(seed, stream, rows, jnp.int32(0), d.Skv, limit)
         if x.drop_bits is not None:
             offset = self._at(x.drop_offset, b, n)

@@ -133,3 +133,20 @@ def by_row(stats, layout: str):
     """Statistics `B N S ...` in the order of the layout's rows and heads (TND has them so already)."""
     order = {"BSND": (0, 2, 1), "BNSD": (0, 1, 2), "SBH": (2, 0, 1), "TND": (0, 1)}[layout]
     return stats.transpose(*order, *range(len(order), stats.ndim))
+
+
+def times(x, layout: str, heads: int, factor):
+    """x (`heads` heads) times a factor `[B or 1, N or 1]`, float32."""
+    by_head = x.reshape(*x.shape[:2], heads, -1) if layout == "SBH" else x
+    # The axes that the factor lacks; in TND its batch of 1 is that of rows.
+    axes = {"BSND": (1, 3), "BNSD": (2, 3), "SBH": (0, 3), "TND": (2,)}[layout]
+    return (by_head.astype(jnp.float32) * jnp.expand_dims(factor, axes)).reshape(x.shape)
+
+
+def dot(x, y, layout: str, heads: int):
+    """The sum of x * y over rows and columns of each batch entry and head, float32 `B N`; what is 0 in x counts as 0."""
+    terms = jnp.where(x == 0, 0, x.astype(jnp.float32) * y.astype(jnp.float32))
+    if layout == "SBH":
+        terms = terms.reshape(*terms.shape[:2], heads, -1)
+    total = terms.sum({"BSND": (1, 3), "BNSD": (2, 3), "SBH": (0, 3), "TND": (0, 2)}[layout])
+    return total[None] if layout == "TND" else total

@@ -8,14 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import masks
+from jax_fa import dropout, masks
 from jax_fa.ascend import layout as layouts
-from jax_fa.ascend import modes
+from jax_fa.ascend import modes, shift
 from jax_fa.ascend.drop import Drawn, Keep, Packed, Stored
 from jax_fa.ascend.installation import Library
 from jax_fa.ascend.modes import Sparse
 from jax_fa.ascend.sequences import Sequences
-from jax_fa.problem import Dims, Operands, Problem, dims
+from jax_fa.ascend.shift import Shift
+from jax_fa.gather import take_last
+from jax_fa.problem import Dims, Operands, Problem, Saved, dims
 
 V2 = ("aclnnFlashAttentionScoreV2", "aclnnFlashAttentionScoreGradV2")
 PACKED_V2 = ("aclnnFlashAttentionVarLenScoreV2", "aclnnFlashAttentionUnpaddingScoreGradV2")
@@ -48,6 +50,7 @@ class Request:
     mask: Any = None  # our own: [B or 1, N or 1, Sq, Skv] (TND: two dims), 1 = masked
     pse: Any = None
     pse_type: int = 1
+    masking_logit: float | None = None  # of keys that a pse of -inf masks: see shift.Shift
     keep: Keep | None = None
     sequences: Sequences | None = None
     softmax_layout: str = ""
@@ -63,10 +66,11 @@ class Translation:
     problem: Problem
     operands: Operands  # arrays or avals; avals are enough for the questions
     library: Library | None
+    saved: Saved | None = None  # of a backward, which may have more batch entries than the operands
 
     @cached_property
     def dims(self) -> Dims:
-        return dims(self.problem, self.operands)
+        return dims(self.problem, self.operands, self.saved)
 
     # --- questions
 
@@ -82,8 +86,10 @@ class Translation:
     @cached_property
     def own_pse(self) -> bool:
         """Whether the caller's pse goes as it came."""
-        given, cann, rank = self.operands.cann_pse, self.problem.cann, len(self.dims.B)
-        if given is None or cann is None or not self.whole or math.prod(given.shape[:rank]) != 1:
+        x, cann, rank = self.operands, self.problem.cann, len(self.dims.B)
+        if x.cann_pse is None or cann is None or not self.whole or math.prod(x.cann_pse.shape[:rank]) != 1:
+            return False
+        if x.scale is not None and math.prod(x.scale.shape) != 1:
             return False
         return cann.pse_type < 2 or self.exports(PACKED_V2 if cann.actual_seq_qlen else V2)
 
@@ -91,13 +97,54 @@ class Translation:
     def slopes(self) -> bool:
         """Whether CANN evaluates ALiBi slopes: its V2 does, for queries and keys of one length without a bias."""
         x, d = self.operands, self.dims
-        return x.alibi_slopes is not None and x.bias is None and d.Sq == d.Skv and self.exports(V2)
+        return self._plain_slopes and x.bias is None and d.Sq == d.Skv and self.exports(V2)
+
+    @property
+    def _plain_slopes(self) -> bool:
+        """Whether there are slopes, one per head, of distances between indices."""
+        x = self.operands
+        return x.alibi_slopes is not None and x.alibi_slopes.shape[-1] == 1 and x.position is None
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the logits have a bias or slopes."""
+        return self.operands.bias is not None or self.operands.alibi_slopes is not None
+
+    @property
+    def folds_scale(self) -> bool:
+        """Whether the scale goes into the query, and CANN is told 1: where it is data, and where it is 0.
+
+        CANN's scale is a host number. Functions without pseType add pse before they scale: 0 would take it away.
+        """
+        return self.operands.scale is not None or (self.problem.scale == 0 and self.shifted)
+
+    @property
+    def scale(self) -> float:
+        """The scale that CANN is told."""
+        return 1.0 if self.folds_scale else self.problem.scale
+
+    def scale_factor(self):
+        """What the query is multiplied by, float32 `[B or 1, N or 1]`, where the scale is folded into it."""
+        if self.operands.scale is None:
+            return jnp.full((1, 1), self.problem.scale, jnp.float32)
+        return self.flat(self.operands.scale).astype(jnp.float32)
+
+    def keep_factor(self):
+        """The keep probability where it is data, float32 `[B or 1, N or 1]`: CANN's is a host number. Else None."""
+        limit = self.operands.keep_threshold
+        return None if limit is None else self.flat(limit).astype(jnp.float32) / dropout.LIMIT
 
     @cached_property
     def wide(self) -> bool:
-        """Whether 16-bit arrays go as float32, because pse must have their dtype and would lose digits."""
+        """Whether 16-bit arrays go as float32: pse must have their dtype, and a scale that is data multiplies them."""
         x = self.operands
-        if x.query.dtype == jnp.float32 or self.own_pse:
+        return x.query.dtype != jnp.float32 and (x.scale is not None or self.wide_pse)
+
+    @property
+    def wide_pse(self) -> bool:
+        """Whether pse would lose digits in query's dtype."""
+        x = self.operands
+        if self.own_pse:
             return False
         if x.bias is not None and x.bias.dtype != x.query.dtype:
             return True
@@ -117,8 +164,8 @@ class Translation:
             return None
         if x.mask is not None and (x.cann_mask is None or not self.whole):
             return None
-        if (x.bias is not None or x.alibi_slopes is not None) and not self.own_pse:
-            alike = q_ends == kv_ends and self.exports(PACKED_V2)
+        if self.shifted and not self.own_pse:
+            alike = q_ends == kv_ends and self._plain_slopes and self.exports(PACKED_V2)
             if x.bias is not None or not alike:
                 return None
         sparse = self._packed_sparse(mask, q_ends, kv_ends)
@@ -175,14 +222,12 @@ class Translation:
         if self.sequences is not None:
             return self._packed_request(self.sequences)
         d, layout = self.dims, layouts.choose(self.problem, self.dims)
-        pse, pse_type = self._pse()
         return Request(
             layout=layout,
             B=math.prod(d.B),
             Sq=d.Sq,
             Skv=d.Skv,
-            pse=pse,
-            pse_type=pse_type,
+            **self._shift()._asdict(),
             keep=self._keep(),
             sparse=self.sparse,
             mask=self._full_mask() if self.sparse.full else None,
@@ -200,6 +245,8 @@ class Translation:
             shape = layouts.full(problem, x, name, d)
             array = layouts.to_layout(getattr(x, name), getattr(problem, f"{name}_axes"), layout, shape)
             array = array if name == "value" else layouts.widen(array, layout, count, D)
+            if name == "query" and self.folds_scale:
+                array = layouts.times(array, layout, count, self.scale_factor())
             found[name] = array.astype(dtype)
         drops = x.dropout_seed is not None or x.drop_bits is not None
         return found | {
@@ -207,7 +254,7 @@ class Translation:
             "K": d.K,
             "D": D,
             "Dv": d.Dv,
-            "scale": problem.scale,
+            "scale": self.scale,
             "keep_prob": problem.keep_prob if drops else 1.0,
         }
 
@@ -218,16 +265,15 @@ class Translation:
             "key": arrays["key"][: sequences.kv_ends[-1]],
             "value": arrays["value"][: sequences.kv_ends[-1]],
         }
-        pse, pse_type = self._pse(sequences)
+        added = self._shift(sequences)
         bits = self.operands.drop_bits
-        in_rows = pse_type == 1 and self.library is not None and self.exports(PACKED_V4)
+        in_rows = added.pse_type == 1 and self.library is not None and self.exports(PACKED_V4)
         return Request(
             layout="TND",
             B=len(sequences.q_ends),
             Sq=sequences.q_ends[-1],
             Skv=sequences.kv_ends[-1],
-            pse=pse,
-            pse_type=pse_type,
+            **added._asdict(),
             keep=None if bits is None else Packed(bits.reshape(-1)),
             sparse=sequences.sparse,
             mask=self._packed_mask(sequences) if sequences.sparse.full else None,
@@ -238,17 +284,25 @@ class Translation:
 
     # --- masks
 
-    def _full_mask(self):
-        """`[B or 1, N or 1, Sq, Skv]`, True = masked."""
+    def _visible(self):
+        """Which keys are visible, boolean `[B or 1, N or 1, Sq or 1, Skv or 1]`."""
         x, d = self.operands, self.dims
         j = jnp.arange(d.Skv, dtype=jnp.int32)
         visible = jnp.ones((1, 1, 1, 1), bool)
         if x.lower is not None:
-            visible = visible & (j >= self._flat(x.lower)[..., None])
+            visible = visible & (j >= self.flat(x.lower)[..., None])
         if x.upper is not None:
-            visible = visible & (j < self._flat(x.upper)[..., None])
+            visible = visible & (j < self.flat(x.upper)[..., None])
         if x.mask is not None:
-            visible = visible & self._flat(x.mask)
+            visible = visible & self.flat(x.mask)
+        if x.segment_row is not None:
+            row, key = self.flat(x.segment_row)[..., None], self.flat(x.segment_key)[..., None, :]
+            visible = visible & ((row < 0) | (row == key))
+        return visible
+
+    def _full_mask(self):
+        """`[B or 1, N or 1, Sq, Skv]`, True = masked."""
+        d, visible = self.dims, self._visible()
         B, N = visible.shape[:2]
         # CANN has no mask [1, N, Sq, Skv], and in mode 5 none without the batch.
         B = math.prod(d.B) if N > 1 or self.sparse.mode == 5 else B
@@ -270,58 +324,66 @@ class Translation:
         return masked
 
     def seen(self):
-        """Which rows see a key, boolean `*#B #N #Sq`."""
-        x, d = self.operands, self.dims
-        j = jnp.arange(d.Skv, dtype=jnp.int32)
-        visible = jnp.ones((1,) * (len(d.B) + 3), bool)
-        if x.lower is not None:
-            visible = visible & (j >= x.lower[..., None])
-        if x.upper is not None:
-            visible = visible & (j < x.upper[..., None])
-        if x.mask is not None:
-            visible = visible & x.mask
-        return jnp.any(visible, axis=-1)
+        """Which rows have a visible key, boolean `*B N Sq`: one that neither the mask nor a bias of -inf masks."""
+        d, visible = self.dims, self._visible()
+        if self.operands.bias is not None:
+            visible = visible & (self._bias_operand() != -jnp.inf)
+        found = jnp.any(jnp.broadcast_to(visible, (*visible.shape[:-1], d.Skv)), axis=-1)
+        return jnp.broadcast_to(found, (math.prod(d.B), d.N, d.Sq)).reshape(*d.B, d.N, d.Sq)
 
     # --- pse
 
-    def _pse(self, sequences: Sequences | None = None):
-        """(pse, pseType): the caller's own form, slopes, or a bias."""
+    def _shift(self, sequences: Sequences | None = None) -> Shift:
+        """The caller's own form of pse, slopes, or a bias."""
         x, cann = self.operands, self.problem.cann
         v2 = self.exports(V2 if sequences is None else PACKED_V2)
+        dtype = jnp.float32 if self.wide else x.query.dtype
         if self.own_pse and cann is not None:
             pse = x.cann_pse.reshape(x.cann_pse.shape[len(self.dims.B) :])
             pse = pse if sequences is None else sequences.take_entries(pse)
-            if cann.pse_type == 0 and not v2:
-                return self._before_scaling(pse, pse.dtype), 1
-            return pse, cann.pse_type
-        if x.bias is None and x.alibi_slopes is None:
-            return None, 1
+            if cann.pse_type > 1:
+                return Shift(pse, cann.pse_type)
+            if cann.pse_type == 1 and not self.folds_scale:
+                return shift.before_scaling(pse, self.scale)
+            if cann.pse_type == 1:  # the query is scaled already
+                scaled = pse.astype(jnp.float32) * self.scale_factor().reshape(())
+                pse = jnp.where(pse == -jnp.inf, -jnp.inf, scaled)
+            return shift.after_scaling(pse, dtype, self.scale, v2)
+        if not self.shifted:
+            return Shift()
         if self.slopes or sequences is not None:
-            slopes = self._flat(x.alibi_slopes[..., 0]).astype(jnp.float32)
-            return slopes[0] if slopes.shape[0] == 1 else slopes, _ALIBI[self.problem.alibi or "linear"]
-        dtype = jnp.float32 if self.wide else x.query.dtype
-        bias = self._bias()
-        return (bias.astype(dtype), 0) if v2 else (self._before_scaling(bias, dtype), 1)
+            slopes = self.flat(x.alibi_slopes[..., 0]).astype(jnp.float32)
+            return Shift(
+                slopes[0] if slopes.shape[0] == 1 else slopes, _ALIBI[self.problem.alibi or "linear"]
+            )
+        return shift.after_scaling(self._bias(), dtype, self.scale, v2)
 
-    def _before_scaling(self, bias, dtype):
-        """Functions without pseType add before they scale. What float16 cannot hold then is a mask by intent."""
-        largest = float(jnp.finfo(dtype).max)
-        return jnp.clip(bias.astype(jnp.float32) / np.float32(self.problem.scale), -largest, largest).astype(
-            dtype
-        )
+    def _bias_operand(self):
+        """The bias operand, `[B or 1, N or 1, Sq or 1, Skv or 1]`."""
+        x, d = self.operands, self.dims
+        if x.bias_offset is None:
+            return self.flat(x.bias)
+        bias, offset = self.flat(x.bias), self.flat(x.bias_offset)
+        index = offset[..., None] + jnp.arange(d.Skv, dtype=jnp.int32)
+        lead = jnp.broadcast_shapes(bias.shape[:2], index.shape[:2])
+        return take_last(bias, jnp.broadcast_to(index, (*lead, *index.shape[2:])))
 
     def _bias(self):
         """Everything that is added to the scaled logits, `[B or 1, N, Sq or 1, Skv]`."""
         x, d = self.operands, self.dims
-        total: Any = None if x.bias is None else self._flat(x.bias)
+        total: Any = None if x.bias is None else self._bias_operand()
         if x.alibi_slopes is not None:
-            i, j = jnp.arange(d.Sq, dtype=jnp.float32), jnp.arange(d.Skv, dtype=jnp.float32)
-            away = jnp.abs(j - i[:, None])
-            away = jnp.sqrt(away) if self.problem.alibi == "sqrt" else away
-            term = -self._flat(x.alibi_slopes[..., 0])[..., None, None].astype(jnp.float32) * away
+            term = -self.flat(x.alibi_slopes)[..., None].astype(jnp.float32) * self._distance()
             total = term if total is None else total.astype(jnp.float32) + term
         B, _, rows, _ = total.shape
         return jnp.broadcast_to(total, (B, d.N, rows, d.Skv))
+
+    def _distance(self):
+        """What ALiBi slopes multiply, float32 `[B or 1, N or 1, Sq or 1, Skv]`."""
+        x, d = self.operands, self.dims
+        i = jnp.arange(d.Sq, dtype=jnp.int32) if x.position is None else self.flat(x.position)
+        away = jnp.abs(jnp.arange(d.Skv, dtype=jnp.int32) - i[..., None]).astype(jnp.float32)
+        return jnp.sqrt(away) if self.problem.alibi == "sqrt" else away
 
     # --- dropout
 
@@ -333,7 +395,7 @@ class Translation:
             return Stored(x.drop_bits.reshape(-1), (d.B[0], d.N, d.Sq, d.Skv))
         return Drawn(self.problem, x, d)
 
-    def _flat(self, x):
+    def flat(self, x):
         """`*#B ...` with its batch dims as one, of size 1 or B."""
         B = self.dims.B
         rest = x.shape[len(B) :]

@@ -5,8 +5,8 @@ A backend is a module with
     platforms: sequence | None      lower-case platforms it serves (but see ON_CPU_TOO); None: all
     why_not(problem, operands, *, platform, backward)
                                     None, or why it cannot serve this call (operands may be avals)
-    forward(problem, operands)      -> out, softmax max, softmax sum
-    backward(problem, operands, out, m, l, dout, dlogsumexp) -> Operands of gradients
+    forward(problem, operands)      -> out, softmax max, softmax sum; and rounding if problem.saves_rounding
+    backward(problem, operands, saved) -> Operands of gradients
     notes(problem, operands)        optional: what `explain` says of a call that it serves, one sentence each
 where forward and backward are plain traceable functions.
 """

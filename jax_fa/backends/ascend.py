@@ -5,6 +5,10 @@ What CANN does not compute is supplied here in plain JAX around the call:
 * its backward has no gradient for pse: that of bias and slopes comes from the portable backend;
 * it has no gradient of the log-sum-exp: the term `ds += p dlogsumexp` is what two more columns of value give,
   zeros there, dlogsumexp in dout and -1 in out, since CANN's backward is ds = p (dout v^T - rowsum(dout out));
+* its scale and keep_prob are host numbers: a scale that is data multiplies the query, in float32 as CANN would do,
+  and a keep probability that is data divides out, with CANN's own at 1. In the backward, dout / keep_prob and
+  out * keep_prob in the places of dout and out give CANN's gradients;
+* -inf in pse becomes a finite number (`shift`);
 * values wider than keys: query and key get zeros;
 * no rows, no keys, no batch: no call.
 
@@ -16,14 +20,26 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.ascend import call, installation
 from jax_fa.ascend import layout as layouts
-from jax_fa.ascend.request import MAX_HEADS, V2, Request, Translation
+from jax_fa.ascend.request import MAX_HEADS, Request, Translation
+from jax_fa.ascend.shift import masks_fully
 from jax_fa.backends import xla
-from jax_fa.problem import Dims, Operands, Problem, Saved, accumulator_dtype, dims, gradient_shape, out_shape
+from jax_fa.problem import (
+    Dims,
+    Operands,
+    Problem,
+    Saved,
+    accumulator_dtype,
+    dims,
+    gradient_shape,
+    out_shape,
+    rounding_unit,
+)
 from jax_fa.softmax import FLT_MAX
 
 name = "ascend"
@@ -66,9 +82,6 @@ def _why_not(problem: Problem, operands: Operands, backward: bool) -> str | None
         return f"serves float32, bfloat16 and float16, not {dtype}"
     if not all(isinstance(size, (int, np.integer)) for size in (*d.B, d.Sq, d.Skv, d.N, d.K, d.D, d.Dv)):
         return "symbolic dimensions are not supported"
-    for feature in ("bias_offset", "position", "segment_row", "scale", "keep_threshold"):
-        if getattr(operands, feature) is not None:
-            return f"does not take {feature}"
     if problem.logits_soft_cap is not None or operands.soft_cap is not None:
         return "CANN has no soft cap of logits"
     if max(d.D, d.Dv) > _MAX_HEAD_DIM:
@@ -82,9 +95,6 @@ def _why_not(problem: Problem, operands: Operands, backward: bool) -> str | None
     here = installation.here()
     if here is not None and here.long is None:
         return _why_not_short(problem, operands, d, backward, str(here.short))
-    plan = Translation(problem, operands, here)
-    if problem.scale == 0 and operands.bias is not None and not plan.exports(V2) and not plan.own_pse:
-        return "this CANN has no aclnnFlashAttentionScoreV2, and without it a bias needs a scale other than 0"
     return None
 
 
@@ -98,6 +108,7 @@ def _why_not_short(problem, operands, d: Dims, backward: bool, file: str) -> str
         ("no mask", problem.mask is not None or x.mask is not None or x.lower is not None),
         ("no bias", x.bias is not None or x.alibi_slopes is not None),
         ("no dropout", x.dropout_seed is not None or x.drop_bits is not None),
+        ("no scale that is data", x.scale is not None),
     ):
         if given:
             return f"{only}has {feature}"
@@ -114,16 +125,26 @@ def _why_not_short(problem, operands, d: Dims, backward: bool, file: str) -> str
 
 def notes(problem: Problem, operands: Operands) -> tuple[str, ...]:
     """What a call that CANN serves gets beside CANN: one sentence each."""
-    plan, d = Translation(problem, operands, installation.here()), dims(problem, operands)
-    found = []
-    if operands.bias is not None or operands.alibi_slopes is not None:
+    plan, x, d = Translation(problem, operands, installation.here()), operands, dims(problem, operands)
+    dtype, found = x.query.dtype, []
+    if plan.shifted:
         found.append("the gradient of bias or slopes is computed in plain JAX: CANN has none")
+    if x.bias is not None:
+        again = "; rows that it masks fully are found by reading it once more" if dtype == jnp.float16 else ""
+        found.append(f"a copy of the bias is made, with a finite number where it is -inf{again}")
+    if x.bias_offset is not None and not plan.own_pse:
+        found.append("the bias is spread out: CANN has no offsets of rows")
     if problem.logsumexp:
         found.append("the gradient of the log-sum-exp costs CANN's backward a wider head_dim")
-    if plan.wide:
+    if plan.wide and plan.wide_pse:
         found.append(
-            f"computed in float32: CANN takes a bias in query's dtype only, and {operands.query.dtype} would round "
-            "it; pass the bias in that dtype for 16-bit kernels"
+            f"computed in float32: CANN takes a bias in query's dtype only, and {dtype} would round it; pass the "
+            "bias in that dtype for 16-bit kernels"
+        )
+    if plan.wide and x.scale is not None:
+        found.append(
+            f"computed in float32: CANN's scale is a host number, and {dtype} would round a scaled query; pass a "
+            "Python number for 16-bit kernels"
         )
     if plan.sequences is None and plan.sparse.full:
         B, N = _mask_lead(operands, d)
@@ -137,7 +158,9 @@ def notes(problem: Problem, operands: Operands) -> tuple[str, ...]:
 
 
 def _mask_lead(operands: Operands, d: Dims) -> tuple[int, int]:
-    arrays = [x for x in (operands.lower, operands.upper, operands.mask) if x is not None]
+    x = operands
+    given = (x.lower, x.upper, x.mask, x.segment_row, x.segment_key)
+    arrays = [x for x in given if x is not None]
     rank = len(d.B)
     N = max((x.shape[rank] for x in arrays), default=1)
     full = N > 1 or any(math.prod(x.shape[:rank]) > 1 for x in arrays)
@@ -153,12 +176,20 @@ def _transposes(problem: Problem, d: Dims) -> bool:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Any, ...]:
     """out stored in out_axes, softmax max and sum `*B N Sq`, and rounding like out if the problem says so."""
-    found = _forward(problem, operands)
-    # CANN hands the rounded output alone, and its backward takes delta from that.
-    return *found, *([jnp.zeros_like(found[0])] if problem.saves_rounding else [])
+    out, m, l = _forward(problem, operands)
+    dtype = operands.query.dtype
+    if not problem.saves_rounding:
+        return out.astype(dtype), m, l
+    if out.dtype == dtype:  # CANN hands the rounded output alone
+        return out, m, l, jnp.zeros(out.shape, dtype)
+    # XLA may drop a pair of casts.
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(out, info.nexp, info.nmant)
+    return rounded.astype(dtype), m, l, ((out - rounded) / rounding_unit(dtype)).astype(dtype)
 
 
 def _forward(problem: Problem, operands: Operands):
+    """out, not rounded where CANN did not, and the statistics."""
     d = dims(problem, operands)
     stats = (*d.B, d.N, d.Sq)
     if _empty(d):
@@ -169,19 +200,27 @@ def _forward(problem: Problem, operands: Operands):
     out, m, l = call.forward(r, problem.max_work)
     # CANN marks rows without a key by a sum of FLT_MAX, and those of sequences without keys by zeros.
     seen = (l != 0) & (l < FLT_MAX)
+    if r.masking_logit is not None:
+        seen &= ~masks_fully(m, r.masking_logit)
     m, l = jnp.where(seen, m, -FLT_MAX), jnp.where(seen, l, 0)
+    if (kept := plan.keep_factor()) is not None:
+        out = layouts.times(out, r.layout, d.N, 1 / kept)
     if r.sequences is not None:
         out = r.sequences.put_rows(out, d.Sq, 0.0)
         m, l = r.sequences.put_rows(m, d.Sq, -FLT_MAX).T, r.sequences.put_rows(l, d.Sq, 0.0).T
     m, l = m.reshape(stats), l.reshape(stats)
     out = layouts.from_layout(out, problem.out_axes, r.layout, (*d.B, d.Sq, d.N, d.Dv))
-    if r.sequences is not None and r.sparse.full:  # in layout TND, CANN promises nothing for such rows
-        seen = jnp.broadcast_to(plan.seen(), stats)
+    masked_by_pse = r.pse is not None and r.pse_type < 2
+    promised = r.sequences is None or not r.sparse.full  # in layout TND, CANN promises nothing for such rows
+    if promised and not masked_by_pse:
+        return out, m, l
+    seen = l != 0
+    if not promised or r.masking_logit is None:
+        seen &= plan.seen()
         m, l = jnp.where(seen, m, -FLT_MAX), jnp.where(seen, l, 0)
-        rows = jnp.moveaxis(seen, -1, -2)[..., None]
-        keep = jnp.broadcast_to(rows, (*d.B, d.Sq, d.N, 1))
-        out = jnp.where(keep.transpose(np.argsort(problem.out_axes)), out, 0)
-    return out.astype(operands.query.dtype), m, l
+    rows = jnp.moveaxis(seen, -1, -2)[..., None]
+    keep = jnp.broadcast_to(rows, (*d.B, d.Sq, d.N, 1))
+    return jnp.where(keep.transpose(np.argsort(problem.out_axes)), out, 0), m, l
 
 
 def _empty(d: Dims) -> bool:
@@ -192,19 +231,24 @@ def _empty(d: Dims) -> bool:
 
 
 def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
-    """Gradients of query, key, value and, where present, bias and alibi_slopes."""
+    """Gradients of query, key, value and, where present, bias, alibi_slopes and scale."""
     d = dims(problem, operands, saved)
     if _empty(d):
         return xla.backward(problem, operands, saved)
-    plan = Translation(problem, operands, installation.here())
+    plan = Translation(problem, operands, installation.here(), saved)
     r = plan.request()
-    dq, dk, dv = _cann_gradients(problem, d, r, saved)
-    gradients = {
+    dq, dk, dv = _cann_gradients(problem, d, plan, r, saved)
+    gradients: dict[str, Any] = {}
+    if operands.scale is not None:
+        gradients["scale"] = _scale_gradient(problem, operands, d, r.layout, dq)
+    if plan.folds_scale:
+        dq = layouts.times(dq, r.layout, d.N, plan.scale_factor())
+    gradients |= {
         "query": _stored(problem, operands, d, r.layout, "query", dq),
         "key": _stored(problem, operands, d, r.layout, "key", dk),
         "value": _stored(problem, operands, d, r.layout, "value", dv),
     }
-    if operands.bias is not None or operands.alibi_slopes is not None:
+    if plan.shifted:
         # XLA drops what is not read: nothing of this remains where nobody asks for these gradients.
         plain = xla.backward(problem, operands, saved)
         gradients |= {"bias": plain.bias, "alibi_slopes": plain.alibi_slopes}
@@ -216,13 +260,22 @@ def _wide_enough(d: Dims) -> int:
     return -(-(d.Dv + 2) // _BLOCK) * _BLOCK
 
 
-def _cann_gradients(problem: Problem, d: Dims, r: Request, saved: Saved):
+def _cann_gradients(problem: Problem, d: Dims, plan: Translation, r: Request, saved: Saved):
     """dq, dk, dv in the layout."""
     m, l, dlogsumexp = saved.m, saved.l, saved.dlogsumexp
+    out, dout = saved.out, saved.dout
+    kept = plan.keep_factor()
+    if saved.rounding is not None and (r.query.dtype != out.dtype or kept is not None):
+        lost = saved.rounding.astype(jnp.float32) * rounding_unit(out.dtype)
+        out = out.astype(jnp.float32) + lost
     shape = (*d.B, d.Sq, d.N, d.Dv)
-    out, dout = (layouts.to_layout(x, problem.out_axes, r.layout, shape) for x in (saved.out, saved.dout))
+    out, dout = (layouts.to_layout(x, problem.out_axes, r.layout, shape) for x in (out, dout))
+    if kept is not None:
+        out, dout = layouts.times(out, r.layout, d.N, kept), layouts.times(dout, r.layout, d.N, 1 / kept)
     out, dout = out.astype(r.query.dtype), dout.astype(r.query.dtype)
     flat = (math.prod(d.B), d.N, d.Sq)
+    if r.pse is not None:  # exp(logit - m) is 0 for every key of a row that pse masks
+        m = jnp.where(l == 0, 0, m)
     m, l = m.reshape(flat), jnp.where(l == 0, FLT_MAX, l).reshape(flat)
     dlse = None if dlogsumexp is None else dlogsumexp.reshape(flat).astype(jnp.float32)
     if r.sequences is not None:
@@ -261,12 +314,24 @@ def _with_logsumexp(r: Request, d: Dims, out, dout, dlse):
     return widened, layouts.widen(out, r.layout, r.N, Dv), layouts.widen(dout, r.layout, r.N, Dv)
 
 
+def _scale_gradient(problem: Problem, operands: Operands, d: Dims, layout: str, dq):
+    """Of a scale that is data, from the gradient dq of the scaled query."""
+    shape = layouts.full(problem, operands, "query", d)
+    query = layouts.to_layout(operands.query, problem.query_axes, layout, shape)
+    gradient = layouts.dot(dq, query, layout, d.N).reshape(*d.B, d.N)
+    return _summed(gradient, gradient_shape(problem, d, "scale", operands.scale.shape), operands.scale.dtype)
+
+
 def _stored(problem: Problem, operands: Operands, d: Dims, layout: str, name: str, gradient):
     """A gradient as its operand is stored, summed over the batch dims in which that broadcasts."""
     operand, axes = getattr(operands, name), getattr(problem, f"{name}_axes")
     gradient = layouts.from_layout(gradient, axes, layout, layouts.full(problem, operands, name, d))
-    shape = gradient_shape(problem, d, name, operand.shape)
+    return _summed(gradient, gradient_shape(problem, d, name, operand.shape), operand.dtype)
+
+
+def _summed(gradient, shape, dtype):
+    """The gradient of this shape: summed over the dims in which that has size 1."""
     summed = [i for i, (full, size) in enumerate(zip(gradient.shape, shape, strict=True)) if full != size]
     if summed:
-        gradient = jnp.sum(gradient.astype(accumulator_dtype(operand.dtype)), axis=summed, keepdims=True)
-    return gradient.astype(operand.dtype)
+        gradient = jnp.sum(gradient.astype(accumulator_dtype(dtype)), axis=summed, keepdims=True)
+    return gradient.astype(dtype)

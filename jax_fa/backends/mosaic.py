@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_fa import compat
 from jax_fa.mosaic import tuning
-from jax_fa.problem import DIFFERENTIABLE, Operands, Problem, Saved, dims, gradient_shape
+from jax_fa.problem import DIFFERENTIABLE, Dims, Operands, Problem, Saved, dims, gradient_shape
 from jax_fa.tiles import is_symbolic
 
 name = "mosaic"
@@ -61,9 +61,8 @@ def _no_kernel(problem: Problem, operands: Operands, backward: bool) -> str | No
         axes = getattr(problem, f"{array}_axes")
         if axes[-1] != len(axes) - 1:
             return f"the head_dim of {array} is not its last axis in memory"
-    for feature in ("bias_offset", "position", "segment_row", "scale", "soft_cap", "keep_threshold"):
-        if getattr(operands, feature) is not None:
-            return f"does not take {feature}"
+    if operands.bias_offset is not None:
+        return "it reads a bias by tiles and takes none that is indexed by row (bias_offset)"
     if operands.drop_bits is not None:
         return "it draws dropout bits itself and reads none (drop_mask)"
     if max(d.D, d.Dv) > tuning.MAX_HEAD_DIM:
@@ -115,7 +114,31 @@ def _tiles(which: tuning.Which, problem: Problem, operands: Operands) -> tuning.
     ]
     element_bytes = sum(1 if x.dtype == jnp.bool_ else x.dtype.itemsize for x in whole)
     staying, moving = (d.Skv, d.Sq) if which == "key_gradient" else (d.Sq * d.G, d.Skv)
-    return tuning.tiles_for(which, d.D, d.Dv, rows=staying, width=moving, element_bytes=element_bytes)
+    return tuning.tiles_for(
+        which,
+        d.D,
+        d.Dv,
+        rows=staying,
+        width=moving,
+        element_bytes=element_bytes,
+        vectors=_vectors(which, operands),
+    )
+
+
+def _vectors(which: tuning.Which, operands: Operands) -> int:
+    """How many arrays of one scalar per key, or per row, come with every tile that moves."""
+    bias, mask, segments = operands.bias, operands.mask, operands.segment_row is not None
+    if which == "bias_gradient":
+        return 0
+    if which != "key_gradient":
+        found = sum(x is not None and x.shape[-2] == 1 < x.shape[-1] for x in (bias, mask)) + segments
+        return found + (which == "query_gradient")  # its sums
+    upper = operands.upper is not None or segments or (mask is not None and mask.shape[-1] == 1)
+    bias_rows = bias is not None and bias.shape[-1] == 1
+    present = (operands.lower, operands.alibi_slopes, operands.position)
+    upper = upper or operands.lower is not None  # which makes upper bounds too
+    statistics = 3
+    return statistics + segments + upper + bias_rows + sum(x is not None for x in present)
 
 
 def forward(problem: Problem, operands: Operands):
@@ -124,16 +147,22 @@ def forward(problem: Problem, operands: Operands):
 
     tiles = _tiles("forward", problem, operands)
     assert tiles is not None  # why_not asked
-    found = _run(lambda operands: forward(problem, operands, tiles), operands)
-    return *found, *([jnp.zeros_like(found[0])] if problem.saves_rounding else [])
+    return _run(lambda operands: forward(problem, operands, tiles), operands)
 
 
 def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
-    """Gradients of query, key, value and, where present, bias and alibi_slopes."""
-    return _run(partial(_backward, problem), operands, saved)
+    """Gradients of the differentiable operands that are present."""
+    d = dims(problem, operands, saved)
+    if 0 in d.B:  # vmap of nothing, of the cotangents alone
+        return operands.map(lambda name, x: _zeros(problem, d, name, x))
+    return _run(partial(_backward, problem, d), operands, saved)
 
 
-def _backward(problem: Problem, operands: Operands, given: Saved) -> Operands:
+def _zeros(problem: Problem, d: Dims, name: str, x):
+    return jnp.zeros(gradient_shape(problem, d, name, x.shape), x.dtype) if name in DIFFERENTIABLE else None
+
+
+def _backward(problem: Problem, d: Dims, operands: Operands, given: Saved) -> Operands:
     from jax_fa.mosaic.bias_gradient import bias_gradient
     from jax_fa.mosaic.key_gradient import key_gradient
     from jax_fa.mosaic.operands import RowStatistics
@@ -144,18 +173,20 @@ def _backward(problem: Problem, operands: Operands, given: Saved) -> Operands:
         assert found is not None  # why_not asked
         return found
 
-    saved = RowStatistics.of(problem, given)
-    found = query_gradient(problem, operands, saved, tiles("query_gradient"))
-    found |= key_gradient(problem, operands, saved, tiles("key_gradient"))
+    saved = RowStatistics.of(problem, operands, given)
+    found = query_gradient(problem, operands, d, saved, tiles("query_gradient"))
+    found |= key_gradient(problem, operands, d, saved, tiles("key_gradient"))
     if _is_tile(operands.bias):
-        found["bias"] = bias_gradient(problem, operands, saved, tiles("bias_gradient"))
+        found["bias"] = bias_gradient(problem, operands, d, saved, tiles("bias_gradient"))
     elif operands.bias is not None:
         found["bias"] = (
             found["bias_rows"][..., None] if "bias_rows" in found else found["bias_keys"][..., None, :]
         )
     if operands.alibi_slopes is not None:
         found["alibi_slopes"] = found["slopes"]
-    d = dims(problem, operands, given)
+    for scalar in ("scale", "soft_cap"):
+        if scalar in found:
+            found[scalar] = found[scalar].sum(axis=-1)
 
     def finish(name: str, x):
         if name not in DIFFERENTIABLE:

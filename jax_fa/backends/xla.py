@@ -352,8 +352,9 @@ def _sum_tiles(call: Call, saved: Saved, zeros: Operands) -> Operands:
             dp = call.product("kgid,kjd->kgij", dout, v)
             weights, keep = p, tile.keep()
             if keep is not None:
-                weights = jnp.where(keep, p / call.keep_prob, 0)
-                dp = jnp.where(keep, dp / call.keep_prob, 0)
+                divisor = 1 if call.keep_prob is None else call.keep_prob
+                weights = jnp.where(keep, p / divisor, 0)
+                dp = jnp.where(keep, dp / divisor, 0)
             counted = _all(visible, fresh)
 
             def count(x):

@@ -18,7 +18,7 @@ Read = TypeVar("Read")
 
 @jax.numpy_dtype_promotion("standard")  # jax.nn mixes 16-bit dtypes with float32 itself
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code: 0 all numbers agree, 1 some do not, 3 a file could not be written."""
+    """Runs the benchmark; returns its exit code: 0 all values agree, 1 some do not, 3 a file could not be written."""
     parser = _parser()
     options = parser.parse_args(argv)
     try:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError("--compare measures nothing, so it takes no --json and no --plot")
             report.compare([record.read(path) for path in options.compare])
             return OK
-        chosen = _chosen(options.contestants)
+        chosen = _chosen(options.implementations)
         calls = _calls(options)
         _check_outputs(options)
     except ValueError as error:
@@ -60,15 +60,15 @@ def _written(option: str, path: Path, writing: Callable[[Path], None]) -> bool:
 
 
 def _chosen(names: list[str] | None) -> dict[str, Callable]:
-    """The contestants asked for, or all that are here."""
+    """The implementations asked for, or all that are here."""
     present = contestants.present()
     if names is None:
         return present
     for name in names:
         if name in contestants.PEERS and name not in present:
-            raise ValueError(f"--contestants: {name} is not here: not installed, or of another platform")
+            raise ValueError(f"--implementations: {name} is not here: not installed, or of another platform")
         if name not in present:
-            raise ValueError(f"--contestants must be among {', '.join(present)}; got {name!r}")
+            raise ValueError(f"--implementations must be among {', '.join(present)}; got {name!r}")
     return {name: present[name] for name in names}
 
 
@@ -95,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jax_fa.bench",
         description="Times attention over shapes: every backend of jax_fa that is here, jax.nn and PyTorch, called in turn "
-        "in one process. Prints medians, half the distance of the quartiles, and ratios to the first contestant. Checks that "
-        "all compute the same numbers.",
-        epilog="Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments, 3 a file could not be written.",
+        "in one process. Prints medians, half the distance of the quartiles, and ratios to the first one. Checks that "
+        "all compute the same values.",
+        epilog="Exit codes: 0 all values agree, 1 some do not, 2 bad arguments, 3 a file could not be written.",
     )
     parser.add_argument(
         "--shapes",
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         help="forward, backward (the pull-back alone) or both (in one program) (default: forward,backward)",
     )
     parser.add_argument(
-        "--contestants",
+        "--implementations",
         type=_listed(str),
         metavar="NAME,...",
         help="names of jax_fa's backends, jax.nn, torch (default: all that are here)",

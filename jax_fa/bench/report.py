@@ -12,7 +12,7 @@ from jax_fa.bench.measure import Result
 from jax_fa.bench.record import Run
 
 NO_RATIOS = (
-    "No ratios between these runs: a machine is not as fast at one time as at another, so only contestants called in turn "
+    "No ratios between these runs: a machine is not as fast at one time as at another, so only implementations called in turn "
     "within one run can be compared. Run them together."
 )
 
@@ -30,7 +30,7 @@ def _plain(value) -> str:
 
 
 def rows(results: Sequence[Result]) -> None:
-    """A line per contestant under each call; ratios to the first that could serve it."""
+    """A line per implementation under each call; ratios to the first that could serve it."""
     for call, group in groupby(results, key=lambda result: result.call):
         found = list(group)
         print(f"\n{call}")
@@ -74,9 +74,9 @@ def verdict(results: Sequence[Result]) -> bool:
         return False
     compared = sum(result.difference is not None for result in results)
     if compared:
-        print("\nOK: all contestants computed the same numbers.")
+        print("\nOK: all implementations computed the same values.")
     else:
-        print("\nNumbers were not compared: no call had two contestants that could serve it.")
+        print("\nValues were not compared: no call had two implementations that could serve it.")
     return True
 
 
@@ -96,7 +96,7 @@ def progress(steps: int) -> Iterator[tuple[Callable[[], None], Callable[[], Abst
 
 
 def plot(path: Path, run: Run) -> None:
-    """Time against the number of keys, both logarithmic: a panel per kind of call, a line per contestant."""
+    """Time against the number of keys, both logarithmic: a panel per kind of call, a line per implementation."""
     from matplotlib.figure import Figure  # imported only when asked for
 
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}

@@ -1,4 +1,4 @@
-"""The main job: checks the numbers, then trains a small GPT with jax_fa and with jax.nn, side by side."""
+"""A self-test: checks results, then trains a small GPT with jax_fa and with jax.nn, side by side."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
 
 @jax.numpy_dtype_promotion("standard")  # jax.nn mixes 16-bit dtypes with float32 itself
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the main job; returns its exit code: 0 all numbers agree, 1 some do not, 3 the plot could not be written."""
+    """Runs the self-test; returns its exit code: 0 all values agree, 1 some do not, 3 the plot could not be written."""
     parser = _parser()
     options = parser.parse_args(argv)
     try:
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jax_fa",
         description="Checks jax_fa against float64 and jax.nn.dot_product_attention, then trains a small GPT "
         "on Python's own documentation, once with each, and compares losses, step times and memory.",
-        epilog="Exit codes: 0 all numbers agree, 1 some do not, 2 bad arguments, 3 the plot could not be written.",
+        epilog="Exit codes: 0 all values agree, 1 some do not, 2 bad arguments, 3 the plot could not be written.",
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, a smaller model: under a minute")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What the main job prints."""
+"""What the self-test prints."""
 
 import platform
 import shutil
@@ -40,7 +40,7 @@ def backends(explanation: jax_fa.Explanation) -> None:
 
 
 def checks_header() -> None:
-    _title("Numbers: largest error / largest value, against float64 (ok: ours at most twice jax.nn's)")
+    _title("Errors: largest error / largest value, against float64 (ok: ours at most twice jax.nn's)")
     print(f"{'':42}{'':10}{'output':^18}{'log-sum-exp':^18}{'gradients':^18}".rstrip())
     print(f"{'case':42}{'dtype':10}" + (f"{'ours':>8}{'jax.nn':>9} " * 3).rstrip())
 

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from jax_fa import api, backends
+from jax_fa import api, arguments, backends
 
 Model = TypeVar("Model")
 
@@ -62,7 +62,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             ones of the same shapes.
 
         Returns:
-          Shape `(Sq, output_size)`. A row that sees no key is the output projection of 0.
+          Shape `(Sq, output_size)`. A fully masked row is the output projection of 0.
 
         Raises:
           ValueError: shapes or values that do not fit.
@@ -106,6 +106,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             raise ValueError(
                 f"key must be a jax.random key where inference is false and dropout_p={self.dropout.p}; got None."
             )
+        arguments.random_key("key", key)
         return self.dropout.p
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype as promote_like_linen
 
-from jax_fa import api, backends, masks
+from jax_fa import api, arguments, backends, masks
 from jax_fa.attention import attention
 from jax_fa.explanation import here
 from jax_fa.masks import Mask
@@ -79,10 +79,10 @@ def attention_fn(
       force_fp32_for_softmax: changes nothing: the softmax is computed in float32 anyway.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None: there is no einsum.
       promote_dtype: in place of Flax's rule, called as `promote_dtype((query, key, value), dtype=dtype)`.
-      is_causal: let query i see keys j <= i (top-left aligned).
+      is_causal: query i attends to keys j <= i (top-left aligned).
 
     Returns:
-      Shape `(*B, Sq, N, Dv)`, in the dtype that query, key and value were cast to. A row that sees no key is 0.
+      Shape `(*B, Sq, N, Dv)`, in the dtype that query, key and value were cast to. A fully masked row is 0.
 
     Raises:
       ValueError: shapes or values that do not fit.
@@ -101,12 +101,15 @@ def attention_fn(
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
     _check_precision(precision, query.dtype)
     _check_decoding(_options, query, key)
+    arguments.number("dropout_rate", dropout_rate, "a number in [0, 1)")
     dropping = not deterministic and dropout_rate > 0.0
     if dropping and dropout_rng is None:
         raise ValueError(
             f"dropout_rng must be a jax.random key where deterministic is false and dropout_rate={dropout_rate}; "
             "got None."
         )
+    if dropout_rng is not None:
+        arguments.random_key("dropout_rng", dropout_rng)
     problem, operands = api.flash_attention_request(
         query,
         key,
@@ -142,8 +145,8 @@ def make_attention_fn(
     Args:
       mask: a mask of `jax_fa.masks`, such as `Causal("bottom-right")`, joined with what the layer passes. Decoding
         with a cache calls with one query, whose position is known to the layer only, so there masks that count
-        positions are refused; `Causal("bottom-right")` hides nothing then and is fine (the layer's own mask is
-        causal).
+        positions are refused; `Causal("bottom-right")` masks nothing then and is fine (the layer's own mask
+        is causal).
       alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)`. Refused when decoding.
       scale: factor of the logits; None: `1 / sqrt(D)`.
       logits_soft_cap: replaces the logits x by `cap * tanh(x / cap)`.
@@ -154,7 +157,7 @@ def make_attention_fn(
     """
     backends.check_implementation(implementation)
     options = _Options(
-        mask=None if mask is None else masks.as_mask(mask),
+        mask=None if mask is None else api.one_mask(mask),
         alibi_slopes=alibi_slopes,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
@@ -165,9 +168,15 @@ def make_attention_fn(
 
 def _joined(mask, is_causal: bool, own: Mask | None) -> Mask | None:
     if mask is not None and not isinstance(mask, Mask):
-        mask = masks.Dense(jnp.asarray(mask).astype(jnp.bool_))  # Flax makes its masks in float32
+        array = hasattr(mask, "dtype") or (isinstance(mask, (list, tuple)) and not _holds_masks(mask))
+        # Flax makes its masks in float32.
+        mask = masks.Dense(arguments.array("mask", mask).astype(jnp.bool_)) if array else api.one_mask(mask)
     given = [m for m in (mask, masks.Causal() if is_causal else None, own) if m is not None]
     return functools.reduce(lambda a, b: a & b, given) if given else None
+
+
+def _holds_masks(given) -> bool:
+    return any(isinstance(member, Mask) for member in given)
 
 
 def _check_no_weights(module) -> None:
@@ -255,12 +264,12 @@ def _check_decoding(options: _Options, query, key) -> None:
             raise ValueError(
                 f"mask={mask!r} of make_attention_fn counts positions; this call has one query and {key.shape[-3]} keys, "
                 "a step of decoding, whose position jax_fa does not know. A causal mask that works in training and "
-                'decoding is Causal("bottom-right") (the layer hides what is not yet in its cache).'
+                'decoding is Causal("bottom-right") (the layer masks what is not yet in its cache).'
             )
 
 
 def _shows_all_to_the_last(mask: Mask) -> bool:
-    """Whether the last query sees every key, whatever the lengths: True for `Causal("bottom-right")`."""
+    """Whether every key is visible to the last query, whatever the lengths: True for `Causal("bottom-right")`."""
     if not isinstance(mask, masks.Band) or mask.align != "bottom-right" or mask.left is not None:
         return False
     return mask.right is None or (mask.is_static and int(mask.right) + mask.offset >= 0)

@@ -5,7 +5,7 @@ from typing import Any
 import haiku as hk
 import jax.numpy as jnp
 
-from jax_fa import api, backends, masks
+from jax_fa import api, arguments, backends, masks
 from jax_fa.masks import Mask
 
 
@@ -33,7 +33,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
             visible; or a mask of `jax_fa.masks`.
 
         Returns:
-          Shape `(*B, Sq, model_size)`. A row that sees no key is the output projection of 0.
+          Shape `(*B, Sq, model_size)`. A fully masked row is the output projection of 0.
 
         Raises:
           ValueError: shapes that do not fit.
@@ -63,7 +63,11 @@ def _over(batch: tuple[int, ...], x):
 def _mask(mask, rank: int) -> Mask | None:
     if mask is None or isinstance(mask, Mask):
         return mask
-    mask = jnp.asarray(mask)
+    if isinstance(mask, (bool, type)) or (
+        isinstance(mask, (list, tuple)) and any(isinstance(m, Mask) for m in mask)
+    ):
+        return api.one_mask(mask)
+    mask = arguments.array("mask", mask)
     if mask.ndim != rank:
         raise ValueError(
             f"mask must have {rank} dimensions (*B, num_heads, Sq, Skv); got shape {mask.shape}."

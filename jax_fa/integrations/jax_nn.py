@@ -98,8 +98,8 @@ def patch_jax_nn(*, implementation: str | None = None) -> contextlib.ContextDeco
     entered any number of times, the same object too; the innermost counts.
 
     Callers' own `implementation` ("xla", "cudnn" or None) names a backend of JAX and is replaced by that of the
-    patch. Where ours differs is listed in `jax_fa.dot_product_attention`: above all, a row that sees no key gives
-    0 and not the mean of all values.
+    patch. Where ours differs is listed in `jax_fa.dot_product_attention`: above all, a fully masked row gives 0
+    and not the mean of all values.
 
     Args:
       implementation: None (the best backend that can), or the name of a backend: see `jax_fa.explain`.

@@ -33,15 +33,17 @@ from jax_fa.mosaic.memory import (
 from jax_fa.mosaic.operands import BY_KEY, BY_ROW, Arrays, RowStatistics, by_rows, cut, stored
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.mosaic.widths import padded_head_dim
-from jax_fa.problem import Axes, Operands, Problem
+from jax_fa.problem import Axes, Dims, Operands, Problem
 
 MOVING = ("query", "dout", "key", "value")
 
 
-def bias_gradient(problem: Problem, operands: Operands, saved: RowStatistics, tiles: Tiles) -> jax.Array:
+def bias_gradient(
+    problem: Problem, operands: Operands, d: Dims, saved: RowStatistics, tiles: Tiles
+) -> jax.Array:
     """`*#B #N Sq Skv`, in full where bias is and in the batch dims that vmap added, and in bias's dtype."""
-    g = Geometry.of(problem, operands, tiles, pack=False)
-    d, bias = g.dims, operands.bias
+    g = Geometry.of(problem, operands, d, tiles, pack=False)
+    bias = operands.bias
     arrays = {
         **stored(problem, operands, saved),
         **by_rows(g, operands, saved),
@@ -246,11 +248,10 @@ class _Block:
 
         def weights(s):
             done = logits.finish(tile, s, read, plain=False, bounded=True)
-            p = jnp.exp2(done.x * jnp.float32(done.c) - tile.rows(numbers["logsumexp"]))
-            return p, done.slope, done.visible
+            return logits.weights(tile, done, numbers["maximum"], plain=False), done.without_x()
 
         plgpu.barrier_wait(scratch["here"].at[slot])
-        (p, slope, visible), dp = two_products(
+        (p, done), dp = two_products(
             (scratch["query"].at[slot, warpgroup], scratch["key"].at[slot]),
             (scratch["dout"].at[slot, warpgroup], scratch["value"].at[slot]),
             weights,
@@ -260,10 +261,9 @@ class _Block:
             plgpu.commit_smem()  # it was read in the ordinary way
         again = count + self.tiles.stages < total
         arrive_if(again, scratch["read"].at[slot])
-        kept = logits.keep(tile, read)
-        if kept is not None:
-            dp = jnp.where(kept, dp * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
-        ds = p * (dp - tile.rows(numbers["delta"]))
-        if slope is not None:
-            ds = ds * slope
-        return count + 1, acc + jnp.where(visible, ds, 0.0)
+        dp = logits.kept(tile, logits.keep(tile, read), dp, read)
+        inverse = numbers["inverse"]
+        ds = p * (dp * tile.rows(inverse) - tile.rows(numbers["delta"] * inverse))
+        if done.slope is not None:
+            ds = ds * done.slope
+        return count + 1, acc + jnp.where(done.visible, ds, 0.0)

@@ -16,18 +16,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry
-from jax_fa.mosaic.logits import LOG2E, ROW, WGMMA
-from jax_fa.mosaic.memory import hidden, multiply_add, one_product, swizzled
+from jax_fa.mosaic.logits import ROW, WGMMA
+from jax_fa.mosaic.memory import hidden, multiply_add, one_product, split, swizzled
 from jax_fa.mosaic.operands import aligned_head_dim, aligned_length, by_rows, cut, stored
 from jax_fa.mosaic.rows import RowBlock, RowKernel
 from jax_fa.mosaic.tuning import ROWS, Tiles
-from jax_fa.problem import Operands, Problem, out_shape, stored_shape
+from jax_fa.problem import Operands, Problem, dims, out_shape, rounding_unit, stored_shape
 from jax_fa.softmax import FLT_MAX
 
 
 def forward(problem: Problem, operands: Operands, tiles: Tiles):
-    """(out, softmax max, softmax sum), as a backend returns them."""
-    g = Geometry.of(problem, operands, tiles)
+    """(out, softmax max, softmax sum) and, if the problem says so, rounding, as a backend returns them."""
+    g = Geometry.of(problem, operands, dims(problem, operands), tiles)
     arrays = {
         **stored(problem, operands),
         **by_rows(g, operands),
@@ -35,9 +35,12 @@ def forward(problem: Problem, operands: Operands, tiles: Tiles):
     d = g.dims
     shape = stored_shape((*d.B, aligned_length(d.Sq), d.N, aligned_head_dim(d.Dv)), problem.out_axes)
     stats = jax.ShapeDtypeStruct(g.packed_shape, jnp.float32)
-    results = {"out": jax.ShapeDtypeStruct(shape, operands.query.dtype), "m": stats, "l": stats}
+    out = jax.ShapeDtypeStruct(shape, operands.query.dtype)
+    results = {"out": out, "m": stats, "l": stats, **({"rounding": out} if problem.saves_rounding else {})}
     found = _Forward(g, arrays).call("forward", results)
-    return cut(found["out"], out_shape(problem, d)), g.unpack(found["m"]), g.unpack(found["l"])
+    return tuple(
+        g.unpack(x) if name in ("m", "l") else cut(x, out_shape(problem, d)) for name, x in found.items()
+    )
 
 
 class _Block(RowBlock):
@@ -46,7 +49,9 @@ class _Block(RowBlock):
     def start(self):
         return (
             plgpu.layout_cast(jnp.zeros((ROWS, self.kernel.Dv), jnp.float32), WGMMA),
-            plgpu.layout_cast(jnp.full((ROWS,), -FLT_MAX, jnp.float32), ROW),
+            plgpu.layout_cast(
+                jnp.full((ROWS,), logits.start_of_maximum(self.kernel.plain), jnp.float32), ROW
+            ),
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
         )
 
@@ -71,7 +76,7 @@ class _Block(RowBlock):
             self._pass_turn(warpgroup)
 
         carry = self.sweep_again(warpgroup, partial(step, again=True), carry)
-        self._store(warpgroup, carry, *outs)
+        self._store(warpgroup, carry, rows, *outs)
 
     def _step(self, warpgroup, key_tile, carry, rows, bounded: bool, again: bool):
         """One tile of keys; `again`: it is in slot 0 already, and nobody takes turns."""
@@ -86,20 +91,21 @@ class _Block(RowBlock):
         if not again:
             self.release("key", key_tile)
 
-        # m holds the maximum times c; finite, so that a row which has seen nothing gives exp2(-inf - m) = 0.
-        m_new = jnp.maximum(m, done.x.max(axis=1) * jnp.float32(done.c))
-        rescale = jnp.exp2(m - m_new)
-        p = jnp.exp2(done.x * jnp.float32(done.c) - tile.rows(m_new))
+        m_new = jnp.maximum(m, done.x.max(axis=1) * jnp.float32(logits.unit_of(kernel.problem, kernel.plain)))
+        before, after = (logits.in_exponent(x, kernel.plain) for x in (m, m_new))
+        rescale = logits.rescale(before, after, kernel.plain)
+        p = logits.weights(tile, done, after, kernel.plain)
         l = l * rescale + p.sum(axis=1)
-        kept = logits.keep(tile, read)
-        if kept is not None:
-            p = jnp.where(kept, p, 0.0)
-        narrow = p.astype(kernel.dtype)
+        keep = logits.keep(tile, read)
+        if keep is not None:
+            p = jnp.where(keep, p, 0.0)
+        # Under differentiation out is what delta is made of, hence wide: see query_gradient.py.
+        parts = split(p, kernel.dtype, wide=kernel.problem.saves_rounding)
         acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-        acc, narrow, m_new, l = lax.optimization_barrier((acc, narrow, m_new, l))
+        acc, parts, m_new, l = lax.optimization_barrier((acc, parts, m_new, l))
 
         if again:
-            return multiply_add(acc, narrow, scratch["value"].at[slot]), m_new, l
+            return multiply_add(acc, parts, scratch["value"].at[slot]), m_new, l
         plgpu.barrier_wait(scratch["value_here"].at[slot])
         self._wait_turn(warpgroup)
 
@@ -108,7 +114,7 @@ class _Block(RowBlock):
             def _():
                 plgpu.barrier_wait(scratch["key_here"].at[self.slot(key_tile + 1)])
 
-        acc = multiply_add(acc, narrow, scratch["value"].at[slot], wait_for_keys)
+        acc = multiply_add(acc, parts, scratch["value"].at[slot], wait_for_keys)
         self.release("value", key_tile)
         return acc, m_new, l
 
@@ -120,19 +126,18 @@ class _Block(RowBlock):
         if self.tiles.consumers > 1:
             plgpu.barrier_arrive(self.scratch["turn"].at[lax.rem(warpgroup + 1, self.tiles.consumers)])
 
-    def _store(self, warpgroup, carry, out, m_out, l_out) -> None:
+    def _store(self, warpgroup, carry, rows, out, m_out, l_out, rounding_out=None) -> None:
         kernel = self.kernel
         acc, m, l = carry
         empty = l == 0.0
-        inverse = jnp.where(
-            empty, 0.0, 1.0 / (jnp.where(empty, 1.0, l) * jnp.float32(kernel.problem.keep_prob))
-        )
+        keep_inverse = rows.get("keep_inverse", jnp.float32(1 / kernel.problem.keep_prob))
+        inverse = jnp.where(empty, 0.0, keep_inverse / jnp.where(empty, 1.0, l))
         acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
         staged = self.scratch["query" if kernel.out_in_query else "result"].at[warpgroup]
         stats = self.scratch["stats"]
-        staged[...] = acc.astype(kernel.dtype)
-        # Statistics are in nats of the logits themselves, whatever c held.
-        stats[0, warpgroup] = jnp.where(empty, -FLT_MAX, m * jnp.float32(1 / LOG2E))
+        narrow = acc.astype(kernel.dtype)
+        staged[...] = narrow
+        stats[0, warpgroup] = jnp.where(empty, -FLT_MAX, m)
         stats[1, warpgroup] = l
         plgpu.commit_smem()
         self.store_rows(warpgroup, staged, out, kernel.problem.out_axes, kernel.Dv)
@@ -140,6 +145,13 @@ class _Block(RowBlock):
         self.store_numbers(warpgroup, stats.at[1, warpgroup], l_out)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
+        if rounding_out is not None:  # through the memory that out has left
+            lost = (acc - narrow.astype(jnp.float32)) * jnp.float32(1 / rounding_unit(kernel.dtype))
+            staged[...] = lost.astype(kernel.dtype)
+            plgpu.commit_smem()
+            self.store_rows(warpgroup, staged, rounding_out, kernel.problem.out_axes, kernel.Dv)
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0)
 
 
 class _Forward(RowKernel):

@@ -13,12 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fa.mosaic.tuning import ROWS, Tiles
-from jax_fa.problem import Axes, Dims, Operands, Problem, dims
+from jax_fa.problem import Axes, Dims, Operands, Problem
 
+LOG2E = math.log2(math.e)
 # Heads are packed in numbers that leave whole groups of 8 rows, the unit of swizzled shared memory.
 MAX_PACK = ROWS // 8
 # Keys and values that blocks running at the same time should share in the second-level cache (50 MB on an H100).
 CACHE_BYTES = 24 * 2**20
+
+
+def is_plain(problem: Problem, operands: Operands) -> bool:
+    """Whether logits are products times a static scale, and no more."""
+    shaped = (operands.bias, operands.alibi_slopes, operands.scale, operands.soft_cap)
+    return problem.logits_soft_cap is None and all(x is None for x in shaped)
 
 
 @dataclass(frozen=True)
@@ -29,16 +36,19 @@ class Geometry:
     dims: Dims
     tiles: Tiles
     heads: int  # query heads packed into one tile of rows
+    plain: bool  # see is_plain
 
     @classmethod
-    def of(cls, problem: Problem, operands: Operands, tiles: Tiles, pack: bool = True) -> "Geometry":
-        d = dims(problem, operands)
-        # A number per head and key, the same for all rows, is one vector per tile only where the tile has one head.
+    def of(cls, problem: Problem, operands: Operands, d: Dims, tiles: Tiles, pack: bool = True) -> "Geometry":
+        """`d`: the sizes of the call; a derivative's batch may be larger than that of its operands."""
+        # One scalar per head and key, the same for all rows, is one vector per tile only where the tile has one head.
         apart = any(
             x is not None and x.shape[-3] > 1 and x.shape[-2] == 1 and x.shape[-1] > 1
             for x in (operands.bias, operands.mask)
         )
-        return cls(problem, d, tiles, 1 if apart or not pack else math.gcd(d.G, MAX_PACK))
+        apart |= operands.segment_key is not None and operands.segment_key.shape[-2] > 1
+        heads = 1 if apart or not pack else math.gcd(d.G, MAX_PACK)
+        return cls(problem, d, tiles, heads, is_plain(problem, operands))
 
     @property
     def positions(self) -> int:

@@ -1,6 +1,6 @@
 """The gradients of key and value, of a tile of keys per thread block, and sums over rows.
 
-    p = exp(s - logsumexp),  dv = (keep / keep_prob p)^T dout,  ds = p (dp - delta) ds/d(logits),  dk = scale ds^T q
+    p = exp(s - m) / l,  dv = (keep / keep_prob p)^T dout,  ds = p (dp - delta) ds/d(logits),  dk = scale ds^T q
 
 Keys stay and rows move: those of every query head that reads this key head, one head after the other. Tiles lie as
 `keys x rows`, so that weights are an operand of the next product where they are, in registers. Both sums fit beside
@@ -35,6 +35,7 @@ from jax_fa.mosaic.memory import (
     wait_if,
 )
 from jax_fa.mosaic.operands import (
+    BY_HEAD,
     BY_KEY,
     BY_ROW,
     BY_TILE,
@@ -48,22 +49,21 @@ from jax_fa.mosaic.operands import (
 )
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.mosaic.widths import padded_head_dim
-from jax_fa.problem import Axes, Operands, Problem, stored_shape
+from jax_fa.problem import Axes, Dims, Operands, Problem, stored_shape
 
 BOTH_SUMS = 128  # the head_dim up to which one kernel computes both
 
 
 def key_gradient(
-    problem: Problem, operands: Operands, saved: RowStatistics, tiles: Tiles
+    problem: Problem, operands: Operands, d: Dims, saved: RowStatistics, tiles: Tiles
 ) -> dict[str, jax.Array]:
     """The gradients of key and value, stored as these are with all batch dims; `bias_keys`, `*B N Skv` sums of ds over
     rows, where bias has one number per key."""
-    g = Geometry.of(problem, operands, tiles)
+    g = Geometry.of(problem, operands, d, tiles)
     arrays = {
         **stored(problem, operands, saved),
         **for_keys(g, operands, saved),
     }
-    d = g.dims
     wanted: dict[str, tuple[Axes, int]] = {
         "key": (problem.key_axes, d.D),
         "value": (problem.value_axes, d.Dv),
@@ -96,10 +96,11 @@ class _KeyGradient:
         }
         self.dtype = arrays["query"].dtype
         self.D, self.Dv = padded_head_dim(g.dims.D), padded_head_dim(g.dims.Dv)
-        self.plain = logits.is_plain(g.problem, arrays)
+        self.plain = g.plain
         self.by_tile = [name for name in BY_TILE if name in self.arrays]
         self.by_key = [name for name in BY_KEY if name in self.arrays]
-        self.by_row = [name for name in BY_ROW if name in self.arrays]
+        self.by_row = [name for name in BY_ROW if name in self.arrays and name not in BY_HEAD]
+        self.by_head = [name for name in BY_HEAD if name in self.arrays]
         self.sums_rows = "key" in parts and "bias_keys" in arrays
 
     @property
@@ -325,8 +326,11 @@ class _Block:
         return tile_at(ref, axes, self.batch, keys, self.head, span(0, columns, columns))
 
     def _key_numbers(self, warpgroup, i) -> dict[str, Any]:
-        """Numbers per key of a query head, and the dropout key."""
+        """Scalars per key of a query head, those of the head itself, and the dropout key."""
         found = {}
+        for name in self.kernel.by_head:
+            ref = self.arrays[name]
+            found[name] = ref[(*clip_index(ref.shape[:-1], (*self.batch, self._query_head(i))), 0)]
         for name in self.kernel.by_key:
             ref = self.arrays[name]
             where = clip_index(ref.shape[:-1], (*self.batch, self._query_head(i)))
@@ -402,42 +406,40 @@ class _Block:
 
         def weights(s):
             done = logits.finish(tile, s, read, kernel.plain, bounded)
-            logsumexp = read("logsumexp")
+            inverse = read("inverse")
             if again and "value" in kernel.parts:  # a row whose dout is not finite shows in its weights
-                logsumexp = logsumexp + registers(scratch["poison"], logits.COLUMN)
-            p = jnp.exp2(done.x * jnp.float32(done.c) - tile.rows(logsumexp))
+                inverse = inverse + registers(scratch["poison"], logits.COLUMN)
+            p = logits.weights(tile, done, read("maximum"), kernel.plain) * tile.rows(inverse)
             if again:
                 p = jnp.where(done.visible, p, 0.0)
-            return p, done.slope, done.visible
+            return p, done.without_x()
 
         first = (scratch["key"].at[warpgroup], scratch["query"].at[slot])
-        kept = None
         found = dict(zip(kernel.parts, sums, strict=True))
         if "key" in found:
             second = (scratch["value"].at[warpgroup], scratch["dout"].at[slot])
             together = kernel.columns <= MOST_TOGETHER
-            (p, slope, visible), dp = two_products(first, second, weights, together)
-            kept = logits.keep(tile, read)
-            if kept is not None:
-                dp = jnp.where(kept, dp * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
-            ds = p * (dp - tile.rows(read("delta")))
-            if slope is not None:
-                ds = ds * slope
-            if visible is not None:
-                ds = jnp.where(visible, ds, 0.0)  # dp may be anything where rows see nothing
+            (p, done), dp = two_products(first, second, weights, together)
+            keep = logits.keep(tile, read)
+            ds = p * (logits.kept(tile, keep, dp, read) - tile.rows(read("delta")))
+            if done.slope is not None:
+                ds = ds * done.slope
+            if done.visible is not None:
+                ds = jnp.where(done.visible, ds, 0.0)  # dp may be anything in fully masked rows
             if over_rows is not None:
                 over_rows = over_rows + ds.sum(axis=1)
+            if (scale := read("scale")) is not None:  # of each head that shares the key
+                ds = ds * tile.rows(scale)
         else:
-            p, _, _ = weights(one_product(*first))
-            kept = logits.keep(tile, read)
+            p, _ = weights(one_product(*first))
+            keep = logits.keep(tile, read)
+        p = logits.kept(tile, keep, p, read) if "value" in found else p
         plgpu.commit_smem()  # the numbers of these rows were read in the ordinary way
         if "value" in found:
-            if kept is not None:
-                p = jnp.where(kept, p * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
-            found["value"] = multiply_add(found["value"], p.astype(kernel.dtype), scratch["dout"].at[slot])
+            found["value"] = multiply_add(found["value"], (p.astype(kernel.dtype),), scratch["dout"].at[slot])
         release("dout")
         if "key" in found:
-            found["key"] = multiply_add(found["key"], ds.astype(kernel.dtype), scratch["query"].at[slot])
+            found["key"] = multiply_add(found["key"], (ds.astype(kernel.dtype),), scratch["query"].at[slot])
         release("query")
         return tuple(found[name] for name in kernel.parts), over_rows
 

@@ -3,14 +3,15 @@
 A tile lies in registers as `rows x keys`, or as `keys x rows` in the kernel whose keys stay (`row_axis` says which).
 Everything here is elementwise, so a thread keeps to its own registers.
 
-Exponentials are base 2, as the hardware has them: exp(x - m) = exp2(x c - m c), with c = log2(e). Where nothing is done
-to the product but scaling, c takes the scale too, and one multiply-add per element is all there is.
+Exponentials are base 2, as the hardware has them. Where nothing is done to the product but scaling by a static factor,
+exp(scale x - m) is exp2(x c - m log2(e)) with c = scale log2(e): one multiply-add per element. Everywhere else it is
+exp2((x - m) log2(e)), which stays right where logits are as large as float32 goes. The forward and the gradients round
+these numbers alike (m is what the forward returns, in nats), so that both have the same weights.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa import dropout
+from jax_fa.mosaic.geometry import LOG2E
 from jax_fa.problem import Problem
+from jax_fa.softmax import FLT_MAX
 
-LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # a vector along the first axis of a tile
 COLUMN = WGMMA.reduce(0)  # along the second
@@ -43,8 +45,8 @@ class Tile:
     Skv: int
 
     def rows(self, x, shape: tuple[int, int] | None = None):
-        """A number per row, over the tile."""
-        return lax.broadcast_in_dim(x, shape or self.shape, [self.row_axis])
+        """A scalar per row, or one of all rows, over the tile."""
+        return lax.broadcast_in_dim(x, shape or self.shape, [self.row_axis] if x.ndim else [])
 
     def keys(self, x):
         return lax.broadcast_in_dim(x, self.shape, [1 - self.row_axis])
@@ -60,68 +62,111 @@ class Tile:
         return plgpu.broadcasted_iota(jnp.int32, self.shape, 1 - self.row_axis, layout=WGMMA) + self.first_key
 
 
-@dataclass(frozen=True)
-class Logits:
-    """Finished logits x, so that exp2(x c - m c) is the weight before division."""
+class Logits(NamedTuple):
+    """Finished logits, or what the gradients need of them beside the weights (x is None then)."""
 
-    x: Any
-    c: float
-    slope: Any = None  # dx/ds of the soft cap
+    x: Any  # -inf where masked; times `unit_of` they are in nats
+    product: Any  # query key^T
     visible: Any = None  # None: all of it
+    slope: Any = None  # the derivative of the soft cap by the logits before it; None without a cap
+    cap_slope: Any = None  # ... and by the cap
+
+    def without_x(self) -> "Logits":
+        return self._replace(x=None)
 
 
-def exponent_factor(problem: Problem, plain: bool) -> float:
-    """c; it holds the scale where nothing else is done to the product, and a larger one means a larger logit."""
-    return problem.scale * LOG2E if plain and problem.scale > 0 else LOG2E
+def unit_of(problem: Problem, plain: bool) -> float:
+    """What makes nats of the finished logits: the scale, where these are plain and a larger one is a larger logit."""
+    return problem.scale if plain and problem.scale > 0 else 1.0
 
 
-def is_plain(problem: Problem, names) -> bool:
-    """Whether logits are scaled products and no more."""
-    shaped = ("bias_rows", "bias_keys", "bias_tile", "slopes")
-    return problem.logits_soft_cap is None and not any(name in names for name in shaped)
+def start_of_maximum(plain: bool) -> float:
+    """Finite, also times log2(e) where that is a number of its own: a row without a visible key gives exp2(-inf)."""
+    return -FLT_MAX / 2 if plain else -FLT_MAX
+
+
+def in_exponent(m, plain: bool):
+    """A maximum in nats as it is subtracted in exponents; `RowStatistics.maximum` is the same."""
+    return m * jnp.float32(LOG2E) if plain else m
+
+
+def rescale(before, after, plain: bool):
+    """exp(m - m') of two maxima, as `in_exponent` has them."""
+    return jnp.exp2(before - after if plain else (before - after) * jnp.float32(LOG2E))
+
+
+def weights(tile: Tile, done: Logits, maximum, plain: bool):
+    """exp(logits - m); `maximum` per row, as `in_exponent` has it."""
+    if plain:
+        return jnp.exp2(done.x * jnp.float32(unit_of(tile.problem, plain) * LOG2E) - tile.rows(maximum))
+    return jnp.exp2((done.x - tile.rows(maximum)) * jnp.float32(LOG2E))
 
 
 def finish(tile: Tile, s, read: Read, plain: bool, bounded: bool) -> Logits:
-    """Scale, bias, slopes, soft cap and masks; masked logits are -inf. `bounded`: some row may not see all keys.
+    """Scale, bias, slopes, soft cap and masks. `bounded`: for some row not all keys may be visible.
 
     `poison`, a number per key, is added to what is visible: NaN where a key's value is not finite.
     """
     problem = tile.problem
-    c = exponent_factor(problem, plain)
-    slope = None
-    if not plain or problem.scale <= 0:
+    product, slope, cap_slope = s, None, None
+    if (scale := read("scale")) is not None:
+        s = s * tile.rows(scale)
+    elif problem.scale != unit_of(problem, plain):
         s = s * jnp.float32(problem.scale)
     if not plain:
         s = _add(tile, s, read)
-        cap = problem.logits_soft_cap
-        if cap is not None:
-            # tanh by the exponential: the hardware's own has 11 bits only.
-            t = 1.0 - 2.0 / (1.0 + jnp.exp2(s * jnp.float32(2 * LOG2E / cap)))
-            s, slope = t * jnp.float32(cap), 1.0 - t * t
+        s, slope, cap_slope = _capped(tile, s, read)
     if (poison := read("poison")) is not None:
         s = s + tile.keys(poison)
     visible = _visible(tile, read, bounded)
     if visible is not None:
         s = jnp.where(visible, s, -jnp.inf)
-    return Logits(s, c, slope, visible)
+    return Logits(s, product, visible, slope, cap_slope)
 
 
 def _add(tile: Tile, s, read: Read):
-    if (bias := read("bias_tile")) is not None:
-        s = s + bias.astype(jnp.float32)
-    if (bias := read("bias_rows")) is not None:
-        s = s + tile.rows(bias)
-    if (bias := read("bias_keys")) is not None:
-        s = s + tile.keys(bias)
+    for bias in _biases(tile, read):
+        s = s + bias
     if (slopes := read("slopes")) is not None:
-        s = s - tile.rows(slopes) * distance(tile)
+        s = s - tile.rows(slopes) * distance(tile, read)
     return s
 
 
-def distance(tile: Tile):
+def _biases(tile: Tile, read: Read):
+    """The bias over the tile, in whatever form it came: at most one."""
+    if (bias := read("bias_tile")) is not None:
+        yield bias.astype(jnp.float32)
+    if (bias := read("bias_rows")) is not None:
+        yield tile.rows(bias)
+    if (bias := read("bias_keys")) is not None:
+        yield tile.keys(bias)
+
+
+def distance(tile: Tile, read: Read):
     """What an ALiBi slope multiplies."""
-    away = jnp.abs(tile.key_positions() - tile.row_positions()).astype(jnp.float32)
+    position = read("position")
+    position = tile.row_positions() if position is None else tile.rows(position)
+    away = jnp.abs(tile.key_positions() - position).astype(jnp.float32)
     return jnp.sqrt(away) if tile.problem.alibi == "sqrt" else away
+
+
+def _capped(tile: Tile, s, read: Read):
+    """cap tanh(s / cap) and its derivatives by s and by the cap; None for each without a cap."""
+    data, static = read("soft_cap"), tile.problem.logits_soft_cap
+    if data is None and static is None:
+        return s, None, None
+    if data is None:
+        cap, inverse = jnp.float32(static), jnp.float32(1 / static)
+    else:
+        cap, inverse = tile.rows(data), tile.rows(1.0 / data)
+    # tanh by the exponential: the hardware's own has 11 bits only.
+    x = s * inverse
+    t = 1.0 - 2.0 / (1.0 + jnp.exp2(x * jnp.float32(2 * LOG2E)))
+    slope = 1.0 - t * t
+    capped = t * cap
+    for bias in _biases(tile, read):
+        capped = jnp.where(bias == -jnp.inf, -jnp.inf, capped)  # which masks a key, whatever comes after
+    return capped, slope, None if data is None else t - x * slope
 
 
 def _visible(tile: Tile, read: Read, bounded: bool):
@@ -132,6 +177,9 @@ def _visible(tile: Tile, read: Read, bounded: bool):
         if lower is not None:
             terms.append(j >= tile.rows(lower))
         terms.append(j < (jnp.int32(tile.Skv) if upper is None else tile.rows(upper)))
+    if bounded and (row := read("segment_row")) is not None:
+        row, key = tile.rows(row), tile.keys(read("segment_key"))
+        terms.append((row < 0) | (row == key))
     if (mask := read("mask_keys")) is not None:
         terms.append(tile.keys(mask) > 0.5)
     if (mask := read("mask_tile")) is not None:
@@ -147,8 +195,18 @@ def keep(tile: Tile, read: Read):
     seed = read("seed")
     if seed is None:
         return None
-    threshold = jnp.uint32(dropout.threshold(tile.problem.keep_prob))
-    return (_numbers_by_row if tile.row_axis == 0 else _numbers_by_key)(tile, read, seed) < threshold
+    limit = read("keep_limit")
+    limit = jnp.uint32(dropout.threshold(tile.problem.keep_prob)) if limit is None else tile.rows(limit)
+    return (_numbers_by_row if tile.row_axis == 0 else _numbers_by_key)(tile, read, seed) < limit
+
+
+def kept(tile: Tile, keep, x, read: Read):
+    """What dropout makes of weights, or of gradients of weights: 0 where they are dropped, else x / keep_prob."""
+    if keep is None:
+        return x
+    inverse = read("keep_inverse")
+    inverse = jnp.float32(1 / tile.problem.keep_prob) if inverse is None else tile.rows(inverse)
+    return jnp.where(keep, x * inverse, 0.0)
 
 
 def _philox(counter, seed):
@@ -194,13 +252,11 @@ def _numbers_by_key(tile: Tile, read: Read, seed):
     counter = (lax.shift_right_logical(j, 5) * 4 + lax.shift_right_logical(j & 7, 1)).astype(jnp.uint32)
     which, odd = lax.shift_right_logical(j, 3) & 3, (j & 1) == 1
     first = plgpu.broadcasted_iota(jnp.int32, part, 1, layout=WGMMA) + tile.first_row
-    head, batch = read("head_word"), read("batch_word")
+    head, batch = (tile.rows(read(name), part) for name in ("head_word", "batch_word"))  # one head's rows
     pieces = []
     for at in range(0, rows, SPAN):
-        inside = slice(at, at + SPAN)
         row = (first + at).astype(jnp.uint32)
-        parts = (tile.rows(x[inside], part) for x in (head, batch))
-        words = _philox((counter, row, *parts), seed)
+        words = _philox((counter, row, head, batch), seed)
         word = words[0]
         for i in (1, 2, 3):
             word = jnp.where(which == i, words[i], word)

@@ -45,17 +45,26 @@ def arrive_if(condition, barrier) -> None:
     pl.when(condition)(lambda: plgpu.barrier_arrive(barrier))
 
 
-def multiply_add(acc, a, b, meanwhile=lambda: None):
-    """acc + a b, of an array a and a tile b in shared memory; `meanwhile` runs while the product does."""
+def split(x, dtype, wide: bool):
+    """x in 16 bits; `wide`: and what rounding took from it, so that the sum of both parts has twice the digits."""
+    high = x.astype(dtype)
+    return (high, (x - high.astype(jnp.float32)).astype(dtype)) if wide else (high,)
+
+
+def multiply_add(acc, parts, b, meanwhile=lambda: None):
+    """acc + a b, of an array a, the sum of `parts`, and a tile b in shared memory; `meanwhile` runs while the products
+    do."""
     # The interpreter knows the matrix unit with both operands in memory and a sum from 0 only.
     if compat.interpreting_gpu():
         meanwhile()
-        acc = acc + jnp.dot(a, b[...], preferred_element_type=acc.dtype)
+        for a in parts:
+            acc = acc + jnp.dot(a, b[...], preferred_element_type=acc.dtype)
         plgpu.commit_smem()  # what is read here in the ordinary way, the matrix unit reads as the copy engine writes
         return acc
 
     def product(ref):
-        plgpu.wgmma(ref, a, b)
+        for a in parts:
+            plgpu.wgmma(ref, a, b)
         meanwhile()
 
     return pl.run_state(product)(plgpu.ACC.init(acc))

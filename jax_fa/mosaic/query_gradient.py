@@ -1,41 +1,57 @@
 """The gradient of query, of a tile of rows per thread block, and what is summed over keys: gradients of row numbers.
 
-    p = exp(s - logsumexp),  dp = keep / keep_prob (dout v^T),  ds = p (dp - delta) ds/d(logits),  dq = scale ds k
+    p = exp(s - m) / l,  dp = keep / keep_prob (dout v^T),  ds = p (dp - delta) ds/d(logits),  dq = scale ds k
 
 with delta = rowsum(dout out) - dlogsumexp (Dao 2023, arXiv:2307.08691). The two products of a tile are issued together;
 the exponentials run beside the second.
+
+A row of ds sums to 0 (to dlogsumexp): what all its keys have in common, say a bias of their projection, cancels in dq.
+Rounded to 16 bits, ds would not sum to 0, so a second product takes what rounding took; and delta would be off by as
+much if the forward had rounded its weights, so with a derivative to come it does the same for p v. A correction by the
+sum of ds alone would be cheaper, but it needs a key that stands for the row's visible ones.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa.mosaic import logits
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.logits import ROW, WGMMA
-from jax_fa.mosaic.memory import MOST_TOGETHER, hidden, multiply_add, two_products
+from jax_fa.mosaic.memory import MOST_TOGETHER, hidden, multiply_add, split, two_products
 from jax_fa.mosaic.operands import RowStatistics, aligned, by_rows, cut, stored
 from jax_fa.mosaic.rows import RowBlock, RowKernel
 from jax_fa.mosaic.tuning import ROWS, Tiles
-from jax_fa.problem import Operands, Problem, stored_shape
+from jax_fa.problem import Dims, Operands, Problem, stored_shape
+
+# What is summed over keys, by the operand of one scalar per row that it is the gradient of.
+SUMS: dict[str, Callable[..., Any]] = {
+    "bias_rows": lambda tile, read, ds, dcapped, done: ds,
+    "slopes": lambda tile, read, ds, dcapped, done: -ds * logits.distance(tile, read),
+    # Products of masked keys may be anything; their ds is 0.
+    "scale": lambda tile, read, ds, dcapped, done: _times(ds, done.product),
+    "soft_cap": lambda tile, read, ds, dcapped, done: _times(dcapped, done.cap_slope),
+}
+
+
+def _times(ds, x):
+    return jnp.where(ds == 0.0, 0.0, ds * x)
 
 
 def query_gradient(
-    problem: Problem, operands: Operands, saved: RowStatistics, tiles: Tiles
+    problem: Problem, operands: Operands, d: Dims, saved: RowStatistics, tiles: Tiles
 ) -> dict[str, jax.Array]:
-    """The gradient of query, stored as query is with all batch dims, and `*B N Sq` sums over keys.
-
-    Sums: `bias_rows`, of ds, where bias has no key axis; `slopes`, of -ds times the distance.
-    """
-    g = Geometry.of(problem, operands, tiles)
+    """The gradient of query, stored as query is with all batch dims, and `*B N Sq` sums over keys by name (SUMS)."""
+    g = Geometry.of(problem, operands, d, tiles)
     arrays = {
         **stored(problem, operands, saved),
         **by_rows(g, operands, saved),
     }
-    d = g.dims
     kernel = _QueryGradient(g, arrays)
     full = stored_shape((*d.B, d.Sq, d.N, d.D), problem.query_axes)
     padded = jax.eval_shape(lambda: aligned(jnp.zeros(full, operands.query.dtype), problem.query_axes))
@@ -65,7 +81,7 @@ class _Block(RowBlock):
 
         carry = self.sweep(step)
         carry = self.sweep_again(warpgroup, partial(step, again=True), carry)
-        self._store(warpgroup, carry, *outs)
+        self._store(warpgroup, carry, rows, *outs)
 
     def _step(self, warpgroup, key_tile, carry, rows, bounded: bool, again: bool):
         """One tile of keys; `again`: it is in slot 0 already."""
@@ -80,10 +96,10 @@ class _Block(RowBlock):
 
         def weights(s):
             done = logits.finish(tile, s, read, kernel.plain, bounded)
-            p = jnp.exp2(done.x * jnp.float32(done.c) - tile.rows(rows["logsumexp"]))
-            return p, done.slope, done.visible
+            return logits.weights(tile, done, rows["maximum"], kernel.plain), done.without_x()
 
-        (p, slope, visible), dp = two_products(
+        # p is yet to be divided by l, which dp and delta are in its place.
+        (p, done), dp = two_products(
             (scratch["query"].at[warpgroup], scratch["key"].at[slot]),
             (scratch["dout"].at[warpgroup], scratch["value"].at[slot]),
             weights,
@@ -91,29 +107,28 @@ class _Block(RowBlock):
         )
         if not again:
             self.release("value", key_tile)
-        kept = logits.keep(tile, read)
-        if kept is not None:
-            dp = jnp.where(kept, dp * jnp.float32(1 / kernel.problem.keep_prob), 0.0)
-        ds = p * (dp - tile.rows(rows["delta"]))
-        if slope is not None:
-            ds = ds * slope
-        if visible is not None:
-            ds = jnp.where(visible, ds, 0.0)  # dp may be anything where values are hidden
-        sums = [x + term.sum(axis=1) for x, term in zip(sums, self._terms(tile, ds), strict=True)]
-        dq = multiply_add(dq, ds.astype(kernel.dtype), scratch["key"].at[slot])
+        dp = logits.kept(tile, logits.keep(tile, read), dp, read)
+        ds = p * (dp * tile.rows(rows["inverse"]) - tile.rows(rows["delta"] * rows["inverse"]))
+        if done.visible is not None:
+            ds = jnp.where(done.visible, ds, 0.0)  # dp may be anything where values are hidden
+        dcapped = ds
+        if done.slope is not None:
+            ds = ds * done.slope
+        terms = [SUMS[name](tile, read, ds, dcapped, done) for name in kernel.sums]
+        sums = [x + term.sum(axis=1) for x, term in zip(sums, terms, strict=True)]
+        dq = multiply_add(dq, split(ds, kernel.dtype, wide=True), scratch["key"].at[slot])
         if not again:
             self.release("key", key_tile)
         return dq, *sums
 
-    def _terms(self, tile, ds) -> list[Any]:
-        """What the sums over keys are of."""
-        return [ds if name == "bias_rows" else -ds * logits.distance(tile) for name in self.kernel.sums]
-
-    def _store(self, warpgroup, carry, out, *sums_out) -> None:
+    def _store(self, warpgroup, carry, rows, out, *sums_out) -> None:
         kernel = self.kernel
         dq, *sums = carry
         staged = self.scratch["query"].at[warpgroup]
-        staged[...] = (dq * jnp.float32(kernel.problem.scale)).astype(kernel.dtype)
+        scale = jnp.float32(kernel.problem.scale)
+        if "scale" in rows:
+            scale = lax.broadcast_in_dim(rows["scale"], dq.shape, [0])
+        staged[...] = (dq * scale).astype(kernel.dtype)
         for i, x in enumerate(sums):
             self.scratch["sums"][i, warpgroup] = x
         plgpu.commit_smem()
@@ -130,7 +145,7 @@ class _QueryGradient(RowKernel):
     @property
     def sums(self) -> list[str]:
         """Sums over keys that somebody wants."""
-        return [name for name in ("bias_rows", "slopes") if name in self.arrays]
+        return [name for name in SUMS if name in self.arrays]
 
     def cleaned(self):
         return "key"

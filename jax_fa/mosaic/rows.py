@@ -34,7 +34,7 @@ class RowKernel:
         self.g, self.tiles, self.problem, self.arrays = g, g.tiles, g.problem, arrays
         self.dtype = arrays["query"].dtype
         self.D, self.Dv = padded_head_dim(g.dims.D), padded_head_dim(g.dims.Dv)
-        self.plain = logits.is_plain(g.problem, arrays)
+        self.plain = g.plain
         self.by_tile = [name for name in BY_TILE if name in arrays]
         self.by_key = [name for name in BY_KEY if name in arrays]
         self.by_row = [name for name in BY_ROW if name in arrays]
@@ -68,7 +68,7 @@ class RowKernel:
             shape = (t.stages, t.consumers, ROWS, width)
             found[name] = swizzled(shape, x.dtype, atom_of(width, x.shape[-1], x.dtype))
         for name in self.by_key:
-            found[name] = plgpu.SMEM((t.stages, width), jnp.float32)
+            found[name] = plgpu.SMEM((t.stages, width), self.arrays[name].dtype)
         if careful.hides(self.arrays):
             found |= careful.scratch(t.consumers, width, self._copies_with_key() + 1)
         return found

@@ -205,7 +205,7 @@ CASES = [
     Case("window, 4 heads on 1", SlidingWindow(40, 10), (i - 40 <= j) & (j <= i + 10), K=1, dtypes=DTYPES),
     Case(
         "lengths",
-        Lengths(rows, columns),
+        Lengths(query=rows, key=columns),
         (i < per_batch(rows)) & (j < per_batch(columns)),
         dtypes=DTYPES,
     ),

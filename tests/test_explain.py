@@ -1,0 +1,159 @@
+"""`explain`: platforms by every name, the entry that arguments belong to, and what is computed in."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_fa
+from jax_fa import compat, explanation, native
+from jax_fa.backends import cpu
+from jax_fa.masks import Causal
+
+X = jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)
+Y = jax.ShapeDtypeStruct((1, 8, 64, 4, 32), jnp.float32)
+
+
+def test_gpu_is_what_jax_calls_cuda():
+    gpu, cuda = (jax_fa.explain(X, X, X, platforms=(name,)) for name in ("gpu", "cuda"))
+    assert gpu.reasons == {"gpu": cuda.reasons["cuda"]}
+    assert gpu.reasons["gpu"]["cpu"] == "runs on CPU only, not on CUDA"
+    assert not gpu.reasons["gpu"]["mosaic"].startswith("runs on")
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "gpu", "rocm", "tpu", "METAL", "ascend", "npu", "NPU"])
+def test_a_string_is_one_platform(name):
+    assert list(jax_fa.explain(X, X, X, platforms=name).chosen) == [name]
+
+
+def test_a_plugin_of_any_name_is_known(monkeypatch):
+    monkeypatch.setattr(compat, "platforms", lambda: frozenset({"abacus"}))
+    assert jax_fa.explain(X, X, X, platforms="abacus").chosen == {"abacus": "xla"}
+
+
+@pytest.mark.parametrize(("version", "platform"), [("cuda 13000", "cuda"), ("rocm 7.0", "rocm")])
+def test_the_kind_of_gpu(version, platform, monkeypatch):
+    class Device:
+        client = type("Client", (), {"platform_version": f"PJRT C API\n{version}"})
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    assert explanation.here() == platform
+
+
+def test_a_user_on_cpu_reads_of_platforms_first(monkeypatch):
+    """Not of versions, nor of what would have to be installed."""
+    monkeypatch.delenv("JAX_FA_CANN_EMULATOR", raising=False)
+    told = jax_fa.explain(X, X, X, platforms="cpu").reasons["cpu"]
+    assert told["mosaic"].startswith("runs on CUDA only; on CPU in Pallas' interpreter, for tests")
+    assert told["ascend"].startswith("runs on ascend, npu; on cpu only against an emulator of CANN")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "entry"),
+    [
+        ((X, X, X), {}, "dot_product_attention"),
+        ((X, X, X), {"mask": Causal()}, "flash_attention"),
+        ((X, X, X), {"alibi_slopes": jnp.ones(4)}, "flash_attention"),
+        ((Y, Y, Y), {"bias": jax.ShapeDtypeStruct((1, 1, 4, 64, 64), jnp.float32)}, "flash_attention"),
+        ((), {"query": Y, "key": Y, "value": Y}, "flash_attention"),
+        ((X, X), {"value": jax.ShapeDtypeStruct((1, 64, 4, 8), jnp.float32)}, "flash_attention"),
+        ((X, X, X), {"head_num": 4, "input_layout": "BSND"}, "flash_attention_score"),
+    ],
+)
+def test_the_entry_of_arguments(arguments, options, entry):
+    assert jax_fa.explain(*arguments, platforms="cpu", **options).entry == entry
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "text"),
+    [
+        ("float32", "cpu", "float32 products and sums"),
+        ("bfloat16", "cpu", "products of bfloat16 values, float32 sums and softmax"),
+        ("float16", "cuda", "products of float16 values, float32 sums and softmax"),
+        ("float32", "tpu", "float32 sums; products as jax_default_matmul_precision says"),
+        ("float64", "cpu", "float64 products and sums"),
+        ("bfloat16", "ascend", "what CANN's operator computes in"),
+    ],
+)
+def test_what_it_computes_in(dtype, platform, text):
+    if platform == "ascend" and cpu.missing is not None:
+        pytest.skip("needs the native extension")
+    with jax.enable_x64(True):
+        x = jax.ShapeDtypeStruct((1, 64, 4, 32), dtype)
+        told = jax_fa.explain(x, x, x, platforms=platform)
+    assert told.computes_in[platform].startswith(text)
+    assert f"computes in: {text}" in str(told)
+
+
+# --- a checkout in front of the installed package
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The sources without compiled kernels, as `git clone` leaves them."""
+    package = Path(jax_fa.__file__).parent
+    shutil.copytree(
+        package, tmp_path / "jax_fa", ignore=shutil.ignore_patterns("_native*", "emulator", "__pycache__")
+    )
+    (tmp_path / "cc").mkdir()
+    for name in ("pyproject.toml", "cc/CMakeLists.txt"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+ASK = """
+import jax, jax.numpy as jnp, jax_fa
+x = jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float32)
+print(jax_fa.explain(x, x, x, platforms="cpu"))
+"""
+
+
+def _ask(at: Path, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=at,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _metadata(at: Path) -> None:
+    """What pip leaves of an installed package."""
+    info = at / "jax_fa-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jax_fa\nVersion: 0.1.0\n")
+
+
+def test_a_checkout_that_shadows_the_installed_package(checkout, tmp_path_factory):
+    site = tmp_path_factory.mktemp("site")
+    _metadata(site)
+    told = _ask(checkout, PYTHONPATH=str(site))
+    assert (
+        f"not cpu: jax_fa is imported from its source tree {checkout}, which holds no compiled kernels, in place of the "
+        "installed package: start Python with -P, or in another directory"
+    ) in told
+
+
+def test_a_checkout_and_nothing_installed(monkeypatch):
+    monkeypatch.setattr(native, "_is_source_tree", lambda: True)
+    monkeypatch.setattr(native, "_is_installed", lambda: False)
+    assert native.absence("").endswith(
+        f"run `python -m pip install {native._ROOT}`, then start Python with -P, or in another directory"
+    )
+
+
+def test_a_package_without_its_extension(monkeypatch):
+    monkeypatch.setattr(native, "_is_source_tree", lambda: False)
+    text = "the native extension is not installed (no file); reinstall with a C++17 compiler at hand"
+    assert native.absence("no file") == text
