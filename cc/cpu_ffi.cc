@@ -17,7 +17,7 @@ namespace ffi = xla::ffi;
 namespace jax_fa {
 
 // Mirrors what backends/cpu.py sends. `present`: bit i is set where operand i of `Operands` (in field order)
-// is given; the arrays come in that order. `saved`: bit 0, the rounding of out is saved; bit 1, log-sum-exp has a cotangent.
+// is given; the arrays come in that order. `saved`: the bits of `Saved`.
 struct ProblemAttr {
   uint32_t present, saved;
   std::string_view query_axes, key_axes, value_axes, out_axes;  // canonical dim i is stored dim axes[i] - 'a'

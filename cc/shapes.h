@@ -149,11 +149,12 @@ class ShapeCheck {
     const auto is_permutation = [&](const char* name, std::string_view axes) {
       uint64_t seen = 0;
       for (char a : axes)
-        if (a >= 'a' && static_cast<size_t>(a - 'a') < axes.size() && axes.size() < 64) seen |= uint64_t{1} << (a - 'a');
+        if (a >= 'a' && static_cast<size_t>(a - 'a') < axes.size() && axes.size() < 64)
+          seen |= uint64_t{1} << (a - 'a');
       if (axes.size() < 3 || axes.size() >= 64 || axes.size() != call_.query_axes.size() ||
           seen != (uint64_t{1} << axes.size()) - 1)
-        throw BadCall(std::string(name) + "='" + std::string(axes) + "' must be a permutation of three letters or more, " +
-                      "as many as query_axes has");
+        throw BadCall(std::string(name) + "='" + std::string(axes) + "' must be a permutation of three letters or " +
+                      "more, as many as query_axes has");
     };
     is_permutation("query_axes", call_.query_axes);
     is_permutation("key_axes", call_.key_axes);
@@ -163,8 +164,8 @@ class ShapeCheck {
     if (call_.saved > (kRounding | kLogSumExp)) throw BadCall("`saved` has bits for arrays that there are not");
     for (Operand i : {kQuery, kKey, kValue})
       if (!call_.Has(i)) throw BadCall(std::string(kForms[i].name) + " must be given");
-    for (const auto& [i, needs] : {std::pair(kSeed, kStream), std::pair(kStream, kSeed), std::pair(kDropBits, kDropOffset),
-                                   std::pair(kDropOffset, kDropBits), std::pair(kBiasOffset, kBias),
+    for (const auto& [i, needs] : {std::pair(kSeed, kStream), std::pair(kStream, kSeed),
+                                   std::pair(kDropBits, kDropOffset), std::pair(kDropOffset, kDropBits), std::pair(kBiasOffset, kBias),
                                    std::pair(kSegmentRow, kSegmentKey), std::pair(kSegmentKey, kSegmentRow)})
       if (call_.Has(i) && !call_.Has(needs))
         throw BadCall(std::string(kForms[i].name) + " is given without " + kForms[needs].name);
@@ -187,8 +188,7 @@ class ShapeCheck {
     const auto of = [&](const Shape& x, std::string_view axes, size_t i) { return x.dims[axes[lead + i] - 'a']; };
     sizes_.Skv = of(key, call_.key_axes, 0), sizes_.K = of(key, call_.key_axes, 1);
     sizes_.D = of(key, call_.key_axes, 2), sizes_.Dv = of(value, call_.value_axes, 2);
-    if (sizes_.D < 1 || sizes_.Dv < 1)
-      throw BadCall("key is " + Text(key) + " and value " + Text(value) + "; expected a head_dim of at least 1");
+    if (sizes_.D < 1) throw BadCall("key is " + Text(key) + "; expected a head_dim of at least 1");
     if (sizes_.K < 1 || sizes_.N % sizes_.K != 0)
       throw BadCall("key is " + Text(key) + ", that is " + std::to_string(sizes_.K) +
                     " heads; expected a number that divides the " + std::to_string(sizes_.N) + " of query");

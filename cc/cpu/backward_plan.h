@@ -99,14 +99,15 @@ struct BackwardScratch {
     s_row = kb + kLanes;
     half_row = kb / 2 + kLanes;
     const int64_t sizes[] = {n * q_row, n * dout_row, row_units * plan.dq_row, row_units * dv_row, n * s_row, n * s_row,
-                             kPairs ? n * half_row : 0, s_row, c.dsoft_cap ? s_row : 0, c.dscale ? s_row : 0, kb * Units<kPairs>(c.D), kb * Units<kPairs>(c.Dv),
+                             kPairs ? n * half_row : 0, s_row, c.dsoft_cap ? s_row : 0, c.dscale ? s_row : 0,
+                             kb * Units<kPairs>(c.D), kb * Units<kPairs>(c.Dv),
                              Units<kPairs>(kb) * plan.dq_row, kb * plan.dq_row, kb * dv_row, StageSize(c), kb,
                              plan.rows, plan.rows, plan.rows, own_dq ? plan.rows * plan.dq_row + BalanceSize<kPairs>(plan) : 0,
                              plan.rows, plan.rows, plan.row_blocks, plan.row_blocks};
     float* parts[25];
     TakeScratch(sizes, parts);
-    float** const names[] = {&q, &dout, &q_panels, &dout_panels, &p, &ds, &ds_rows, &slope, &by_cap, &products, &keys_t, &values_t,
-                             &keys, &dk, &dv, &stage, &tmp, &m, &inverse, &delta, &dq};
+    float** const names[] = {&q, &dout, &q_panels, &dout_panels, &p, &ds, &ds_rows, &slope, &by_cap, &products,
+                             &keys_t, &values_t, &keys, &dk, &dv, &stage, &tmp, &m, &inverse, &delta, &dq};
     for (int i = 0; i < 21; ++i) *names[i] = parts[i];
     int32_t** const ints[] = {&lo, &hi, &block_lo, &block_hi};
     for (int i = 0; i < 4; ++i) *ints[i] = reinterpret_cast<int32_t*>(parts[21 + i]);

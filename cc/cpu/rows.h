@@ -141,7 +141,7 @@ inline void Hide(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
 // The derivative of cap * tanh(x / cap) by cap, tanh u - u (1 - tanh^2 u), from u = x / cap and t = tanh u. Where u is
 // small the two cancel, so there its series is summed.
 inline F ByCap(F u, F t) {
-  const F v = Max(Set(-9.0f), Set(0.0f) - Max(Set(-9.0f), Set(0.0f) - u)), y = v * v;  // beyond, t is 1 and u (1 - t^2) 0
+  const F v = Max(Set(-9.0f), Set(0.0f) - Max(Set(-9.0f), Set(0.0f) - u)), y = v * v;  // beyond 9, t is 1
   F p = Set(-0.043105f);
   p = Fma(p, y, Set(0.0886323f));
   p = Fma(p, y, Set(-0.17495591f));
@@ -169,7 +169,7 @@ inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, in
   }
   if (c.slopes) {
     const F minus = Set(-*c.slopes.At<float>(row.b, row.n, row.i)), count = Count();
-    const int64_t base = j0 + from - PositionOf(c, row);  // exact as a float up to 2^24, as the slopes' definition has it
+    const int64_t base = j0 + from - PositionOf(c, row);  // as a float exact up to 2^24, as slopes are defined
     for (int64_t j = 0; j < n; j += kLanes) {
       const F away = Abs(count + Set(static_cast<float>(base + j)));
       const F x = Fma(minus, c.alibi == Alibi::kSqrt ? Sqrt(away) : away, LoadFirst(s + j, Rest(n - j)));

@@ -161,6 +161,8 @@ void CheckTable(bool all) {
   add([](Spec& s) { s.alibi = Alibi::kSqrt, s.bounds = Bounds::kCausalEnd; });
   add([](Spec& s) { s.alibi = Alibi::kLinear, s.cap = 4.0, s.slope_axes = 4; });
   add([](Spec& s) { s.mask = 0; });
+  add([](Spec& s) { s.Dv = 0, s.bias = 24, s.bounds = Bounds::kCausal; });
+  add([](Spec& s) { s.Dv = 0, s.Sq = 1, s.D = 64, s.dtype = DType::kBF16; });
   add([](Spec& s) { s.bounds = Bounds::kLengths, s.bound_axes = 0, s.garbage = kNaN; });
   for (double garbage : {kNaN, kInf}) {
     add([&](Spec& s) { s.garbage = garbage, s.mask = 31, s.bounds = Bounds::kWindow, s.bias = 28; });

@@ -31,7 +31,8 @@ struct ManyEntries {
       v.batch = batch, v.row = row, v.col = col;
       return v;
     };
-    const int64_t *own = table([](int64_t b) { return 8 * b; }), *bias = table([&](int64_t b) { return 4 * bias_of(b); });
+    const int64_t* own = table([](int64_t b) { return 8 * b; });
+    const int64_t* bias = table([&](int64_t b) { return 4 * bias_of(b); });
     for (View* v : {&call.query, &call.key, &call.value, &call.out, &call.m, &call.l, &call.dout}) *v = view(own, 1, 0);
     for (View* v : {&call.query, &call.key, &call.value, &call.out, &call.dout}) v->col = 1;
     call.bias = view(bias, 2, 1);
@@ -78,7 +79,8 @@ void CheckPlanning() {
   const auto one = [](int64_t) { return int64_t{0}; };
   const auto check = [](const Kernels& kernels, const char* name, const auto& bias_of) {
     ManyEntries small(kSmall, bias_of), large(kSmall * kTimes, bias_of);
-    for (const auto& [pass, kernel] : {std::pair("forward", kernels.forward), std::pair("backward", kernels.backward)}) {
+    for (const auto& [pass, kernel] :
+         {std::pair("forward", kernels.forward), std::pair("backward", kernels.backward)}) {
       const auto time = [&, kernel = kernel](ManyEntries& entries, int64_t tasks) {
         return LeastTime([&] { kernel(entries.call, Few(tasks)); });
       };
@@ -123,8 +125,8 @@ class Sparse {
   char* data_;
 };
 
-// The same call with its arrays side by side, and with more than 2^31 elements between their heads, rows or entries: the
-// same bits.
+// The same call with its arrays side by side, and with more than 2^31 elements between their entries or heads, or from
+// the first row to the last: the same bits.
 void CheckFarApart() {
   constexpr int64_t kFar = (int64_t{1} << 31) + 64, kB = 2, kSq = 18, kSkv = 20, kN = 2, kD = 4;
   constexpr int64_t kBits = 64;  // of drop_bits, for a row
@@ -191,7 +193,8 @@ void CheckFarApart() {
     c.drop_bytes = far_row + kBits / 8;
     for (int64_t b = 0; b < kB; ++b)
       for (int64_t at : {int64_t{0}, far_row})
-        for (int64_t i = 0; i < kBits / 8; ++i) *c.drop_bits.At<uint8_t>(b, 0, 0, at + i) = static_cast<uint8_t>(random.Bits());
+        for (int64_t i = 0; i < kBits / 8; ++i)
+          *c.drop_bits.At<uint8_t>(b, 0, 0, at + i) = static_cast<uint8_t>(random.Bits());
     kernels.forward(c, Serial(false));
     kernels.backward(c, Serial(false));
     const auto take = [&](const View& v, int64_t rows, int64_t cols) {

@@ -3,7 +3,7 @@
 //   s = cap tanh((scale q.k + bias - slope distance) / cap),  m = max s,  l = sum exp(s - m),  p = exp(s - m) / l
 //   out = sum keep p v / keep_prob,  ds = p (keep dout.v / keep_prob - delta) cap',  delta = dout.out - dlogsumexp
 //   dq = scale ds k,  dk = scale ds^T q,  dv = (keep p / keep_prob)^T dout,  dbias = ds,  dslope = -ds distance
-//   dscale = ds q.k,  dcap = p (keep dout.v / keep_prob - delta) (t - u (1 - t^2)),  u = s before the cap / cap,  t = tanh u
+//   dscale = ds q.k,  dcap = p (keep dout.v / keep_prob - delta) (t - u (1 - t^2)) where s = cap t, t = tanh u
 //
 // A bias of -inf gives a logit of -inf, whatever the cap.
 // Sums run over the visible keys only, so what is hidden is never read. Next to every number stands a bound of
@@ -209,7 +209,8 @@ class Reference {
           const double by_error = kEps * (2 * std::fabs(x.u) * x.slope * x.before_error / cap + 12 * std::fabs(by_cap) +
                                           8 * std::min(1.0, std::fabs(x.u)));
           const double before_error = (x.p * x.error + kTiny) * std::fabs(inner) +
-                                      x.p * kEps * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner));
+                                      x.p * kEps * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size +
+                                                    4 * std::fabs(inner));
           dcap.Add(at, before * by_cap, before_error * std::fabs(by_cap) + by_error * std::fabs(before));
           dcap.tainted[at] |= tainted;
         }

@@ -197,7 +197,8 @@ void CheckShapes() {
                                          &GivenCall::out_axes})
       for (const char* bad : {"aabcd", "abcdf", "abcd", "abcdef", "", "abcdA"})
         wrong([&](GivenCall& c) { c.*axes = bad; }, "", "must be a permutation");
-    wrong([](GivenCall& c) { c.args[1].dims[3] = 3; }, "key is ", "3 heads; expected a number that divides the 4 of query");
+    wrong([](GivenCall& c) { c.args[1].dims[3] = 3; }, "key is ",
+          "3 heads; expected a number that divides the 4 of query");
     wrong([](GivenCall& c) { c.args[1].dims[3] = 0; }, "key is ", "0 heads; expected a number");
     wrong([](GivenCall& c) { c.args[1].dims[4] = 0; }, "key is ", "expected a head_dim of at least 1");
   }

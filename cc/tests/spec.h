@@ -240,8 +240,10 @@ class Maker {
       x = Pairs(dtype, Full(axes & 7, 1));
       for (double& y : x.value) y = fn();
     };
-    make(p_.scale_of_head, DType::kF32, s_.scales, [&] { return random_.OneIn(6) ? 0.0 : s_.scale * random_.Normal(); });
-    make(p_.cap_of_head, DType::kF32, s_.caps, [&] { return 0.5 + (random_.OneIn(3) ? 50.0 : 5.0) * random_.Uniform(); });
+    make(p_.scale_of_head, DType::kF32, s_.scales,
+         [&] { return random_.OneIn(6) ? 0.0 : s_.scale * random_.Normal(); });
+    make(p_.cap_of_head, DType::kF32, s_.caps,
+         [&] { return 0.5 + (random_.OneIn(3) ? 50.0 : 5.0) * random_.Uniform(); });
     if (p_.scale_of_head) p_.dscale = Plain(DType::kF32, p_.scale_of_head.dims);
     if (p_.cap_of_head) p_.dcap = Plain(DType::kF32, p_.cap_of_head.dims);
     if (s_.philox)
