@@ -41,7 +41,11 @@ DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "scale")
 # Besides the bounds of the tables: what pads, what mixes, what is in between.
 BETWEEN = ((32, 32), (80, 80), (96, 96), (160, 160), (192, 128), (128, 256), (16, 64))
 # Kernels that share the tiles of another.
-TILES_OF = {"key_value_gradient": "key_gradient", "value_gradient": "key_gradient"}
+TILES_OF = {
+    "forward_rounding": "forward",  # the forward of a derivative
+    "key_value_gradient": "key_gradient",
+    "value_gradient": "key_gradient",
+}
 FEW = ("full", "causal", "bias", "everything")
 
 
@@ -167,8 +171,7 @@ def lowered(case: Case) -> tuple[dict[str, bytes], dict[str, str], dict[str, Any
     with _recorded(case.tiles) as tiles:
         for direction in ("backward", "forward"):
             try:
-                modules = _modules(_program(case, direction), case.arrays(), direction)
-                break  # the program of a gradient holds the forward too
+                modules |= _modules(_program(case, direction), case.arrays(), direction)
             except NotImplementedError as error:
                 refused[direction] = str(error).rpartition("mosaic: ")[2]
     return modules, refused, tiles

@@ -153,12 +153,12 @@ def distance(tile: Tile, read: Read):
 def _capped(tile: Tile, s, read: Read):
     """cap tanh(s / cap) and its derivatives by s and by the cap; None for each without a cap."""
     data, static = read("soft_cap"), tile.problem.logits_soft_cap
-    if data is None and static is None:
-        return s, None, None
-    if data is None:
+    if data is not None:
+        cap, inverse = tile.rows(data), tile.rows(1.0 / data)
+    elif static is not None:
         cap, inverse = jnp.float32(static), jnp.float32(1 / static)
     else:
-        cap, inverse = tile.rows(data), tile.rows(1.0 / data)
+        return s, None, None
     # tanh by the exponential: the hardware's own has 11 bits only.
     x = s * inverse
     t = 1.0 - 2.0 / (1.0 + jnp.exp2(x * jnp.float32(2 * LOG2E)))
