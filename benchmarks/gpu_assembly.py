@@ -37,7 +37,7 @@ from jax_fa.mosaic import tuning  # noqa: E402
 OLDEST = (0, 11)
 DEVICE = "NVIDIA H200"
 SIZES = {"B": 2, "Q": 1024, "K": 1024, "N": 4, "heads": 4}  # heads: of key and value
-DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes")
+DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "scale")
 # Besides the bounds of the tables: what pads, what mixes, what is in between.
 BETWEEN = ((32, 32), (80, 80), (96, 96), (160, 160), (192, 128), (128, 256), (16, 64))
 # Kernels that share the tiles of another.
@@ -93,6 +93,7 @@ def features() -> dict[str, Feature]:
         "mask by key": Feature(arrays={"mask": ("B11K", "bool")}),
         "bias, mask by key": Feature(arrays={"bias": ("1NQK", "bfloat16"), "mask": ("B11K", "bool")}),
         "slopes": Feature(arrays=slopes, options=always(mask=Causal())),
+        "scale as data": Feature(arrays={"scale": ("", "float32")}),
         "soft cap": Feature(options=always(logits_soft_cap=30.0)),
         "dropout": Feature(options=always(dropout_rate=0.1, dropout_key=jax.random.key(0))),
         "everything": Feature(

@@ -231,13 +231,13 @@ def flash_attention_score_request(
         implementation=implementation,
         max_work=max_work,
     )
-    own = _own_form(sparse, pse, pse_type, scale_value, d, sequences)
+    own = _own_form(sparse, pse, pse_type, d, sequences)
     return replace(problem, cann=own.arguments), replace(operands, cann_pse=own.pse, cann_mask=own.mask)
 
 
 def _check_scale(scale) -> None:
     """CANN's scalar: a number, or an array that holds one."""
-    kind = getattr(scale, "dtype", np.asarray(scale).dtype) if scale is not None else np.dtype(object)
+    kind = scale.dtype if hasattr(scale, "dtype") else np.asarray(scale).dtype
     if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
         raise TypeError(f"scale_value must be a number; got {scale!r}. (CANN's default is 1.0.)")
     if np.ndim(scale) != 0:
@@ -256,7 +256,7 @@ class _OwnForm(NamedTuple):
     mask: Any = None
 
 
-def _own_form(sparse: Sparse, pse, pse_type: int, scale, d: Dims, sequences: Packed | None) -> _OwnForm:
+def _own_form(sparse: Sparse, pse, pse_type: int, d: Dims, sequences: Packed | None) -> _OwnForm:
     """Nothing where CANN's host integers are arrays here."""
     given = [sparse.prefix] if sequences is None else [sparse.prefix, sequences.query, sequences.key]
     if any(hasattr(x, "shape") for x in given):
@@ -279,9 +279,7 @@ def _own_form(sparse: Sparse, pse, pse_type: int, scale, d: Dims, sequences: Pac
     def lead(x):
         return None if x is None else jax.lax.stop_gradient(jnp.asarray(x)[(None,) * len(d.B)])
 
-    # A traced scale is in the query already, so that a pse before scaling cannot join it any more.
-    own = pse_type != 1 or not isinstance(scale, jax.core.Tracer)
-    return _OwnForm(arguments, lead(pse) if own else None, lead(mask))
+    return _OwnForm(arguments, lead(pse), lead(mask))
 
 
 # --- shapes

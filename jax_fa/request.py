@@ -162,7 +162,7 @@ def _expect(name, layout, what, want, got, other, x, other_name="query") -> str:
 def _scalar(name: str, x) -> float | jax.Array:
     """A real scalar: a float where its value is known now, a traced array otherwise."""
     if isinstance(x, (bool, np.bool_)) or not (isinstance(x, numbers.Real) or hasattr(x, "dtype")):
-        raise TypeError(f"{name} must be a real number or a scalar array; got {x!r}.")
+        raise TypeError(f"{name} must be a real number or a scalar array; got {arguments.shown(x)}.")
     if not isinstance(x, numbers.Real):
         if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
             raise TypeError(f"{name} must be real; got dtype {x.dtype}.")
@@ -229,7 +229,7 @@ def _slopes(slopes, batch: Shape, N: Size) -> Any:
         return None
     slopes = jnp.asarray(slopes)
     if slopes.ndim == len(batch) + 2:
-        return slopes
+        return slopes  # an operand already (see build)
     if not jnp.issubdtype(slopes.dtype, jnp.floating):
         raise TypeError(f"alibi_slopes must have a floating dtype; got {slopes.dtype}.")
     if slopes.shape[-1:] != (N,) or not masks.broadcasts(slopes.shape, (*batch, N)):

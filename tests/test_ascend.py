@@ -9,6 +9,7 @@ import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 import test_cann as cann
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -41,6 +42,34 @@ def _refusal(case: common.Case) -> str | None:
     return None if case.soft_cap is None else "CANN has no soft cap"
 
 
+def _check(case, out, lse, gradients) -> None:
+    """As `common.check`; but where CANN rounds the output, its gradients are those with delta from that output.
+
+    delta = rowsum(dout * out) - dlogsumexp: what rounding took from out is as if dlogsumexp were another.
+    """
+    wide = case.bias_dtype not in (None, case.dtype)
+    if case.dtype == case.acc or wide or 0 in case.full:
+        common.check(case, out, lse, gradients)
+        return
+    common.check(case, out, lse)
+    exact, exact_gradients = common.expected(case)
+    dout, dlse = (np.asarray(x, np.float64) for x in case.cotangents())
+    lost = np.sum((np.float64(case.canonical(out)) - exact.out) * dout, axis=-1)
+    wanted = exact.gradients(dout, dlse - np.moveaxis(lost, -1, -2))
+    naive, floor = common.naive(case)[2], oracle.FLOOR[case.dtype]
+    for name, g in case.canonical_gradients(gradients).items():
+        assert g.dtype == case.operands()[name].dtype and g.shape == case.operands()[name].shape
+        assert np.isfinite(np.float64(g)).all()
+        errors = zip(
+            oracle.errors(g, wanted[name]), oracle.errors(naive[name], exact_gradients[name]), strict=True
+        )
+        for error, allowed in errors:
+            times = max(1.0, exact.cancellation.get(name, 1.0))
+            assert error <= 2 * allowed + times * floor, (
+                f"{case}: gradient of {name}: {error:.3g}, {allowed:.3g}"
+            )
+
+
 @pytest.mark.parametrize("case", common.CASES, ids=str)
 def test_common_table(case):
     dout, dlse = case.cotangents()
@@ -53,7 +82,7 @@ def test_common_table(case):
                 run(*arguments)
             return
         (out, lse), gradients = run(*arguments)
-        common.check(case, out, lse, gradients)
+        _check(case, out, lse, gradients)
     unseen = np.moveaxis(common.expected(case)[0].l == 0, -1, -2)
     assert not case.canonical(out)[unseen].any()
 
@@ -77,7 +106,7 @@ def _product():
     for a, layout in enumerate(LAYOUTS):
         packed = layout == "TND"
         for b, mode in enumerate((0, 1, 2, 3, 4, 6, 7, 8) if packed else range(7)):
-            for c, pse in enumerate(_PSE):
+            for c, pse in enumerate(_PSE if mode < 7 else (None,)):
                 for d, dtype in enumerate(cann.DTYPES):
                     slow = [] if (a + b + c + d) % 3 == 0 else [pytest.mark.slow]
                     form = pse and (pse[0], pse[1].removeprefix("1 ") if packed and pse[0] < 2 else pse[1])
@@ -363,7 +392,7 @@ def test_a_thread_without_a_device_gets_one():
 
 @pytest.mark.parametrize("newer", [False, True])
 def test_what_only_the_operator_refuses(newer):
-    """A mask of a shape that this library never sends, through the bare custom call."""
+    """Tokens that this library never sends, through the bare custom call."""
     emulator.style(newer)
     x = jnp.ones((1, 40, 2, 16), jnp.bfloat16)
     stats = jax.ShapeDtypeStruct((1, 2, 40, 8), jnp.float32)
@@ -373,10 +402,10 @@ def test_what_only_the_operator_refuses(newer):
         "head_num": np.int64(2),
         "scale_value": np.float64(1),
         "keep_prob": np.float64(1),
-        "pre_tokens": np.int64(cann.HUGE),
-        "next_tokens": np.int64(cann.HUGE),
+        "pre_tokens": np.int64(-3),
+        "next_tokens": np.int64(-3),
         "inner_precise": np.int64(0),
-        "sparse_mode": np.int64(1),
+        "sparse_mode": np.int64(0),
         "pse_type": np.int64(1),
         "present": np.uint32(4),
         "softmax_layout": "",
@@ -384,7 +413,7 @@ def test_what_only_the_operator_refuses(newer):
     none = np.zeros(0, np.int64)
     lists = {"prefix": none, "actual_seq_qlen": none, "actual_seq_kvlen": none}
     with pytest.raises(RAISED, match="161001" if newer else "561103") as raised:
-        jax.block_until_ready(call(x, x, x, jnp.zeros((1, 1, 1, 40), bool), problem=problem, **lists))
+        jax.block_until_ready(call(x, x, x, jnp.zeros((1, 1, 40, 40), bool), problem=problem, **lists))
     assert "Tiling" in str(raised.value) or "tiling" in str(raised.value)
 
 

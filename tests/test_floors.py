@@ -19,7 +19,7 @@ FLOORS = [
     {"mosaic.rows"},
     {"mosaic.forward", "mosaic.query_gradient", "mosaic.key_gradient", "mosaic.bias_gradient"},
     {"backends.xla", "backends.cpu", "backends.mosaic", "request", "pse", "sparse", "partition"},
-    {"ascend", "ascend.layout", "ascend.modes", "ascend.drop"},
+    {"ascend", "ascend.layout", "ascend.modes", "ascend.drop", "ascend.shift"},
     {"ascend.sequences"},
     {"ascend.request"},
     {"ascend.split"},

@@ -8,6 +8,7 @@ A run takes seconds, so most of both are slow tests.
 import itertools
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,14 @@ from mosaic_tools import interpreter, needs_new_jax, pairwise, request, spanning
 from test_nan import MASKS
 
 import jax_fa
-from jax_fa import masks
+from jax_fa import masks, primitives
 from jax_fa.attention import attention
 from jax_fa.mosaic import tuning
 from jax_fa.mosaic.tuning import Tiles
+from jax_fa.problem import DIFFERENTIABLE, rounding_unit
 
 pytestmark = needs_new_jax
+SLOW = pytest.mark.slow
 
 # Whether garbage behind a mask is kept out of the results.
 NAN_IS_KEPT_OUT = True
@@ -511,18 +514,251 @@ def test_what_is_visible_shows(where, interpreted):
 
 
 @garbage_test
-@pytest.mark.parametrize("bias", ["BNQK", "BN1K", "BNQ1"])
-def test_a_bias_of_minus_infinity_masks(bias, interpreted):
-    """Rows that are -inf throughout give 0, never NaN."""
-    case = Case(name=f"minus-infinity-{bias}", bias=bias, bias_dtype="float32", dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("bias", "soft_cap"),
+    [("BNQK", None), ("BN1K", None), ("BNQ1", None), ("BNQK", 2.0), pytest.param("BN1K", 2.0, marks=SLOW)],
+)
+def test_a_bias_of_minus_infinity_masks(bias, soft_cap, interpreted):
+    """Rows that are -inf throughout give 0, never NaN; a soft cap leaves them masked."""
+    name = f"minus-infinity-{bias}"
+    case = Case(name=name, bias=bias, bias_dtype="float32", dtype="bfloat16", soft_cap=soft_cap)
     x = case.operands()
     seen = case.random("seen").random(case.bias_shape()) < 0.7
     seen[..., :3, :] &= bias == "BN1K"
     hidden = x | {"bias": np.where(seen, x["bias"], -np.float32(np.inf))}
     out, lse = interpreted(lambda x: case.flash_attention(x, implementation="mosaic"), hidden)
-    want = oracle.attention(x["query"], x["key"], x["value"], bias=x["bias"], visible=seen)
+    want = oracle.attention(x["query"], x["key"], x["value"], bias=x["bias"], visible=seen, soft_cap=soft_cap)
     oracle.assert_close_to_oracle(out, want.out, want.out, "out", 2 * oracle.FLOOR["bfloat16"])
     oracle.assert_close_to_oracle(lse, want.lse, want.lse, "lse", oracle.FLOOR["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
+def test_a_row_of_the_least_finite_biases_is_visible(dtype, interpreted):
+    """Only -inf masks: a row of equal logits has equal weights, whatever these logits are."""
+    case = Case(name="least", bias="BNQ1", bias_dtype=dtype, dtype="bfloat16")
+    x = case.operands()
+    x = x | {"query": 0 * x["query"], "bias": np.full_like(x["bias"], jnp.finfo(dtype).min)}
+    out, _ = interpreted(lambda x: case.flash_attention(x, implementation="mosaic"), x)
+    mean = np.repeat(_wide(x["value"]).mean(axis=-3, keepdims=True), case.N // case.K, axis=-2)
+    np.testing.assert_allclose(_wide(out), np.broadcast_to(mean, out.shape), atol=2**-8)
+
+
+# --- what only the portable backend has as an oracle: operands that masks and traced arguments make
+
+
+SMALL_CASE = {"B": (2,), "Sq": 70, "Skv": 150, "N": 4, "K": 2, "D": 16, "Dv": 16, "dtype": "bfloat16"}
+
+
+def _ids(case: Case, size: int, heads: int = 1) -> np.ndarray:
+    """Segments in no order."""
+    return case.random(f"ids{size}").integers(0, 4, (*case.B, heads, size)).astype(np.int32)
+
+
+def _segments(case: Case, heads: int = 1) -> dict:
+    """Rows of every second 16 compare segments; one row's segment has no key."""
+    row = np.where(np.arange(case.Sq) // 16 % 2, -1, _ids(case, case.Sq, heads))
+    row[0, 0, 3] = 9
+    return {"segment_row": row, "segment_key": _ids(case, case.Skv, heads)}
+
+
+def _positions(case: Case) -> dict:
+    random = case.random("positions")
+    return {
+        "position": random.integers(0, case.Skv, (*case.B, 1, case.Sq)).astype(np.int32),
+        "alibi_slopes": random.random((*case.B, case.N, case.Sq)).astype(np.float32) / 8,
+    }
+
+
+def _scalars(case: Case, *names: str) -> dict:
+    random, shape = case.random("scalars"), (*case.B, case.N)
+    found = {
+        "scale": random.uniform(0.2, 0.4, shape).astype(np.float32),
+        "soft_cap": random.uniform(2, 4, (1, case.N)).astype(np.float32),
+        "keep_threshold": random.integers(30000, 65536, shape).astype(np.uint32),
+    }
+    return {name: found[name] for name in names}
+
+
+# Options of the case, and what replaces or joins its operands.
+MORE = {
+    "segments": ({}, _segments),
+    "segments by head, bias, window": (
+        {"bias": "BNQK", "mask": "window_bottom"},
+        lambda case: _segments(case, case.N),
+    ),
+    "positions": ({"slopes": "N", "mask": "causal_bottom"}, _positions),
+    "scale": ({}, lambda case: _scalars(case, "scale")),
+    "soft cap": ({"bias": "BN1K"}, lambda case: _scalars(case, "soft_cap")),
+    "dropout": ({"dropout": 0.3}, lambda case: _scalars(case, "keep_threshold")),
+    "all": (
+        {"bias": "1NQK", "slopes": "N", "dropout": 0.3, "mask": "lengths"},
+        lambda case: (
+            _segments(case) | _positions(case) | _scalars(case, "scale", "soft_cap", "keep_threshold")
+        ),
+    ),
+}
+SLOW_MORE = ("segments by head, bias, window", "scale", "soft cap", "dropout")
+
+
+def _attend(case: Case, more: dict):
+    """(problem, operands) of a case whose operands `more` replaces."""
+    problem, operands = request(case)
+    if "scale" in more:
+        problem = replace(problem, scale=1.0)
+    if "keep_threshold" in more:
+        problem = replace(problem, keep_prob=1.0)
+    operands = replace(operands, **{name: jnp.asarray(x) for name, x in more.items()})
+    return replace(problem, logsumexp=True), operands
+
+
+def _results(problem, operands, cotangents, implementation: str) -> dict:
+    """out, log-sum-exp and every gradient, by name."""
+    problem = replace(problem, implementation=implementation)
+    floats = {
+        name: x
+        for name, x in operands.items()
+        if name in DIFFERENTIABLE and getattr(operands, name) is not None
+    }
+
+    def attend(x):
+        found = attention(problem, replace(operands, **x))
+        return found.out, found.logsumexp
+
+    (out, lse), pullback = jax.vjp(attend, floats)
+    (gradients,) = pullback(cotangents(out, lse))
+    return {"out": out, "lse": lse, **gradients}
+
+
+def _cotangents(out, lse):
+    draw = jax.random.normal
+    return draw(jax.random.key(1), out.shape, out.dtype), draw(jax.random.key(2), lse.shape, lse.dtype)
+
+
+def _widened(operands):
+    """The same operands in float32."""
+    return operands.map(lambda _, x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x)
+
+
+def _wide(x):
+    return np.asarray(x, np.float32)
+
+
+def _as_good_as_portable(found: dict, portable: dict, wide: dict, floor: float = 2**-9) -> None:
+    """Errors against float32 are at most twice those of the portable backend, and a floor."""
+    assert sorted(found) == sorted(wide)
+    for name, want in wide.items():
+        # The log-sum-exp of a fully masked row is as large as float32 goes.
+        want, ours, theirs = (np.maximum(_wide(x), -1e9) for x in (want, found[name], portable[name]))
+        error, least = np.linalg.norm(ours - want), np.linalg.norm(theirs - want)
+        assert found[name].dtype == portable[name].dtype and found[name].shape == want.shape, name
+        assert error <= 2 * least + floor * np.linalg.norm(want), (name, error, least)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW if name in SLOW_MORE else ()) for name in MORE]
+)
+def test_more_operands(name, interpreted):
+    """Forward and every gradient against the portable backend."""
+    options, more = MORE[name]
+    case = Case(name=f"more-{name}", **SMALL_CASE | options)
+    problem, operands = _attend(case, more(case))
+
+    def run(operands, implementation):
+        return _results(problem, operands, _cotangents, implementation)
+
+    found = interpreted(partial(run, implementation="mosaic"), operands)
+    portable = jax.jit(partial(run, implementation="xla"))
+    # bfloat16 cotangents are what the others got.
+    narrow = portable(operands)
+    exact = jax.jit(
+        lambda x: _results(
+            problem,
+            _widened(x),
+            lambda out, lse: jax.tree.map(
+                lambda c: c.astype(jnp.float32), _cotangents(out.astype(jnp.bfloat16), lse)
+            ),
+            "xla",
+        )
+    )(operands)
+    _as_good_as_portable(found, narrow, exact)
+
+
+# --- what the derivative saves
+
+
+def test_rounding_is_what_the_output_lost(interpreted):
+    """The forward of a derivative knows its output to twice the digits."""
+    case = Case(name="rounding", **SMALL_CASE | {"mask": "lengths", "dtype": "float16"})
+    problem, operands = request(case)
+    wanted = replace(problem, saves_rounding=True)
+    out, _, _, rounding = interpreted(lambda x: primitives.forward(wanted, x), operands)
+    exact = _wide(expected(case)[0].out)
+    assert rounding.dtype == out.dtype and rounding.shape == out.shape
+    more = _wide(out) + _wide(rounding) * rounding_unit(out.dtype)
+    assert np.linalg.norm(more - exact) < 0.02 * np.linalg.norm(_wide(out) - exact)
+
+
+def _error(found, want) -> float:
+    return float(np.linalg.norm(_wide(found) - _wide(want)) / np.linalg.norm(_wide(want)))
+
+
+def _query_gradients(x: tuple, interpreted, **options) -> list[float]:
+    """Relative errors of dq against float32: of these kernels, and of the portable backend."""
+    *qkv, dout = x
+
+    def gradient(implementation, *x):
+        def attend(q, k, v):
+            return jax_fa.flash_attention(q, k, v, **options, implementation=implementation)
+
+        return jax.vjp(attend, *x[:3])[1](x[3])[0]
+
+    wide = gradient("xla", *(a.astype(jnp.float32) for a in (*qkv, dout)))
+    found = interpreted(partial(gradient, "mosaic"), *x), jax.jit(partial(gradient, "xla"))(*x)
+    return [_error(one, wide) for one in found]
+
+
+@pytest.mark.parametrize("common", [pytest.param(3, marks=SLOW), 30])
+def test_what_all_keys_share_cancels(common, interpreted):
+    """A bias of the key projection, which softmax does not feel, is no error of the gradient of query."""
+    random = np.random.default_rng(0)
+    q, k, v, dout = random.standard_normal((4, 1, 150, 1, 64))
+    k = k + common * random.standard_normal(64)
+    x = tuple(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v, dout))
+    found, portable = _query_gradients(x, interpreted)
+    assert found <= min(2 * portable, 4.6e-3)
+
+
+@pytest.mark.parametrize("common", [pytest.param(120, marks=SLOW), 2500])
+def test_large_logits_have_right_weights(common, interpreted):
+    """Every logit of a row is near a large one: the gradients take the weights of the forward, whose sum is 1."""
+    random = np.random.default_rng(0)
+    q, k, v, dout = random.standard_normal((4, 1, 100, 1, 64))
+    q[..., 0], k[..., 0] = 1, common * 8
+    x = tuple(jnp.asarray(a, jnp.float16) for a in (q, k, v, dout))
+    found, portable = _query_gradients(x, interpreted)
+    assert found <= 2 * portable + 2**-11
+
+
+@pytest.mark.parametrize("operands", [{"bias": "QK", "slopes": "N"}, pytest.param({}, marks=SLOW)], ids=str)
+def test_only_cotangents_are_mapped(operands, interpreted):
+    """vmap of a pullback: all operands have size 1 where the cotangents have more, and gradients are in full."""
+    case = Case(name="cotangents", **SMALL_CASE | {"B": (1,), "Sq": 20, "Skv": 70} | operands)
+    x = case.operands()
+    dout = case.cast(case.random("mapped").standard_normal((3, *case.cotangents()[0].shape)))
+
+    def run(x, dout, implementation):
+        attend = partial(case.flash_attention, implementation=implementation)
+        pullback = jax.vjp(lambda x: attend(x)[0], x)[1]
+        return jax.vmap(pullback)(dout)[0]
+
+    found = interpreted(partial(run, implementation="mosaic"), x, dout)
+    wide = jax.tree.map(lambda x: x.astype(np.float32), (x, dout))
+    want = jax.jit(partial(run, implementation="xla"))(*wide)
+    for name in x:
+        assert found[name].shape == (3, *x[name].shape)
+        assert _error(found[name], want[name]) < 2**-7, name
+    none = jax.eval_shape(partial(run, implementation="xla"), x, dout[:0])
+    assert jax.tree.map(jnp.shape, none) == {name: (0, *a.shape) for name, a in x.items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

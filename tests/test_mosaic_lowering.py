@@ -4,7 +4,7 @@ Nothing runs here. By default options are combined so that each appears; the slo
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ from mosaic_tools import REFUSED, TARGET, gpu, lowered, needs_new_jax, operation
 
 import jax_fa
 from jax_fa import backends
+from jax_fa.attention import attention
+from jax_fa.backends import mosaic
 from jax_fa.masks import Causal, Lengths, SlidingWindow
+from jax_fa.problem import DIFFERENTIABLE, Operands, Problem
 
 B, N, K = 2, 4, 2
 LENGTHS = ((2048, 2016), (1000, 1008), (1, 2048))
@@ -40,6 +43,7 @@ FEATURES = {
     "dropout": lambda Sq, Skv: ({"dropout_key": _key()}, {"dropout_rate": 0.1}),
     "soft-cap": lambda Sq, Skv: ({}, {"logits_soft_cap": 20.0}),
     "slopes": lambda Sq, Skv: ({"alibi_slopes": _float(N)}, {}),
+    "scale-as-data": lambda Sq, Skv: ({"scale": _float()}, {"mask": Causal()}),
     "everything": lambda Sq, Skv: (
         {"bias": _float(B, N, Sq, Skv), "alibi_slopes": _float(B, N), "dropout_key": _key()},
         {"mask": Causal() & SlidingWindow(100), "logits_soft_cap": 20.0, "dropout_rate": 0.1},
@@ -95,7 +99,7 @@ class Call:
         return jax_fa.flash_attention(**operands, **self.static(), return_logsumexp=True)
 
     def gradient(self, operands: dict):
-        floats = ("query", "key", "value", "bias", "alibi_slopes")
+        floats = ("query", "key", "value", "bias", "alibi_slopes", "scale")
         given = {name: x for name, x in operands.items() if name in floats}
         others = {name: x for name, x in operands.items() if name not in floats}
         results, pullback = jax.vjp(lambda x: self.attend(x | others), given)
@@ -201,6 +205,55 @@ def test_a_mapped_axis_is_no_copy(axis):
     module = lowered(jax.vmap(_attend, axis, axis), x, x, x).mlir_module()
     assert module.count(f"@{TARGET}") == 1
     assert {name for name, size in operations(module) if size >= x.size} == {"custom_call"}
+
+
+def _segments(heads: int, S: int) -> dict:
+    """Segments, positions and a slope per row, which a mask or a cache gives a call."""
+    ints = _float(1, heads, S, dtype=jnp.int32)
+    return {"segment_row": ints, "segment_key": ints, "position": ints, "alibi_slopes": _float(B, N, S)}
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+    ("feature", "extra"),
+    [
+        ("slopes", _segments(1, 1024)),
+        pytest.param("slopes", _segments(N, 1024), marks=pytest.mark.slow),
+        ("bias-per-row", {"scale": _float(1, N), "soft_cap": _float(B, N)}),
+        pytest.param("dropout", {"keep_threshold": _float(1, N, dtype=jnp.uint32)}, marks=pytest.mark.slow),
+    ],
+    ids=["segments", "segments-by-head", "scale-soft-cap", "dropout"],
+)
+def test_operands_that_masks_and_traced_arguments_make(feature, extra):
+    S = 1024
+    call = Call(lengths=(S, S), feature=feature, implementation="mosaic")
+    problems = []
+
+    def operands(x):
+        problem, found = jax_fa.api.flash_attention_request(**x, **call.static())
+        problems.append(problem)
+        return found
+
+    avals = replace(jax.eval_shape(operands, call.operands()), **extra)
+
+    def gradient(operands):
+        floats = {name: x for name, x in operands.items() if name in DIFFERENTIABLE and x is not None}
+        out, pullback = jax.vjp(lambda x: attention(problems[0], replace(operands, **x)).out, floats)
+        return out, pullback(out)
+
+    module = lowered(gradient, avals).mlir_module()
+    assert module.count(f"@{TARGET}") == 3
+    call.check(module)
+
+
+def test_an_indexed_bias_is_refused():
+    x = jax.ShapeDtypeStruct((1, 8, 1, 16), jnp.bfloat16)
+    axes = (0, 1, 2, 3)
+    problem = Problem(query_axes=axes, key_axes=axes, value_axes=axes, out_axes=axes, scale=1.0)
+    bias, offset = _float(1, 1, 15), _float(1, 1, 8, dtype=jnp.int32)
+    given = Operands(query=x, key=x, value=x, bias=bias, bias_offset=offset)
+    found = mosaic._no_kernel(problem, given, True)
+    assert found == "it reads a bias by tiles and takes none that is indexed by row (bias_offset)"
 
 
 # --- which GPUs

@@ -17,7 +17,7 @@ from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.operands import RANGE, aligned, aligned_head_dim, aligned_length, visibility
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.mosaic.widths import padded_head_dim, swizzle_elements
-from jax_fa.problem import Operands, Problem
+from jax_fa.problem import Operands, Problem, dims
 
 HEAD_DIMS = (1, 8, 16, 24, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 PAIRS = (*((D, D) for D in HEAD_DIMS), (192, 128), (128, 192), (64, 16), (16, 256), (256, 1))
@@ -170,7 +170,8 @@ def _geometry(*, B=(2,), Sq=65, Skv=100, K=1, G=1, width=64, consumers=1, bias=N
     query = jax.ShapeDtypeStruct((*B, Sq, K * G, 16), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((*B, Skv, K, 16), jnp.bfloat16)
     tiles = Tiles(width=width, stages=2, consumers=consumers)
-    return Geometry.of(problem, Operands(query=query, key=key, value=key, bias=bias), tiles)
+    found = Operands(query=query, key=key, value=key, bias=bias)
+    return Geometry.of(problem, found, dims(problem, found), tiles)
 
 
 def _rows(g: Geometry):
@@ -320,8 +321,8 @@ def test_ranges_of_row_tiles_hold_all_that_sees_a_block_of_keys(case):
     sizes, given = case
     g = _geometry(**sizes)
     d, width, keys = g.dims, g.tiles.width, ROWS * g.tiles.consumers
-    numbers = jnp.zeros((*d.B, d.N, d.Sq), jnp.float32)
-    saved = operands.Saved(dout=None, logsumexp=numbers, delta=numbers)
+    numbers = jnp.ones((*d.B, d.N, d.Sq), jnp.float32)
+    saved = operands.RowStatistics(dout=None, maximum=numbers, inverse=numbers, delta=numbers)
     found, visible = operands.for_keys(g, _bounded(given), saved), _visible(g, given)
     blocks, row_tiles = -(-d.Skv // keys), -(-d.Sq // width)
     ranges = np.broadcast_to(found["ranges"], (*d.B, d.N, blocks, len(RANGE)))
@@ -336,9 +337,57 @@ def test_ranges_of_row_tiles_hold_all_that_sees_a_block_of_keys(case):
     j = np.arange(d.Skv)
     again = (rows.get("lower", 0) <= j) & (j < rows["upper"])
     np.testing.assert_array_equal(np.broadcast_to(again, visible.shape), visible)
-    # Rows that do not exist see nothing, and have no weight.
+    # Rows that do not exist have no visible key and no weight.
     assert not np.asarray(found["upper"])[..., d.Sq :].any()
-    assert (np.asarray(found["logsumexp"])[..., d.Sq :] == operands.Saved.NOTHING).all()
+    for name, empty in operands.RowStatistics.EMPTY.items():
+        assert (np.asarray(found[name])[..., d.Sq :] == np.float32(empty)).all()
+
+
+def test_tiles_that_compare_segments_are_not_whole():
+    """Where some row compares segments no tile of its is skipped by the comparison, in both orders of loops."""
+    sizes = {"B": (), "Sq": 200, "Skv": 256, "width": 64, "consumers": 1}
+    g = _geometry(**sizes)
+    row = np.full((1, 200), -1, np.int32)
+    row[0, 70] = 3
+    given = Operands(
+        query=None,
+        key=None,
+        value=None,
+        segment_row=jnp.asarray(row),
+        segment_key=jnp.zeros((1, 256), jnp.int32),
+    )
+    ranges = np.asarray(visibility(g, given)["ranges"])[0]
+    np.testing.assert_array_equal(ranges, [[0, 0, 4, 4], [0, 0, 0, 4], [0, 0, 4, 4], [0, 0, 4, 4]])
+    numbers = jnp.ones((1, 200), jnp.float32)
+    saved = operands.RowStatistics(dout=None, maximum=numbers, inverse=numbers, delta=numbers)
+    by_block = np.asarray(operands.for_keys(g, given, saved)["ranges"])[0]
+    np.testing.assert_array_equal(by_block, 4 * [[0, 0, 1, 4]])
+
+
+@pytest.mark.parametrize("bias", [None, (1, 2, 40, 1), (1, 1, 1, 70)])
+@pytest.mark.parametrize(
+    "more", [(), ("lower",), ("segment_row", "segment_key"), ("mask",), ("position", "upper")]
+)
+def test_shared_memory_is_counted_for_every_vector(bias, more):
+    """The table of tiles is told how many scalars per key or row come with a tile; the kernels take as many."""
+    sizes = {"B": (1,), "Sq": 40, "Skv": 70, "K": 2}
+    bias = None if bias is None else jnp.zeros(bias, jnp.float32)
+    g = _geometry(**sizes, bias=bias)
+    rows, keys = jnp.zeros((1, 1, 40), jnp.int32), jnp.zeros((1, 1, 70), jnp.int32)
+    extra = {"lower": rows, "upper": rows, "segment_row": rows, "segment_key": keys, "position": rows}
+    extra |= {"mask": jnp.ones((1, 1, 40, 1), bool)}
+    scalars = {"alibi_slopes": jnp.ones((1, 2, 1)), "scale": jnp.ones((1, 2)), "soft_cap": jnp.ones((1, 2))}
+    given = Operands(
+        query=None, key=None, value=None, bias=bias, **scalars, **{name: extra[name] for name in more}
+    )
+    numbers = jnp.ones((1, 2, 40), jnp.float32)
+    saved = operands.RowStatistics(dout=None, maximum=numbers, inverse=numbers, delta=numbers)
+    by_row, by_key = operands.by_rows(g, given), operands.for_keys(g, given, saved)
+    per_key = sum(name in operands.BY_KEY for name in by_row)
+    per_row = sum(name in operands.BY_ROW and name not in operands.BY_HEAD for name in by_key)
+    assert mosaic._vectors("forward", given) == per_key
+    assert mosaic._vectors("query_gradient", given) == per_key + 1
+    assert mosaic._vectors("key_gradient", given) == per_row
 
 
 @pytest.mark.parametrize(

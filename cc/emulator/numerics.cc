@@ -162,12 +162,14 @@ class Call {
   // Logits of a row; returns how many keys it sees. Masked ones are -FLT_MAX.
   int64_t Logits(int64_t b, int64_t n, int64_t i, const float* q, const std::vector<float>& kt, float* x, char* seen) const {
     const int64_t skv = s.skv[b];
-    std::fill(x, x + skv, 0.0f);
+    // Rounded once: in which order a matrix unit sums is no part of the contract.
+    std::vector<double> products(skv);
     for (int64_t d = 0; d < s.D; ++d) {
       const float* const row = kt.data() + d * skv;
-      const float factor = q[d];
-      for (int64_t j = 0; j < skv; ++j) x[j] += factor * row[j];
+      const double factor = q[d];
+      for (int64_t j = 0; j < skv; ++j) products[j] += factor * row[j];
     }
+    for (int64_t j = 0; j < skv; ++j) x[j] = static_cast<float>(products[j]);
     int64_t count = 0;
     for (int64_t j = 0; j < skv; ++j) {
       if (!op.pse.present())

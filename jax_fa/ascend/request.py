@@ -344,7 +344,7 @@ class Translation:
             if cann.pse_type > 1:
                 return Shift(pse, cann.pse_type)
             if cann.pse_type == 1 and not self.folds_scale:
-                return shift.before_scaling(pse, dtype, self.scale)
+                return shift.before_scaling(pse, self.scale)
             if cann.pse_type == 1:  # the query is scaled already
                 scaled = pse.astype(jnp.float32) * self.scale_factor().reshape(())
                 pse = jnp.where(pse == -jnp.inf, -jnp.inf, scaled)

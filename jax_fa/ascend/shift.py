@@ -3,7 +3,7 @@
 A pse of -inf masks its key. CANN's online softmax computes exp(-inf - -inf) where it meets a block of keys that are
 all masked so: NaN, for the whole row, and in the backward for the keys of the whole sequence. A finite number that
 is far below every logit masks as well, except in rows without any other key. These are found by their maximum, which
-is then that number; in float16, whose lowest number is no lower than what callers mask with, by reading the bias.
+is then that number: in float16, which has none that callers do not mask with themselves, by reading the bias.
 """
 
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-# What -inf becomes as a logit. Finite biases may be lower still (callers mask with the lowest number of their dtype),
-# but do not lie near it.
-_MASKED, _LOWEST = 2.0**126, 2.0**127
+# What -inf becomes as a logit. Finite biases may be lower (callers mask with the lowest number of their dtype, which
+# masks nothing in a row of nothing else), but do not lie near it.
+_MASKED = 2.0**126
 
 
 class Shift(NamedTuple):
@@ -26,30 +26,30 @@ class Shift(NamedTuple):
 
 def after_scaling(bias, dtype, scale: float, typed: bool) -> Shift:
     """A bias that is added to scaled logits; without pseType (`typed`) it is divided by the scale first."""
+    masked, bias = jnp.isneginf(bias), bias.astype(dtype)
     if typed:
-        return _finite(bias.astype(dtype), 0, 1.0)
+        return _finite(bias, masked | jnp.isneginf(bias), 0, 1.0)
     if scale != 1:
-        # What a dtype cannot hold then is a mask by intent.
-        most = min(float(jnp.finfo(dtype).max), _LOWEST / abs(scale))
-        quotient = jnp.clip(bias.astype(jnp.float32) / np.float32(scale), -most, most)
-        bias = jnp.where(bias == -jnp.inf, np.float32(-np.inf * np.sign(scale)), quotient)
-    return before_scaling(bias, dtype, scale)
+        most = float(jnp.finfo(dtype).max)  # what a dtype cannot hold then is a mask by intent
+        bias = jnp.clip(bias.astype(jnp.float32) / np.float32(scale), -most, most).astype(dtype)
+    return _finite(bias, masked, 1, scale)
 
 
-def before_scaling(pse, dtype, scale: float) -> Shift:
-    """A pse that is added to logits which are scaled then."""
-    return _finite(pse.astype(dtype), 1, scale)
+def before_scaling(pse, scale: float) -> Shift:
+    """A pse that is added to logits which are scaled then. -inf masks whatever the scale."""
+    masked = jnp.isinf(pse) if scale < 0 else jnp.isneginf(pse)
+    return _finite(pse, masked, 1, scale)
 
 
-def _finite(pse, pse_type: int, scale: float) -> Shift:
+def _finite(pse, masked, pse_type: int, scale: float) -> Shift:
     # Scaled, it must stay finite; and what it stands for is negative, also where the scale is.
-    most = min(_MASKED / abs(scale), _LOWEST, float(jnp.finfo(pse.dtype).max))
-    masked = jnp.asarray(np.copysign(most, -scale), pse.dtype)
-    logit = float(np.float32(np.copysign(most, -scale).astype(pse.dtype)) * np.float32(scale))
-    pse = jnp.where(pse == np.copysign(np.inf, -scale), masked, pse)
+    most = min(_MASKED / max(1.0, abs(scale)), float(jnp.finfo(pse.dtype).max))
+    value = np.copysign(most, -scale).astype(pse.dtype)
+    logit = float(np.float32(value) * np.float32(scale))
+    pse = jnp.where(masked, jnp.asarray(value), pse)
     return Shift(pse, pse_type, logit if logit < -(2.0**100) else None)
 
 
 def masks_fully(m, masking_logit: float):
     """Whether a row of maximum m has no key but those that a pse of -inf masks."""
-    return (m < 0.99 * masking_logit) & (m > 1.01 * masking_logit)
+    return (m < 0.75 * masking_logit) & (m > 1.25 * masking_logit)

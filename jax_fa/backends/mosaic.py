@@ -114,7 +114,31 @@ def _tiles(which: tuning.Which, problem: Problem, operands: Operands) -> tuning.
     ]
     element_bytes = sum(1 if x.dtype == jnp.bool_ else x.dtype.itemsize for x in whole)
     staying, moving = (d.Skv, d.Sq) if which == "key_gradient" else (d.Sq * d.G, d.Skv)
-    return tuning.tiles_for(which, d.D, d.Dv, rows=staying, width=moving, element_bytes=element_bytes)
+    return tuning.tiles_for(
+        which,
+        d.D,
+        d.Dv,
+        rows=staying,
+        width=moving,
+        element_bytes=element_bytes,
+        vectors=_vectors(which, operands),
+    )
+
+
+def _vectors(which: tuning.Which, operands: Operands) -> int:
+    """How many arrays of one scalar per key, or per row, come with every tile that moves."""
+    bias, mask, segments = operands.bias, operands.mask, operands.segment_row is not None
+    if which == "bias_gradient":
+        return 0
+    if which != "key_gradient":
+        found = sum(x is not None and x.shape[-2] == 1 < x.shape[-1] for x in (bias, mask)) + segments
+        return found + (which == "query_gradient")  # its sums
+    upper = operands.upper is not None or segments or (mask is not None and mask.shape[-1] == 1)
+    bias_rows = bias is not None and bias.shape[-1] == 1
+    present = (operands.lower, operands.alibi_slopes, operands.position)
+    upper = upper or operands.lower is not None  # which makes upper bounds too
+    statistics = 3
+    return statistics + segments + upper + bias_rows + sum(x is not None for x in present)
 
 
 def forward(problem: Problem, operands: Operands):

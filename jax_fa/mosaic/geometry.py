@@ -39,9 +39,7 @@ class Geometry:
     plain: bool  # see is_plain
 
     @classmethod
-    def of(
-        cls, problem: Problem, operands: Operands, d: Dims, tiles: Tiles, pack: bool = True
-    ) -> "Geometry":
+    def of(cls, problem: Problem, operands: Operands, d: Dims, tiles: Tiles, pack: bool = True) -> "Geometry":
         """`d`: the sizes of the call; a derivative's batch may be larger than that of its operands."""
         # One scalar per head and key, the same for all rows, is one vector per tile only where the tile has one head.
         apart = any(

@@ -35,6 +35,7 @@ from jax_fa.mosaic.memory import (
     wait_if,
 )
 from jax_fa.mosaic.operands import (
+    BY_HEAD,
     BY_KEY,
     BY_ROW,
     BY_TILE,
@@ -98,7 +99,8 @@ class _KeyGradient:
         self.plain = g.plain
         self.by_tile = [name for name in BY_TILE if name in self.arrays]
         self.by_key = [name for name in BY_KEY if name in self.arrays]
-        self.by_row = [name for name in BY_ROW if name in self.arrays]
+        self.by_row = [name for name in BY_ROW if name in self.arrays and name not in BY_HEAD]
+        self.by_head = [name for name in BY_HEAD if name in self.arrays]
         self.sums_rows = "key" in parts and "bias_keys" in arrays
 
     @property
@@ -324,8 +326,11 @@ class _Block:
         return tile_at(ref, axes, self.batch, keys, self.head, span(0, columns, columns))
 
     def _key_numbers(self, warpgroup, i) -> dict[str, Any]:
-        """Numbers per key of a query head, and the dropout key."""
+        """Scalars per key of a query head, those of the head itself, and the dropout key."""
         found = {}
+        for name in self.kernel.by_head:
+            ref = self.arrays[name]
+            found[name] = ref[(*clip_index(ref.shape[:-1], (*self.batch, self._query_head(i))), 0)]
         for name in self.kernel.by_key:
             ref = self.arrays[name]
             where = clip_index(ref.shape[:-1], (*self.batch, self._query_head(i)))

@@ -45,8 +45,8 @@ class Tile:
     Skv: int
 
     def rows(self, x, shape: tuple[int, int] | None = None):
-        """A number per row, over the tile."""
-        return lax.broadcast_in_dim(x, shape or self.shape, [self.row_axis])
+        """A scalar per row, or one of all rows, over the tile."""
+        return lax.broadcast_in_dim(x, shape or self.shape, [self.row_axis] if x.ndim else [])
 
     def keys(self, x):
         return lax.broadcast_in_dim(x, self.shape, [1 - self.row_axis])
@@ -252,13 +252,11 @@ def _numbers_by_key(tile: Tile, read: Read, seed):
     counter = (lax.shift_right_logical(j, 5) * 4 + lax.shift_right_logical(j & 7, 1)).astype(jnp.uint32)
     which, odd = lax.shift_right_logical(j, 3) & 3, (j & 1) == 1
     first = plgpu.broadcasted_iota(jnp.int32, part, 1, layout=WGMMA) + tile.first_row
-    head, batch = read("head_word"), read("batch_word")
+    head, batch = (tile.rows(read(name), part) for name in ("head_word", "batch_word"))  # one head's rows
     pieces = []
     for at in range(0, rows, SPAN):
-        inside = slice(at, at + SPAN)
         row = (first + at).astype(jnp.uint32)
-        parts = (tile.rows(x[inside], part) for x in (head, batch))
-        words = _philox((counter, row, *parts), seed)
+        words = _philox((counter, row, head, batch), seed)
         word = words[0]
         for i in (1, 2, 3):
             word = jnp.where(which == i, words[i], word)

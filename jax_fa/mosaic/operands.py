@@ -30,6 +30,7 @@ ADDITIVE = ("scale", "bias_rows", "slopes", "position", "soft_cap")
 DROPPING = ("head_word", "batch_word", "keep_limit", "keep_inverse")
 STATISTICS = ("maximum", "inverse", "delta")
 BY_ROW = (*VISIBILITY, *ADDITIVE, *DROPPING, *STATISTICS)
+BY_HEAD = ("scale", "soft_cap", *DROPPING)  # those of BY_ROW that all rows of a head share
 RANGE = ("first", "inner_first", "inner_last", "last")  # key tiles of a tile of rows
 
 
@@ -113,9 +114,9 @@ def by_rows(g: Geometry, operands: Operands, saved: RowStatistics | None = None)
     return found if saved is None else found | saved.by_row(g.pack)
 
 
-def row_operands(operands: Operands) -> dict[str, tuple[jax.Array, float]]:
+def row_operands(operands: Operands) -> dict[str, tuple[jax.Array, int]]:
     """What has one scalar per row or head, but for bounds: `*#B #N #Sq`, and a fill for rows that do not exist."""
-    found: dict[str, tuple[Any, float]] = {}
+    found: dict[str, tuple[Any, int]] = {}
     bias, slopes, limit = operands.bias, operands.alibi_slopes, operands.keep_threshold
     if bias is not None and bias.shape[-1] == 1:
         found["bias_rows"] = bias[..., 0].astype(jnp.float32), 0
@@ -251,7 +252,8 @@ def whole_rows(x: jax.Array) -> jax.Array:
 def for_keys(g: Geometry, operands: Operands, saved: RowStatistics) -> Arrays:
     """What the kernel takes in which keys stay: `g.tiles.width` rows of one head move at a time.
 
-    Numbers per row in their own order, filled up to whole tiles; what has Sq x Skv numbers turned over, `Skv Sq`.
+    Scalars per row in their own order, filled up to whole tiles, those per head `*#B #N 1`; what has Sq x Skv elements
+    is transposed, `Skv Sq`.
     """
     d = g.dims
     rows = -(-d.Sq // g.tiles.width) * g.tiles.width
@@ -281,7 +283,7 @@ def for_keys(g: Geometry, operands: Operands, saved: RowStatistics) -> Arrays:
     if operands.segment_key is not None:
         found["segment_key"] = _fill_up(operands.segment_key, keys)
     for name, (x, fill) in row_operands(operands).items():
-        found[name] = per_row(x, fill)
+        found[name] = x if name in BY_HEAD else per_row(x, fill)
     if operands.dropout_seed is not None:
         found["seed"] = operands.dropout_seed
     return found

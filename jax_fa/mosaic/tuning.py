@@ -25,10 +25,8 @@ from jax_fa.mosaic.widths import padded_head_dim
 Which = Literal["forward", "query_gradient", "key_gradient", "bias_gradient"]
 
 SMEM_BYTES = 227 * 1024
-SMEM_RESERVE = 4 * 1024  # barriers, numbers per row, what the compiler keeps for reductions
-# At most, 4 bytes each; tests/test_mosaic_parts.py counts them.
-PER_ROW = 14  # bounds, segment, statistics, scale, bias, slope, position, soft cap, dropout
-PER_KEY = 3  # bias, mask, segment
+SMEM_RESERVE = 6 * 1024  # barriers, sums, what a careful pass and the compiler's reductions keep
+SMEM_UNIT = 1024  # what every array in shared memory begins at a multiple of
 ROWS = 64  # rows of one warpgroup's matrix product
 
 
@@ -91,26 +89,23 @@ TABLES: dict[Which, tuple[Row, ...]] = {
 MAX_HEAD_DIM = FORWARD[-1].head_dim
 
 
-def smem_bytes(which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int = 0) -> int:
-    """Shared memory of a kernel; `element_bytes` are those of bias and mask per logit, which come with every tile."""
+def smem_bytes(which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int = 0, vectors: int = 4) -> int:
+    """Shared memory of a kernel; `element_bytes` and `vectors` as in `tiles_for`."""
     D, Dv = padded_head_dim(D), padded_head_dim(Dv)
     rows = ROWS * tiles.consumers
     moving = tiles.stages * tiles.width * ((D + Dv) * 2 + rows * element_bytes)
     staying = rows * (D + Dv) * 2
-    if which in ("forward", "query_gradient"):
-        moving += tiles.stages * tiles.width * 4 * PER_KEY
     if which == "forward":
         staying = rows * (D if D == Dv else D + Dv) * 2
     if which == "bias_gradient":
         moving += tiles.stages * rows * (D + Dv) * 2
         staying = rows * tiles.width * 4
-    if which == "key_gradient":
-        moving += tiles.stages * tiles.width * 4 * PER_ROW
-    return moving + staying + SMEM_RESERVE
+    vector = -(-tiles.stages * tiles.width * 4 // SMEM_UNIT) * SMEM_UNIT
+    return moving + staying + vectors * vector + SMEM_RESERVE
 
 
 def tiles_for(
-    which: Which, D: int, Dv: int, *, rows: int, width: int, element_bytes: int = 0
+    which: Which, D: int, Dv: int, *, rows: int, width: int, element_bytes: int = 0, vectors: int = 4
 ) -> Tiles | None:
     """The tiles of a call, or None if none fit into shared memory.
 
@@ -119,7 +114,8 @@ def tiles_for(
       D, Dv: head_dims.
       rows: how many rows (or keys) there are to stay, of the same head; fewer need fewer consumers.
       width: how many keys (or rows) there are to move; fewer need no wider tile.
-      element_bytes: bytes of bias and mask per logit.
+      element_bytes: bytes of bias and mask per logit, which come with every tile.
+      vectors: arrays of one scalar per key (or row) that moves, which come with every tile too.
     """
     if which in _overridden:
         return _overridden[which]
@@ -129,7 +125,7 @@ def tiles_for(
     consumers = min(tiles.consumers, -(-rows // ROWS))
     tiles = replace(tiles, consumers=consumers, width=min(tiles.width, -(-width // ROWS) * ROWS))
     for smaller in _shrinking(tiles):
-        if smem_bytes(which, smaller, D, Dv, element_bytes) <= SMEM_BYTES:
+        if smem_bytes(which, smaller, D, Dv, element_bytes, vectors) <= SMEM_BYTES:
             return smaller
     return None
 
