@@ -42,7 +42,7 @@ def _dense(arrays, scale: float) -> list[jax.Array]:
     cotangents = dout, np.zeros(visible.shape[:3], np.float32)
     operands = {"query": q, "key": k, "value": v}
     out, _, gradients = oracle.naive(
-        operands, visible, None, cotangents, np.float32(scale), None, np.float32(1)
+        operands, visible, None, cotangents, np.float32(scale), None, np.float32(1), np.arange(q.shape[1])
     )
     return [out, *(gradients[name] for name in operands)]
 
