@@ -133,7 +133,8 @@ class Reference {
     ForEachRow([&](int64_t b, int64_t n, int64_t i) {
       Look(b, n, i);
       const int64_t k = n / p_.G();
-      const double *q = p_.query.value.data() + p_.query.Index(b, n, i), *dout = p_.dout.value.data() + p_.dout.Index(b, n, i);
+      const double* q = p_.query.value.data() + p_.query.Index(b, n, i);
+      const double* dout = p_.dout.value.data() + p_.dout.Index(b, n, i);
       const size_t o = p_.out.Index(b, n, i);
       double delta = p_.dlogsumexp ? -p_.dlogsumexp.at(b, n, i) : 0.0, delta_size = std::fabs(delta);
       for (int64_t d = 0; d < p_.Dv; ++d) {
