@@ -460,7 +460,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
 // The rows of dq of a key head, which then are complete.
 template <bool kPairs>
 inline void FinishQueries(const Call& c, const BackwardPlan& plan, int64_t b, int64_t k, float* stage, float* dq) {
-  Row row = RowAt(c, b, k, 0);
+  Row row{b, k * c.G(), 0};  // not RowAt, which divides by Sq: it may be 0
   for (int64_t r = 0; r < plan.rows; ++r, row = After(c, row), dq += plan.dq_row) {
     if constexpr (kPairs) AddMissing(c, row, k, BalanceOf(plan, dq - r * plan.dq_row), r, stage, dq);
     StoreRow(dq, ScaleOf(c, row), c.dquery.Bytes(b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);

@@ -112,7 +112,7 @@ class Reference {
       for (int64_t d = 0; d < p_.Dv; ++d) out.tainted[first + static_cast<size_t>(d)] = row_.tainted;
       for (const Seen& x : seen_) {
         if (x.keep == 0.0 || row_.l == 0.0) continue;
-        const double* v = &p_.value.value[p_.value.Index(b, n / p_.G(), x.j)];
+        const double* v = p_.value.value.data() + p_.value.Index(b, n / p_.G(), x.j);
         for (int64_t d = 0; d < p_.Dv; ++d)
           out.Add(first + static_cast<size_t>(d), x.keep * x.p * v[d],
                   x.keep * (x.p * x.error + kTiny) * std::fabs(v[d]));
@@ -133,7 +133,8 @@ class Reference {
     ForEachRow([&](int64_t b, int64_t n, int64_t i) {
       Look(b, n, i);
       const int64_t k = n / p_.G();
-      const double *q = &p_.query.value[p_.query.Index(b, n, i)], *dout = &p_.dout.value[p_.dout.Index(b, n, i)];
+      const double* q = p_.query.value.data() + p_.query.Index(b, n, i);
+      const double* dout = p_.dout.value.data() + p_.dout.Index(b, n, i);
       const size_t o = p_.out.Index(b, n, i);
       double delta = p_.dlogsumexp ? -p_.dlogsumexp.at(b, n, i) : 0.0, delta_size = std::fabs(delta);
       for (int64_t d = 0; d < p_.Dv; ++d) {
@@ -158,7 +159,7 @@ class Reference {
           if (p_.dcap) dcap.tainted[p_.dcap.Index(b, n)] |= tainted;
           continue;
         }
-        const double *key = &p_.key.value[at_k], *value = &p_.value.value[at_v];
+        const double *key = p_.key.value.data() + at_k, *value = p_.value.value.data() + at_v;
         double dp = 0.0, dp_size = 0.0;
         for (int64_t d = 0; d < p_.Dv; ++d) dp += dout[d] * value[d], dp_size += std::fabs(dout[d] * value[d]);
         const double inner = (x.keep == 0.0 ? 0.0 : x.keep * dp) - delta;
@@ -275,8 +276,8 @@ class Reference {
     const double scale = p_.Scale(b, n), cap = p_.Cap(b, n);
     for (int64_t j = 0; j < p_.Skv; ++j) {
       if (!p_.Visible(b, n, i, j)) continue;
-      const double* q = &p_.query.value[p_.query.Index(b, n, i)];
-      const double* key = &p_.key.value[p_.key.Index(b, k, j)];
+      const double* q = p_.query.value.data() + p_.query.Index(b, n, i);
+      const double* key = p_.key.value.data() + p_.key.Index(b, k, j);
       Seen x{j, 0.0, 0.0, p_.Kept(b, n, i, j) ? 1.0 / p_.KeepProb(b, n) : 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, false};
       double dot = 0.0, size = 0.0;
       for (int64_t d = 0; d < p_.D; ++d) dot += q[d] * key[d], size += std::fabs(q[d] * key[d]);
@@ -284,7 +285,7 @@ class Reference {
       x.logit_error = Growth(p_.D) * std::fabs(scale) * size;
       bool hides = false;
       row_.tainted |= !AllFinite(q, p_.D) || !AllFinite(key, p_.D) ||
-                      !AllFinite(&p_.value.value[p_.value.Index(b, k, j)], p_.Dv);
+                      !AllFinite(p_.value.value.data() + p_.value.Index(b, k, j), p_.Dv);
       if (p_.bias) {
         const double y = p_.bias.value[p_.BiasIndex(b, n, i, j)];
         z += y;
