@@ -219,6 +219,19 @@ class Call:
             arrays.append(array.reshape(*(size for size in lead if size != 1), *rest))
         present = [c for c in letters if any(c in name for name in names)]
         spec = f"{','.join(names)}->{''.join(present)}{output}"
-        result = jnp.einsum(spec, *arrays, preferred_element_type=self.acc)
+        result = self._einsum(spec, *arrays)
         sizes = dict(zip(present, result.shape, strict=False))
         return result.reshape(*(sizes.get(c, 1) for c in letters), *result.shape[len(present) :])
+
+    def _einsum(self, spec: str, x, y):
+        def dot(x, y):
+            return jnp.einsum(spec, x, y, preferred_element_type=self.acc)
+
+        def wide(x, y):
+            return dot(x.astype(self.acc), y.astype(self.acc))
+
+        if jnp.bfloat16 not in (x.dtype, y.dtype):
+            return dot(x, y)
+        # XLA runs some products of bfloat16 arrays on CPUs that have instructions for them, and stops at others, by
+        # layouts that it chooses itself ("Unsupported element type for DotThunk", as of jaxlib 0.12).
+        return lax.platform_dependent(x, y, cpu=wide, default=dot)

@@ -1,7 +1,8 @@
 """Accuracy where it is easily lost: large logits, logits or keys with much in common, peaked rows.
 
 Every backend may err twice as much as a dense computation in the same dtype, plus the floor of the dtype; both are
-measured against float64.
+measured against float64. In float32 the dense computation is the naive one or jax.nn, whichever errs more: XLA sums
+the same products in different orders.
 """
 
 from functools import partial
@@ -14,6 +15,8 @@ import pytest
 
 import jax_fa
 
+# Sums over small tiles, as other tests have them, are not those of the library.
+pytestmark = pytest.mark.usefixtures("real_tiles")
 D = 64
 NAMES = ("out", "query", "key", "value")
 
@@ -24,13 +27,12 @@ def _arrays(rows: int = 64, keys: int = 200, heads: int = 2, seed: int = 0) -> l
     return [normal((1, size, heads, D)) for size in (rows, keys, keys, rows)]
 
 
-def _ours(arrays, scale: float, backend: str) -> list[jax.Array]:
+def _gradients(attention, arrays, scale: float) -> list[jax.Array]:
     """The output and the gradients."""
 
     @jax.jit
     def run(q, k, v, dout):
-        attention = partial(jax_fa.dot_product_attention, scale=scale, implementation=backend)
-        out, pullback = jax.vjp(attention, q, k, v)
+        out, pullback = jax.vjp(partial(attention, scale=scale), q, k, v)
         return out, *pullback(dout)
 
     return run(*arrays)
@@ -58,9 +60,13 @@ def _errors(found, arrays, scale: float) -> dict[str, float]:
 def _check(backend, arrays, dtype="float32", scale=D**-0.5, names=NAMES, floor=0.0, like=None) -> None:
     """`like`: arrays for the dense computation, where those of the call are too hard for it."""
     arrays, like = ([jnp.asarray(x, dtype) for x in given] for given in (arrays, like or arrays))
-    found = _ours(arrays, scale, backend)
+    attention = partial(jax_fa.dot_product_attention, implementation=backend)
+    found = _gradients(attention, arrays, scale)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in found)
     ours, dense = _errors(found, arrays, scale), _errors(_dense(like, scale), like, scale)
+    if dtype == "float32":
+        theirs = _errors(_gradients(jax.nn.dot_product_attention, like, scale), like, scale)
+        dense = {name: max(dense[name], theirs[name]) for name in NAMES}
     for name in names:
         bound = 2 * dense[name] + oracle.FLOOR[dtype] + floor
         assert ours[name] <= bound, f"{name}: error {ours[name]:.3g} exceeds {bound:.3g} ({dense=})"
