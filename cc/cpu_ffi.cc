@@ -164,7 +164,7 @@ const Kernels& Chosen() {
 }
 
 template <typename Fn>
-ffi::Error Guard(const Fn& fn) {
+ffi::Error Reported(const Fn& fn) {
   try {
     fn();
     return ffi::Error::Success();
@@ -176,6 +176,16 @@ ffi::Error Guard(const Fn& fn) {
     return ffi::Error::Internal(std::string("jax_fa cpu: ") + e.what());
   } catch (...) {
     return ffi::Error::Internal("jax_fa cpu: unknown failure");
+  }
+}
+
+// No exception may leave a handler, and the texts of errors take memory of their own.
+template <typename Fn>
+ffi::Error Guard(const Fn& fn) {
+  try {
+    return Reported(fn);
+  } catch (...) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string());
   }
 }
 

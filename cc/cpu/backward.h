@@ -8,7 +8,7 @@
 // head), so every sum has one owner and a fixed order, whatever the number of threads.
 
 // delta = dout.out - dlogsumexp of rows [r, r + n), with what rounding took from out where that is known. Summed in the
-// order of the products dout.v, so that for a row that sees one key, where out is v, the two cancel exactly.
+// order of the products dout.v, so that for a row with one visible key, where out is v, the two cancel exactly.
 template <int kMost, typename Scratch>
 inline void Deltas(const Call& c, const Scratch& s, int64_t b, int64_t k, int64_t r, int64_t n) {
   const int64_t width = RoundUp(c.Dv, kLanes);
@@ -34,8 +34,8 @@ inline void Deltas(const Call& c, const Scratch& s, int64_t b, int64_t k, int64_
   }
 }
 
-// Per row: max, 1 / sum (0 for a row that sees nothing; NaN where q or dout is not finite, so that only the
-// keys it sees hear of it), delta, and the visible range; that of each block of rows too.
+// Per row: max, 1 / sum (0 for a fully masked row; NaN where q or dout is not finite, which so propagates to the
+// row's visible keys only), delta, and the visible range; that of each block of rows too.
 template <bool kPairs>
 inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
                         int64_t k) {
@@ -66,7 +66,7 @@ inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardS
 }
 
 // Rows [r0, r0 + n) of the query heads of key head k, or keys, as panels. In masked calls those that are not all
-// finite are 0: what they would bring is in `inverse`, or hidden.
+// finite are 0: what they would bring is in `inverse`, or masked.
 template <bool kPairs, typename At>
 inline void PackClean(const View& x, bool masked, int64_t n, int64_t width, float* stage, float* panels,
                       const At& at) {
@@ -136,8 +136,8 @@ inline double ScaleGradient(const float* products, int64_t from, int64_t to, con
   return Sum(sum);
 }
 
-// Turns a row of products q.k and dout.v with keys j0 + [c0, c1), of which it sees v, into weights p and ds, in
-// place, 0 where hidden.
+// Turns a row of products q.k and dout.v with keys j0 + [c0, c1), of which v are visible, into weights p and ds,
+// in place, 0 where masked.
 template <bool kPairs>
 inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const Row& row, int64_t r, int64_t j0, Range v,
                          int64_t c0, int64_t c1, float* p, float* ds, const HeadSums& sums) {
@@ -182,7 +182,7 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   }
   if (slope != nullptr) Combine(v.hi - v.lo, ds + v.lo, slope + v.lo, [](F x, F by) { return x * by; });
   float* const both[] = {p, ds};
-  for (float* x : both) {  // hidden products may be NaN, and so may `inverse`
+  for (float* x : both) {  // masked products may be NaN, and so may `inverse`
     Fill(x, c0, v.lo, 0.0f);
     Fill(x, v.hi, c1, 0.0f);
     if (!v.Empty()) Hide(c, row, j0, v.lo, v.hi, 0.0f, x);
@@ -280,7 +280,7 @@ inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, i
   }
 }
 
-// dk and dv of a block: tiles of kRows keys, over the rows that see any of them, a chunk of rows at a time.
+// dk and dv of a block: tiles of kRows keys, over the rows to which any of them is visible, a chunk of rows at a time.
 template <bool kPairs>
 inline void KeyGradients(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t rows,
                          int64_t width, const RowTile* tiles, int64_t count) {
@@ -368,7 +368,7 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
   if (!one_scale)
     for (int64_t r = 0; r < rows; ++r) scales[r] = ScaleOf(c, row_at(r));
   int64_t done = 0;
-  const auto clear = [&](int64_t to) {  // rows that see none of these keys
+  const auto clear = [&](int64_t to) {  // rows to which none of these keys is visible
     for (; done < to; ++done) {
       Fill(s.p + done * s.s_row, 0, keys, 0.0f);
       Fill(s.ds + done * s.s_row, 0, keys, 0.0f);

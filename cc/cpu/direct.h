@@ -201,7 +201,7 @@ inline void DirectValues(const Call& c, const Scratch& s, int64_t b, int64_t k, 
 // The rows of all key heads (n of each, one head after the other in the scratch) over the keys j0 + [0, width) that lie
 // within `all`. Keys, then values, are read in the order of the memory where heads lie side by side, which the
 // processor's own prefetching follows. Where a value of a masked call is not finite, values are packed, which keeps it
-// apart from the rows that do not see it.
+// apart from the rows to which it is masked.
 template <bool kPairs, typename Scratch>
 inline void DirectBlock(const Call& c, const Scratch& s, int64_t b, int64_t n, int64_t j0, int64_t width, Range all) {
   const int64_t dv = Panels(c.Dv) * kPanel;

@@ -1,9 +1,9 @@
 // Forward: out, softmax max and sum (arXiv:2205.14135, 2307.08691).
 //
 // Keys and values are packed once per key head (keys transposed). A task is a group of query rows of one key head;
-// it walks the key blocks that any of its rows sees. Its logits stay in the second cache, a panel of keys or a
-// chunk of values in the first while all its tiles of kRows rows pass, and tiles compute only the panels they see.
-// A row's result does not depend on how rows are grouped: blocks begin at multiples of the block size, and hidden
+// it walks the key blocks that are visible to any of its rows. Its logits stay in the second cache, a panel of keys
+// or a chunk of values in the first while all its tiles of kRows rows pass, and tiles compute only visible panels.
+// A row's result does not depend on how rows are grouped: blocks begin at multiples of the block size, and masked
 // keys contribute exact zeros.
 
 constexpr int64_t kGroupRows = 96, kTaskRows = 384;
@@ -133,7 +133,7 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
 }
 
 // Takes rows [r0, r0 + n) of key head k to the scratch, from its row `at` on, for keys [key0, key1). Returns the range
-// of keys that any of them sees.
+// of keys that are visible to any of them.
 template <bool kPairs>
 inline Range StartRows(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r0, int64_t n,
                        int64_t at, int64_t key0, int64_t key1) {
@@ -204,7 +204,7 @@ inline void FinishRow(const Call& c, const Row& row, float* acc, float m, float 
       StoreRounded<DType::kF16>(acc, factor, out, c.out.col, rounding, c.rounding.col, c.Dv);
     }
   }
-  *c.m.At<float>(row.b, row.n, row.i) = l == l ? m : l;  // a NaN is not seen by max
+  *c.m.At<float>(row.b, row.n, row.i) = l == l ? m : l;  // max ignores a NaN
   *c.l.At<float>(row.b, row.n, row.i) = l;
 }
 

@@ -289,8 +289,8 @@ inline void PackRows(int64_t n, int64_t width, float* stage, float* panels, cons
 }
 
 // Values j0 .. j0 + n of one head as panels. `poison`: null where nothing is masked, else it gets NaN for each key
-// whose values are not all finite; those values are 0, so that they reach only the rows that see them. Returns whether
-// there are any.
+// whose values are not all finite; those values are 0, so that they reach only the rows to which they are visible.
+// Returns whether there are any.
 template <bool kPairs>
 inline bool PackValues(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t n, float* stage, float* poison,
                        float* panels) {

@@ -118,7 +118,7 @@ inline void HideOtherSegments(const Call& c, const Row& row, int64_t first, int6
     if (keys[j] != segment) x[j] = value;
 }
 
-// Sets x[from..to) to `value` where the row's mask hides the key, or segments do.
+// Sets x[from..to) to `value` where the key is masked for this row, by the mask or by segments.
 inline void Hide(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float value, float* x) {
   if (c.segment_row) HideOtherSegments(c, row, j0 + from, to - from, value, x + from);
   if (!c.mask) return;
@@ -154,7 +154,7 @@ inline F ByCap(F u, F t) {
 
 // Turns products q.k of keys j0 + [from, to) into logits, in place; `by_x` and `by_cap` (may be null) take the
 // derivatives of the soft cap. Columns are relative to key j0; `tmp` holds to - from floats. `poison` (may be null) is
-// added. A bias of -inf hides its key, whatever comes after.
+// added. A bias of -inf masks its key, whatever comes after.
 inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* poison,
                      float* s, float* by_x, float* by_cap, float* tmp) {
   const int64_t n = to - from;
@@ -280,8 +280,8 @@ inline void RowJoin(float* s, int64_t from, int64_t to) {
     Store(s + j / 2, Unit<kPairs>::Join(Load(s + j), j + kLanes < to ? Load(s + j + kLanes) : Set(0.0f)));
 }
 
-// Turns a row's products with keys j0 + [c0, c1) into weights, of which it sees [v.lo, v.hi), and moves its max,
-// sum and output on.
+// Turns a row's products with keys j0 + [c0, c1) into weights, of which [v.lo, v.hi) are visible, and updates its
+// max, sum and output.
 template <bool kPairs>
 inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1, const float* poison,
                        float* tmp, float* x, float* m, float* l, float* acc) {
@@ -312,20 +312,20 @@ inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64
   }
 }
 
-// --- which keys the rows of a block see
+// --- which keys are visible to the rows of a block
 
 struct RowTile {
   int64_t r, n;      // first row within the block, and how many
-  int64_t from, to;  // keys it sees, relative to the block of keys
+  int64_t from, to;  // its visible keys, relative to the block of keys
 };
 
-// The keys of j0 + [0, width) that a row with the range [lo, hi) sees, relative to j0; empty as (0, 0).
+// The keys of j0 + [0, width) that are visible to a row with the range [lo, hi), relative to j0; empty as (0, 0).
 inline Range Within(int32_t lo, int32_t hi, int64_t j0, int64_t width) {
   const Range v{lo - j0 > 0 ? lo - j0 : 0, hi - j0 < width ? hi - j0 : width};
   return v.Empty() ? Range{0, 0} : v;
 }
 
-// Tiles of up to kRows of `rows` rows with ranges lo, hi; those that see no key are left out. Returns how many.
+// Tiles of up to kRows of `rows` rows with ranges lo, hi; fully masked ones are left out. Returns how many.
 inline int64_t MakeTiles(const int32_t* lo, const int32_t* hi, int64_t rows, int64_t j0, int64_t width,
                          RowTile* tiles) {
   const int64_t parts = (rows + kRows - 1) / kRows;
