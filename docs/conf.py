@@ -1,4 +1,4 @@
-"""The documents as a site: `python -m sphinx -W docs DIRECTORY`."""
+"""The documentation as a site: `python -m sphinx -W docs DIRECTORY`."""
 
 import os
 

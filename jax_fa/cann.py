@@ -123,7 +123,8 @@ def flash_attention_score(
         sequences are fine, and so are zeros after the last end, which are empty sequences. Rows past the last end
         are fully masked. Lists and tuples are part of the program, arrays are data, checked where their values are
         known. Traced ends count as their running maximum, at most T, and T stands for the sums of the lengths in
-        the shapes above; that a pse has the size of its sequences, and ALiBi Sq_b = Skv_b, is up to the caller then.
+        the shapes above; the caller must then ensure that pse has the size of its sequences and, for ALiBi, that
+        Sq_b = Skv_b.
       actual_seq_kvlen: TND: the same of key and value.
       implementation: None (the best backend that can), or the name of a backend.
       max_work: on Ascend, a call of more multiply-adds than this (`B*N*Sq*Skv*(D + Dv)`) is split into several
@@ -151,7 +152,7 @@ def flash_attention_score(
       NotImplementedError: the backend named cannot serve this call (and why).
 
     Source: aclnnFlashAttentionScoreV2 and aclnnFlashAttentionVarLenScoreV4 in the CANN operator library's
-    documents; stats of TND as with softmaxOutLayout "same_as_input".
+    documentation; stats of TND as with softmaxOutLayout "same_as_input".
     """
     arguments = dict(locals())  # the arguments by name, before there is any other local variable
     problem, operands = flash_attention_score_request(**arguments)
@@ -247,7 +248,7 @@ def _check_scale(scale) -> None:
         raise ValueError(f"scale_value must be finite; got {float(value)}.")
 
 
-# --- what the caller said in CANN's words, for the backend that speaks them
+# --- the call in CANN's terms, for the Ascend backend
 
 
 class _OwnForm(NamedTuple):
@@ -391,7 +392,7 @@ def _dropout(drop_mask, keep_prob, d: Dims, sequences: Packed | None):
     """The operands drop_bits (the user's bytes as they are) and drop_offset (where each row's bits begin)."""
     number = isinstance(keep_prob, (int, float, np.number)) and not isinstance(keep_prob, bool)
     if not number or not 0 < keep_prob <= 1:
-        raise ValueError(f"keep_prob must be a Python number in (0, 1]; got {keep_prob!r}.")
+        raise ValueError(f"keep_prob must be a Python number in (0, 1]; got {shown(keep_prob)}.")
     if drop_mask is None:
         if keep_prob < 1:
             raise ValueError(

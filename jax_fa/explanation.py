@@ -146,7 +146,7 @@ def _computes_in(backend: str | None, platform: str, dtype) -> str | None:
     if backend is None:
         return None
     if backend == "ascend":
-        return "what CANN's operator computes in"
+        return "as CANN's operator does"
     if dtype == jnp.float64:
         return "float64 products and sums"
     if dtype != jnp.float32:

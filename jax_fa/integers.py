@@ -4,6 +4,7 @@ Python ints (and tuples of them) are static. The values of NumPy arrays and of c
 a call is traced; those of traced arrays are not.
 """
 
+import reprlib
 from typing import Any
 
 import jax
@@ -34,7 +35,11 @@ def is_static(value) -> bool:
 
 
 def check_dtype(name: str, value) -> None:
-    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    try:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    except (TypeError, ValueError) as error:  # a ragged list, or one of traced values
+        got = reprlib.repr(value)
+        raise TypeError(f"{name} must be a list of ints or an integer array; got {got}.") from error
     if np.size(value) and not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers; got dtype {dtype}.")
 

@@ -13,17 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import integers
+from jax_fa.arguments import shown
 from jax_fa.gather import search_last
 from jax_fa.integers import known
 
 
 def list_of_integers(name: str, value) -> tuple[int, ...] | np.ndarray | jax.Array:
-    """A list, tuple or int as a tuple (static: part of the program); an array stays as it is (data)."""
+    """A list, tuple or int as a tuple (static); an array stays as it is."""
     if integers.is_int(value):
         return (int(value),)
     if isinstance(value, (list, tuple)) and all(type(x) is int or isinstance(x, np.integer) for x in value):
         return tuple(int(x) for x in value)
-    array = value if hasattr(value, "dtype") else jnp.asarray(value)
+    try:
+        array = value if hasattr(value, "dtype") else jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a list of ints or an integer array; got {shown(value)}.") from error
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers; got dtype {array.dtype}.")
     if array.ndim != 1:
