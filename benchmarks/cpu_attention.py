@@ -79,7 +79,8 @@ def _cases() -> list[Case]:
         for mask in ("full", "causal"):
             cases.append(Case(name="S=1024", Sq=1024, mask=mask, dtype=dtype))
         cases.append(Case(name="S=128", Sq=128, dtype=dtype))
-        cases.append(Case(name="decode", Sq=1, Skv=32768, N=32, K=8, D=128, dtype=dtype))
+        for D in (100, 128):
+            cases.append(Case(name="decode", Sq=1, Skv=32768, N=32, K=8, D=D, dtype=dtype))
     cases.append(Case(name="window", Sq=16384, mask="window 512", peers=False))
     cases.append(Case(name="S=16384", Sq=16384, mask="causal", peers=False))
     cases.append(Case(name="GQA 8:2", K=2, mask="causal"))

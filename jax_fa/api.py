@@ -70,17 +70,19 @@ def dot_product_attention(
       query_seq_lengths: integers of shape `(B,)`; rows from the length on are 0.
       key_value_seq_lengths: integers of shape `(B,)`; keys from the length on are masked.
       local_window_size: `(left, right)`, both inclusive: keys i - left .. i + right are visible to query i. An int
-        means both. Combines with is_causal. May be traced, also as an array of shape (2,): layers with different
-        windows can share one `jax.lax.scan`.
+        means both; None, also of one side: unbounded. A negative size moves the edge to the other side, as in
+        jax.nn, and does not mean "no window". Combines with is_causal. May be traced, also as an array of shape (2,):
+        layers with different windows can share one `jax.lax.scan`.
       implementation: None (the best backend that can), or the name of a backend: see `explain`.
       return_residual: also return the log-sum-exp of the logits.
       dropout_rate: probability in [0, 1) of dropping an attention weight, rounded to a multiple of 2**-16; kept
         weights are divided by the probability of keeping them. A traced rate is clipped to that range and has no
         gradient.
       dropout_key: a `jax.random` key, required if dropout_rate > 0. Same key, same bits, on every backend;
-        `jax_fa.dropout_mask` shows them.
+        `jax_fa.dropout_mask` returns them.
       logits_soft_cap: positive; replaces the logits x (after scale and bias) by `cap * tanh(x / cap)`. A finite
-        bias is capped with them; a bias of -inf masks its key all the same. May be traced; differentiable.
+        bias is capped with them; a bias of -inf masks its key all the same. May be traced; differentiable. A traced
+        cap that is not positive and finite gives NaN.
 
     Returns:
       The output, of query's shape and dtype; with return_residual a pair of it and the natural log-sum-exp
@@ -229,7 +231,7 @@ def _window(size) -> Mask | None:
         size = tuple(size)
     if not isinstance(size, Sequence) or len(size) != 2 or not all(map(_is_count, size)):
         raise ValueError(
-            "local_window_size must be an int, a pair (left, right) of ints, both of which may be data, or None; "
+            "local_window_size must be an int, a pair (left, right) of ints or integer scalars, traced or not, or None; "
             f"got {arguments.shown(size)}."
         )
     return masks.Band(*size)

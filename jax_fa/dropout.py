@@ -63,9 +63,14 @@ def threshold(keep_prob: float) -> int:
     return max(1, round(keep_prob * LIMIT))
 
 
-def traced_threshold(rate) -> UInt32[Array, ""]:
-    """`threshold` of a dropout rate that is data, of any value: outside [0, 1) it is clipped."""
-    kept = jnp.round((1 - jnp.asarray(rate).astype(jnp.float32)) * LIMIT)
+def kept_numbers(rate) -> int | UInt32[Array, ""]:
+    """The `threshold` of a dropout rate: an int, or an array of the same value where the rate is traced.
+
+    In float32, in which the product is exact. A traced rate outside [0, 1) is clipped.
+    """
+    if isinstance(rate, float):
+        return max(1, LIMIT - int(np.rint(np.float32(rate) * np.float32(LIMIT))))
+    kept = LIMIT - jnp.round(jnp.asarray(rate).astype(jnp.float32) * LIMIT)
     return jnp.clip(kept, 1, LIMIT).astype(jnp.uint32)
 
 
@@ -146,7 +151,7 @@ def dropout_mask(
     rate, sizes = _rate(dropout_rate), _sizes(shape)
     if 0 in sizes:
         return jnp.zeros((0,), jnp.uint8)
-    return _packed(seed_words(dropout_key), threshold(1.0 - rate), sizes)
+    return _packed(seed_words(dropout_key), kept_numbers(rate), sizes)
 
 
 def _rate(rate: Any) -> float:

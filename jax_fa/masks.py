@@ -20,7 +20,7 @@ says what they mean then.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,12 @@ TRACED = _Traced()
 
 class Mask:
     """Which keys a query row may see. Combine masks with `&`."""
+
+    # NumPy would apply & to an array element by element.
+    __array_ufunc__ = None
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value: join masks by &, not by `and`, `or` or `not`.")
 
     def __and__(self, other) -> "Mask":
         return Intersection(members(self) + members(as_mask(other)))
@@ -375,8 +381,11 @@ class Lengths(Mask):
 
     def aligned(self, rows: Rows) -> Rows:
         """The rows with these lengths instead of the arrays' own."""
-        sq = rows.sq if self.query is None else rows.per_batch(self.query, rows.all_sq)
-        skv = rows.skv if self.key is None else rows.per_batch(self.key, rows.all_skv)
+        sq, skv = rows.sq, rows.skv
+        if self.query is not None:
+            sq = _shorter(sq, rows.all_sq, rows.per_batch(self.query, rows.all_sq))
+        if self.key is not None:
+            skv = _shorter(skv, rows.all_skv, rows.per_batch(self.key, rows.all_skv))
         return replace(rows, sq=sq, skv=skv)
 
     def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
@@ -387,12 +396,18 @@ class Lengths(Mask):
         return None, upper
 
 
+def _shorter(length, full: Size, other):
+    """The shorter of two lengths, of which the first one may still be that of the array."""
+    return other if length is full else jnp.minimum(length, other)
+
+
 class _Packed(Mask):
     """Several sequences in one array: only keys of its own sequence are visible to a row, and of those `within`."""
 
     query: Any
     key: Any
     within: Band | None
+    contiguous: ClassVar[bool] = True  # the members of a sequence lie side by side
 
     def _check_within(self) -> None:
         if self.within is not None and not isinstance(self.within, Band):
@@ -406,7 +421,8 @@ class _Packed(Mask):
         # A row of self-attention stands at its own key; `within` counts from the same corner either way.
         within = _Placement() if self.within is None else self.within.placement(rows) or _Placement()
         binds = self.within is not None
-        if self.key is None or _alike(self.query, self.key):
+        still = is_int(within.offset) and within.offset == 0
+        if (self.key is None or _alike(self.query, self.key)) and (still or self.contiguous):
             return _Placement(offset=within.offset, binds=binds)
         return _Placement(packed=self, binds=binds)
 
@@ -440,6 +456,8 @@ class CumulativeLengths(_Packed):
 
     def __post_init__(self) -> None:
         self._check_within()
+        if self.query is None:
+            raise TypeError("query must hold the cumulative lengths of the rows; got None.")
         for name in ("query", "key"):
             value = getattr(self, name)
             if value is not None:
@@ -516,6 +534,7 @@ class SegmentIds(_Packed):
     key: Any = None
     within: Band | None = None
     padding_id: int | np.integer | None = None
+    contiguous: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._check_within()
@@ -550,11 +569,15 @@ class SegmentIds(_Packed):
 
     def _segments(self, rows: Rows) -> tuple[segments.Segments, Rows]:
         """The segments, and the rows within their own."""
-        query, key = (
-            np.asarray(x) if is_static(x) else x
-            for x in (self.query, self.query if self.key is None else self.key)
-        )
-        query, key = (x if known(x) is None else known(x) for x in (query, key))
+
+        def ids(given):
+            x = np.asarray(given) if is_static(given) else given
+            values = known(x)
+            x = x if values is None else values
+            # As many dims as the call has, so that they broadcast with counts per batch entry.
+            return x.reshape((1,) * (rows.batch_rank + 1 - x.ndim) + x.shape)
+
+        query, key = ids(self.query), ids(self.query if self.key is None else self.key)
         found = segments.of_ids(query, key, None if self.padding_id is None else int(self.padding_id))
         return found, replace(rows, i=found.rank, sq=found.rows, skv=found.count)
 

@@ -20,7 +20,7 @@ Shape = tuple[Size, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class CannArguments:
-    """The part of a `flash_attention_score` call that a mask does not say, for the backend that speaks CANN.
+    """The part of a `flash_attention_score` call that a mask does not say, for the Ascend backend.
 
     Everything here is known when tracing; where it is not (lengths or a prefix given as arrays), a call has none.
     """
@@ -113,7 +113,7 @@ class Operands:
     # Key j is visible only if segment_row < 0 (the bounds say it all) or segment_row == segment_key[j].
     segment_row: Any = None  # *#B #N #Sq int32
     segment_key: Any = None  # *#B #N Skv int32
-    # Scalars that are data; the static ones are in the problem.
+    # Traced scalars; the static ones are in the problem.
     scale: Any = None  # *#B #N float32 (float64 for float64 calls)
     soft_cap: Any = None  # *#B #N, likewise
     keep_threshold: Any = None  # *#B #N uint32: see dropout.threshold
@@ -156,6 +156,15 @@ LIKE_OUT = ("out", "dout", "rounding")  # fields of Saved in the order of out_ax
 def rounding_unit(dtype: Any) -> float:
     """What one unit of `Saved.rounding` stands for: half a unit in the last place of 1."""
     return float(jnp.finfo(dtype).eps) / 2
+
+
+def narrowed(x, dtype: Any) -> tuple[Any, Any]:
+    """x in the dtype, and what rounding took from it, as wide as x.
+
+    (Behind a barrier: XLA may drop a pair of casts, and its reduce_precision takes float16's subnormals for 0.)
+    """
+    narrow = jax.lax.optimization_barrier(x.astype(dtype))
+    return narrow, x - narrow.astype(x.dtype)
 
 
 def has_rounding(dtype: Any) -> bool:

@@ -58,7 +58,7 @@ def build(
     scale, soft_cap = _scale(scale, D), _soft_cap(logits_soft_cap)
     rules = masks.intervals(mask, batch, N, Sq, Skv)
     rate = _dropout_rate(dropout_rate, dropout_key)
-    limit = dropout.threshold(1.0 - rate) if isinstance(rate, float) else dropout.traced_threshold(rate)
+    limit = dropout.kept_numbers(rate)
     seed = stream = None
     if not isinstance(rate, float) or rate:
         seed = masks.lead(dropout.seed_words(dropout_key), rank + 1)
@@ -186,9 +186,12 @@ def _soft_cap(cap) -> float | jax.Array | None:
     if cap is None:
         return None
     cap = _scalar("logits_soft_cap", cap)
-    if isinstance(cap, float) and not (cap > 0 and math.isfinite(cap)):
-        raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")
-    return cap
+    if isinstance(cap, float):
+        if not (cap > 0 and math.isfinite(cap)):
+            raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")
+        return cap
+    cap = cap.astype(jnp.float64 if cap.dtype == jnp.float64 else jnp.float32)
+    return jnp.where((cap > 0) & (cap < jnp.inf), cap, jnp.nan)
 
 
 def _dropout_rate(rate, key) -> float | jax.Array:

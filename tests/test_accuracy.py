@@ -92,6 +92,12 @@ def test_peaked_rows(rows, dtype, backend):
     _check(backend, (2 * q, 2 * k, v, dout), dtype, scale=1.0)
 
 
+def test_small_float16_outputs(backend):
+    """What rounding takes is right below the normal numbers of float16, too."""
+    q, k, v, dout = _arrays(8, keys=8)
+    _check(backend, (q, k, 3e-5 * v, 1e3 * dout), "float16")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("common", [0, 3, 30])
 def test_keys_with_a_common_component(common, dtype, backend):
@@ -118,3 +124,11 @@ def test_large_queries(factor, dtype, backend):
     """One key takes it all, which leaves the gradients of queries and keys nothing but rounding."""
     q, k, v, dout = _arrays(keys=50)
     _check(backend, (factor * q, k, v, dout), dtype, names=("out", "value"))
+
+
+def test_one_query_of_many_keys(backend):
+    """Sums over many keys are made of sums over tiles."""
+    normal = np.random.default_rng(0).standard_normal
+    q, k, v, dout = (normal((1, size, 1, 16)) for size in (1, 2**17, 2**17, 1))
+    q[..., 0], k[..., 0] = 1, 20 * 4
+    _check(backend, (q, k, v, dout), scale=0.25, names=("out", "query", "value"))

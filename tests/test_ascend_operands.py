@@ -440,3 +440,16 @@ def test_lists_are_checked():
         lists[name] = np.array(ends)
         with pytest.raises(RAISED, match=message):
             jax.block_until_ready(call(*operands, problem=plain, **lists))
+
+
+def test_small_float16_outputs_of_calls_in_float32():
+    """Subnormal float16 outputs are the same with and without a derivative."""
+    x, bias = jnp.full((1, 8, 1, 16), 3e-5, jnp.float16), jnp.zeros((1, 1, 8, 8), jnp.float32)
+
+    def attend(x, bias):
+        return jax_fa.flash_attention(x, x, x, bias=bias, implementation="ascend")
+
+    plain = jax.jit(attend)(x, bias)
+    derived = jax.jit(lambda *args: jax.vjp(attend, *args)[0])(x, bias)
+    np.testing.assert_array_equal(np.float32(plain), np.float32(derived))
+    assert np.all(np.float32(plain) > 0)

@@ -218,12 +218,7 @@ def test_a_library_of_the_first_functions_only(tmp_path):
         t = normal(4, 30, 4, 16)
         compare(t, t, t, layout="SND", mask=masks.CumulativeLengths((10, 10, 25), within=masks.Causal()))
         assert functions() == ["VarLenScore", "UnpaddingScoreGrad"], functions()
-        try:
-            jax_fa.flash_attention(q, k, k, bias=bias, scale=0.0, implementation="ascend")
-        except NotImplementedError as error:
-            assert "no aclnnFlashAttentionScoreV2" in str(error)
-        else:
-            raise AssertionError
+        compare(q, k, k, bias, scale=0.0)  # the scale multiplies the query: pse before scaling cannot be divided by 0
         """),
         JAX_FA_CANN_EMULATOR=str(root / "lib"),
     )

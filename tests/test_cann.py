@@ -370,29 +370,37 @@ def test_values_statistics_and_gradients(case):
     check(case, run(case))
 
 
-@pytest.mark.parametrize("form", ["list", "tuple", "numpy", "jax", "traced"])
+@pytest.mark.parametrize(
+    ("form", "implementation"),
+    [
+        *((form, None) for form in ("list", "tuple", "numpy", "jax", "traced")),
+        ("tuple", "xla"),
+        ("traced", "xla"),
+    ],
+)
 @pytest.mark.parametrize(
     "name", ["TND-mode3", "TND-mode7", "TND-mode8", "drop-TND", "pse1-TND-full-longer-keys"]
 )
-def test_lists_of_ends_filled_up_with_zeros(name, form):
+def test_lists_of_ends_filled_up_with_zeros(name, form, implementation):
     """Lists of a fixed length: zeros after the last end are empty sequences. What lies behind it is 0."""
     case = next(case for case in CASES if case.name == name)
     filled = {n: (*x, 0, 0) for n, x in integer_arguments(case).items()}
     if form == "traced":
-        found = run(replace(case, traced=True), integers=filled)
+        found = run(replace(case, traced=True), integers=filled, implementation=implementation)
     else:
         convert = {"list": list, "tuple": tuple, "numpy": np.array, "jax": jnp.array}[form]
-        found = run(case, **{n: convert(x) for n, x in filled.items()})
+        converted = {n: convert(x) for n, x in filled.items()}
+        found = run(case, implementation=implementation, **converted)
     check(case, found)
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_tokens_after_the_last_end(traced):
+def test_tokens_after_the_last_end(traced, backend):
     """They give 0, and have gradients of 0."""
     q, k, v = (_random(16, 2, 8, seed=i) for i in range(3))
 
     def total(q, k, v, ends):
-        given = {"head_num": 2, "input_layout": "TND", "sparse_mode": 3}
+        given = {"head_num": 2, "input_layout": "TND", "sparse_mode": 3, "implementation": backend}
         result = flash_attention_score(q, k, v, actual_seq_qlen=ends, actual_seq_kvlen=ends, **given)
         return jnp.sum(jnp.sin(result.attention_out)), result.attention_out
 
@@ -455,13 +463,14 @@ def test_preconditions(name, form):
 @pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
 @pytest.mark.parametrize("layout", ["BSND", "TND"])
 @pytest.mark.parametrize("pse_type", [0, 1])
-def test_a_pse_of_minus_infinity_masks(pse_type, layout, scale):
+def test_a_pse_of_minus_infinity_masks(pse_type, layout, scale, backend):
     """Whatever the scale; a row of it is 0, with gradients of 0."""
     q, k = _random(1, 6, 2, 8), _random(1, 7, 2, 8, seed=1)
     pse = np.array(_random(1, 2, 6, 7, seed=2))
     pse[..., 3, :] = pse[..., 2] = -np.inf
     masked = np.isneginf(pse)
     given = {"head_num": 2, "input_layout": layout, "scale_value": scale, "pse_type": pse_type}
+    given["implementation"] = backend
 
     def loss(pse, q, k):
         shape = pse

@@ -421,7 +421,7 @@ DOT = [
     (
         lambda: dot(local_window_size=(1, 2, 3)),
         ValueError,
-        r"local_window_size must be an int, a pair \(left, right\) of ints, .*, or None; got \(1, 2, 3\)\.",
+        r"local_window_size must be an int, a pair \(left, right\) of ints.*, or None; got \(1, 2, 3\)\.",
     ),
     (lambda: dot(local_window_size="ab"), ValueError, r"local_window_size must be an int, .*; got 'ab'\."),
     (lambda: dot(local_window_size=(1.5, 0)), ValueError, r"local_window_size must be .*; got \(1\.5, 0\)\."),
@@ -478,6 +478,11 @@ def score(query=Q, key=KV, value=KV, **options):
     return jax_fa.flash_attention_score(query, key, value, head_num=4, input_layout="BSND", **options)
 
 
+def score_packed(**options):
+    options = {"actual_seq_qlen": (2, 5), "actual_seq_kvlen": (3, 7)} | options
+    return jax_fa.flash_attention_score(Q[0], KV[0], KV[0], head_num=4, input_layout="TND", **options)
+
+
 OTHER = [
     (
         lambda: jax.jvp(attend, (Q,), (Q,)),
@@ -499,6 +504,36 @@ OTHER = [
     ),
     (lambda: score(sparse_mode="2"), TypeError, r"sparse_mode must be an int; got '2'\."),
     (lambda: score(inner_precise=None), TypeError, r"inner_precise must be an int; got None\."),
+    (
+        lambda: score(prefix="ab", sparse_mode=5),
+        TypeError,
+        r"^prefix must be a list of ints or an integer array; got 'ab'\.$",
+    ),
+    (
+        lambda: score(prefix=[[1], 2], sparse_mode=5),
+        TypeError,
+        r"^prefix must be a list of ints or an integer array; got \[\[1\], 2\]\.$",
+    ),
+    (
+        lambda: score_packed(actual_seq_qlen="ab"),
+        TypeError,
+        r"^actual_seq_qlen must be a list of ints or an integer array; got 'ab'\.$",
+    ),
+    (
+        lambda: score_packed(actual_seq_kvlen=[[1], 2]),
+        TypeError,
+        r"^actual_seq_kvlen must be a list of ints or an integer array; got \[\[1\], 2\]\.$",
+    ),
+    (
+        lambda: traced(lambda p: score(keep_prob=p), 0.5),
+        ValueError,
+        r"^keep_prob must be a Python number in \(0, 1\]; got a traced value float32\[\]\.",
+    ),
+    (
+        lambda: masks.Lengths(key=[[1], [2, 3]]),
+        TypeError,
+        r"^key lengths must be a list of ints or an integer array; got \[\[1\], \[2, 3\]\]\.$",
+    ),
     (
         lambda: jax_fa.flash_attention_score(Q, KV, KV, head_num=4, input_layout=["BSND"]),
         ValueError,

@@ -78,7 +78,7 @@ def test_the_entry_of_arguments(arguments, options, entry):
         ("float16", "cuda", "products of float16 values, float32 sums and softmax"),
         ("float32", "tpu", "float32 sums; products as jax_default_matmul_precision says"),
         ("float64", "cpu", "float64 products and sums"),
-        ("bfloat16", "ascend", "what CANN's operator computes in"),
+        ("bfloat16", "ascend", "as CANN's operator does"),
     ],
 )
 def test_what_it_computes_in(dtype, platform, text):

@@ -231,7 +231,7 @@ def test_python_lists_and_scalars(backend):
     """Whatever jnp.asarray takes is an array."""
     q = _float(1, 3, 1, 2)
     run = partial(jax_fa.dot_product_attention, implementation=backend)
-    nested = run(q.tolist(), q.tolist(), q.tolist(), bias=0.5, mask=True, key_value_seq_lengths=[2])
+    nested = run(q.tolist(), q.tolist(), q.tolist(), bias=0.5, mask=[[True]], key_value_seq_lengths=[2])
     want = oracle.attention(q, q, q, visible=oracle.lengths(3, 3, key=[2])).out
     np.testing.assert_allclose(nested, want, atol=1e-6)
 
@@ -249,6 +249,7 @@ def test_our_own_arguments(backend):
     same = jax_fa.flash_attention(q, k, v, mask=jax_fa.masks.Causal(), **own)
     np.testing.assert_array_equal(out, same)
     seed = np.asarray(jax.random.bits(own["dropout_key"], (2,), jnp.uint32))
-    keep = oracle.keep_bits(seed, (B, N, T, S), 0.6)
-    options = {"visible": oracle.causal(T, S), "soft_cap": 1.5, "keep": keep, "keep_prob": 0.6}
+    kept = round(0.6 * 2**16) / 2**16
+    keep = oracle.keep_bits(seed, (B, N, T, S), kept)
+    options = {"visible": oracle.causal(T, S), "soft_cap": 1.5, "keep": keep, "keep_prob": kept}
     np.testing.assert_allclose(out, oracle.attention(q, k, v, **options).out, atol=2e-6)

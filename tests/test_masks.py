@@ -429,8 +429,47 @@ def test_static_descriptions_keep_host_values():
 
 def test_boolean_arrays_join_masks():
     dense = np.random.default_rng(1).random((5, 8)) < 0.5
-    for joined in (Causal() & dense, jnp.asarray(dense) & Causal()):
+    for joined in (Causal() & dense, dense & Causal(), jnp.asarray(dense) & Causal()):
         same(joined, dense & oracle.causal(5, 8), (2,), 5, 8)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,)])
+@pytest.mark.parametrize("within", ["offset", "left", "rows"])
+def test_segments_of_all_entries_with_counts_of_each(within, shape):
+    """Ids that the batch shares, with a band for each entry."""
+    ids = np.array([0, 0, 1, 0, 1, 1])
+    rank = np.array([np.sum(ids[:i] == ids[i]) for i in range(6)])
+    if within == "left":
+        values = np.array([0, 2])
+        band, first, last = SlidingWindow(values, 0), rank - values[:, None], rank - 0 * values[:, None]
+    else:
+        values = np.array([0, 1]) if within == "offset" else np.arange(12).reshape(2, 1, 6) % 3
+        last = rank + (values[:, None] if within == "offset" else values[:, 0])
+        band, first = Causal(offset=values), np.zeros_like(last)
+    mask = SegmentIds(np.broadcast_to(ids, (*shape, 6)), within=band)
+    inside = (first[..., None] <= rank) & (rank <= last[..., None])
+    same(mask, ((ids[:, None] == ids) & inside)[:, None], (2,), 6, 6)
+
+
+def test_two_lengths_align_by_the_shorter_one():
+    for first, second in ((3, 5), (5, 3)):
+        mask = Lengths(key=first) & Lengths(key=second) & Causal("bottom-right")
+        same(mask, oracle.band(6, 6, None, 0, offset=3 - 6) & (np.arange(6) < 3), (), 6, 6)
+
+
+def test_a_shift_counts_in_the_segment_whatever_is_known():
+    """ALiBi's positions of known and of traced ids are the same."""
+    ids = np.array([1, 2, 1, 2, 1, 2])
+    known = masks.positions(SegmentIds(ids, within=Band(offset=1)), (1,), 1, 6, 6)
+    traced = jax.jit(lambda x: masks.positions(SegmentIds(x, x, within=Band(offset=1)), (1,), 1, 6, 6))(ids)
+    np.testing.assert_array_equal(np.ravel(known), np.ravel(traced))
+    np.testing.assert_array_equal(np.ravel(known), [2, 3, 4, 5, 5, 6])
+
+
+def test_a_mask_has_no_truth_value():
+    """`and` would drop the first of two masks."""
+    with pytest.raises(TypeError, match=r"a mask has no truth value: join masks by &"):
+        Causal() and Lengths(key=(3,))
 
 
 # --- errors

@@ -93,7 +93,7 @@ EMPTY = tuple(case for case in TABLE if 0 in case.full)
 REFUSED = {case.name: "a dimension is empty" for case in EMPTY}
 SERVED = tuple(case for case in TABLE if case.name not in REFUSED)
 # Run by default: with gradients, which show the forward's results too, or without.
-WITH_GRADIENTS = ("mask-nothing", "bias-BN1K", "bfloat16-everything", "float16-causal")
+WITH_GRADIENTS = ("mask-nothing", "bias-BN1K", "bfloat16-everything", "float16-causal", "bfloat16-peaked-50")
 FORWARD_ONLY = (
     "two-batch-dims",
     "mask-causal_dense",

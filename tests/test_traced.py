@@ -1,4 +1,4 @@
-"""Scalars that are data: a traced value gives what the same Python number gives, has a gradient, and may be mapped."""
+"""Traced scalars: a traced value gives what the same Python number gives, has a gradient, and may be mapped."""
 
 from functools import partial
 
@@ -9,6 +9,7 @@ import oracle
 import pytest
 
 import jax_fa
+from jax_fa import dropout
 from jax_fa.masks import Causal
 
 B, SQ, SKV, N, K, D = 2, 9, 13, 4, 2, 16
@@ -146,3 +147,43 @@ def test_dropout_keeps_the_mean(rate, backend):
     keep = round((1 - rate) * 2**16) / 2**16
     spread = ((1 - keep) / keep / (512 * 512 * 4)) ** 0.5
     assert abs(float(out.mean()) - 1) < 4 * spread
+
+
+def test_traced_rates_draw_the_bits_of_static_ones():
+    rates = np.float32(np.random.default_rng(0).random(500))
+    traced = jax.jit(jax.vmap(dropout.kept_numbers))(rates)
+    np.testing.assert_array_equal(traced, [dropout.kept_numbers(float(rate)) for rate in rates])
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, np.inf, np.nan])
+def test_a_traced_cap_that_is_not_positive_and_finite(cap, backend):
+    out = jax.jit(lambda cap: _attend(ARRAYS, backend, logits_soft_cap=cap))(jnp.float32(cap))
+    visible = np.broadcast_to(oracle.causal(SQ, SKV, "bottom-right").any(-1)[:, None, None], out.shape[1:])
+    assert np.isnan(out[:, visible]).all()
+
+
+def test_gradient_of_a_cap_under_an_infinite_bias(backend):
+    """A saturated logit adds to the gradient what its weight does, and no NaN."""
+    x = {name: jnp.asarray(a[:, :3]) for name, a in ARRAYS.items()}
+    bias = jnp.zeros((3, 3)).at[1, 1].set(jnp.inf)
+
+    def loss(cap):
+        out = jax_fa.flash_attention(**x, bias=bias, logits_soft_cap=cap, implementation=backend)
+        return jnp.sum(out * DOUT[:, :3])
+
+    found = jax.jit(jax.grad(loss))(jnp.float32(2.0))
+    want = (loss(2.0 + 2e-2) - loss(2.0 - 2e-2)) / 4e-2
+    np.testing.assert_allclose(found, want, rtol=1e-2)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_inference_in_16_bits_multiplies_16_bits(platform):
+    """Wide products, which accelerators have to pay for, are those of derivatives alone."""
+    x = jax.ShapeDtypeStruct((2, 64, 2, 16), jnp.bfloat16)
+    attend = jax.jit(partial(jax_fa.flash_attention, mask=Causal(), implementation="xla"))
+    text = jax.export.export(attend, platforms=(platform,))(x, x, x).mlir_module()
+    products = [line for line in text.splitlines() if "= stablehlo.dot_general" in line]
+    assert products
+    for line in products:
+        operands = line.split(" : (")[1].split(") -> ")[0]
+        assert operands.count("xbf16>") == 2, line

@@ -16,7 +16,7 @@ import pytest
 import jax_fa
 from jax_fa import primitives
 from jax_fa.api import flash_attention_request
-from jax_fa.masks import Causal, Lengths
+from jax_fa.masks import Causal, Dense, Lengths, SegmentIds
 from jax_fa.problem import Operands, Saved
 
 SIZE, SQ, SKV, N, K, D = 3, 5, 7, 4, 2, 8
@@ -56,37 +56,69 @@ def _inputs():
     return calls[0][0], operands, saved
 
 
+@cache
+def _data_inputs():
+    """The same for a bfloat16 call in which everything that may be data is: scalars, segments, positions, dropout."""
+    _problem, operands, saved = _inputs()
+    rng = np.random.default_rng(1)
+
+    calls = []
+    for i in range(SIZE):
+        one = {n: getattr(operands, n)[i].astype(jnp.bfloat16) for n in ("query", "key", "value")}
+        ids = (jnp.asarray(rng.integers(0, 2, n)) for n in (SQ, SKV))
+        mask = SegmentIds(*ids) & Causal("bottom-right") & Dense(jnp.asarray(rng.random((1, SQ, SKV)) < 0.9))
+        slopes = jnp.abs(jnp.asarray(rng.standard_normal(N), jnp.float32))
+        seen = []
+
+        def request(scalar, one=one, mask=mask, slopes=slopes, i=i, seen=seen):
+            found, x = flash_attention_request(
+                **one,
+                mask=mask,
+                alibi_slopes=slopes,
+                scale=scalar,
+                logits_soft_cap=4 * scalar,
+                dropout_rate=scalar,
+                dropout_key=jax.random.key(i),
+                return_logsumexp=True,
+            )
+            seen.append(found)
+            return x
+
+        calls.append((jax.jit(request)(jnp.float32(0.2 + 0.1 * i)), seen[0]))
+    operands = jax.tree.map(lambda *x: jnp.stack(x), *(x for x, _ in calls))
+    narrow = {n: getattr(saved, n).astype(jnp.bfloat16) for n in ("out", "dout")}
+    rounding = jnp.asarray(rng.random(saved.out.shape) - 0.5, jnp.bfloat16)
+    return calls[0][1], operands, replace(saved, **narrow, rounding=rounding)
+
+
 def _names(tree) -> list[str]:
     return [f.name for f in fields(tree) if getattr(tree, f.name) is not None]
 
 
-def _run(backend: str, mapped: frozenset[str], front: bool = True) -> None:
-    """Forward (if only operands are mapped) and backward under vmap and in a loop."""
-    problem, operands, saved = _inputs()
-    problem = replace(problem, implementation=backend)
+def _run(backend: str, mapped: frozenset[str], front: bool = True, made=_inputs) -> None:
+    """Forward and backward under vmap and in a loop."""
+    _problem, operands, saved = made()
     inputs = {n: getattr(operands, n) for n in _names(operands)}
     inputs |= {n: getattr(saved, n) for n in _names(saved)}
     rng = np.random.default_rng(len(mapped))
     at = {n: (0 if front else int(rng.integers(x.ndim))) if n in mapped else None for n, x in inputs.items()}
     given = {n: x[0] if at[n] is None else jnp.moveaxis(x, 0, at[n]) for n, x in inputs.items()}
 
-    def run(x):
-        operands_ = Operands(**{n: x[n] for n in _names(operands)})
-        saved_ = Saved(**{n: x[n] for n in _names(saved)})
-        gradients = primitives.backward(problem, operands_, saved_)
-        return primitives.forward(problem, operands_), [g for _, g in gradients.items() if g is not None]
-
+    run = _one(backend, made)
     found = jax.vmap(run, in_axes=(at,))(given)
     for i in range(SIZE):
-        want = _one(backend)({n: x[i] if n in mapped else x[0] for n, x in inputs.items()})
+        want = run({n: x[i] if n in mapped else x[0] for n, x in inputs.items()})
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
             assert a.shape == (SIZE, *b.shape), (sorted(mapped), a.shape, b.shape)
-            np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=2e-5, err_msg=str(sorted(mapped)))
+            # What sums over broadcast dims is rounded once, in either order of the sum.
+            close = 2e-5 if b.dtype == jnp.float32 else 2**-7
+            a, b = (np.asarray(x, np.float32) for x in (a[i], b))
+            np.testing.assert_allclose(a, b, rtol=close, atol=close, err_msg=str(sorted(mapped)))
 
 
 @cache
-def _one(backend: str):
-    problem, operands, saved = _inputs()
+def _one(backend: str, made):
+    problem, operands, saved = made()
     problem = replace(problem, implementation=backend)
 
     @jax.jit
@@ -120,9 +152,29 @@ def test_subsets(mapped, backend):
     _run(backend, mapped)
 
 
-@pytest.mark.parametrize("mapped", ALL_BUT_ONE, ids=lambda mapped: "all-but-" + str(len(mapped)))
+@pytest.mark.parametrize("mapped", ALL_BUT_ONE, ids=_label)
 def test_subsets_mapped_anywhere(mapped, backend):
     _run(backend, mapped, front=False)
+
+
+DATA = (
+    *("mask", "lower", "upper", "segment_row", "segment_key", "position", "alibi_slopes"),
+    *("scale", "soft_cap", "keep_threshold", "dropout_seed", "dropout_stream", "rounding"),
+)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_alone(name, backend):
+    _run(backend, frozenset({name}), made=_data_inputs)
+
+
+@pytest.mark.parametrize("count", [0, 4, 9, 13])
+def test_data_mapped_anywhere(count, backend):
+    """All inputs but a random few."""
+    _, operands, saved = _data_inputs()
+    names = [*_names(operands), *_names(saved)]
+    left_out = np.random.default_rng(count).choice(names, count, replace=False)
+    _run(backend, frozenset(names) - set(left_out), front=False, made=_data_inputs)
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ What CANN does not compute is supplied here in plain JAX around the call:
 * its backward has no gradient for pse: that of bias and slopes comes from the portable backend;
 * it has no gradient of the log-sum-exp: the term `ds += p dlogsumexp` is what two more columns of value give,
   zeros there, dlogsumexp in dout and -1 in out, since CANN's backward is ds = p (dout v^T - rowsum(dout out));
-* its scale and keep_prob are host numbers: a scale that is data multiplies the query, in float32 as CANN would do,
-  and a keep probability that is data divides out, with CANN's own at 1. In the backward, dout / keep_prob and
+* its scale and keep_prob are host numbers: a traced scale multiplies the query, in float32 as CANN would do,
+  and a traced keep probability divides out, with CANN's own at 1. In the backward, dout / keep_prob and
   out * keep_prob in the places of dout and out give CANN's gradients;
 * -inf in pse becomes a finite number (`shift`);
 * values wider than keys: query and key get zeros;
@@ -20,7 +20,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +36,7 @@ from jax_fa.problem import (
     accumulator_dtype,
     dims,
     gradient_shape,
+    narrowed,
     out_shape,
     rounding_unit,
 )
@@ -108,7 +108,7 @@ def _why_not_short(problem, operands, d: Dims, backward: bool, file: str) -> str
         ("no mask", problem.mask is not None or x.mask is not None or x.lower is not None),
         ("no bias", x.bias is not None or x.alibi_slopes is not None),
         ("no dropout", x.dropout_seed is not None or x.drop_bits is not None),
-        ("no scale that is data", x.scale is not None),
+        ("no traced scale", x.scale is not None),
     ):
         if given:
             return f"{only}has {feature}"
@@ -133,7 +133,7 @@ def notes(problem: Problem, operands: Operands) -> tuple[str, ...]:
         again = "; rows that it masks fully are found by reading it once more" if dtype == jnp.float16 else ""
         found.append(f"a copy of the bias is made, with a finite number where it is -inf{again}")
     if x.bias_offset is not None and not plan.own_pse:
-        found.append("the bias is spread out: CANN has no offsets of rows")
+        found.append("the bias is expanded to Sq x Skv: CANN has no per-row offsets")
     if problem.logsumexp:
         found.append("the gradient of the log-sum-exp costs CANN's backward a wider head_dim")
     if plan.wide and plan.wide_pse:
@@ -148,7 +148,9 @@ def notes(problem: Problem, operands: Operands) -> tuple[str, ...]:
         )
     if plan.sequences is None and plan.sparse.full:
         B, N = _mask_lead(operands, d)
-        found.append(f"no sparse mode says this mask: a full one of {B * N * d.Sq * d.Skv} bytes is built")
+        found.append(
+            f"no sparse mode expresses this mask: a full one of {B * N * d.Sq * d.Skv} bytes is built"
+        )
     if operands.dropout_seed is not None:
         bits = math.prod(d.B) * d.N * d.Sq * d.Skv
         found.append(f"keep bits are drawn in plain JAX and stored: {-(-bits // 8)} bytes")
@@ -182,10 +184,8 @@ def forward(problem: Problem, operands: Operands) -> tuple[Any, ...]:
         return out.astype(dtype), m, l
     if out.dtype == dtype:  # CANN hands the rounded output alone
         return out, m, l, jnp.zeros(out.shape, dtype)
-    # XLA may drop a pair of casts.
-    info = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(out, info.nexp, info.nmant)
-    return rounded.astype(dtype), m, l, ((out - rounded) / rounding_unit(dtype)).astype(dtype)
+    narrow, lost = narrowed(out, dtype)
+    return narrow, m, l, (lost / rounding_unit(dtype)).astype(dtype)
 
 
 def _forward(problem: Problem, operands: Operands):
@@ -315,7 +315,7 @@ def _with_logsumexp(r: Request, d: Dims, out, dout, dlse):
 
 
 def _scale_gradient(problem: Problem, operands: Operands, d: Dims, layout: str, dq):
-    """Of a scale that is data, from the gradient dq of the scaled query."""
+    """Of a traced scale, from the gradient dq of the scaled query."""
     shape = layouts.full(problem, operands, "query", d)
     query = layouts.to_layout(operands.query, problem.query_axes, layout, shape)
     gradient = layouts.dot(dq, query, layout, d.N).reshape(*d.B, d.N)

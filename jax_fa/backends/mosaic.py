@@ -1,4 +1,4 @@
-"""The backend for NVIDIA Hopper GPUs: Pallas Mosaic GPU kernels with the copy engine and warpgroup matrix products.
+"""The backend for NVIDIA Hopper GPUs: Pallas Mosaic GPU kernels with TMA and warpgroup matrix products.
 
 The kernels are in `jax_fa/mosaic/`, imported when the first call is lowered for a GPU. On CPU they run where Pallas'
 interpreter is forced (`plgpu.force_gpu_interpret_mode`), slowly: for tests.

@@ -10,7 +10,7 @@ Backward from the saved m and l, with D = rowsum(dout out) - dlogsumexp, out as 
     dq = scale ds k,  dk = scale ds^T q,  dv = (keep / keep_prob p)^T dout,  dbias = ds
 
 Rows of ds sum to 0 (to dlogsumexp), so that what all keys have in common cancels in dq. Rounding to 16 bits would leave
-some of it, in p v (of which D is made) as well as in ds k: both take their weights wide.
+some of it, in p v (of which D is made) as well as in ds k: under differentiation both take their weights wide.
 
 NaN in masked positions (padding often holds it) must not propagate, and 0 * NaN is NaN in a matrix product. So in
 masked tiles non-finite values enter the products as 0, and where they are visible they come back through the
@@ -29,7 +29,7 @@ from jax import lax
 
 from jax_fa import dropout, softmax
 from jax_fa.gather import add_last, take_last
-from jax_fa.problem import Operands, Problem, Saved, Shape, gradient_shape, out_shape, rounding_unit
+from jax_fa.problem import Operands, Problem, Saved, Shape, gradient_shape, narrowed, out_shape, rounding_unit
 from jax_fa.tiles import Axis, Call, Padding, is_symbolic
 
 name = "xla"
@@ -194,7 +194,7 @@ class _Tile:
             x = s / cap
             tanh = jnp.tanh(x)
             s, slope = cap * tanh, 1 - tanh * tanh
-            cap_slope = tanh - x * slope
+            cap_slope = tanh - jnp.where(slope == 0, 0, x * slope)  # x may be infinite
             if bias is not None:  # -inf masks a key, whatever comes after
                 s = jnp.where(bias == -jnp.inf, -jnp.inf, s)
         if nan_marker is not None:
@@ -255,6 +255,14 @@ def _forward(call: Call) -> tuple[Any, ...]:
     key_range = _key_ranges(call, rows, keys)
     seq = problem.out_axes[problem.batch_rank]
 
+    def weighted(spec: str, p, v):
+        # A derivative takes delta from the output, so that it must be the sum of the weights that the backward has.
+        return (
+            _wide_product(call, spec, p, v)
+            if problem.saves_rounding
+            else call.product(spec, p.astype(call.dtype), v)
+        )
+
     def row_tile(t, carry):
         outs, m, l = carry
         q = call.query_tile(operands.query, problem.query_axes, rows, t)
@@ -273,7 +281,7 @@ def _forward(call: Call) -> tuple[Any, ...]:
             keep = tile.keep()
             if keep is not None:
                 p = jnp.where(keep, p, 0)
-            return acc * rescale[..., None] + call.product("kgij,kjd->kgid", p, v), m, l
+            return acc * rescale[..., None] + weighted("kgij,kjd->kgid", p, v), m, l
 
         part = (*call.B, d.K, d.G, rows.tile)
         start = (jnp.zeros((*part, d.Dv), call.acc), *softmax.start(part, call.acc))
@@ -283,8 +291,8 @@ def _forward(call: Call) -> tuple[Any, ...]:
             exact = exact / call.keep_prob
         tiles = [exact.astype(call.dtype)]
         if problem.saves_rounding:
-            lost = exact - _rounded(exact, call.dtype)
-            tiles.append((lost / rounding_unit(call.dtype)).astype(call.dtype))
+            narrow, lost = narrowed(exact, call.dtype)
+            tiles = [narrow, (lost / rounding_unit(call.dtype)).astype(call.dtype)]
         return (
             tuple(
                 rows.put(x, call.stored(tile, problem.out_axes), seq, t)
@@ -393,17 +401,11 @@ def _wide_product(call: Call, spec: str, x, y):
         return call.product(spec, x, y)
 
     def split(x, y):
-        high = _rounded(x, call.dtype)
-        low = x - high
-        return call.product(spec, high.astype(call.dtype), y) + call.product(spec, low.astype(call.dtype), y)
+        high, low = narrowed(x, call.dtype)
+        low = jnp.where(jnp.isfinite(low), low, 0).astype(call.dtype)
+        return call.product(spec, high, y) + call.product(spec, low, y)
 
     return lax.platform_dependent(x, y, cpu=partial(call.product, spec), default=split)
-
-
-def _rounded(x, dtype):
-    """x rounded to the dtype, as wide as before. XLA may drop a plain pair of casts, which it allows excess precision."""
-    kind = jnp.finfo(dtype)
-    return lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
 
 
 def _times_scale(call: Call, ds, q):

@@ -166,7 +166,7 @@ def _capped(tile: Tile, s, read: Read):
     capped = t * cap
     for bias in _biases(tile, read):
         capped = jnp.where(bias == -jnp.inf, -jnp.inf, capped)  # which masks a key, whatever comes after
-    return capped, slope, None if data is None else t - x * slope
+    return capped, slope, None if data is None else t - jnp.where(slope == 0.0, 0.0, x * slope)
 
 
 def _visible(tile: Tile, read: Read, bounded: bool):

@@ -586,7 +586,10 @@ mask = jax.ShapeDtypeStruct((2, 1, 4096, 4096), jnp.bool_)
 pse = jax.ShapeDtypeStruct((1, 16, 4096, 4096), jnp.bfloat16)
 CALLS = [
     ({"sparse_mode": 3}, "none"),
-    ({"sparse_mode": 1, "atten_mask": mask}, "no sparse mode says this mask: a full one of 33554432 bytes"),
+    (
+        {"sparse_mode": 1, "atten_mask": mask},
+        "no sparse mode expresses this mask: a full one of 33554432 bytes",
+    ),
     ({"pse": pse}, "the gradient of bias or slopes is computed in plain JAX"),
 ]
 for arguments, expected in CALLS:
