@@ -74,3 +74,18 @@ def test_sizes_of_one_in_masks_and_biases_stay_one(gradient, backend):
     extras = {"bias": _float(B, 1, 1, s), "mask": jax.ShapeDtypeStruct((B, 1, 1, s), bool)}
     plain, full = (_temporary(backend, gradient, q, kv, x) for x in ({}, extras))
     assert full < 1.5 * plain + 2 * MIB
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_gradients_keep_one_array_more(dtype, backend):
+    """Between forward and backward: the output, what rounding took from it, and the statistics."""
+    x = jax.ShapeDtypeStruct((1, 1024, 8, 64), dtype)
+
+    def saved(q, k, v):
+        return jax.vjp(lambda *x: jax_fa.flash_attention(*x, implementation=backend), q, k, v)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(saved, x, x, x))
+    sizes = sorted(array.size * array.dtype.itemsize for array in kept)
+    out, statistics = 1024 * 8 * 64 * 2, 1024 * 8 * 4
+    assert sum(sizes) <= 5 * out + 2 * statistics  # query, key, value, out and rounding
+    assert sizes.count(out) == 5
