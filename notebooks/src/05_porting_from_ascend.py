@@ -479,7 +479,7 @@ plt.show()
 # 16 bytes) can be passed as it is.
 
 # %%
-KEEP = 0.8
+KEEP = 0.75
 keep = random.random((B, N, SQ, SKV)) < KEEP
 drop_mask = np.packbits(keep.reshape(-1), bitorder="little")
 assert len(drop_mask) == B * N * SQ * SKV // 8
@@ -529,7 +529,7 @@ axes[0].tick_params(length=0)
 axes[0].set_title("rows 0 to 7: bytes in hex over their bits, lowest first", fontsize=9)
 axes[1].imshow(kept, cmap="Blues", vmin=0, vmax=3 / KEEP / SKV, aspect="auto")
 axes[1].set(xticks=[], yticks=[])
-axes[1].set_title("equal weights after dropout: 0, or 1 / 32 / 0.8", fontsize=9)
+axes[1].set_title("equal weights after dropout: 0, or 1 / 32 / 0.75", fontsize=9)
 plt.show()
 _ = asked()
 
@@ -615,7 +615,7 @@ def refused(message, *operands, **call):
         raise AssertionError(f"not refused: {message}")
 
 
-refused("unexpected keyword argument 'scale'", q, k, v, scale=SCALE)
+refused("pass scale_value instead", q, k, v, scale=SCALE)
 refused("must have shape (2048, 2048)", q, k, v, sparse_mode=2, atten_mask=own)
 refused("got another pattern", q, k, v, sparse_mode=3, atten_mask=~C)  # the wrong way round
 refused("must have one of the shapes", q, k, v, atten_mask=np.zeros((B, 1, 1, SKV), bool))
@@ -624,8 +624,12 @@ refused("drop_mask must be given", q, k, v, keep_prob=0.9)
 refused("query's dtype", *(x.astype(jnp.bfloat16) for x in (q, k, v)), pse=full)
 x = q[0], k[0], v[0]
 refused("cumulative", *x, input_layout="TND", actual_seq_qlen=[14, 10], actual_seq_kvlen=[20, 12])
-# Zeros for sequences to leave out, as torch_npu allows: repeat the last end instead, [5, 24, 24] and [9, 32, 32].
-refused("cumulative", *x, input_layout="TND", actual_seq_qlen=[5, 24, 0], actual_seq_kvlen=[9, 32, 0])
+# Zeros after the last end, as torch_npu allows, are sequences without tokens.
+packed = {"head_num": N, "input_layout": "TND", "scale_value": SCALE}
+filled = score(*x, **packed, actual_seq_qlen=[5, 24, 0], actual_seq_kvlen=[9, 32, 0])
+close(
+    filled.attention_out, score(*x, **packed, actual_seq_qlen=[5, 24], actual_seq_kvlen=[9, 32]).attention_out
+)
 
 # %% [markdown]
 # What is not wrong by itself cannot be refused. Each of these is a silent difference if overlooked:
