@@ -352,7 +352,7 @@ class Prefix(Mask):
 class Lengths(Mask):
     """`visible(i, j) = i < query[b] and j < key[b]`: padded sequences. Padded rows are fully masked.
 
-    Args (by keyword):
+    Args:
       query: length of each batch entry, in 0..Sq, shape `*B` (or a Python int or tuple); None: no padding. Values
         outside, where they are not known when tracing, mean the nearer end.
       key: the same of keys and values.
