@@ -92,9 +92,9 @@ TABLE = tuple(_in_16_bits(at, case) for at, case in enumerate(CASES))
 EMPTY = tuple(case for case in TABLE if 0 in case.full)
 REFUSED = {case.name: "a dimension is empty" for case in EMPTY}
 SERVED = tuple(case for case in TABLE if case.name not in REFUSED)
-# Run by default: with gradients, which show the forward's results too, or without.
 # Where no naive result is at hand that is rounded alike: the distance of neighbours in bfloat16, above 1.
 NEIGHBOURS = 2**-7
+# Run by default: with gradients, which show the forward's results too, or without.
 WITH_GRADIENTS = ("mask-nothing", "bias-BN1K", "bfloat16-everything", "float16-causal", "bfloat16-peaked-50")
 FORWARD_ONLY = (
     "two-batch-dims",
