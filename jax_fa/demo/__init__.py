@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_fa
-from jax_fa import program
-from jax_fa.demo import baseline, checks, gpt, race, report
+from jax_fa.demo import baseline, checks, gpt, program, race, report
 
 DTYPES = ("float32", "bfloat16", "float16")
 OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
@@ -55,7 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(config: gpt.Config, implementation: str | None) -> jax_fa.Explanation:
     """What would run the model's attention here. Raises NotImplementedError where nothing can."""
-    ask = partial(jax_fa.explain, *race.operands(config), is_causal=True, implementation=implementation)
+    ask = partial(
+        jax_fa.explain,
+        *race.operands(config),
+        is_causal=True,
+        implementation=implementation,
+        entry="dot_product_attention",
+    )
     here = next(iter(ask().chosen))  # the first platform is the one we are on
     explanation = ask(platforms=(here,))
     if explanation.chosen[here] is None:
