@@ -10,6 +10,7 @@ import jax_fa
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
     {"problem", "compat", "gather", "integers", "arguments", "native", "program", "_native"},
+    {"testing", "testing.oracle", "testing.cann_oracle", "testing.programs"},
     {"segments", "packed"},
     {"masks", "softmax", "dropout", "ascend.installation", "mosaic", "mosaic.widths"},
     {"tiles", "mosaic.tuning", "mosaic.memory"},
@@ -31,6 +32,7 @@ FLOORS = [
     {"api", "cann", "ring"},
     {"explanation"},
     {""},  # jax_fa/__init__.py: public names only
+    {"testing.cases", "testing.emulator"},
     {"demo.baseline", "demo.gpt"},
     {"demo.checks", "demo.race"},
     {"demo.report"},
