@@ -86,7 +86,7 @@ def emulator_dir() -> str:
     path = Path(__file__).parent.parent.parent / "emulator"
     if not (path / "libopapi.so").exists():
         reason = f"{path} is not there; reinstall with a C++17 compiler at hand"
-        raise RuntimeError(f"the CANN emulator is not installed: {native.absence() or reason}")
+        raise RuntimeError(f"the CANN emulator is not installed: {native.absence() if native.missing else reason}")
     return str(path)
 
 
