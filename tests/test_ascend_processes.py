@@ -12,10 +12,10 @@ import emulator
 import pytest
 
 import jax_fa
-from jax_fa.ascend import installation
+from jax_fa.backends.ascend import installation
 
-if installation.missing is not None:
-    pytest.skip(f"needs the native extension: {installation.missing}", allow_module_level=True)
+if (absent := installation.absence()) is not None:
+    pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
 
 HERE = Path(__file__).parent
 _OURS = ("JAX_FA_CANN_EMULATOR", "JAX_FA_CANN_PATH", "JAX_FA_CANN_ABI", "LD_LIBRARY_PATH")
