@@ -29,6 +29,12 @@ def parts(check_only: bool, tune: bool) -> tuple[str, ...]:
     return tuple(part for part in SHARES if tune or part != "tune")
 
 
+def phases(chosen: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Parts that one process works on; checks, which nobody times, are shared by several."""
+    before = chosen.index("checks")
+    return [found for found in (chosen[:before], ("checks",), chosen[before + 1 :]) if found]
+
+
 def share(part: str, chosen: tuple[str, ...], left: float) -> float:
     """Seconds that a part may take of those left when it starts."""
     following = chosen[chosen.index(part) :]

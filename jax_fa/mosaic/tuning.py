@@ -59,21 +59,22 @@ class Row:
 
 
 FORWARD = (
-    Row(head_dim=64, tiles=Tiles(width=128, stages=4, consumers=3)),
+    Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=3)),
     Row(head_dim=128, tiles=Tiles(width=128, stages=2, consumers=2)),
-    Row(head_dim=192, tiles=Tiles(width=64, stages=3, consumers=2)),
+    Row(head_dim=192, tiles=Tiles(width=64, stages=2, consumers=3)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=2)),
 )
 # The gradient of query holds two tiles of logits beside its sum.
 QUERY_GRADIENT = (
-    Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
-    Row(head_dim=128, tiles=Tiles(width=64, stages=2, consumers=2)),
+    Row(head_dim=64, tiles=Tiles(width=64, stages=3, consumers=3)),
+    Row(head_dim=192, tiles=Tiles(width=64, stages=2, consumers=2)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=1, consumers=2)),
 )
 # The gradients of key and value are two sums; above 128 they are computed one after the other.
 KEY_GRADIENT = (
-    Row(head_dim=128, tiles=Tiles(width=64, stages=2, consumers=2)),
-    Row(head_dim=256, tiles=Tiles(width=64, stages=1, consumers=2)),
+    Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
+    Row(head_dim=192, tiles=Tiles(width=64, stages=2, consumers=2)),
+    Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=1)),
 )
 # All four arrays move; the sum is a tile of logits.
 BIAS_GRADIENT = (
