@@ -67,7 +67,7 @@ def _supervise(options: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
     deadline = time.time() + options.budget_seconds
-    hidden = ("worker", "deadline", "parts", "nth")
+    hidden = ("worker", "deadline", "parts", "nth", "out", "wheels")  # the last two are paths
     shown = {name: str(value) for name, value in vars(options).items() if name not in hidden}
     results = record.Results(options.out, shown, lambda text: print(text, flush=True))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -90,9 +90,7 @@ def _supervise(options: argparse.Namespace) -> int:
         code = 0
         for parts in work.phases(chosen):
             left = deadline - time.time()
-            until = time.time() + sum(
-                work.share(part, chosen[chosen.index(parts[0]) :], left) for part in parts
-            )
+            until = time.time() + work.phase_seconds(parts, chosen, left)
             processes = options.check_processes if parts == ("checks",) else 1
             if left > 0 and code != supervise.NO_DEVICE:
                 watches = [watch(parts, until, (i, processes)) for i in range(processes)]

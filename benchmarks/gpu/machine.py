@@ -92,7 +92,7 @@ def _commit() -> str:
     import jax_fa
 
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    if Path(jax_fa.__file__).is_relative_to(ROOT):
+    if Path(jax_fa.__file__).is_relative_to(ROOT) and (ROOT / ".git").exists():
         try:
             found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
             return f"{jax_fa.__version__} at {found.stdout.strip()}"

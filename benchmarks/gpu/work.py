@@ -41,6 +41,14 @@ def share(part: str, chosen: tuple[str, ...], left: float) -> float:
     return max(left, 0.0) * SHARES[part] / sum(SHARES[p] for p in following)
 
 
+def phase_seconds(phase: tuple[str, ...], chosen: tuple[str, ...], left: float) -> float:
+    """Seconds that a phase may take of those left when it starts: shares of its parts, one after the other."""
+    taken = 0.0
+    for part in phase:
+        taken += share(part, chosen, left - taken)
+    return taken
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """A call to be timed: self-attention in bfloat16."""
