@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from jax import export
 
-from jax_fa import api, backends
+import jax_fa
+from jax_fa import backends
+from jax_fa.call import Call
+from jax_fa.entry import request_of
 from jax_fa.testing.cases import Case
 
 OLD_JAX = jax.__version_info__[:2] < (0, 11)
@@ -74,31 +77,39 @@ def operations(text: str) -> Iterator[tuple[str, int]]:
 # --- what the backend says of a case
 
 
-def request(case: Case, operands: dict[str, Any] | None = None):
-    """The (problem, operands) of a case, of these operands or its own."""
-    return api.flash_attention_request(
+def request(case: Case, operands: dict[str, Any] | None = None, implementation: Any = "mosaic") -> Call:
+    """The call of a case, with these operands or its own."""
+    request = request_of(
+        jax_fa.flash_attention,
         **case.stored_operands() if operands is None else operands,
         **case.arrays(),
         scale=case.scale,
         logits_soft_cap=case.soft_cap,
         dropout_rate=case.dropout,
         layout=case.layout,
-        implementation="mosaic",
+        implementation=implementation,
     )
+    return request.call
 
 
-def why_not(case: Case, backward: bool = False) -> str | None:
-    """What the backend has against a case in the interpreter."""
+def abstract(build, *args) -> Call:
+    """The call that `build(*args)` makes, with avals for operands; nothing is computed."""
     problems = []
 
-    def operands(x):
-        problem, found = request(case, x)
-        problems.append(problem)
-        return found
+    def operands(*args):
+        call = build(*args)
+        problems.append(call.problem)
+        return call.operands
 
+    avals = jax.eval_shape(operands, *args)
+    return Call.of(problems[0], avals)
+
+
+def why_not(case: Case, what: str = "forward", implementation: Any = "mosaic") -> str | None:
+    """The backend's reason not to serve a case in the interpreter."""
     with interpreter():
-        avals = jax.eval_shape(operands, case.stored_operands())
-        return backends.reasons("cpu", problems[0], avals, backward)["mosaic"]
+        call = abstract(lambda x: request(case, x, implementation), case.stored_operands())
+        return backends.reasons("cpu", call, what)["mosaic"]
 
 
 # --- spreads

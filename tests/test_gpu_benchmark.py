@@ -285,9 +285,9 @@ def test_checks_reach_everything_once():
 
 def test_a_refusal_is_the_backend_s_own_reason():
     case = Case(name="refused", mask="causal")
-    assert checks.refusal(case, "xla", "cpu", backward=True) is None
-    assert checks.refusal(case, "ascend", "tpu", backward=False) == "runs on ascend, npu only, not on tpu"
-    assert checks.refusal(case, "nobody", "cpu", backward=False) == "there is no backend 'nobody'"
+    assert checks.refusal(case, "xla", "cpu", "backward") is None
+    assert checks.refusal(case, "ascend", "tpu", "forward") == "runs on ascend, npu only, not on tpu"
+    assert checks.refusal(case, "nobody", "cpu", "forward") == "there is no backend 'nobody'"
 
 
 # --- all of it

@@ -6,7 +6,6 @@ A run takes seconds, so most of both are slow tests.
 """
 
 import itertools
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,23 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_fa.mosaic import tuning
-from jax_fa.mosaic.tuning import Tiles
-from jax_fa.problem import DIFFERENTIABLE, rounding_unit
 from mosaic_tools import interpreter, needs_new_jax, pairwise, request, spanning, why_not
 from test_nan import MASKS
 
 import jax_fa
 from jax_fa import masks, primitives
 from jax_fa.attention import attention
+from jax_fa.backends.mosaic import Options, Tiles, tuning
+from jax_fa.call import DIFFERENTIABLE, Call, rounding_unit
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import CASES, Case, check, expected
 
 pytestmark = needs_new_jax
 SLOW = pytest.mark.slow
-
-# Whether garbage behind a mask is kept out of the results.
-NAN_IS_KEPT_OUT = True
 
 
 # The interpreter compiles dozens of programs for a run, each of which maps memory, which Linux lets a process do 65,530
@@ -136,16 +131,20 @@ class Combination(Case):
         dense = masks.as_mask(self._dense())
         return dense if found is None else masks.as_mask(found) & dense
 
-    def tuned(self) -> ExitStack:
-        """Has all kernels take its tiles, where they fit into shared memory."""
-        stack = ExitStack()
-        if self.tiles is not None:
-            width, stages, consumers = self.tiles
-            tiles = Tiles(width=width, stages=stages, consumers=consumers)
-            for which in tuning.TABLES:
-                if tuning.smem_bytes(which, tiles, self.D, self.Dv, element_bytes=5) <= tuning.SMEM_BYTES:
-                    stack.enter_context(tuning.overridden(which, tiles))
-        return stack
+    @property
+    def implementation(self) -> str | Options:
+        """With its tiles for all kernels in which they fit into shared memory."""
+        if self.tiles is None:
+            return "mosaic"
+        width, stages, consumers = self.tiles
+        tiles = Tiles(width=width, stages=stages, consumers=consumers)
+        fitting = {
+            which: tiles
+            for which in tuning.TABLES
+            if tuning.smem_bytes(which, tiles, self.D, self.Dv, element_bytes=5, vectors=8)
+            <= tuning.SMEM_BYTES
+        }
+        return Options(tiles=fitting)
 
 
 _HEADS = (
@@ -273,16 +272,15 @@ def _params(names: tuple[str, ...], combinations: tuple[Case, ...]) -> list:
     ]
 
 
-def _tuned(case: Case) -> ExitStack:
-    return case.tuned() if isinstance(case, Combination) else ExitStack()
+def _implementation(case: Case) -> str | Options:
+    return case.implementation if isinstance(case, Combination) else "mosaic"
 
 
 @pytest.mark.parametrize("case", _params(FORWARD_ONLY, LARGE))
 def test_output_and_logsumexp(case, interpreted):
-    with _tuned(case):
-        out, lse = interpreted(
-            lambda x: case.flash_attention(x, implementation="mosaic"), case.stored_operands()
-        )
+    out, lse = interpreted(
+        lambda x: case.flash_attention(x, implementation=_implementation(case)), case.stored_operands()
+    )
     check(case, out, lse)
     # Rows that see nothing are 0 exactly.
     unseen = np.moveaxis(expected(case)[0].l == 0, -1, -2)
@@ -290,7 +288,7 @@ def test_output_and_logsumexp(case, interpreted):
 
 
 def _skip_without_gradient(case: Case) -> None:
-    if (why := why_not(case, backward=True)) is not None:
+    if (why := why_not(case, "backward")) is not None:
         pytest.skip(why)
 
 
@@ -298,13 +296,12 @@ def _skip_without_gradient(case: Case) -> None:
 def test_gradients(case, interpreted):
     _skip_without_gradient(case)
     dout, dlse = case.cotangents()
-    with _tuned(case):
-        (out, lse), gradients = interpreted(
-            lambda *args: case.gradient(*args, implementation="mosaic"),
-            case.stored_operands(),
-            case.stored(dout),
-            dlse,
-        )
+    (out, lse), gradients = interpreted(
+        lambda *args: case.gradient(*args, implementation=_implementation(case)),
+        case.stored_operands(),
+        case.stored(dout),
+        dlse,
+    )
     check(case, out, lse, gradients)
 
 
@@ -336,8 +333,7 @@ def test_dropout_bits_are_those_of_dropout_mask(tiles, interpreted):
     x = case.operands()
     named = np.broadcast_to(np.eye(case.Skv, case.Dv)[:, None], x["value"].shape)
     x = x | {"query": np.zeros_like(x["query"]), "value": case.cast(named)}
-    with case.tuned():
-        out, _ = interpreted(lambda x: case.flash_attention(x, implementation="mosaic"), x)
+    out, _ = interpreted(lambda x: case.flash_attention(x, implementation=case.implementation), x)
     found = np.moveaxis(np.asarray(out) != 0, -2, -3)[..., : case.Skv]
     np.testing.assert_array_equal(found, _keep_bits(case))
 
@@ -352,10 +348,9 @@ def test_dropout_bits_of_the_gradient_of_value(tiles, interpreted):
     group = case.N // case.K
     named = np.eye(group * case.Sq, case.Dv).reshape(group, case.Sq, case.Dv).swapaxes(0, 1)
     named = case.cast(np.broadcast_to(np.tile(named, (1, case.K, 1)), dout.shape))
-    with case.tuned():
-        _, gradients = interpreted(
-            lambda *args: case.gradient(*args, implementation="mosaic"), x, named, np.zeros_like(dlse)
-        )
+    _, gradients = interpreted(
+        lambda *args: case.gradient(*args, implementation=case.implementation), x, named, np.zeros_like(dlse)
+    )
     found = np.asarray(gradients["value"])[..., : group * case.Sq] != 0  # B Skv K (group Sq)
     np.testing.assert_array_equal(np.moveaxis(found, 1, -1).reshape(case.full), _keep_bits(case))
 
@@ -366,7 +361,7 @@ def test_softmax_statistics(name, interpreted):
     case = next(case for case in TABLE if case.name == name)
 
     def run(x):
-        found = attention(*request(case, x))
+        found = attention(request(case, x))
         return found.softmax_max, found.softmax_sum
 
     want = expected(case)[0]
@@ -381,7 +376,7 @@ def test_two_runs_are_bitwise_equal(interpreted):
     options = {"mask": "causal_bottom", "bias": "NQK", "dtype": "bfloat16"}
     case = Case(name="twice", B=(1,), Sq=40, Skv=70, N=2, K=1, **options)
     dout, dlse = case.cotangents()
-    gradient = why_not(case, backward=True) is None
+    gradient = why_not(case, "backward") is None
 
     def run(x):
         if gradient:
@@ -435,17 +430,7 @@ def _garbage() -> list:
 
 
 # The interpreter multiplies by NumPy, which warns of 0 times infinity.
-_kept_out = [
-    pytest.mark.skipif(not NAN_IS_KEPT_OUT, reason="garbage behind a mask is not kept out yet"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
-
-
-def garbage_test(test):
-    """A test of what NaN and infinity do."""
-    for mark in _kept_out:
-        test = mark(test)
-    return test
+garbage_test = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 @garbage_test
@@ -457,7 +442,7 @@ def test_what_is_masked_does_not_leak(mask, garbage, interpreted):
     group = visible.reshape(*case.B, case.K, -1, case.Sq, case.Skv)
     keys = ~np.moveaxis(group.any(axis=(-3, -2)), -1, -2)  # B Skv K
     rows = ~np.moveaxis(visible.any(axis=-1), -1, -2)  # B Sq N
-    gradient = why_not(case, backward=True) is None
+    gradient = why_not(case, "backward") is None
     dout, dlse = case.cotangents()
 
     def fill(x, hidden, filling):
@@ -602,28 +587,25 @@ MORE = {
 SLOW_MORE = ("segments by head, bias, window", "scale", "soft cap", "dropout")
 
 
-def _attend(case: Case, more: dict):
-    """(problem, operands) of a case whose operands `more` replaces."""
-    problem, operands = request(case)
+def _attend(case: Case, more: dict) -> Call:
+    """The call of a case whose operands `more` replaces."""
+    call = request(case)
+    problem = replace(call.problem, logsumexp=True)
     if "scale" in more:
         problem = replace(problem, scale=1.0)
     if "keep_threshold" in more:
         problem = replace(problem, keep_prob=1.0)
-    operands = replace(operands, **{name: jnp.asarray(x) for name, x in more.items()})
-    return replace(problem, logsumexp=True), operands
+    operands = replace(call.operands, **{name: jnp.asarray(x) for name, x in more.items()})
+    return call.replace(problem=problem, operands=operands)
 
 
 def _results(problem, operands, cotangents, implementation: str) -> dict:
     """out, log-sum-exp and every gradient, by name."""
     problem = replace(problem, implementation=implementation)
-    floats = {
-        name: x
-        for name, x in operands.items()
-        if name in DIFFERENTIABLE and getattr(operands, name) is not None
-    }
+    floats = {name: x for name, x in operands.present().items() if name in DIFFERENTIABLE}
 
     def attend(x):
-        found = attention(problem, replace(operands, **x))
+        found = attention(Call.of(problem, replace(operands, **x)))
         return found.out, found.logsumexp
 
     (out, lse), pullback = jax.vjp(attend, floats)
@@ -663,7 +645,8 @@ def test_more_operands(name, interpreted):
     """Forward and every gradient against the portable backend."""
     options, more = MORE[name]
     case = Case(name=f"more-{name}", **SMALL_CASE | options)
-    problem, operands = _attend(case, more(case))
+    call = _attend(case, more(case))
+    problem, operands = call.problem, call.operands
 
     def run(operands, implementation):
         return _results(problem, operands, _cotangents, implementation)
@@ -691,9 +674,9 @@ def test_more_operands(name, interpreted):
 def test_rounding_is_what_the_output_lost(interpreted):
     """The forward of a derivative knows its output to twice the digits."""
     case = Case(name="rounding", **SMALL_CASE | {"mask": "lengths", "dtype": "float16"})
-    problem, operands = request(case)
-    wanted = replace(problem, saves_rounding=True)
-    out, _, _, rounding = interpreted(lambda x: primitives.forward(wanted, x), operands)
+    call = request(case)
+    wanted = replace(call.problem, saves_rounding=True)
+    out, _, _, rounding = interpreted(lambda x: primitives.forward(wanted, x), call.operands)
     exact = _wide(expected(case)[0].out)
     assert rounding.dtype == out.dtype and rounding.shape == out.shape
     more = _wide(out) + _wide(rounding) * rounding_unit(out.dtype)

@@ -11,13 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax_fa.problem import DIFFERENTIABLE, Operands, Problem
-from mosaic_tools import REFUSED, TARGET, gpu, lowered, needs_new_jax, operations, pairwise, spanning
+from mosaic_tools import (
+    REFUSED,
+    TARGET,
+    abstract,
+    gpu,
+    lowered,
+    needs_new_jax,
+    operations,
+    pairwise,
+    spanning,
+)
 
 import jax_fa
-from jax_fa import backends
 from jax_fa.attention import attention
 from jax_fa.backends import mosaic
+from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem
+from jax_fa.entry import request_of
 from jax_fa.masks import Causal, Lengths, SlidingWindow
 
 B, N, K = 2, 4, 2
@@ -63,7 +73,7 @@ def _key():
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class Avals:
     """A call by avals."""
 
     feature: str = "plain"
@@ -104,6 +114,9 @@ class Call:
         others = {name: x for name, x in operands.items() if name not in floats}
         results, pullback = jax.vjp(lambda x: self.attend(x | others), given)
         return results, pullback(jax.tree.map(jnp.ones_like, results))
+
+    def request(self, operands: dict) -> Call:
+        return request_of(jax_fa.flash_attention, **operands, **self.static()).call
 
     def explain(self, **options):
         return jax_fa.explain(
@@ -147,9 +160,9 @@ OPTIONS = {
     "implementation": ("mosaic", None),
 }
 _ROWS = pairwise(OPTIONS)
-SPREAD = tuple(Call(**row) for row in _ROWS[: spanning(_ROWS)])
+SPREAD = tuple(Avals(**row) for row in _ROWS[: spanning(_ROWS)])
 PRODUCT = tuple(
-    Call(feature=feature, head_dims=head_dims, dtype=dtype, layout=layout, implementation="mosaic")
+    Avals(feature=feature, head_dims=head_dims, dtype=dtype, layout=layout, implementation="mosaic")
     for feature, head_dims, dtype, layout in itertools.product(
         *(OPTIONS[name] for name in ("feature", "head_dims", "dtype", "layout"))
     )
@@ -173,23 +186,9 @@ def test_forward(call):
     call.check(module)
 
 
-def _backward_why_not() -> str | None:
-    call = Call(implementation="mosaic")
-    with gpu():
-        found = call.explain()
-        avals = jax.eval_shape(lambda x: _operands(call, x), call.operands())
-        return backends.reasons("cuda", found.problem, avals, True)["mosaic"]
-
-
-def _operands(call: Call, x: dict):
-    return jax_fa.api.flash_attention_request(**x, **call.static())[1]
-
-
 @needs_new_jax
 @pytest.mark.parametrize("call", _calls(slow=LONG))
 def test_gradient(call):
-    if (why := _backward_why_not()) is not None:
-        pytest.skip(why)
     module = lowered(call.gradient, call.operands()).mlir_module()
     assert module.count(f"@{TARGET}") >= 3  # forward, gradient of query, gradients of key and value
     call.check(module)
@@ -226,22 +225,19 @@ def _segments(heads: int, S: int) -> dict:
 )
 def test_operands_that_masks_and_traced_arguments_make(feature, extra):
     S = 1024
-    call = Call(lengths=(S, S), feature=feature, implementation="mosaic")
-    problems = []
-
-    def operands(x):
-        problem, found = jax_fa.api.flash_attention_request(**x, **call.static())
-        problems.append(problem)
-        return found
-
-    avals = replace(jax.eval_shape(operands, call.operands()), **extra)
+    call = Avals(lengths=(S, S), feature=feature, implementation="mosaic")
+    found = abstract(call.request, call.operands())
 
     def gradient(operands):
-        floats = {name: x for name, x in operands.items() if name in DIFFERENTIABLE and x is not None}
-        out, pullback = jax.vjp(lambda x: attention(problems[0], replace(operands, **x)).out, floats)
+        floats = {name: x for name, x in operands.present().items() if name in DIFFERENTIABLE}
+
+        def attend(x):
+            return attention(Call.of(found.problem, replace(operands, **x))).out
+
+        out, pullback = jax.vjp(attend, floats)
         return out, pullback(out)
 
-    module = lowered(gradient, avals).mlir_module()
+    module = lowered(gradient, replace(found.operands, **extra)).mlir_module()
     assert module.count(f"@{TARGET}") == 3
     call.check(module)
 
@@ -252,7 +248,7 @@ def test_an_indexed_bias_is_refused():
     problem = Problem(query_axes=axes, key_axes=axes, value_axes=axes, out_axes=axes, scale=1.0)
     bias, offset = _float(1, 1, 15), _float(1, 1, 8, dtype=jnp.int32)
     given = Operands(query=x, key=x, value=x, bias=bias, bias_offset=offset)
-    found = mosaic._no_kernel(problem, given, True)
+    found = mosaic._no_kernel(Call.of(problem, given), True)
     assert found == "it reads a bias by tiles and takes none that is indexed by row (bias_offset)"
 
 
@@ -271,7 +267,7 @@ OTHERS = {
 @needs_new_jax
 @pytest.mark.parametrize("kind", HOPPER)
 def test_hopper_gpus_are_served(kind):
-    call = Call()
+    call = Avals()
     with gpu(kind):
         found = call.explain()
     assert found.chosen == {"cuda": "mosaic"}
@@ -282,13 +278,13 @@ def test_hopper_gpus_are_served(kind):
 @pytest.mark.parametrize("kind", OTHERS, ids=str)
 def test_other_gpus_get_the_portable_backend(kind):
     """By default, and `explain` says why; where this backend is asked for, the error says it."""
-    call = Call()
+    call = Avals()
     with gpu(kind):
         found = call.explain()
     assert found.chosen == {"cuda": "xla"} and found.reasons["cuda"]["mosaic"] == OTHERS[kind]
-    assert f"not mosaic: {OTHERS[kind]}" in str(found)
+    assert f"mosaic  {OTHERS[kind]}" in str(found)
     assert TARGET not in lowered(call.attend, call.operands(), kind=kind).mlir_module()
-    asked = Call(implementation="mosaic")
+    asked = Avals(implementation="mosaic")
     with pytest.raises(NotImplementedError) as error:
         lowered(asked.attend, asked.operands(), kind=kind)
     assert OTHERS[kind] in str(error.value)
@@ -297,7 +293,7 @@ def test_other_gpus_get_the_portable_backend(kind):
 @needs_new_jax
 def test_one_program_for_two_platforms():
     """The kernel for GPUs, another backend on CPU, where the program runs after a round trip through bytes."""
-    call = Call(lengths=(64, 72), feature="causal")
+    call = Avals(lengths=(64, 72), feature="causal")
     program = lowered(call.attend, call.operands(), platforms=("cpu", "cuda"))
     assert TARGET in program.mlir_module()
     random = np.random.default_rng(0)
@@ -314,7 +310,7 @@ def test_one_program_for_two_platforms():
 @needs_new_jax
 def test_programs_differ_by_device():
     """One function, lowered for one GPU after another: nothing is kept from before."""
-    call = Call()
+    call = Avals()
     kinds = ("NVIDIA H200", "NVIDIA A100-SXM4-40GB", "NVIDIA H200", None)
     fn = jax.jit(call.attend)
     found = []

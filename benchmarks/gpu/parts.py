@@ -143,7 +143,9 @@ _DIRECTIONS = {"forward": "forward", "query_gradient": "backward", "key_gradient
 
 
 def tune(context: Context) -> None:
-    found = _tune_jobs(context, _stub() if context.rehearse else machine.load("jax_fa.mosaic.tuning"))
+    found = _tune_jobs(
+        context, _stub() if context.rehearse else machine.load("jax_fa.backends.mosaic.tuning")
+    )
     jobs.run_all(context, "tune", found, group=2 * context.threads)
 
 
