@@ -138,13 +138,8 @@ class Combination(Case):
             return "mosaic"
         width, stages, consumers = self.tiles
         tiles = Tiles(width=width, stages=stages, consumers=consumers)
-        fitting = {
-            which: tiles
-            for which in tuning.TABLES
-            if tuning.smem_bytes(which, tiles, self.D, self.Dv, element_bytes=5, vectors=8)
-            <= tuning.SMEM_BYTES
-        }
-        return Options(tiles=fitting)
+        fitting = [w for w in tuning.TABLES if tuning.why_not(w, tiles, self.D, self.Dv, 5, 8) is None]
+        return Options(tiles=dict.fromkeys(fitting, tiles))
 
 
 _HEADS = (

@@ -242,13 +242,15 @@ def test_operands_that_masks_and_traced_arguments_make(feature, extra):
     call.check(module)
 
 
+@needs_new_jax
 def test_an_indexed_bias_is_refused():
     x = jax.ShapeDtypeStruct((1, 8, 1, 16), jnp.bfloat16)
     axes = (0, 1, 2, 3)
     problem = Problem(query_axes=axes, key_axes=axes, value_axes=axes, out_axes=axes, scale=1.0)
     bias, offset = _float(1, 1, 15), _float(1, 1, 8, dtype=jnp.int32)
     given = Operands(query=x, key=x, value=x, bias=bias, bias_offset=offset)
-    found = mosaic._no_kernel(Call.of(problem, given), True)
+    with gpu():
+        found = mosaic.backend.why_not(Call.of(problem, given), platform="cuda", what="backward")
     assert found == "it reads a bias by tiles and takes none that is indexed by row (bias_offset)"
 
 

@@ -105,7 +105,7 @@ def weights(tile: Tile, done: Logits, maximum, plain: bool):
 def finish(tile: Tile, s, read: Read, plain: bool, bounded: bool) -> Logits:
     """Scale, bias, slopes, soft cap and masks. `bounded`: for some row not all keys may be visible.
 
-    `poison`, a number per key, is added to what is visible: NaN where a key's value is not finite.
+    `nan_marker`, one scalar per key, is added to what is visible: NaN where a key's value is not finite.
     """
     problem = tile.problem
     product, slope, cap_slope = s, None, None
@@ -116,8 +116,8 @@ def finish(tile: Tile, s, read: Read, plain: bool, bounded: bool) -> Logits:
     if not plain:
         s = _add(tile, s, read)
         s, slope, cap_slope = _capped(tile, s, read)
-    if (poison := read("poison")) is not None:
-        s = s + tile.keys(poison)
+    if (nan_marker := read("nan_marker")) is not None:
+        s = s + tile.keys(nan_marker)
     visible = _visible(tile, read, bounded)
     if visible is not None:
         s = jnp.where(visible, s, -jnp.inf)
