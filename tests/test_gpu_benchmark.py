@@ -300,11 +300,12 @@ def _script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a CUDA device")
 def test_without_a_cuda_device_it_says_so(tmp_path):
     done = _script("--out", str(tmp_path))
-    if done.returncode == 2:
-        assert done.stdout.startswith("There is no CUDA device here") and done.stdout.count("\n") == 1
-        assert not list(tmp_path.iterdir())
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout.startswith("There is no CUDA device here") and done.stdout.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_rehearsal(tmp_path):
