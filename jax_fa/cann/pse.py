@@ -21,7 +21,7 @@ import numpy as np
 from jax_fa import arguments
 from jax_fa.call import Dims
 from jax_fa.cann.packed import Packed
-from jax_fa.cann.spec import ALIBI_ROWS
+from jax_fa.cann.spec import ALIBI_ROWS, ALIBI_TYPES, PSE_TYPES
 from jax_fa.entry import Terms
 
 
@@ -33,20 +33,20 @@ def terms(pse, pse_type: int, *, scale, dtype, d: Dims, packed: Packed | None, c
       dtype: query's. d: the sizes of the call. packed: the sequences in layout TND.
       causal: keys after its own position are masked for every row; an ALiBi table is defined for the others only.
     """
-    if pse_type not in (0, 1, 2, 3):
+    if pse_type not in PSE_TYPES:
         raise ValueError(f"pse_type must be 0, 1, 2 or 3; got {pse_type!r}.")
     if pse is None:
-        if pse_type in (2, 3):
+        if pse_type in ALIBI_TYPES:
             raise ValueError(f"pse must hold the ALiBi slopes when pse_type={pse_type}; got None.")
         return Terms()
     if not hasattr(pse, "dtype") or isinstance(pse, jax.ShapeDtypeStruct):
         pse = arguments.array("pse", pse)
-    wanted = jnp.dtype(dtype if pse_type in (0, 1) else np.float32)
+    wanted = jnp.dtype(np.float32 if pse_type in ALIBI_TYPES else dtype)
     if pse.dtype != wanted:
-        owner = "query's dtype " if pse_type in (0, 1) else ""
+        owner = "" if pse_type in ALIBI_TYPES else "query's dtype "
         raise TypeError(f"pse must have {owner}{wanted} when pse_type={pse_type}; got {pse.dtype}.")
     pse = jnp.asarray(pse)
-    if pse_type in (2, 3):
+    if pse_type in ALIBI_TYPES:
         return _slopes(pse, pse_type, d, packed)
     form = _dense(pse, d, causal) if packed is None else _packed(pse, d, packed, causal)
     if form.bias is None or pse_type == 0 or (isinstance(scale, (int, float)) and scale == 1):
@@ -61,7 +61,7 @@ def _scaled(pse, scale):
 
 
 def _slopes(slopes, pse_type: int, d: Dims, packed: Packed | None) -> Terms:
-    kind = "linear" if pse_type == 2 else "sqrt"
+    kind = ALIBI_TYPES[pse_type]
     count = d.B[0] if packed is None else packed.count
     if slopes.shape not in ((d.N,), (count, d.N)):
         raise ValueError(

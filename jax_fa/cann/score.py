@@ -18,7 +18,7 @@ from jax_fa.arguments import array, choice, integer, shown
 from jax_fa.call import Axes, Dims
 from jax_fa.cann import pse as positional
 from jax_fa.cann import spec
-from jax_fa.cann.masks import Sparse
+from jax_fa.cann.masks import MaskArguments
 from jax_fa.cann.packed import Packed, checked_ends
 from jax_fa.indices import list_of_integers
 from jax_fa.softmax import FLT_MAX
@@ -159,7 +159,7 @@ def flash_attention_score(
     _check_limits(d, sequences, prefix)
     if sparse_mode in (7, 8) and pse is not None:
         raise ValueError(f"pse must be None in sparse_mode={sparse_mode}, as in CANN; got an array.")
-    sparse = Sparse(
+    sparse = MaskArguments(
         mode=sparse_mode, pre_tokens=pre_tokens, next_tokens=next_tokens, atten_mask=atten_mask, prefix=prefix
     )
     mask = sparse.mask(d, sequences)
@@ -198,7 +198,9 @@ def flash_attention_score(
 # --- the call in CANN's terms, for the Ascend backend
 
 
-def _own_form(sparse: Sparse, pse, pse_type: int, d: Dims, sequences: Packed | None) -> spec.Arguments | None:
+def _own_form(
+    sparse: MaskArguments, pse, pse_type: int, d: Dims, sequences: Packed | None
+) -> spec.Arguments | None:
     """Nothing where CANN's host integers are arrays here."""
     given = [sparse.prefix] if sequences is None else [sparse.prefix, sequences.query, sequences.key]
     if any(hasattr(x, "shape") for x in given):
