@@ -7,8 +7,6 @@ import re
 from dataclasses import replace
 from functools import partial
 
-import cases as common
-import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +21,8 @@ from jax_fa.backends.ascend.translation import Translation
 from jax_fa.call import Call, rounding_unit
 from jax_fa.entry import request_of
 from jax_fa.masks import Causal, CumulativeLengths, SegmentIds
+from jax_fa.testing import cases as common
+from jax_fa.testing import emulator
 
 if (absent := installation.absence()) is not None:
     pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)

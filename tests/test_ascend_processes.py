@@ -8,16 +8,15 @@ import sys
 import textwrap
 from pathlib import Path
 
-import emulator
 import pytest
 
 import jax_fa
 from jax_fa.backends.ascend import installation
+from jax_fa.testing import emulator
 
 if (absent := installation.absence()) is not None:
     pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
 
-HERE = Path(__file__).parent
 _OURS = ("JAX_FA_CANN_EMULATOR", "JAX_FA_CANN_PATH", "JAX_FA_CANN_ABI", "LD_LIBRARY_PATH")
 
 
@@ -26,7 +25,7 @@ def _run(
 ) -> subprocess.CompletedProcess:
     """Runs a program in a process of its own, whose environment knows of no CANN but the one given."""
     inherited = {k: v for k, v in os.environ.items() if k not in _OURS and not k.startswith("ASCEND_")}
-    path = os.pathsep.join((str(Path(jax_fa.__file__).parents[1]), str(HERE)))
+    path = str(Path(jax_fa.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-P", "-W", "error", "-c", textwrap.dedent(program), *arguments],
         env=inherited | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment,
@@ -173,9 +172,10 @@ def test_an_ambiguous_library_is_refused_until_told(tmp_path):
 
 
 _PREAMBLE = """
-import emulator, jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np
 import jax_fa
 from jax_fa import masks
+from jax_fa.testing import emulator
 
 def normal(seed, *shape, dtype="float32"):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
@@ -489,11 +489,18 @@ def test_importing_changes_nothing_of_jaxlib():
 
 def test_without_the_cann_adapter():
     """As on platforms other than Linux: a reason, and everything else works."""
-    _run("""
     import jax_fa._native as native
+
+    _run(
+        """
+    import importlib.machinery, importlib.util, sys
+    loader = importlib.machinery.ExtensionFileLoader("jax_fa._native", sys.argv[1])
+    native = importlib.util.module_from_spec(importlib.util.spec_from_loader("jax_fa._native", loader))
+    loader.exec_module(native)
     native.has_cann = lambda: False
     for name in ("ascend_registrations", "cann_library", "cann_release"):
         delattr(native, name)
+    sys.modules["jax_fa._native"] = native
     import numpy as np, jax_fa
     why = "the native extension was built without the CANN adapter (Linux only)"
     x = np.ones((1, 8, 2, 16), "float32")
@@ -509,7 +516,9 @@ def test_without_the_cann_adapter():
     assert jax_fa.ascend.library().error == why
     jax_fa.ascend.register_platform("some_npu")
     jax_fa.ascend.release()
-    """)
+    """,
+        native.__file__,
+    )
 
 
 # --- what the emulator does not forgive

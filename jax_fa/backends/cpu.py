@@ -17,8 +17,6 @@ from jax_fa.call import STORED, Call, Operands, Problem, Saved
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_HEAD_DIM = 768
 _ALIBI = {None: 0, "linear": 1, "sqrt": 2}
-_ROUNDING, _DLOGSUMEXP = 1, 2  # bits of `saved`: arrays beyond out, m, l and dout
-
 
 if native.extension is not None:
     # At import, so that exported programs find their targets in a process that traces none.
@@ -60,7 +58,7 @@ class Cpu:
         present, arrays = _arrays(call.operands)
         saves = call.problem.saves_rounding
         run = jax.ffi.ffi_call("jax_fa_cpu_forward", (out, stats, stats, *([out] if saves else [])))
-        return tuple(run(*arrays, problem=_attribute(call.problem, present, _ROUNDING if saves else 0)))
+        return tuple(run(*arrays, problem=_attribute(call.problem, present, ("rounding",) if saves else ())))
 
     def backward(self, call: Call, saved: Saved) -> Operands:
         present, arrays = _arrays(call.operands)
@@ -70,13 +68,14 @@ class Cpu:
             dtype = call.dtype if name in STORED else jnp.float32
             return jax.ShapeDtypeStruct(call.gradient_shape(name), dtype)
 
-        rest, extra = [saved.out, saved.m, saved.l, saved.dout], 0
-        if saved.rounding is not None:
-            rest, extra = [*rest, saved.rounding], extra | _ROUNDING
-        if saved.dlogsumexp is not None:
-            rest, extra = [*rest, saved.dlogsumexp.astype(jnp.float32)], extra | _DLOGSUMEXP
+        rest = [saved.out, saved.m, saved.l, saved.dout]
+        given = {"rounding": saved.rounding, "dlogsumexp": saved.dlogsumexp}
+        given = {name: x for name, x in given.items() if x is not None}
+        if "dlogsumexp" in given:
+            given["dlogsumexp"] = given["dlogsumexp"].astype(jnp.float32)
+        rest += given.values()
         run = jax.ffi.ffi_call("jax_fa_cpu_backward", [result(name) for name in call.gradient_names])
-        found = run(*arrays, *rest, problem=_attribute(call.problem, present, extra))
+        found = run(*arrays, *rest, problem=_attribute(call.problem, present, tuple(given)))
         return call.gradients(dict(zip(call.gradient_names, found, strict=True)))
 
 
@@ -110,11 +109,12 @@ def _letters(axes: tuple[int, ...]) -> str:
     return "".join(chr(ord("a") + axis) for axis in axes)
 
 
-def _attribute(problem: Problem, present: int, saved: int) -> dict[str, Any]:
+def _attribute(problem: Problem, present: int, saved: tuple[str, ...]) -> dict[str, Any]:
     """The static part as the handlers' struct; every field has exactly the type that C++ expects."""
+    bits = native.extension.saved_bits()
     return {
         "present": np.uint32(present),
-        "saved": np.uint32(saved),
+        "saved": np.uint32(sum(bits[name] for name in saved)),
         **{f"{name}_axes": _letters(problem.axes(name)) for name in (*STORED, "out")},
         "scale": np.float32(problem.scale),
         "keep_prob": np.float32(problem.keep_prob),

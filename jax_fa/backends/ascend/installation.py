@@ -49,10 +49,9 @@ def absence() -> str | None:
     """Why this process cannot call CANN at all, in one sentence; None where it can."""
     if native.extension is None:
         return native.absence()
-    has_cann = getattr(
-        native.extension, "has_cann", lambda: True
-    )  # extensions of before this function had it
-    return None if has_cann() else "the native extension was built without the CANN adapter (Linux only)"
+    if not hasattr(native.extension, "has_cann") or native.extension.has_cann():
+        return None
+    return "the native extension was built without the CANN adapter (Linux only)"
 
 
 @functools.cache

@@ -5,91 +5,32 @@
 // or a chunk of values in the first while all its tiles of kRows rows pass, and tiles compute only visible panels.
 // A row's result does not depend on how rows are grouped: blocks begin at multiples of the block size, and masked
 // keys contribute exact zeros.
+#pragma once
 
-constexpr int64_t kGroupRows = 96, kTaskRows = 384;
-// Packed keys and values of all heads may take this many floats (80 MiB); beyond, each task packs for itself, and
-// takes more rows.
-constexpr int64_t kSharedFloats = int64_t{20} << 20;
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/direct-inl.h"
+#include "cpu/forward_plan-inl.h"
+#include "cpu/gemm-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/softmax-inl.h"
 
-template <bool kPairs>
-struct ForwardPlan {
-  int64_t rows;               // query rows of a key head, over all heads of its group
-  int64_t task_rows, blocks;  // rows of a task, tasks of a key head and split
-  int64_t key_block, key_blocks;
-  int64_t splits, split_keys;  // key ranges whose partial results are merged
-  int64_t keys_size, values_size;  // floats of a packed block
-  bool direct;  // few rows, which read keys and values where they lie
-  int64_t task_heads;  // key heads of a task
-  bool shared;  // packed once for all tasks
-
-  explicit ForwardPlan(const Call& c) {
-    rows = c.G() * c.Sq;
-    const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
-    direct = IsDirect(c);
-    key_block = direct ? kDirectKeys : wide <= 128 ? 512 : wide <= 256 ? 256 : 128;
-    key_blocks = (c.Skv + key_block - 1) / key_block;
-    keys_size = RoundUp(key_block, kPanel) * Units<kPairs>(c.D);
-    values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
-    const int64_t heads = c.B * c.K;
-    shared = !direct && rows > kGroupRows &&
-             heads * key_blocks * (keys_size + values_size + key_block) <= kSharedFloats;
-    task_heads = direct ? c.K : 1;
-    task_rows = kTaskRows;
-    while (task_rows > kGroupRows && heads * ((rows + task_rows - 1) / task_rows) < 64) task_rows /= 2;
-    blocks = (rows + task_rows - 1) / task_rows;
-    // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
-    const int64_t tasks = heads / task_heads * blocks;
-    splits = tasks == 0 || tasks >= 32 || rows > kGroupRows ? 1 : (64 + tasks - 1) / tasks;
-    const int64_t most = c.Skv / 256;  // less is not worth the merging
-    splits = splits < most ? splits : most;
-    splits = splits > 1 ? splits : 1;
-    split_keys = (key_blocks + splits - 1) / splits * key_block;
-    splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
-    splits = splits > 1 ? splits : 1;
-  }
-};
-
-// Keys and values of a block as the products take them. `poison` as in PackValues, or null.
-struct Packed {
-  float *keys, *values, *poison;
-};
-
-template <bool kPairs>
-struct ForwardScratch {
-  float *q, *acc, *m, *l, *logits, *stage, *tmp;
-  Packed own;
-  int32_t *lo, *hi;
-  int64_t q_row, s_row;
-
-  ForwardScratch(const Call& c, const ForwardPlan<kPairs>& plan) {
-    const int64_t n = plan.direct ? plan.rows * plan.task_heads : plan.task_rows;
-    const int64_t kb = RoundUp(plan.key_block, kPanel), dv = Panels(c.Dv) * kPanel;
-    q_row = Units<kPairs>(c.D);
-    s_row = kb + kLanes;  // padded, so that rows do not meet in one cache set
-    const bool packs = !plan.shared;
-    const int64_t sizes[] = {n * q_row, n * dv, n, n, (n > kGroupRows ? n : kGroupRows) * s_row, StageSize(c), kb,
-                             packs && !plan.direct ? plan.keys_size : 0, packs ? plan.values_size : 0, kb, n, n};
-    float* parts[12];
-    TakeScratch(sizes, parts);
-    float** const names[] = {&q, &acc, &m, &l, &logits, &stage, &tmp, &own.keys, &own.values, &own.poison};
-    for (int i = 0; i < 10; ++i) *names[i] = parts[i];
-    lo = reinterpret_cast<int32_t*>(parts[10]);
-    hi = reinterpret_cast<int32_t*>(parts[11]);
-  }
-};
+namespace jax_fa::JAX_FA_ISA {
+namespace {
 
 template <bool kPairs>
 inline void PackBlock(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t width, float* stage, Packed* to) {
   PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, stage, to->keys);
-  float* poison = IsMasked(c) ? to->poison : nullptr;
-  if (!PackValues<kPairs>(c, b, k, j0, width, stage, poison, to->values)) to->poison = nullptr;
+  float* nan_marker = IsMasked(c) ? to->nan_marker : nullptr;
+  if (!PackValues<kPairs>(c, b, k, j0, width, stage, nan_marker, to->values)) to->nan_marker = nullptr;
 }
 
 // Up to kGroupRows rows [g0, g0 + rows) of a task over one block of keys.
 template <bool kPairs>
 inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r0, int64_t g0,
                          int64_t rows, int64_t j0, int64_t width, const Packed& packed) {
-  const int64_t per = Unit<kPairs>::kNumbers, depth = Units<kPairs>(c.D), dv = Panels(c.Dv) * kPanel;
+  const int64_t per = Unit<kPairs>::kElements, depth = Units<kPairs>(c.D), dv = Panels(c.Dv) * kPanel;
   RowTile tiles[kGroupRows];
   const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
   const float* q = s.q + g0 * s.q_row;
@@ -110,7 +51,7 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
     Row row = RowAt(c, b, k, r0 + g0 + tile.r);
     for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row))
       SoftmaxRow<kPairs>(c, row, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1,
-                         packed.poison, s.tmp, s.logits + r * s.s_row, s.m + g0 + r, s.l + g0 + r, acc + r * dv);
+                         packed.nan_marker, s.tmp, s.logits + r * s.s_row, s.m + g0 + r, s.l + g0 + r, acc + r * dv);
     tile.from /= per;  // from here on in units
     tile.to = Units<kPairs>(tile.to);
     first = tile.from < first ? tile.from : first;
@@ -236,10 +177,10 @@ void ForwardAs(const Call& c, const Runner& runner) {
   // Per key head, split and row: output, max, sum.
   const Buffer partials(plan.splits > 1 ? heads * plan.splits * plan.rows * partial : 0);
 
-  // Per key head and block: keys, values, poison; and whether the block has any poison.
+  // Per key head and block: keys, values, nan_marker; and whether the block has any nan_marker.
   const int64_t block_size = plan.keys_size + plan.values_size + plan.key_block, slots = heads * plan.key_blocks;
   const Buffer shared(plan.shared ? slots * block_size + slots : 0);
-  float* const poisoned = shared.get() + slots * block_size;
+  float* const marked = shared.get() + slots * block_size;
   const auto slot = [&](int64_t index) {
     float* keys = shared.get() + index * block_size;
     return Packed{keys, keys + plan.keys_size, keys + plan.keys_size + plan.values_size};
@@ -248,12 +189,11 @@ void ForwardAs(const Call& c, const Runner& runner) {
     Run(runner, slots, [&](int64_t index) {
       const int64_t head = index / plan.key_blocks, j0 = index % plan.key_blocks * plan.key_block;
       Packed packed = slot(index);
-      const int64_t sizes[] = {StageSize(c)};
-      float* parts[1];
-      TakeScratch(sizes, parts);
+      float* stage = nullptr;
+      const ThreadParts memory([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
       PackBlock<kPairs>(c, head / c.K, head % c.K, j0, j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0,
-                        parts[0], &packed);
-      poisoned[index] = packed.poison != nullptr ? 1.0f : 0.0f;
+                        stage, &packed);
+      marked[index] = packed.nan_marker != nullptr ? 1.0f : 0.0f;
     });
   }
 
@@ -273,7 +213,7 @@ void ForwardAs(const Call& c, const Runner& runner) {
       ForwardRows<kPairs>(c, plan, s, b, k, r0, n, key0, key1, [&](int64_t j0) {
         const int64_t index = head * plan.key_blocks + j0 / plan.key_block;
         Packed packed = slot(index);
-        if (poisoned[index] == 0.0f) packed.poison = nullptr;
+        if (marked[index] == 0.0f) packed.nan_marker = nullptr;
         return packed;
       });
     }
@@ -298,3 +238,6 @@ void ForwardAs(const Call& c, const Runner& runner) {
                partials.get() + (head * plan.splits * plan.rows + r) * partial);
   });
 }
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

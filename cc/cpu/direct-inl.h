@@ -3,32 +3,18 @@
 //
 // The backward of such calls takes its products q.k from here too: summed in another order they would be other numbers
 // than those of the saved max and sum, which shows where logits are large. Hence the choice depends on the shape alone.
+#pragma once
 
-constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/forward_plan-inl.h"
+#include "cpu/gemm-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/softmax-inl.h"
 
-inline bool IsDirect(const Call& c) { return c.G() * c.Sq <= kDirectRows && c.Skv > 0; }
-
-// Lane j of the result: the sum of the lanes of x[j].
-inline F SumEach(F* x) {
-#if defined(JAX_FA_AVX512)
-  F a[8], b[4];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)  // within 128 bits: x[2i] in the even lanes, x[2i + 1] in the odd ones
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d p = _mm512_castps_pd(a[2 * i]), q = _mm512_castps_pd(a[2 * i + 1]);
-    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
-  }
-  const F c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
-  const F d = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
-#else
-  float sums[kLanes];
-  for (int i = 0; i < kLanes; ++i) sums[i] = Sum(x[i]);
-  return Load(sums);
-#endif
-}
+namespace jax_fa::JAX_FA_ISA {
+namespace {
 
 // One vector of numbers of an array, or of units, from where they lie.
 template <bool kPairs, DType kType>
@@ -62,7 +48,7 @@ JAX_FA_INLINE F LoadRest(const char* p, int64_t i, int n) {
 template <bool kPairs, DType kType, int kR>
 inline F DotKeys(const float* q, int64_t q_row, int64_t D, const char* const* keys) {
   constexpr int kKeys = kLanes / kR;
-  constexpr int64_t kPer = Unit<kPairs>::kNumbers;
+  constexpr int64_t kPer = Unit<kPairs>::kElements;
   F sums[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sums[i] = Set(0.0f);
@@ -160,11 +146,11 @@ inline void DirectProduct(int64_t columns, int64_t n, int64_t units, const float
 }
 
 // Adds to the output of the n rows of head k what the values j0 + [from, to) bring, floats where they lie.
-template <bool kPairs, typename Scratch>
-inline void DirectValues(const Call& c, const Scratch& s, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t from,
+template <bool kPairs>
+inline void DirectValues(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t from,
                          int64_t to) {
   const int64_t given = to - from, dv = Panels(c.Dv) * kPanel, units = Units<kPairs>(given);
-  const float* weights = s.logits + k * n * s.s_row + from / Unit<kPairs>::kNumbers;
+  const float* weights = s.logits + k * n * s.s_row + from / Unit<kPairs>::kElements;
   float* acc = s.acc + k * n * dv;
   const char* first = c.value.Bytes(b, k, j0 + from);
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(first);
@@ -202,8 +188,8 @@ inline void DirectValues(const Call& c, const Scratch& s, int64_t b, int64_t k, 
 // within `all`. Keys, then values, are read in the order of the memory where heads lie side by side, which the
 // processor's own prefetching follows. Where a value of a masked call is not finite, values are packed, which keeps it
 // apart from the rows to which it is masked.
-template <bool kPairs, typename Scratch>
-inline void DirectBlock(const Call& c, const Scratch& s, int64_t b, int64_t n, int64_t j0, int64_t width, Range all) {
+template <bool kPairs>
+inline void DirectBlock(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t n, int64_t j0, int64_t width, Range all) {
   const int64_t dv = Panels(c.Dv) * kPanel;
   const int64_t first = all.lo > j0 ? all.lo - j0 : 0, last = all.hi < j0 + width ? all.hi - j0 : width;
   if (first >= last) return;
@@ -220,17 +206,17 @@ inline void DirectBlock(const Call& c, const Scratch& s, int64_t b, int64_t n, i
         bad += ZeroOrNaN(ReadRow<kPairs>(c.value, b, k, j0 + j, c.Dv, s.stage), c.Dv);
     packs = bad != 0.0f;
   }
-  const auto soften = [&](int64_t k, const float* poison) {
+  const auto soften = [&](int64_t k, const float* nan_marker) {
     for (int64_t r = k * n; r < (k + 1) * n; ++r)
-      SoftmaxRow<kPairs>(c, RowAt(c, b, k, r - k * n), j0, Within(s.lo[r], s.hi[r], j0, width), c0, c1, poison, s.tmp,
+      SoftmaxRow<kPairs>(c, RowAt(c, b, k, r - k * n), j0, Within(s.lo[r], s.hi[r], j0, width), c0, c1, nan_marker, s.tmp,
                          s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv);
   };
   if (packs) {
-    const int64_t units = Units<kPairs>(width), from = c0 / Unit<kPairs>::kNumbers, to = Units<kPairs>(last);
+    const int64_t units = Units<kPairs>(width), from = c0 / Unit<kPairs>::kElements, to = Units<kPairs>(last);
     for (int64_t k = 0; k < c.K; ++k) {
-      float* poison = IsMasked(c) ? s.own.poison : nullptr;
-      const bool any = PackValues<kPairs>(c, b, k, j0, width, s.stage, poison, s.own.values);
-      soften(k, any ? poison : nullptr);
+      float* nan_marker = IsMasked(c) ? s.own.nan_marker : nullptr;
+      const bool any = PackValues<kPairs>(c, b, k, j0, width, s.stage, nan_marker, s.own.values);
+      soften(k, any ? nan_marker : nullptr);
       for (int64_t p = 0; p < Panels(c.Dv); ++p)
         Gemm<kPairs, true>(n, to - from, s.logits + k * n * s.s_row + from, s.s_row, 1,
                            s.own.values + (p * units + from) * kPanel, s.acc + k * n * dv + p * kPanel, dv);
@@ -238,7 +224,9 @@ inline void DirectBlock(const Call& c, const Scratch& s, int64_t b, int64_t n, i
     return;
   }
   for (int64_t k = 0; k < c.K; ++k) soften(k, nullptr);
-  constexpr int64_t kStep = 16;
-  for (int64_t j = c0; j < last; j += kStep)
-    for (int64_t k = 0; k < c.K; ++k) DirectValues<kPairs>(c, s, b, k, n, j0, j, j + kStep < last ? j + kStep : last);
+  for (int64_t j = c0; j < last; j += kDirectStep)
+    for (int64_t k = 0; k < c.K; ++k) DirectValues<kPairs>(c, s, b, k, n, j0, j, j + kDirectStep < last ? j + kDirectStep : last);
 }
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

@@ -192,7 +192,7 @@ def cumulative(sq: int, skv: int, query, key=None, within=None) -> np.ndarray:
         row = column = 0
         for end_row, end_column in zip(query[b], key[b], strict=True):
             rows, columns = end_row - row, end_column - column
-            block = np.ones((rows, columns), bool) if within is None else within(rows, columns)
+            block = np.ones((rows, columns), bool) if within is None else within(int(rows), int(columns))
             visible[b][row:end_row, column:end_column] = block
             row, column = end_row, end_column
     return visible if not batch else visible[..., None, :, :]
@@ -249,7 +249,7 @@ def segment_position(query, key, bottom: bool = False) -> np.ndarray:
 # --- dropout bits
 
 
-def philox4x32(counter, key, rounds: int = 10) -> list[np.ndarray]:
+def philox4x32(counter, key, rounds: int = 10) -> list[Any]:
     """Philox4x32 as the paper writes it, in 64-bit integers."""
     low = np.uint64(0xFFFFFFFF)
     c = [np.asarray(x, np.uint64) for x in counter]
@@ -268,9 +268,9 @@ def keep_bits(seed, shape: tuple[int, ...], keep_prob: float) -> np.ndarray:
     b = np.arange(int(np.prod(batch, dtype=int))).reshape(*batch, 1, 1, 1)
     head, row, column = np.arange(N)[:, None, None], np.arange(Sq)[:, None], np.arange(Skv)
     words = philox4x32((4 * (column // 32) + (column % 8) // 2, row, head, b), seed)
-    words = np.stack([np.broadcast_to(w, shape) for w in words], axis=-1)
+    stacked = np.stack([np.broadcast_to(w, shape) for w in words], axis=-1)
     index = np.broadcast_to((column // 8) % 4, shape)
-    word = np.take_along_axis(words, index[..., None], axis=-1)[..., 0]
+    word = np.take_along_axis(stacked, index[..., None], axis=-1)[..., 0]
     number = np.where(column % 2 == 0, word & np.uint64(0xFFFF), word >> np.uint64(16))
     return number < round(keep_prob * 65536)
 

@@ -1,4 +1,4 @@
-"""Tiles of the operands, in canonical order, for backends written in plain JAX.
+"""The operands of one call in canonical order, tile by tile.
 
 Arrays stay as they are stored; a tile is cut out first and put into canonical order then, so no layout costs
 a copy of a whole operand. In a tile the heads are split as `K G` and batch dims of size 1 are left out:
@@ -7,116 +7,14 @@ a copy of a whole operand. In a tile the heads are split as `K G` and batch dims
 
 import math
 import string
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from jax_fa import dropout
-from jax_fa.call import LIKE_OUT, STORED, Axes, Call, Saved, Size, is_symbolic
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A sequence axis cut into equal tiles; the last one is moved back to end with the axis."""
-
-    size: Size
-    tile: Size
-
-    @classmethod
-    def of(cls, size: Size, most: int) -> "Axis":
-        """Tiles of at most `most`, as equal as can be; exactly `most` for a symbolic size, which must be padded."""
-        if is_symbolic(size):
-            return cls(size, most)
-        count = max(1, -(-size // most))
-        return cls(size, -(-size // count))
-
-    @property
-    def count(self) -> Size:
-        return self.size // self.tile if is_symbolic(self.size) else -(-self.size // self.tile)
-
-    @property
-    def ragged(self) -> bool:
-        """The last tile overlaps the one before."""
-        return not is_symbolic(self.size) and self.count * self.tile != self.size
-
-    def start(self, t):
-        return jnp.minimum(t * self.tile, self.size - self.tile) if self.ragged else t * self.tile
-
-    def positions(self, t):
-        return self.start(t) + jnp.arange(self.tile, dtype=jnp.int32)
-
-    def fresh(self, t):
-        """Which positions of tile t no earlier tile has; None if all."""
-        return self.positions(t) >= t * self.tile if self.ragged else None
-
-    def cut(self, x, axis: int, t):
-        """Tile t of x along an axis of this size; an axis of size 1 broadcasts and stays whole."""
-        if x.shape[axis] == 1 or self.tile == self.size:
-            return x
-        return lax.dynamic_slice_in_dim(x, self.start(t), self.tile, axis)
-
-    def put(self, x, part, axis: int, t):
-        """x with tile t along the axis replaced."""
-        if self.tile == self.size:
-            return part.astype(x.dtype)
-        return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), self.start(t), axis)
-
-
-BY_ROW = ("lower", "upper", "alibi_slopes", "drop_offset", "bias_offset", "position", "segment_row")
-
-
-class Padding:
-    """Makes symbolic sequence lengths whole numbers of tiles; the keys added are masked, the rows cut off again."""
-
-    def __init__(self, call: Call, tile: int) -> None:
-        self.call, d = call, call.dims
-        self.extra = {
-            size: (size + tile - 1) // tile * tile - size for size in (d.Sq, d.Skv) if is_symbolic(size)
-        }
-
-    def _pad(self, x, sizes: dict[int, Size]):
-        """x padded at the end of each axis in `sizes` (axis: length), unless that axis has size 1."""
-        widths = [(0, 0)] * x.ndim
-        for axis, size in sizes.items():
-            if size in self.extra and x.shape[axis] == size:
-                widths[axis] = (0, self.extra[size])
-        return jnp.pad(x, widths)
-
-    def operand(self, name: str, x):
-        d, rank = self.call.dims, self.call.problem.batch_rank
-        whole = {rank + 1: d.Sq, rank + 2: d.Skv}
-        if name in STORED:
-            return self._pad(x, {self.call.problem.axes(name)[rank]: d.Sq if name == "query" else d.Skv})
-        axes = {
-            "bias": {} if self.call.operands.bias_offset is not None else whole,
-            "mask": whole,
-            "segment_key": {rank + 1: d.Skv},
-        }
-        return self._pad(x, axes.get(name, {rank + 1: d.Sq} if name in BY_ROW else {}))
-
-    def padded(self) -> Call:
-        call, Skv = self.call, self.call.dims.Skv
-        operands = call.operands.map(self.operand)
-        if Skv in self.extra and operands.upper is None:
-            rank = call.problem.batch_rank
-            operands = replace(operands, upper=jnp.full((1,) * (rank + 2), Skv, jnp.int32))
-        return call.replace(operands=operands)
-
-    def saved(self, saved: Saved) -> Saved:
-        problem, Sq = self.call.problem, self.call.dims.Sq
-        seq = problem.out_axes[problem.batch_rank]
-
-        def pad(name: str, x):
-            return None if x is None else self._pad(x, {seq if name in LIKE_OUT else x.ndim - 1: Sq})
-
-        return Saved(**{f.name: pad(f.name, getattr(saved, f.name)) for f in fields(saved)})
-
-    @staticmethod
-    def cut(x, shape):
-        """The part of x that was there before padding."""
-        return lax.slice(x, [0] * x.ndim, shape)
+from jax_fa.backends.xla.axis import Axis
+from jax_fa.call import Axes, Call, Size
 
 
 class Canonical:

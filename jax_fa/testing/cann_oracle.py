@@ -28,13 +28,13 @@ class Sequence:
     scale: float
     shift: Any = 0.0  # what pse adds to scale * s
     weight: Any = 1.0  # keep / keep_prob
-    dout: np.ndarray | None = None
+    dout: Any = None  # as out; only `compute` needs it
 
     def compute(self, dtype=None) -> dict[str, np.ndarray]:
         """out, max, sum and gradients; in float64, or with a naive implementation's roundings to dtype."""
-        wide = np.float64 if dtype is None else np.float32
+        wide: Any = np.float64 if dtype is None else np.float32
 
-        def narrow(x):
+        def narrow(x) -> Any:
             return x.astype(wide) if dtype is None else x.astype(dtype).astype(wide)
 
         q, k, v, dout = (x.astype(wide).swapaxes(0, 1) for x in (self.q, self.k, self.v, self.dout))
@@ -124,6 +124,8 @@ class Pse:
 
     def _row(self, entry: int, b: int, n: int, i: int, j: np.ndarray):
         (sq, skv), N = self.lengths[b], self.heads
+        r: Any
+        c: Any
         if self.form == "slopes":
             return entry * N + n
         if self.form == "table":

@@ -1,39 +1,15 @@
 // The kernels for one instruction set: included by one .cc file each, which sets JAX_FA_ISA (the namespace)
 // and is compiled with that set's flags. Everything but the two entries has internal linkage, and nothing of
 // the standard library is used, so that code of one set is never called for another (see call.h).
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#pragma once
 
 #include "call.h"
+#include "cpu/backward-inl.h"
+#include "cpu/forward-inl.h"
+#include "cpu/simd-inl.h"
 
-namespace jax_fa {
-namespace JAX_FA_ISA {
+namespace jax_fa::JAX_FA_ISA {
 namespace {
-
-constexpr float kFloatMax = 3.40282346638528859812e+38f;
-
-#include "cpu/convert.h"
-
-#include "cpu/simd.h"
-
-#include "cpu/scratch.h"
-
-#include "cpu/philox.h"
-
-#include "cpu/gemm.h"
-#include "cpu/pack.h"
-
-#include "cpu/rows.h"
-
-#include "cpu/direct.h"
-
-#include "cpu/forward.h"
-
-#include "cpu/backward_plan.h"
-
-#include "cpu/backward.h"
 
 inline bool InPairs(const Call& c) {
   return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16;
@@ -54,7 +30,7 @@ inline double FmaLoop(int64_t iterations, float* sink) {
 #pragma GCC unroll 12
   for (int i = 1; i < kChains; ++i) total = total + acc[i];
   sink[2] = Sum(total);
-  return 2.0 * kLanes * Unit<kPairs>::kNumbers * kChains * static_cast<double>(iterations);
+  return 2.0 * kLanes * Unit<kPairs>::kElements * kChains * static_cast<double>(iterations);
 }
 
 }  // namespace
@@ -77,5 +53,4 @@ void RunBackward(const Call& c, const Runner& runner) {
   }
 }
 
-}  // namespace JAX_FA_ISA
-}  // namespace jax_fa
+}  // namespace jax_fa::JAX_FA_ISA

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 
 import jax_fa
 from jax_fa import masks
+from jax_fa.testing import oracle
 
 ROWS, KEYS = 16, 32  # the tiles of the tests
 
@@ -61,7 +61,7 @@ class Case:
     scale: float | None = None
     soft_cap: float | None = None
     dropout: float = 0.0
-    spread: float = 1.0  # standard deviation of the logits, roughly: rows of a large one are peaked
+    spread: float | int = 1.0  # standard deviation of the logits, roughly: rows of a large one are peaked
     feature: bool = True  # differs from others by more than lengths
 
     def __str__(self) -> str:
@@ -92,8 +92,9 @@ class Case:
         return "float64" if self.dtype == "float64" else "float32"
 
     def bias_shape(self) -> tuple[int, ...]:
+        assert self.bias is not None
         letters = {"N": (self.N,), "Q": (self.Sq,), "K": (self.Skv,), "1": (1,), "B": self.B}
-        return sum((letters[c] for c in self.bias), ())
+        return sum((letters[c] for c in self.bias), start=())
 
     @cache
     def operands(self) -> dict[str, np.ndarray]:
@@ -284,6 +285,11 @@ def _mixed_ids(case: Case, size: int, salt: str, padding: bool = False) -> np.nd
     return ids
 
 
+def _padded_ids(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Of queries and keys, both with padding."""
+    return _mixed_ids(case, case.Sq, "q", padding=True), _mixed_ids(case, case.Skv, "q", padding=True)
+
+
 def _ends(case: Case, size: int, salt: str) -> np.ndarray:
     """Four sequences that end within `size` and leave some of it unused."""
     return np.sort(case.random(salt).integers(0, size, (*case.B, 4)), axis=-1).astype(np.int32)
@@ -346,7 +352,7 @@ def _band(left=None, right=None, align="top-left", offset=0) -> Kind:
     )
 
 
-BOTTOM = "bottom-right"
+BOTTOM: Final = "bottom-right"
 KINDS: dict[str, Kind] = {
     "causal": Kind(lambda c: masks.Causal(), lambda c: oracle.causal(c.Sq, c.Skv)),
     "causal_bottom": Kind(
@@ -438,13 +444,9 @@ KINDS: dict[str, Kind] = {
         lambda c: oracle.segment_position(_mixed_ids(c, c.Sq, "q"), _mixed_ids(c, c.Skv, "k"), bottom=True),
     ),
     "segments_padded": Kind(
-        lambda c: masks.SegmentIds(
-            *(_data(_mixed_ids(c, n, "q", padding=True)) for n in (c.Sq, c.Skv)), masks.Causal()
-        ),
-        lambda c: oracle.segments(
-            *(_mixed_ids(c, n, "q", padding=True) for n in (c.Sq, c.Skv)), oracle.causal
-        ),
-        lambda c: oracle.segment_position(*(_mixed_ids(c, n, "q", padding=True) for n in (c.Sq, c.Skv))),
+        lambda c: masks.SegmentIds(_data(_padded_ids(c)[0]), _data(_padded_ids(c)[1]), masks.Causal()),
+        lambda c: oracle.segments(*_padded_ids(c), oracle.causal),
+        lambda c: oracle.segment_position(*_padded_ids(c)),
     ),
     "dense": _dense("BNQK"),
     "dense_heads": _dense("NQK"),
@@ -477,9 +479,20 @@ _LENGTHS = (
     (61, 67),
 )
 _LENGTHS_CAUSAL = ((7, 7), (2 * ROWS, KEYS), (2 * KEYS + 3, 2 * KEYS + 3), (1, KEYS + 1), (53, 19))
-_EMPTY = ({"Sq": 0}, {"Skv": 0}, {"Sq": 0, "Skv": 0}, {"B": (0,)})
+_EMPTY: tuple[dict[str, Any], ...] = ({"Sq": 0}, {"Skv": 0}, {"Sq": 0, "Skv": 0}, {"B": (0,)})
 _BIASES = ("BNQK", "NQK", "B1QK", "BN1K", "BNQ1", "B11K", "1N11", "QK", "Q1", "K", "1", "")
-_ALL = {"mask": "causal_bottom_lengths", "bias": "1NQK", "slopes": "N", "soft_cap": 4.0, "dropout": 0.25}
+_ALL: dict[str, Any] = {
+    "mask": "causal_bottom_lengths",
+    "bias": "1NQK",
+    "slopes": "N",
+    "soft_cap": 4.0,
+    "dropout": 0.25,
+}
+_HALVES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("plain", {"D": 64, "Dv": 64}),
+    ("causal", {"mask": "causal", "Sq": 61, "Skv": 67}),
+    ("bias", {"bias": "BNQK", "bias_dtype": "float32"}),
+)
 
 CASES: tuple[Case, ...] = (
     *(Case(name=f"lengths-{a}-{b}", Sq=a, Skv=b, feature=False) for a, b in _LENGTHS),
@@ -520,11 +533,7 @@ CASES: tuple[Case, ...] = (
     *(
         Case(name=f"{dtype}-{name}", dtype=dtype, feature=False, **options)
         for dtype in ("bfloat16", "float16")
-        for name, options in (
-            ("plain", {"D": 64, "Dv": 64}),
-            ("causal", {"mask": "causal", "Sq": 61, "Skv": 67}),
-            ("bias", {"bias": "BNQK", "bias_dtype": "float32"}),
-        )
+        for name, options in _HALVES
     ),
     *(
         Case(

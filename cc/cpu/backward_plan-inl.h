@@ -1,6 +1,14 @@
 // How the backward is cut into tasks and blocks, and where a task keeps what it works on.
+#pragma once
 
-constexpr int64_t kBackwardRows = 192;
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/scratch-inl.h"
+#include "cpu/simd-inl.h"
+#include "cpu/tuning.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
 
 // Numbers the distinct offsets of batch entries in the order of their first entries: class_of[b] is that of entry b.
 // Returns how many there are. By hashing, so that the time is that of one pass.
@@ -32,16 +40,14 @@ struct BackwardPlan {
     writes_all_bias = c.dbias && WritesAllBias(c);
     rows = c.G() * c.Sq;
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
-    key_block = wide <= 64 ? 256 : wide <= 128 ? 512 : wide <= 256 ? 256 : 128;
+    key_block = KeysOf(kBackwardKeys, wide);
     dq_row = Panels(c.D) * kPanel;
     row_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
     Group(c);
-    // Splits keep more threads busy and cost a dq buffer each.
     const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
     const int64_t dq_bytes = c.B * c.K * rows * dq_row * 4 + 1;
-    splits = groups >= 16 ? 1 : (16 + groups - 1) / (groups > 0 ? groups : 1);
-    // ... up to 64 MiB, and four however large where there would be less than four tasks.
-    const int64_t affordable = (int64_t{64} << 20) / dq_bytes, least = groups > 0 ? 4 / groups : 1;
+    splits = groups >= kBackwardTasks ? 1 : (kBackwardTasks + groups - 1) / (groups > 0 ? groups : 1);
+    const int64_t affordable = kSplitBytes / dq_bytes, least = groups > 0 ? kLeastBackwardTasks / groups : 1;
     const int64_t most = affordable > least ? affordable : least;
     splits = splits < most ? splits : most;
     if (c.dbias && (c.dbias.col == 0 || c.bias_offset)) splits = 1;  // different keys add to one element
@@ -82,34 +88,59 @@ inline int64_t BalanceSize(const BackwardPlan& plan) {
 
 template <bool kPairs>
 struct BackwardScratch {
-  float *q, *dout;            // rows of a block, as units
-  float *q_panels, *dout_panels;
-  float *p, *ds, *ds_rows;    // ds_rows: rows of ds as pairs
-  float *slope, *by_cap, *products, *keys_t, *values_t, *keys, *dk, *dv, *stage, *tmp, *m, *inverse, *delta, *dq;
-  int32_t *lo, *hi, *block_lo, *block_hi;
+  float *q, *dout;                             // rows of a block, as units
+  float *q_panels, *dout_panels;               // ... and as panels
+  float *p, *ds, *ds_rows;                     // rows of logits, then weights, and of ds; ds_rows: those of ds as pairs
+  float *slope, *by_cap, *products;            // of one row: derivatives of the soft cap, products q.k
+  float *keys_t, *values_t, *keys;             // a block of keys and values, packed
+  float *dk, *dv;                              // ... and its gradients
+  float *stage, *tmp;                          // rows on their way into panels; a row of keep factors or bias
+  float *m, *inverse, *delta;                  // of all rows: see PrepareRows
+  float* dq;                                   // of all rows, and their Balance
+  int32_t *lo, *hi, *block_lo, *block_hi;      // visible keys of all rows, and of blocks of rows
   int64_t q_row, dout_row, s_row, half_row, dv_row;
   bool writes_all_bias;
 
-  BackwardScratch(const Call& c, const BackwardPlan& plan, bool own_dq) {
+  BackwardScratch(const Call& c, const BackwardPlan& plan, bool own_dq)
+      : writes_all_bias(plan.writes_all_bias), memory([&](Arena& arena) { Place(c, plan, own_dq, arena); }) {}
+
+ private:
+  void Place(const Call& c, const BackwardPlan& plan, bool own_dq, Arena& arena) {
     const int64_t kb = RoundUp(plan.key_block, kPanel), n = kBackwardRows, row_units = Units<kPairs>(n);
-    writes_all_bias = plan.writes_all_bias;
     q_row = RoundUp(Units<kPairs>(c.D), kLanes);
     dout_row = RoundUp(Units<kPairs>(c.Dv), kLanes);
     dv_row = Panels(c.Dv) * kPanel;
     s_row = kb + kLanes;
     half_row = kb / 2 + kLanes;
-    const int64_t sizes[] = {n * q_row, n * dout_row, row_units * plan.dq_row, row_units * dv_row, n * s_row, n * s_row,
-                             kPairs ? n * half_row : 0, s_row, c.dsoft_cap ? s_row : 0, c.dscale ? s_row : 0,
-                             kb * Units<kPairs>(c.D), kb * Units<kPairs>(c.Dv),
-                             Units<kPairs>(kb) * plan.dq_row, kb * plan.dq_row, kb * dv_row, StageSize(c), kb,
-                             plan.rows, plan.rows, plan.rows, own_dq ? plan.rows * plan.dq_row + BalanceSize<kPairs>(plan) : 0,
-                             plan.rows, plan.rows, plan.row_blocks, plan.row_blocks};
-    float* parts[25];
-    TakeScratch(sizes, parts);
-    float** const names[] = {&q, &dout, &q_panels, &dout_panels, &p, &ds, &ds_rows, &slope, &by_cap, &products,
-                             &keys_t, &values_t, &keys, &dk, &dv, &stage, &tmp, &m, &inverse, &delta, &dq};
-    for (int i = 0; i < 21; ++i) *names[i] = parts[i];
-    int32_t** const ints[] = {&lo, &hi, &block_lo, &block_hi};
-    for (int i = 0; i < 4; ++i) *ints[i] = reinterpret_cast<int32_t*>(parts[21 + i]);
+    q = arena.Take(n * q_row);
+    dout = arena.Take(n * dout_row);
+    q_panels = arena.Take(row_units * plan.dq_row);
+    dout_panels = arena.Take(row_units * dv_row);
+    p = arena.Take(n * s_row);
+    ds = arena.Take(n * s_row);
+    ds_rows = arena.Take(kPairs ? n * half_row : 0);
+    slope = arena.Take(s_row);
+    by_cap = arena.Take(c.dsoft_cap ? s_row : 0);
+    products = arena.Take(c.dscale ? s_row : 0);
+    keys_t = arena.Take(kb * Units<kPairs>(c.D));
+    values_t = arena.Take(kb * Units<kPairs>(c.Dv));
+    keys = arena.Take(Units<kPairs>(kb) * plan.dq_row);
+    dk = arena.Take(kb * plan.dq_row);
+    dv = arena.Take(kb * dv_row);
+    stage = arena.Take(StageSize(c));
+    tmp = arena.Take(kb);
+    m = arena.Take(plan.rows);
+    inverse = arena.Take(plan.rows);
+    delta = arena.Take(plan.rows);
+    dq = arena.Take(own_dq ? plan.rows * plan.dq_row + BalanceSize<kPairs>(plan) : 0);
+    lo = arena.Take<int32_t>(plan.rows);
+    hi = arena.Take<int32_t>(plan.rows);
+    block_lo = arena.Take<int32_t>(plan.row_blocks);
+    block_hi = arena.Take<int32_t>(plan.row_blocks);
   }
+
+  const ThreadParts memory;  // the last member, as it fills in those above
 };
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

@@ -3,6 +3,12 @@
 // A is addressed by a row and a k stride, so row-major A (logits) and column-major A (the transposed
 // products of the backward) are the same code. kRows x kPanelVectors accumulators fill the registers; inlined, the
 // compiler would keep its pointers in memory.
+#pragma once
+
+#include "cpu/simd-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
 
 template <bool kPairs, int M, bool kAdd, int kVectors, bool kPart>
 __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k, const float* __restrict b,
@@ -41,6 +47,7 @@ __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, in
 template <bool kPairs, bool kAdd, int kVectors = kPanelVectors, bool kPart = false>
 inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
                  int64_t c_row, int64_t b_row = kPanel, int last = kLanes) {
+  static_assert(kRows <= 6, "the cases below");
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t i0 = rows * t / tiles, n = rows * (t + 1) / tiles - i0;
@@ -57,11 +64,11 @@ inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t
   }
 }
 
-// As much of a panel as stays in the first cache (24 KiB of it) while many tiles of rows pass.
-constexpr int64_t kChunk = 6144 / kPanel;
-
 // Asks for part `i` of `parts` of n floats that the next products read, so that they do not wait for the caches
 // beyond the first.
 inline void Prefetch(const float* p, int64_t n, int64_t i, int64_t parts) {
   for (int64_t at = n * i / parts / 16 * 16; at < n * (i + 1) / parts; at += 16) __builtin_prefetch(p + at);
 }
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

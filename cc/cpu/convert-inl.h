@@ -1,4 +1,12 @@
 // 16-bit floats, one number at a time. Rounds to nearest even; NaN stays NaN.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/target-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
 
 inline float BitsToFloat(uint32_t x) { float f; __builtin_memcpy(&f, &x, 4); return f; }
 inline uint32_t FloatToBits(float f) { uint32_t x; __builtin_memcpy(&x, &f, 4); return x; }
@@ -33,3 +41,6 @@ inline uint16_t FromFloatF16(float f) {
   }
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA
