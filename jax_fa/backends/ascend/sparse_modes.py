@@ -74,21 +74,18 @@ def of_arguments(given: spec.Arguments, d: Dims, own_mask: bool) -> SparseMode:
     if mode in spec.PREFIX_MODES:  # without a mask, CANN ignores mode 5
         may_mask = d.Skv < d.Sq and min(prefix, default=0) == 0
         return SparseMode(mode=6, prefix=prefix, may_mask=may_mask)
-    if mode == 0:
-        return of_band(left, right, d.Sq, d.Skv) or FULL_MASK
     corner = d.Skv - d.Sq
     if mode == 4:
         left, right = (None if n is None else n + by for n, by in ((left, -corner), (right, corner)))
-    else:
+    elif mode != 0:
         left, right = None, {1: None, 2: 0, 3: corner}[mode]
-    if _bounds_nothing(left, right, d.Sq, d.Skv):
-        return SparseMode()
-    may_mask = _may_mask(left, right, d.Sq, d.Skv)
+    found = of_band(left, right, d.Sq, d.Skv) or FULL_MASK
+    if mode < 2 or found.mode < 2:  # without a mask, CANN ignores the tokens of mode 0
+        return found
     if mode != 4:
-        return SparseMode(mode=mode, may_mask=may_mask)
+        return replace(found, mode=mode)
     far = d.Sq + d.Skv
-    pre, following = min(given.pre_tokens, far), min(given.next_tokens, far)
-    return SparseMode(mode=4, pre=pre, next=following, may_mask=may_mask)
+    return replace(found, mode=4, pre=min(given.pre_tokens, far), next=min(given.next_tokens, far))
 
 
 def of_packed_arguments(
@@ -131,10 +128,6 @@ def of_band(left: int | None, right: int | None, Sq: int, Skv: int) -> SparseMod
         return None
     pre, following = far if left is None else left + d, far if right is None else right - d
     return SparseMode(mode=4, pre=pre, next=following, may_mask=may_mask)
-
-
-def _bounds_nothing(left: int | None, right: int | None, Sq: int, Skv: int) -> bool:
-    return (left is None or left >= Sq - 1) and (right is None or right >= Skv - 1)
 
 
 def _may_mask(left: int | None, right: int | None, Sq: int, Skv: int) -> bool:
