@@ -1,6 +1,6 @@
 """CANN's sparse modes as masks. The table of the modes is in `spec`.
 
-A compressed mask says nothing that its mode does not say, so it is checked and then not read.
+A compressed mask adds nothing to its mode: it is optional, checked where it is given, and then not read.
 
 Source: as of `spec`; ops-transformer `op_host` tiling for what is refused.
 """

@@ -13,8 +13,8 @@ What CANN does not compute is supplied here in plain JAX around the call:
 * no rows, no keys, no batch: no call.
 
 A call becomes one `OperatorCall` (`translation`, with `sparse_modes`, `sequences`, `layout`, `dense`, `shift` and
-`keep_bits`), which `custom_call` runs, in pieces where it is too large (`split`). `installation` knows which CANN is
-here, `plugins` which platforms call it, `limits` what it does not serve, `costs` what it serves at a cost.
+`keep_bits`), which `custom_call` runs, in pieces where it is too large (`split`). `installation` finds CANN, `plugins`
+registers the custom calls with JAX plugins, `limits` lists what is not served and `costs` what is served at a cost.
 """
 
 from dataclasses import replace
@@ -179,7 +179,7 @@ def _with_logsumexp(op: OperatorCall, d: Dims, saved: Residuals, dlse):
     """The call whose gradients have the log-sum-exp's in them (see the top), and its residuals."""
     dtype = op.query.dtype
     high = dlse.astype(dtype)
-    low = (dlse - high.astype(jnp.float32)).astype(dtype)  # a 16-bit number alone would lose digits
+    low = (dlse - high.astype(jnp.float32)).astype(dtype)  # one 16-bit value would lose digits
     columns = layouts.by_row(jnp.stack([high, low], axis=-1), op.layout)
     Dv = limits.columns_with_logsumexp(d)
     D = max(op.D, Dv)

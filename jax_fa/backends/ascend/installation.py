@@ -56,9 +56,9 @@ def absence() -> str | None:
 
 @functools.cache
 def library() -> Library:
-    """Loads CANN, on the first call of the process, and says what was found. Raises nothing.
+    """Loads CANN, on the first call of the process, and describes what was found. Raises nothing.
 
-    The search order stands in docs/ascend.md.
+    docs/ascend.md gives the search order.
     """
     if (absent := absence()) is not None:
         return Library(absent, None, None, None, None, False, (), ())
@@ -74,7 +74,7 @@ def here() -> Library | None:
 
 
 def emulated() -> bool:
-    """Whether this process was told to call an emulator."""
+    """Whether the environment names an emulator for this process."""
     return bool(os.environ.get(EMULATOR))
 
 

@@ -1,11 +1,11 @@
 """Handing the custom calls to JAX plugins for Ascend, which may be here, come later, or never come.
 
 Importing jax_fa changes nothing in jaxlib, unless a plugin of one of Ascend's names is installed. Where one is, and where
-`register_platform` names a platform, `xla_client.register_custom_call_handler` is wrapped: by it a plugin says how it
-takes custom calls, and at that moment it is handed ours. A plugin that comes by surprise is handed them when the first
-program is lowered for its platform.
+`register_platform` names a platform, `xla_client.register_custom_call_handler` is wrapped: a plugin calls it to declare
+how it takes custom calls, and is handed ours at that moment. Any other plugin for a platform of Ascend's is handed them
+when the first program is lowered for that platform.
 
-A plugin's refusal is a warning. As an error it would rise in the start of the plugin, and take away its devices.
+A plugin's refusal is a warning: an error would be raised while JAX starts the plugin, which then has no devices.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Layout TND: which rows go to CANN, and the two orders in which it stores their statistics."""
+"""Layout TND: which rows CANN computes, and the two orders in which it stores their statistics."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ Ends = tuple[int, ...]
 class Sequences:
     """The sequences of one call.
 
-    `rows` are the ranges of the caller's rows that go to CANN: not those past the last end, and not those of
+    `rows` are the ranges of the caller's rows that CANN computes: not those past the last end, and not those of
     sequences without keys, which the causal modes refuse.
     """
 

@@ -1,10 +1,10 @@
 """CANN's sparse modes: which one a call's arguments, or a static mask, ask for.
 
 The table of the modes is in `jax_fa.cann.spec`. A `flash_attention_score` names its mode (`of_arguments`,
-`of_packed_arguments`). For other calls it is found from the mask (`of_mask`, `of_packed`): of a band, row i sees the keys
-i - left .. i + right, counted from the top left here and from the bottom right corner in modes 3 and 4, with
-`d = Skv - Sq` between them. A mask that no mode describes goes as a full one, in mode 1, or in mode 0 with tokens that
-let CANN skip blocks.
+`of_packed_arguments`). For other calls it follows from the mask (`of_mask`, `of_packed`). In a band, the keys
+i - left .. i + right are visible to row i: here counted from the top left, in modes 3 and 4 from the bottom right corner,
+`d = Skv - Sq` further. A mask that no mode describes is passed as a full one, in mode 1, or in mode 0 with tokens that let
+CANN skip blocks.
 """
 
 from dataclasses import dataclass, replace
@@ -91,7 +91,7 @@ def of_arguments(given: spec.Arguments, d: Dims, own_mask: bool) -> SparseMode:
 def of_packed_arguments(
     given: spec.Arguments, d: Dims, lengths: Lengths, own_mask: bool
 ) -> SparseMode | None:
-    """The mode of a `flash_attention_score` in layout TND; None where only a full mask of all rows says it."""
+    """The mode of a `flash_attention_score` in layout TND; None where only a full mask of all rows will do."""
     mode = given.sparse_mode
     if own_mask:
         return SparseMode(mode=1, full=True)
@@ -115,7 +115,7 @@ def _bounds(given: spec.Arguments, d: Dims) -> tuple[int | None, int | None]:
 
 
 def of_band(left: int | None, right: int | None, Sq: int, Skv: int) -> SparseMode | None:
-    """Row i sees i - left .. i + right (None: no bound). None for a band outside of the rows and keys."""
+    """Of keys i - left .. i + right visible to row i (None: no bound). None for a band outside of the rows and keys."""
     d, far = Skv - Sq, Sq + Skv
     left = None if left is None or left >= Sq - 1 else left
     right = None if right is None or right >= Skv - 1 else right

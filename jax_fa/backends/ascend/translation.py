@@ -28,9 +28,9 @@ _PSE_TYPES = {kind: pse_type for pse_type, kind in spec.ALIBI_TYPES.items()}
 
 @dataclass(frozen=True)
 class Translation:
-    """What CANN is asked for a call, with the library of this machine (None: with some other one).
+    """How CANN computes a call, with the library of this machine (None: with one of another machine).
 
-    Without a library at hand, V2 of the functions is counted on, and V4 is not.
+    Where the library is not known, V2 of the functions is assumed, and V4 is not.
     """
 
     call: Call  # of arrays or avals; avals are enough for the questions
@@ -50,7 +50,7 @@ class Translation:
 
     @cached_property
     def own_pse(self) -> bool:
-        """Whether the caller's pse goes as it came."""
+        """Whether the caller's pse is passed on in its own form."""
         scale, given, rank = self.call.operands.scale, self.given, len(self.call.dims.B)
         if given is None or given.pse is None or math.prod(given.pse.shape[:rank]) != 1:
             return False
@@ -81,7 +81,7 @@ class Translation:
 
     @property
     def folds_scale(self) -> bool:
-        """Whether the scale goes into the query, and CANN is told 1: where it is data, and where it is 0.
+        """Whether the query is scaled, and CANN's scale is 1: where the scale is data, and where it is 0.
 
         CANN's scale is a host number. Functions without pseType add pse before they scale: 0 would take it away.
         """
@@ -89,7 +89,7 @@ class Translation:
 
     @property
     def scale(self) -> float:
-        """The scale that CANN is told."""
+        """The scale that CANN gets."""
         return 1.0 if self.folds_scale else self.call.problem.scale
 
     def scale_factor(self):
@@ -106,7 +106,7 @@ class Translation:
 
     @cached_property
     def wide(self) -> bool:
-        """Whether 16-bit arrays go as float32: pse must have their dtype, and a scale that is data multiplies them."""
+        """Whether 16-bit calls are computed in float32: pse must have their dtype, and a traced scale multiplies query."""
         return self.call.dtype != jnp.float32 and (self.call.operands.scale is not None or self.wide_pse)
 
     @property
@@ -156,15 +156,12 @@ class Translation:
     @property
     def _ends(self) -> tuple[Ends, Ends] | None:
         """Where each packed sequence ends, in query and in key, if those are ints; None for a call that is not packed."""
-        ends: tuple[Any, Any] | None = None
+        ends: tuple[Any, Any] = None, None
         if self.given is not None:
             ends = self.given.actual_seq_qlen, self.given.actual_seq_kvlen
         elif (kind := self._packed_mask_kind) is not None:
             ends = kind.query, kind.query if kind.key is None else kind.key
-        ints = ends is not None and all(
-            isinstance(e, tuple) and all(isinstance(n, int) for n in e) for e in ends
-        )
-        return ends if ints else None
+        return ends if all(map(_are_ints, ends)) else None
 
     @property
     def _packed_mask_kind(self) -> masks.CumulativeLengths | None:
@@ -177,17 +174,14 @@ class Translation:
         return packed[0] if len(packed) == 1 and len(packed) + len(others) == len(members) else None
 
     def _packed_sparse(self, q_ends: Ends, kv_ends: Ends) -> SparseMode | None:
-        lengths = [np.diff(ends, prepend=0).tolist() for ends in (q_ends, kv_ends)]
-        pairs = list(zip(*lengths, strict=True))
+        pairs = list(zip(*(np.diff(ends, prepend=0).tolist() for ends in (q_ends, kv_ends)), strict=True))
         if self.given is not None:
             own_mask = self.call.operands.mask is not None
             return sparse_modes.of_packed_arguments(self.given, self.call.dims, pairs, own_mask)
-        kind = self._packed_mask_kind
-        assert kind is not None
-        return sparse_modes.of_packed(kind.within, pairs)
+        return sparse_modes.of_packed(self._packed_mask_kind.within, pairs)  # type: ignore[union-attr]
 
     def _packed_mask(self, sequences: Sequences):
-        """The mask of the longest sequences where that says it, else of all rows and keys."""
+        """The mask of the longest sequences where one serves all, else of all rows and keys."""
         rows, keys = sequences.longest()
         given = None if self.given is None else self.given.mask
         if given is not None and given.shape[-2:] != (rows, keys):
@@ -198,11 +192,8 @@ class Translation:
     def _packed_tokens(self) -> tuple[int | None, int | None]:
         """The band of every sequence, from the top left (mode 0)."""
         if self.given is not None:
-            return (
-                (self.given.pre_tokens, self.given.next_tokens)
-                if self.given.sparse_mode == 0
-                else (None, None)
-            )
+            tokens = self.given.pre_tokens, self.given.next_tokens
+            return tokens if self.given.sparse_mode == 0 else (None, None)
         within = self._packed_mask_kind.within  # type: ignore[union-attr]
         if not isinstance(within, masks.Band):
             return None, None
@@ -305,3 +296,7 @@ class Translation:
         if x.dropout_seed is None and self.given is not None and len(d.B) == 1:
             return Given(x.drop_bits.reshape(-1), (d.B[0], d.N, d.Sq, d.Skv))
         return Drawn(self.call)
+
+
+def _are_ints(ends: Any) -> bool:
+    return isinstance(ends, tuple) and all(isinstance(n, int) for n in ends)
