@@ -546,7 +546,7 @@ def test_options_name_the_backend():
     plain = flash_attention(x, x, x, **ASCEND)
     assert len(emulator.log()) == 1
     assert ascend.Options() == ascend.Options(max_work=2**46) != ascend.Options(max_work=None)
-    options = ascend.Options(max_work=np.int64(8 * 8 * 2 * 32))  # one batch entry
+    options = ascend.Options(max_work=8 * 8 * 2 * 32)  # one batch entry
     np.testing.assert_array_equal(flash_attention(x, x, x, implementation=options), plain)
     assert len(emulator.log()) == 4
     emulator.reset()

@@ -257,7 +257,8 @@ def test_only_the_large_head_dim_operator(tmp_path):
             assert only in text and why in text, text
         told = jax_fa.explain(q, k, k, platforms=("ascend",))
         assert told.chosen["ascend"] == "ascend" and told.backward["ascend"] == "xla"
-        assert "gradient: xla" in str(told)
+        import re
+        assert re.search("ascend +ascend +xla", str(told)), str(told)
         """),
         JAX_FA_CANN_EMULATOR=str(root),
     )
