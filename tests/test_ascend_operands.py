@@ -17,16 +17,12 @@ import test_vmap_subsets as subsets
 import jax_fa
 from jax_fa import flash_attention, flash_attention_score, primitives
 from jax_fa.backends.ascend import installation
-from jax_fa.backends.ascend.request import Translation
+from jax_fa.backends.ascend.translation import Translation
 from jax_fa.call import Call, rounding_unit
 from jax_fa.entry import request_of
 from jax_fa.masks import Causal, CumulativeLengths, SegmentIds
-<<<<<<< HEAD
-from jax_fa.problem import rounding_unit
 from jax_fa.testing import cases as common
 from jax_fa.testing import emulator
-=======
->>>>>>> ascend
 
 if (absent := installation.absence()) is not None:
     pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
