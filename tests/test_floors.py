@@ -10,7 +10,7 @@ import jax_fa
 ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
     {"problem", "compat", "gather", "integers", "arguments", "native", "program", "_native"},
-    {"testing", "testing.oracle", "testing.cann_oracle", "testing.programs"},
+    {"testing", "testing.oracle", "testing.cann_oracle", "testing.programs", "testing.timing"},
     {"segments", "packed"},
     {"masks", "softmax", "dropout", "ascend.installation", "mosaic", "mosaic.widths"},
     {"tiles", "mosaic.tuning", "mosaic.memory"},
