@@ -1,0 +1,128 @@
+// Backward from the saved softmax max and sum: dq, dk, dv, and sums for bias, ALiBi slopes, scale and soft cap.
+//
+//   p = exp(s - m) / l,  dp = keep / keep_prob (dout v^T),  ds = p (dp - delta),  delta = dout.out - dlogsumexp
+//   dq = scale ds k,  dk = scale ds^T q,  dv = (keep / keep_prob p)^T dout,  dbias = ds,  dscale = ds q.k
+//
+// Key blocks are the outer loop: dk and dv of a block stay in L2 while all query rows pass; dq lies in a float
+// buffer. A task is a range of keys of all the key heads that share one bias gradient (without bias: of one
+// head), so every sum has one owner and a fixed order, whatever the number of threads.
+#pragma once
+
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/backward_balance-inl.h"
+#include "cpu/backward_block-inl.h"
+#include "cpu/backward_plan-inl.h"
+#include "cpu/backward_rows-inl.h"
+#include "cpu/backward_sums-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/scratch-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// Whether the query heads of a key head have the same scale, which its dk then takes at the end.
+inline bool HaveOneScale(const Call& c, int64_t b, int64_t k) {
+  for (int64_t n = k * c.G() + 1; n < (k + 1) * c.G(); ++n)
+    if (ScaleOf(c, b, n) != ScaleOf(c, b, k * c.G())) return false;
+  return true;
+}
+
+template <bool kPairs>
+inline void BackwardHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
+                         int64_t k, int64_t key0, int64_t key1, float* dq, const HeadSums& sums) {
+  const bool one_scale = HaveOneScale(c, b, k);
+  const float key_scale = one_scale ? ScaleOf(c, b, k * c.G()) : 1.0f;
+  RowTile tiles[kBackwardRows];
+  PrepareRows<kPairs>(c, plan, s, b, k);
+  Fill(dq, 0, plan.rows * plan.dq_row + BalanceSize<kPairs>(plan), 0.0f);
+  for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
+    const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
+    Fill(s.dk, 0, width * plan.dq_row, 0.0f);
+    Fill(s.dv, 0, width * s.dv_row, 0.0f);
+    bool packed = false;
+    for (int64_t block = 0; block < plan.row_blocks; ++block) {
+      if (s.block_lo[block] >= j0 + width || s.block_hi[block] <= j0) continue;
+      if (!packed) {
+        if (!IsDirect(c)) PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, s.stage, s.keys_t);
+        PackTransposed<kPairs>(c.value, c.Dv, b, k, j0, width, s.stage, s.values_t);
+        PackClean<kPairs>(c.key, IsMasked(c), width, c.D, s.stage, s.keys,
+                          [&](int64_t j) { return Row{b, k, j0 + j}; });
+        packed = true;
+      }
+      const int64_t g0 = block * kBackwardRows, rows = g0 + kBackwardRows < plan.rows ? kBackwardRows : plan.rows - g0;
+      const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
+      const RowBlock x{b, k, g0, rows, j0, width, count, tiles};
+      if (count > 0) BackwardBlock<kPairs>(c, plan, s, x, dq, one_scale, sums);
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      StoreRow(s.dk + j * plan.dq_row, key_scale, c.dkey.Bytes(b, k, j0 + j), c.dkey.dtype, c.dkey.col, c.D);
+      StoreRow(s.dv + j * s.dv_row, 1.0f, c.dvalue.Bytes(b, k, j0 + j), c.dvalue.dtype, c.dvalue.col, c.Dv);
+    }
+  }
+}
+
+// The rows of dq of a key head, which then are complete.
+template <bool kPairs>
+inline void FinishQueries(const Call& c, const BackwardPlan& plan, int64_t b, int64_t k, float* stage, float* dq) {
+  Row row{b, k * c.G(), 0};  // not RowAt, which divides by Sq: it may be 0
+  for (int64_t r = 0; r < plan.rows; ++r, row = After(c, row), dq += plan.dq_row) {
+    if constexpr (kPairs) AddMissing(c, row, k, BalanceOf(plan, dq - r * plan.dq_row), r, stage, dq);
+    StoreRow(dq, ScaleOf(c, row), c.dquery.Bytes(b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
+  }
+}
+
+// Adds the dq of another range of keys.
+template <bool kPairs>
+inline void AddPart(const BackwardPlan& plan, float* part, float* total) {
+  for (int64_t x = 0; x < plan.rows * plan.dq_row; x += kLanes) Store(total + x, Load(total + x) + Load(part + x));
+  if constexpr (kPairs) {
+    const Balance from = BalanceOf(plan, part), to = BalanceOf(plan, total);
+    for (int64_t r = 0; r < plan.rows; ++r) {
+      to.total[r] += from.total[r];
+      if (from.largest[r] <= to.largest[r]) continue;
+      to.largest[r] = from.largest[r];
+      to.key[r] = from.key[r];
+    }
+  }
+}
+
+// The gradients of slopes, scale and soft cap are overwritten.
+template <bool kPairs>
+void BackwardAs(const Call& c, const Runner& runner) {
+  const BackwardPlan plan(c);
+  const int64_t heads = c.B * c.K, head_size = plan.rows * plan.dq_row + BalanceSize<kPairs>(plan);
+  const Buffer dq_parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
+  const AllSums sums(c, plan);
+
+  const bool large = head_size > kThreadFloats;
+  Run(runner, plan.groups * plan.splits, [&](int64_t task) {
+    const int64_t group = task / plan.splits, split = task % plan.splits;
+    const int64_t key0 = split * plan.split_keys;
+    const int64_t key1 = key0 + plan.split_keys < c.Skv ? key0 + plan.split_keys : c.Skv;
+    const BackwardScratch<kPairs> s(c, plan, plan.splits == 1 && !large);
+    const Buffer own_dq(plan.splits == 1 && large ? head_size : 0);
+    for (int64_t i = plan.starts[group]; i < plan.starts[group + 1]; ++i) {
+      const int64_t head = plan.heads[i], b = head / c.K, k = head % c.K, part = head * plan.splits + split;
+      float* dq = plan.splits > 1 ? dq_parts.get() + part * head_size : large ? own_dq.get() : s.dq;
+      BackwardHead<kPairs>(c, plan, s, b, k, key0, key1, dq, sums.Of(head, split));
+      if (plan.splits > 1) continue;
+      FinishQueries<kPairs>(c, plan, b, k, s.stage, dq);
+    }
+  });
+
+  if (plan.splits > 1) {
+    Run(runner, heads, [&](int64_t head) {
+      float* total = dq_parts.get() + head * plan.splits * head_size;
+      for (int64_t split = 1; split < plan.splits; ++split) AddPart<kPairs>(plan, total + split * head_size, total);
+      float* stage = nullptr;
+      const ThreadParts scratch([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
+      FinishQueries<kPairs>(c, plan, head / c.K, head % c.K, stage, total);
+    });
+  }
+  sums.Store();
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA
