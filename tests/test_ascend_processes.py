@@ -11,12 +11,8 @@ from pathlib import Path
 import pytest
 
 import jax_fa
-<<<<<<< HEAD
-from jax_fa.ascend import installation
-from jax_fa.testing import emulator
-=======
 from jax_fa.backends.ascend import installation
->>>>>>> ascend
+from jax_fa.testing import emulator
 
 if (absent := installation.absence()) is not None:
     pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
