@@ -218,7 +218,7 @@ def _infinite():
         yield pytest.param(*pse, layout, dtype, marks=[] if row in _INFINITE else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("pse_type", "scale", "rows", "layout", "dtype"), _infinite())
+@pytest.mark.parametrize(("pse_type", "scale", "rows", "layout", "dtype"), list(_infinite()))
 def test_a_pse_of_minus_infinity_masks(pse_type, scale, rows, layout, dtype):
     rng = np.random.default_rng(0)
     shape = SHAPES[layout]

@@ -402,7 +402,7 @@ def _portable():
 
 
 @pytest.mark.skipif(native.missing is not None, reason="the table above ran on the portable backend")
-@pytest.mark.parametrize("case", _portable())
+@pytest.mark.parametrize("case", list(_portable()))
 def test_the_portable_backend(case):
     check(case, run(case, implementation="xla"))
 
