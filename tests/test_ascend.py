@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax_fa.cann import spec
 from jax_fa.masks import Band, Causal, CumulativeLengths, Prefix
 from jax_fa.testing import cases as common
 from jax_fa.testing import emulator, oracle
+from jax_fa.testing.spread import covering
 
 if (absent := installation.absence()) is not None:
     pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
@@ -105,30 +107,43 @@ _TOKENS = {0: (9, 5), 4: (10, 3), 7: (cann.HUGE, 0), 8: (cann.HUGE, 2)}
 _PSE = (None, (0, "full"), (1, "1 full"), (1, "row"), (2, "slopes"), (3, "1 slopes"))
 
 
+def _rows() -> list[dict[str, Any]]:
+    """Every sparse mode with every layout, pse type and dtype."""
+    rows = []
+    for layout in LAYOUTS:
+        for mode in (0, 1, 2, 3, 4, 6, 7, 8) if layout == "TND" else range(7):
+            for pse, dtype in itertools.product(_PSE if mode < 7 else (None,), cann.DTYPES):
+                rows.append({"layout": layout, "mode": mode, "pse": pse, "dtype": dtype})
+    return rows
+
+
+def _asked(layout: str, mode: int, pse: tuple[int, str] | None, dtype: str) -> cann.Case:
+    packed = layout == "TND"
+    form = pse and (pse[0], pse[1].removeprefix("1 ") if packed and pse[0] < 2 else pse[1])
+    pre, following = _TOKENS.get(mode, (cann.HUGE, cann.HUGE))
+    return cann.Case(
+        name=f"{layout}-mode{mode}-{'pse' + str(pse[0]) + pse[1] if pse else 'plain'}-{dtype}",
+        layout=layout,
+        mode=mode,
+        pre=25 if packed and mode == 0 else pre,
+        following=following,
+        prefix=((6, 0, 11) if packed else (7, 20)) if mode in (5, 6) else (),
+        mask={0: None, 1: "plain", 5: "batch"}.get(mode, "compressed"),
+        lengths=((9, 9), (0, 0), (20, 20)) if packed else ((23, 23),) * 2,
+        pse=form,
+        dtype=dtype,
+        D=16,
+    )
+
+
+_PAIRWISE = covering(_rows())
+
+
 def _product():
-    """Every sparse mode with every layout, pse type and dtype; a sixth of them by default."""
-    for a, layout in enumerate(LAYOUTS):
-        packed = layout == "TND"
-        for b, mode in enumerate((0, 1, 2, 3, 4, 6, 7, 8) if packed else range(7)):
-            for c, pse in enumerate(_PSE if mode < 7 else (None,)):
-                for d, dtype in enumerate(cann.DTYPES):
-                    slow = [] if (a + b + c + d) % 6 == 0 else [pytest.mark.slow]
-                    form = pse and (pse[0], pse[1].removeprefix("1 ") if packed and pse[0] < 2 else pse[1])
-                    pre, following = _TOKENS.get(mode, (cann.HUGE, cann.HUGE))
-                    case = cann.Case(
-                        name=f"{layout}-mode{mode}-{'pse' + str(pse[0]) + pse[1] if pse else 'plain'}-{dtype}",
-                        layout=layout,
-                        mode=mode,
-                        pre=25 if packed and mode == 0 else pre,
-                        following=following,
-                        prefix=((6, 0, 11) if packed else (7, 20)) if mode in (5, 6) else (),
-                        mask={0: None, 1: "plain", 5: "batch"}.get(mode, "compressed"),
-                        lengths=((9, 9), (0, 0), (20, 20)) if packed else ((23, 23),) * 2,
-                        pse=form,
-                        dtype=dtype,
-                        D=16,
-                    )
-                    yield pytest.param(case, id=case.name, marks=slow)
+    """By default every two of mode, layout, pse type and dtype meet that may; the rest is slow."""
+    for row in _rows():
+        case = _asked(**row)
+        yield pytest.param(case, id=case.name, marks=[] if row in _PAIRWISE else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("case", list(_product()))

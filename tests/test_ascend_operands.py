@@ -3,6 +3,7 @@
 And what the custom calls refuse before CANN is asked.
 """
 
+import itertools
 import re
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from jax_fa.entry import request_of
 from jax_fa.masks import Causal, CumulativeLengths, SegmentIds
 from jax_fa.testing import cases as common
 from jax_fa.testing import emulator
+from jax_fa.testing.spread import pairwise
 
 if (absent := installation.absence()) is not None:
     pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
@@ -205,11 +207,18 @@ def _pse_of(layout: str, rows: str, rng) -> np.ndarray:
     return np.concatenate([block.reshape(-1) for block in blocks])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", SHAPES)
-@pytest.mark.parametrize(
-    ("pse_type", "scale", "rows"), [(0, 0.25, "full"), (1, 0.25, "full"), (1, 0.0, "full"), (1, -0.5, "row")]
-)
+_PSES = [(0, 0.25, "full"), (1, 0.25, "full"), (1, 0.0, "full"), (1, -0.5, "row")]  # type, scale, rows
+_INFINITE = pairwise({"pse": _PSES, "layout": tuple(SHAPES), "dtype": DTYPES})
+
+
+def _infinite():
+    """By default every two options meet."""
+    for pse, layout, dtype in itertools.product(_PSES, SHAPES, DTYPES):
+        row = {"pse": pse, "layout": layout, "dtype": dtype}
+        yield pytest.param(*pse, layout, dtype, marks=[] if row in _INFINITE else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("pse_type", "scale", "rows", "layout", "dtype"), list(_infinite()))
 def test_a_pse_of_minus_infinity_masks(pse_type, scale, rows, layout, dtype):
     rng = np.random.default_rng(0)
     shape = SHAPES[layout]

@@ -17,9 +17,11 @@ from jax_fa import (
     flash_attention_score,
     masks,
 )
+from jax_fa.backends import native
 from jax_fa.cann import drop_mask
 from jax_fa.entry import request_of
 from jax_fa.testing import cann_oracle as oracle
+from jax_fa.testing.spread import covering, pairwise
 
 FLT_MAX = np.finfo(np.float32).max
 HUGE = 2147483647
@@ -371,6 +373,40 @@ def test_values_statistics_and_gradients(case):
     check(case, run(case))
 
 
+def _features(case: Case) -> dict[str, Any]:
+    """What the portable backend may treat differently."""
+    layout = {"TND": "packed"}.get(case.layout, "dense")
+    pse = case.pse and (min(case.pse[0], 2), case.pse[1].removeprefix("1 "))
+    drop = case.keep_prob not in (None, 1.0)
+    return {
+        "layout": layout,
+        "mode": case.mode,
+        "mask": case.mask,
+        "pse": pse,
+        "drop": drop,
+        "traced": case.traced,
+    }
+
+
+_PORTABLE = covering([_features(case) for case in CASES])
+
+
+def _portable():
+    """By default every two features of the table meet; the rest is slow."""
+    seen: list[dict[str, Any]] = []
+    for case in CASES:
+        features = _features(case)
+        chosen = features in _PORTABLE and features not in seen
+        seen.append(features)
+        yield pytest.param(case, marks=[] if chosen else pytest.mark.slow, id=case.name)
+
+
+@pytest.mark.skipif(native.missing is not None, reason="the table above ran on the portable backend")
+@pytest.mark.parametrize("case", list(_portable()))
+def test_the_portable_backend(case):
+    check(case, run(case, implementation="xla"))
+
+
 @pytest.mark.parametrize(
     ("form", "implementation"),
     [
@@ -462,9 +498,13 @@ def test_preconditions(name, form):
             call(convert(wrong))
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
-@pytest.mark.parametrize("layout", ["BSND", "TND"])
-@pytest.mark.parametrize("pse_type", [0, 1])
+@pytest.mark.parametrize(
+    ("pse_type", "layout", "scale"),
+    [
+        tuple(row.values())
+        for row in pairwise({"pse_type": (0, 1), "layout": ("BSND", "TND"), "scale": (0.0, 0.5, -1.0)})
+    ],
+)
 def test_a_pse_of_minus_infinity_masks(pse_type, layout, scale, backend):
     """Whatever the scale; a row of it is 0, with gradients of 0."""
     q, k = _random(1, 6, 2, 8), _random(1, 7, 2, 8, seed=1)

@@ -11,7 +11,7 @@ import pytest
 
 import jax_fa
 from jax_fa import demo
-from jax_fa.backends import cpu as native
+from jax_fa.backends import native
 from jax_fa.demo import baseline, checks, gpt, program, race
 
 BEST = "cpu" if native.missing is None else "xla"

@@ -17,7 +17,7 @@ import pytest
 from jax_fa.mosaic import tuning
 from jax_fa.mosaic.tuning import Tiles
 from jax_fa.problem import DIFFERENTIABLE, rounding_unit
-from mosaic_tools import interpreter, needs_new_jax, pairwise, request, spanning, why_not
+from mosaic_tools import interpreter, needs_new_jax, request, why_not
 from test_nan import MASKS
 
 import jax_fa
@@ -25,6 +25,7 @@ from jax_fa import masks, primitives
 from jax_fa.attention import attention
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import CASES, Case, check, expected
+from jax_fa.testing.spread import pairwise, spanning
 
 pytestmark = needs_new_jax
 SLOW = pytest.mark.slow

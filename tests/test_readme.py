@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jax_fa import bench, demo
-from jax_fa.backends import cpu as native
+from jax_fa.backends import native
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -1,6 +1,5 @@
 """How it is measured: all contestants of a call in one process, called in turn."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -8,9 +7,9 @@ import numpy as np
 
 from jax_fa.bench.contestants import Program, RefusedError
 from jax_fa.bench.shapes import Call
+from jax_fa.testing import timing
 
-# The threads of OpenMP, which PyTorch uses, spin for a while after a call and would slow down the next one.
-PAUSE = 0.05
+PAUSE = 0.05  # seconds before a call, while the threads of the one before go on spinning
 # Largest difference of two contestants, relative L2, that is put down to rounding.
 # (GPUs may round the operands of float32 products to TF32.)
 TOLERANCE = {"float32": 5e-3, "bfloat16": 3e-2, "float16": 1e-2}
@@ -29,13 +28,12 @@ class Result:
 
     @property
     def median(self) -> float:
-        return float(np.median(self.seconds))
+        return timing.median(self.seconds)
 
     @property
     def spread(self) -> float:
         """Half the distance of the quartiles, relative to the median."""
-        low, high = np.percentile(self.seconds, [25, 75])
-        return float((high - low) / 2 / self.median)
+        return timing.spread(self.seconds)
 
     @property
     def agrees(self) -> bool:
@@ -71,15 +69,10 @@ def measure(
             first = arrays
         else:
             results[name].difference = _difference(arrays, first)
-    order = list(programs)
-    for _ in range(rounds):
-        for name in order:
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            programs[name].run()
-            results[name].seconds.append(time.perf_counter() - start)
-        order.reverse()
-        progress()
+    runs = {name: program.run for name, program in programs.items()}
+    seconds = timing.alternate(runs, rounds, warm_up=0, pause=PAUSE, after_round=progress)
+    for name in seconds:
+        results[name].seconds = seconds[name]
     return list(results.values())
 
 
