@@ -31,7 +31,7 @@ FLOORS = [
     {"api", "cann", "ring"},
     {"explanation"},
     {""},  # jax_fa/__init__.py: public names only
-    {"demo.baseline", "demo.gpt"},
+    {"demo.baseline", "demo.colours", "demo.gpt"},
     {"demo.checks", "demo.race"},
     {"demo.report"},
     {"demo"},

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import jax_fa
+from jax_fa.demo.colours import colour
 from jax_fa.masks import Causal, CumulativeLengths, Dense, Lengths, Prefix, SlidingWindow
 
 jax.config.update("jax_enable_x64", True)
@@ -370,13 +371,12 @@ for dtype in DTYPES:
 # the solid line, which is the rule. (float64 is left out: there jax.nn errs 10^8 times as much.)
 
 # %%
-COLOURS = {"cpu": "#24608f", "xla": "#d98324", "jax.nn": "#555555"}
 fig, axes = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained", sharey=True)
 line = np.logspace(-4, 2)
 for ax, dtype in zip(axes, DTYPES[1:], strict=True):
     for name in BACKENDS:
         shown = [(b.overall, a.overall) for a, b in pairs if (a.dtype, a.by) == (dtype, name)]
-        ax.scatter(*np.transpose(shown), s=12, color=COLOURS[name], label=f"jax_fa, {name}", alpha=0.7)
+        ax.scatter(*np.transpose(shown), s=12, color=colour(name), label=f"jax_fa, {name}", alpha=0.7)
     ax.plot(line, line, linestyle="--", color="black", linewidth=0.8)
     ax.plot(line, 2 * line + FLOOR, color="black", linewidth=0.8)
     ax.set(xscale="log", yscale="log", xlim=(1e-2, 30), ylim=(1e-4, 80))
@@ -407,7 +407,7 @@ for row, dtype in zip(axes, DTYPES, strict=True):
             ]
             if found:
                 values = np.sort(np.concatenate(found))
-                ax.plot(values, np.linspace(0, 1, len(values)), color=COLOURS[by], label=by, linewidth=1.2)
+                ax.plot(values, np.linspace(0, 1, len(values)), color=colour(by), label=by, linewidth=1.2)
         ax.set(xscale="log", xlim=(1e-3, 1e10) if dtype == "float64" else (1e-4, 30))
         ax.tick_params(labelsize=7)
         if dtype == DTYPES[0]:

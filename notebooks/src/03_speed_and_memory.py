@@ -17,9 +17,9 @@ import numpy as np
 
 import jax_fa
 from jax_fa.bench import contestants, measure, record, shapes
+from jax_fa.demo.colours import colour
 
 LENGTHS = (256, 512, 1024, 2048)
-COLOURS = {"cpu": "#24608f", "xla": "#d98324", "jax.nn": "#555555", "torch": "#a33b3b"}
 present = contestants.present()
 print("contestants:", ", ".join(present))
 for name, value in record.environment().items():
@@ -75,7 +75,7 @@ def draw(ax, results, value, title, ylabel):
         if None in values or 0 in values:
             continue  # nobody tells, or nothing is needed
         label = f"{name}, slope {slope(lengths, values):.2f}"
-        ax.loglog(lengths, values, "o-", color=COLOURS.get(name), label=label, markersize=4)
+        ax.loglog(lengths, values, "o-", color=colour(name), label=label, markersize=4)
     finish(ax, title, LENGTHS)
     ax.set_ylabel(ylabel)
 
@@ -181,12 +181,12 @@ for _ in range(ROUNDS + 2):
 
 fig, axes = plt.subplots(1, len(names), figsize=(9, 3.2), layout="constrained", sharey=True)
 for ax, name in zip(axes, names, strict=True):
-    for mask, colour in MASKS.items():
+    for mask, shade in MASKS.items():
         lengths, times = zip(
             *((n, 1e3 * t) for (x, y, n), t in seconds.items() if (x, y) == (name, mask)), strict=True
         )
         label = f"{mask}, slope {slope(lengths, times):.2f}"
-        ax.loglog(lengths, times, "o-", color=colour, label=label, markersize=4)
+        ax.loglog(lengths, times, "o-", color=shade, label=label, markersize=4)
     finish(ax, name, (512, 1024, 2048, 4096))
 axes[0].set_ylabel("ms, forward")
 plt.show()

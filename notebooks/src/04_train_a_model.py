@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jax_fa.demo.colours import colour
 from jax_fa.integrations.flax import make_attention_fn
 from jax_fa.masks import Causal
 
@@ -130,11 +131,11 @@ print(f"temporary memory of a step: {', '.join(f'{name} {size:.0f} MiB' for name
 assert memory[FLASH] < 0.75 * memory[STOCK]
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", width_ratios=(2, 1))
-axes[0].plot(losses[STOCK], label=STOCK, color="#555555", linewidth=3, alpha=0.5)
-axes[0].plot(losses[FLASH], "--", label=FLASH, color="#24608f")
+axes[0].plot(losses[STOCK], label=STOCK, color=colour(STOCK), linewidth=3, alpha=0.5)
+axes[0].plot(losses[FLASH], "--", label=FLASH, color=colour(FLASH))
 axes[0].set(xlabel="step", ylabel="loss, nats per character")
 axes[0].legend()
-axes[1].bar(memory.keys(), memory.values(), color=["#555555", "#24608f"])
+axes[1].bar(memory.keys(), memory.values(), color=[colour(name) for name in memory])
 axes[1].set(ylabel="temporary memory of a step, MiB")
 plt.show()
 
