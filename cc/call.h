@@ -8,6 +8,7 @@
 // Hence here: plain data and always-inlined functions only, no standard library.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #define JAX_FA_INLINE inline __attribute__((always_inline))

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/kernel.h"
+#include "operands.h"
 #include "shapes.h"
 #include "tasks.h"
 #include "xla/ffi/api/ffi.h"
@@ -16,8 +17,7 @@ namespace ffi = xla::ffi;
 
 namespace jax_fa {
 
-// Mirrors what backends/cpu.py sends. `present`: bit i is set where operand i of `Operands` (in field order)
-// is given; the arrays come in that order. `saved`: the bits of `Saved`.
+// Mirrors what backends/cpu.py sends. `present`, `saved`: see operands.h.
 struct ProblemAttr {
   uint32_t present, saved;
   std::string_view query_axes, key_axes, value_axes, out_axes;  // canonical dim i is stored dim axes[i] - 'a'
@@ -139,22 +139,27 @@ Call PlainCall(const ProblemAttr& p, const Sizes& sizes) {
   return c;
 }
 
-void ReadOperands(const ProblemAttr& p, const CallShapes& call, const ffi::RemainingArgs& args, Views& views, Call& c) {
-  View* const slots[kOperands] = {&c.query, &c.key, &c.value, &c.bias, &c.mask, &c.lower, &c.upper, &c.slopes,
-                                  &c.seed, &c.stream, &c.drop_bits, &c.drop_offset, &c.bias_offset, &c.position,
-                                  &c.segment_row, &c.segment_key, &c.scale_of_head, &c.soft_cap_of_head,
-                                  &c.threshold_of_head};
+// An operand, or an array of its shape.
+View OperandView(const ProblemAttr& p, const CallShapes& call, Operand i, const ffi::AnyBuffer& x, Views& views) {
   const std::string_view axes[3] = {p.query_axes, p.key_axes, p.value_axes};
+  const char* roles = call.FormOf(i).roles;
+  return i <= kValue ? views.Stored(x, axes[i], roles) : views.Canonical(x, roles);
+}
+
+void ReadOperands(const ProblemAttr& p, const CallShapes& call, const ffi::RemainingArgs& args, Views& views, Call& c) {
   size_t next = 0;
-  for (int at = 0; at < kOperands; ++at) {
-    const auto i = static_cast<Operand>(at);
+  for (const Form& form : kForms) {
+    const Operand i = form.operand;
     if (!call.Has(i)) continue;
     const ffi::AnyBuffer x = Arg(args, next++);
-    const char* roles = call.FormOf(i).roles;
-    *slots[i] = i <= kValue ? views.Stored(x, axes[i], roles) : views.Canonical(x, roles);
+    c.*form.view = OperandView(p, call, i, x, views);
     if (i == kDropBits) c.drop_bytes = x.dimensions().back();
     if (i == kBias && call.Has(kBiasOffset)) c.bias_elements = x.dimensions().back();
   }
+}
+
+View SavedView(const ProblemAttr& p, const SavedArray& form, const ffi::AnyBuffer& x, Views& views) {
+  return form.like_out ? views.Stored(x, p.out_axes, "rhc") : views.Canonical(x, "hr");
 }
 
 const Kernels& Chosen() {
@@ -197,10 +202,9 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
     if (c.B == 0 || c.N == 0 || c.Sq == 0) return;
     Views views(sizes.B);
     ReadOperands(p, call, args, views, c);
-    c.out = views.Stored(Ret(rets, 0), p.out_axes, "rhc");
-    c.m = views.Canonical(Ret(rets, 1), "hr");
-    c.l = views.Canonical(Ret(rets, 2), "hr");
-    if (p.saved & kRounding) c.rounding = views.Stored(Ret(rets, 3), p.out_axes, "rhc");
+    size_t result = 0;
+    for (const SavedArray& x : kSavedArrays)
+      if (x.of_forward && x.IsGiven(p.saved)) c.*x.view = SavedView(p, x, Ret(rets, result++), views);
     PoolRunner<ffi::ThreadPool> runner(pool);
     Chosen().forward(c, runner);
   });
@@ -219,24 +223,16 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
     Views views(sizes.B);
     ReadOperands(p, call, args, views, c);
     size_t next = call.Operands();
-    c.out = views.Stored(Arg(args, next++), p.out_axes, "rhc");
-    c.m = views.Canonical(Arg(args, next++), "hr");
-    c.l = views.Canonical(Arg(args, next++), "hr");
-    c.dout = views.Stored(Arg(args, next++), p.out_axes, "rhc");
-    if (p.saved & kRounding) c.rounding = views.Stored(Arg(args, next++), p.out_axes, "rhc");
-    if (p.saved & kLogSumExp) c.dlogsumexp = views.Canonical(Arg(args, next++), "hr");
+    for (const SavedArray& x : kSavedArrays)
+      if (x.IsGiven(p.saved)) c.*x.view = SavedView(p, x, Arg(args, next++), views);
     size_t result = 0;
-    c.dquery = views.Stored(Ret(rets, result++), p.query_axes, "rhc");
-    c.dkey = views.Stored(Ret(rets, result++), p.key_axes, "rhc");
-    c.dvalue = views.Stored(Ret(rets, result++), p.value_axes, "rhc");
-    if (c.bias) {
+    for (const auto& [operand, gradient] : kDifferentiable) {
+      if (!call.Has(operand)) continue;
       const ffi::AnyBuffer x = Ret(rets, result++);
-      c.dbias = views.Canonical(x, call.FormOf(kBias).roles);
-      if (!WritesAllBias(c) && x.size_bytes() > 0) std::memset(x.untyped_data(), 0, x.size_bytes());
+      c.*gradient = OperandView(p, call, operand, x, views);
+      if (operand == kBias && !WritesAllBias(c) && x.size_bytes() > 0)
+        std::memset(x.untyped_data(), 0, x.size_bytes());
     }
-    if (c.slopes) c.dslopes = views.Canonical(Ret(rets, result++), "hr");
-    if (c.scale_of_head) c.dscale = views.Canonical(Ret(rets, result++), "h");
-    if (c.soft_cap_of_head) c.dsoft_cap = views.Canonical(Ret(rets, result++), "h");
     PoolRunner<ffi::ThreadPool> runner(pool);
     Chosen().backward(c, runner);
   });

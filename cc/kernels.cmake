@@ -3,6 +3,14 @@
 set(JAX_FA_SANITIZE "" CACHE STRING "Sanitizers to build with, e.g. address,undefined")
 option(JAX_FA_WERROR "Treat warnings as errors" OFF)
 
+# CANN is loaded from shared objects of Linux; elsewhere the adapter and its emulator are left out.
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
+  set(JAX_FA_CANN_DEFAULT ON)
+else()
+  set(JAX_FA_CANN_DEFAULT OFF)
+endif()
+option(JAX_FA_CANN "Build the adapter to CANN and its emulator" ${JAX_FA_CANN_DEFAULT})
+
 set(CMAKE_CXX_STANDARD 17)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
 set(CMAKE_CXX_EXTENSIONS OFF)
@@ -28,7 +36,7 @@ function(jax_fa_target target)
   endif()
 endfunction()
 
-# An instruction set is a file and a line here, and a row in cpu/kernel.cc.
+# An instruction set is a file simd_<set>-inl.h, a file and a line here, and a row in cpu/tuning.h and cpu/kernel.cc.
 set(CPU "${CMAKE_CURRENT_LIST_DIR}/cpu")
 set(KERNELS "${CPU}/kernel_portable.cc")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")

@@ -1,73 +1,59 @@
 // The Python module jax_fa._native: FFI handlers, and what the processor offers.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <stdexcept>
+#include <cstdint>
 #include <string>
 
-#include "ascend_ffi.h"
-#include "cann/adapter.h"
-#include "cann/library.h"
+#include "cann_module.h"
 #include "cpu/kernel.h"
 #include "cpu_ffi.h"
+#include "operands.h"
 
 namespace py = pybind11;
 
 namespace {
 
-py::object PathOrNone(const std::string& path) { return path.empty() ? py::object(py::none()) : py::object(py::str(path)); }
+py::tuple DifferentiableNames() {
+  py::list names;
+  for (const jax_fa::Differentiable& x : jax_fa::kDifferentiable) names.append(jax_fa::kForms[x.operand].name);
+  return py::tuple(names);
+}
 
-py::dict CannLibrary() {
-  const jax_fa::cann::Library* library;
-  {
-    const py::gil_scoped_release release;
-    library = &jax_fa::cann::Library::Get();
-  }
-  py::list functions;
-  for (int f = 0; f < jax_fa::cann::kFunctions; ++f)
-    if (library->functions[f]) functions.append(jax_fa::cann::kFunctionTable[f].phase2);
-  py::dict found;
-  found["error"] = PathOrNone(library->error);
-  found["long"] = PathOrNone(library->long_ops);
-  found["short"] = PathOrNone(library->short_ops);
-  found["runtime"] = PathOrNone(library->runtime);
-  found["nnopbase"] = PathOrNone(library->nnopbase);
-  found["emulator"] = library->emulator;
-  found["functions"] = functions;
-  found["notes"] = py::cast(library->notes);
-  return found;
+py::dict SavedBits() {
+  py::dict bits;
+  for (const jax_fa::SavedArray& x : jax_fa::kSavedArrays)
+    if (x.bit != 0) bits[x.name] = x.bit;
+  return bits;
+}
+
+template <typename Names>
+py::tuple NamesOf(const Names& table) {
+  py::list names;
+  for (const auto& row : table) names.append(row.name);
+  return py::tuple(names);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
+  // For Python to compare with what it sends: a number that changes with what names do not show (see operands.h), ...
+  module.def("abi", [] { return jax_fa::kAbi; });
+  // ... the operands in the order of their arrays: operand i is given where bit i of `present` is set.
+  module.def("operand_names", [] { return NamesOf(jax_fa::kForms); });
+  // ... those with gradients, in the order of the backward's results.
+  module.def("differentiable_operands", DifferentiableNames);
+  // ... the arrays that follow the operands of the backward, in their order; and the bit of `saved` of each that may be
+  // absent.
+  module.def("saved_names", [] { return NamesOf(jax_fa::kSavedArrays); });
+  module.def("saved_bits", SavedBits);
   module.def("registrations", [] {
     py::dict handlers;
     handlers["jax_fa_cpu_forward"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuForward));
     handlers["jax_fa_cpu_backward"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuBackward));
     return handlers;
   });
-  // For arrays on a device, or for arrays on the host, which only the emulator takes. The same targets.
-  module.def("ascend_registrations", [](bool host) {
-    py::dict handlers;
-    handlers["jax_fa_ascend_forward"] =
-        py::capsule(reinterpret_cast<void*>(host ? jax_fa::AscendHostForward : jax_fa::AscendForward));
-    handlers["jax_fa_ascend_backward"] =
-        py::capsule(reinterpret_cast<void*>(host ? jax_fa::AscendHostBackward : jax_fa::AscendBackward));
-    return handlers;
-  }, py::arg("host"));
-  // What of CANN was found; loads it. Where nothing can be used, "error" says what was searched.
-  module.def("cann_library", CannLibrary);
-  // Frees our own streams and all workspaces that are kept for later calls; nothing may be running.
-  module.def("cann_release", [] {
-    jax_fa::cann::Status status;
-    {
-      const py::gil_scoped_release release;
-      status = jax_fa::cann::ReleaseAll();
-    }
-    if (!status.ok()) throw std::runtime_error(status.message);
-  });
+  jax_fa::DefineCann(module);
   // Instruction sets compiled in, best first, and whether this machine has each.
   module.def("instruction_sets", [] {
     int count = 0;

@@ -1,5 +1,4 @@
-// Which arrays a call has, in which order, and what shapes and dtypes they must have: all of it is checked here, on
-// plain shapes, before a handler touches any memory.
+// Checks a call's arrays, on plain shapes, before a handler touches any memory.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "operands.h"
+
 namespace jax_fa {
 
 struct BadCall : std::exception {
@@ -18,58 +19,12 @@ struct BadCall : std::exception {
   std::string text;
 };
 
-enum class Element : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kBool, kOther };
-
 // Elements and dims of an array as it is stored.
 struct Shape {
   Element element = Element::kOther;
   const int64_t* dims = nullptr;
   size_t rank = 0;
 };
-
-// The operands in the order of problem.py.
-enum Operand {
-  kQuery, kKey, kValue, kBias, kMask, kLower, kUpper, kSlopes, kSeed, kStream, kDropBits, kDropOffset, kBiasOffset,
-  kPosition, kSegmentRow, kSegmentKey, kScale, kSoftCap, kKeepThreshold, kOperands
-};
-
-// Bits of `saved`.
-enum Saved : uint32_t { kRounding = 1, kLogSumExp = 2 };
-
-// `sizes`: what follows the batch dims, N K heads, S T positions of queries and keys, D V head_dim, 2 that number, e
-// any; in lower case, 1 does too. `roles`, for views: h head, r row, c col, - none. `elements`: a set of bits.
-struct Form {
-  const char *name, *sizes, *roles;
-  uint32_t elements;
-};
-
-constexpr uint32_t Bit(Element e) { return uint32_t{1} << static_cast<int>(e); }
-constexpr uint32_t kFloats = Bit(Element::kF32) | Bit(Element::kBF16) | Bit(Element::kF16);
-constexpr uint32_t kFloat = Bit(Element::kF32), kInt = Bit(Element::kI32), kUnsigned = Bit(Element::kU32);
-
-constexpr Form kForms[kOperands] = {
-    {"query", "SND", "rhc", kFloats},
-    {"key", "TKD", "rhc", kFloats},
-    {"value", "TKV", "rhc", kFloats},
-    {"bias", "nst", "hrc", kFloats},
-    {"mask", "nst", "hrc", Bit(Element::kBool) | Bit(Element::kU8)},
-    {"lower", "ns", "hr", kInt},
-    {"upper", "ns", "hr", kInt},
-    {"alibi_slopes", "Ns", "hr", kFloat},
-    {"dropout_seed", "2", "-", kUnsigned},
-    {"dropout_stream", "n2", "h-", kUnsigned},
-    {"drop_bits", "e", "-", Bit(Element::kU8)},
-    {"drop_offset", "ns2", "hr-", kInt},
-    {"bias_offset", "ns", "hr", kInt},
-    {"position", "ns", "hr", kInt},
-    {"segment_row", "ns", "hr", kInt},
-    {"segment_key", "nT", "hc", kInt},
-    {"scale", "n", "h", kFloat},
-    {"soft_cap", "n", "h", kFloat},
-    {"keep_threshold", "n", "h", kUnsigned},
-};
-constexpr Form kIndexedBias = {"bias", "ne", "hc", kFloats};
-constexpr Operand kDifferentiable[] = {kQuery, kKey, kValue, kBias, kSlopes, kScale, kSoftCap};
 
 // One call: its static part, and its arrays in order.
 struct CallShapes {
@@ -96,33 +51,31 @@ class ShapeCheck {
     ShapeCheck check(call);
     check.Static();
     check.Count("arguments", call.args.size(), call.Operands());
-    check.Count("results", call.rets.size(), 3 + (call.saved & kRounding ? 1 : 0));
+    size_t next = 0, count = 0;
+    for (const SavedArray& x : kSavedArrays) count += x.of_forward && x.IsGiven(call.saved) ? 1 : 0;
+    check.Count("results", call.rets.size(), count);
     check.ReadSizes(call.rets[1]);
     check.Operands();
-    check.Results(call.rets[0], call.rets[1], call.rets[2]);
-    if (call.saved & kRounding) check.Out("rounding", call.rets[3]);
+    for (const SavedArray& x : kSavedArrays)
+      if (x.of_forward && x.IsGiven(call.saved)) check.Saved(x, call.rets[next++]);
     return check.sizes_;
   }
 
   static Sizes Backward(const CallShapes& call) {
     ShapeCheck check(call);
     check.Static();
-    size_t next = call.Operands();
-    const bool rounding = call.saved & kRounding, logsumexp = call.saved & kLogSumExp;
-    check.Count("arguments", call.args.size(), next + 4 + (rounding ? 1 : 0) + (logsumexp ? 1 : 0));
-    size_t gradients = 0;
-    for (Operand i : kDifferentiable) gradients += call.Has(i) ? 1 : 0;
+    size_t next = call.Operands(), count = next, gradients = 0;
+    for (const SavedArray& x : kSavedArrays) count += x.IsGiven(call.saved) ? 1 : 0;
+    check.Count("arguments", call.args.size(), count);
+    for (const Differentiable& x : kDifferentiable) gradients += call.Has(x.operand) ? 1 : 0;
     check.Count("results", call.rets.size(), gradients);
     check.ReadSizes(call.args[next + 1]);
     check.Operands();
-    check.Results(call.args[next], call.args[next + 1], call.args[next + 2]);
-    check.Out("the cotangent of out", call.args[next + 3]);
-    next += 4;
-    if (rounding) check.Out("rounding", call.args[next++]);
-    if (logsumexp) check.Canonical("the cotangent of log-sum-exp", call.args[next], "NS", kFloat, true);
+    for (const SavedArray& x : kSavedArrays)
+      if (x.IsGiven(call.saved)) check.Saved(x, call.args[next++]);
     size_t result = 0;
-    for (Operand i : kDifferentiable)
-      if (call.Has(i)) check.Gradient(i, call.rets[result++]);
+    for (const Differentiable& x : kDifferentiable)
+      if (call.Has(x.operand)) check.Gradient(x.operand, call.rets[result++]);
     return check.sizes_;
   }
 
@@ -217,15 +170,12 @@ class ShapeCheck {
     }
   }
 
-  void Results(const Shape& out, const Shape& m, const Shape& l) {
-    Out("out", out);
-    Canonical("softmax max", m, "NS", kFloat, true);
-    Canonical("softmax sum", l, "NS", kFloat, true);
-  }
-
-  // An array like out.
-  void Out(const char* name, const Shape& x) {
-    Stored(name, x, call_.out_axes, "SNV", Bit(call_.args[0].element), true);
+  void Saved(const SavedArray& form, const Shape& x) {
+    if (form.like_out) {
+      Stored(form.text, x, call_.out_axes, "SNV", Bit(call_.args[0].element), true);
+    } else {
+      Canonical(form.text, x, "NS", kFloat, true);
+    }
   }
 
   // It has its operand's dims; those of the batch may be full where the operand's are 1.

@@ -1,7 +1,5 @@
 """The public entries with JAX's conventions: `dot_product_attention` and `flash_attention`.
 
-Each comes with a `..._request` function that checks and canonicalizes without running anything.
-
 (`jax_fa.cann` holds the third entry, with CANN's conventions.)
 """
 
@@ -13,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import arguments, backends, compat, integers, masks, request
-from jax_fa.attention import attention
+from jax_fa import arguments, backends, entry, indices, masks
 from jax_fa.masks import Mask
-from jax_fa.problem import Operands, Problem
 
 _LAYOUTS = {
     "BSND": (0, 1, 2, 3),
@@ -31,7 +27,7 @@ _LAYOUTS = {
 Like = ArrayLike | Sequence[Any]
 
 
-@arguments.entry
+@entry.entry
 def dot_product_attention(
     query: Like,
     key: Like,
@@ -44,12 +40,12 @@ def dot_product_attention(
     query_seq_lengths: Like | None = None,
     key_value_seq_lengths: Like | None = None,
     local_window_size: int | Like | None = None,
-    implementation: str | None = None,
+    implementation: backends.Implementation = None,
     return_residual: bool = False,
     dropout_rate: float | Like = 0.0,
     dropout_key: Like | None = None,
     logits_soft_cap: float | Like | None = None,
-):
+) -> entry.Request[Any]:
     """A drop-in for `jax.nn.dot_product_attention` in O(S) memory.
 
         softmax(scale * query key^T + bias, where=mask) value
@@ -73,7 +69,8 @@ def dot_product_attention(
         means both; None, also of one side: unbounded. A negative size moves the edge to the other side, as in
         jax.nn, and does not mean "no window". Combines with is_causal. May be traced, also as an array of shape (2,):
         layers with different windows can share one `jax.lax.scan`.
-      implementation: None (the best backend that can), or the name of a backend: see `explain`.
+      implementation: None (the best backend that can), the name of a backend (see `explain`), or the options of one:
+        `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`.
       return_residual: also return the log-sum-exp of the logits.
       dropout_rate: probability in [0, 1) of dropping an attention weight, rounded to a multiple of 2**-16; kept
         weights are divided by the probability of keeping them. A traced rate is clipped to that range and has no
@@ -103,87 +100,45 @@ def dot_product_attention(
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
     """
-    problem, operands = dot_product_attention_request(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        implementation=implementation,
-        return_residual=return_residual,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-        logits_soft_cap=logits_soft_cap,
-    )
-    result = attention(problem, operands)
-    given = jnp.asarray(query)
-    shape, dtype = given.shape, given.dtype
-    out = result.out.reshape(shape).astype(dtype)
-    if not return_residual:
-        return out
-    residual = jax.lax.stop_gradient(jnp.maximum(result.logsumexp, float(jnp.finfo(dtype).min)))
-    return out, jnp.swapaxes(residual, -1, -2).astype(dtype).reshape(shape[:-1])
-
-
-@compat.lenient()
-def dot_product_attention_request(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
-    *,
-    scale=None,
-    is_causal=False,
-    query_seq_lengths=None,
-    key_value_seq_lengths=None,
-    local_window_size=None,
-    implementation=None,
-    return_residual=False,
-    dropout_rate=0.0,
-    dropout_key=None,
-    logits_soft_cap=None,
-) -> tuple[Problem, Operands]:
-    backends.check_implementation(implementation)
+    backends.chosen(implementation)
     arguments.flag("return_residual", return_residual)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
-    query, key, value = (
-        _four_dims(name, x) for name, x in (("query", query), ("key", key), ("value", value))
-    )
-    if value.shape[-1] != key.shape[-1]:
+    given = [arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
+    q, k, v = (_four_dims(name, x) for name, x in zip(("query", "key", "value"), given, strict=True))
+    if v.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"value must have key's shape {key.shape}; got {value.shape}. "
+            f"value must have key's shape {k.shape}; got {v.shape}. "
             "(jax_fa.flash_attention takes values of another head_dim.)"
         )
-    combined: Mask | None = None
     bias, mask = _at_most_four_dims("bias", bias), _at_most_four_dims("mask", mask)
-    for given in (
+    combined: Mask | None = None
+    for part in (
         None if mask is None else masks.Dense(mask),
         masks.Causal() if arguments.flag("is_causal", is_causal) else None,
         _window(local_window_size),
-        _lengths(query_seq_lengths, key_value_seq_lengths, query.shape, key.shape),
+        _lengths(query_seq_lengths, key_value_seq_lengths, q.shape, k.shape),
     ):
-        if given is not None:
-            combined = given if combined is None else combined & given
-    return request.build(
-        query,
-        key,
-        value,
-        axes=_LAYOUTS["BSND"],
-        layout="BSND",
-        bias=bias,
+        if part is not None:
+            combined = part if combined is None else combined & part
+    call = entry.build(
+        entry.checked(q, k, v, _LAYOUTS["BSND"], "BSND"),
         mask=combined,
+        terms=entry.Terms(bias=bias),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
+        dropped=entry.Dropout(dropout_rate, dropout_key),
         implementation=implementation,
     )
+    shape, dtype = given[0].shape, given[0].dtype
+
+    def finish(result):
+        out = result.out.reshape(shape).astype(dtype)
+        if not return_residual:
+            return out
+        residual = jax.lax.stop_gradient(jnp.maximum(result.logsumexp, float(jnp.finfo(dtype).min)))
+        return out, jnp.swapaxes(residual, -1, -2).astype(dtype).reshape(shape[:-1])
+
+    return entry.Request(call, finish)
 
 
 def _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key) -> None:
@@ -225,7 +180,7 @@ def _window(size) -> Mask | None:
     """jax.nn's window as a band: the sizes may be negative, and be data."""
     if size is None:
         return None
-    if integers.is_int(size) or (hasattr(size, "shape") and np.shape(size) == ()):
+    if indices.is_int(size) or (hasattr(size, "shape") and np.shape(size) == ()):
         size = (size, size)
     if not isinstance(size, Sequence) and np.shape(size) == (2,):
         size = tuple(size)
@@ -241,7 +196,7 @@ def _is_count(x) -> bool:
     """An int, an integer scalar that is data, or None for no bound."""
     dtype = getattr(x, "dtype", None)
     data = dtype is not None and jnp.issubdtype(dtype, jnp.integer) and np.shape(x) == ()
-    return x is None or data or integers.is_int(x)
+    return x is None or data or indices.is_int(x)
 
 
 def _lengths(query, key, query_shape, key_shape) -> Mask | None:
@@ -257,11 +212,11 @@ def _lengths(query, key, query_shape, key_shape) -> Mask | None:
                 raise TypeError(f"{name} must hold integers; got dtype {x.dtype}.")
             if x.shape != shape[:1]:
                 raise ValueError(f"{name} must have shape (B,)={shape[:1]}; got {x.shape}.")
-            found[side] = jnp.clip(integers.int32(x), 0, shape[1])
+            found[side] = jnp.clip(indices.int32(x), 0, shape[1])
     return masks.Lengths(**found) if found else None
 
 
-@arguments.entry
+@entry.entry
 def flash_attention(
     query: Float[ArrayLike, "..."],
     key: Float[ArrayLike, "..."],
@@ -275,10 +230,9 @@ def flash_attention(
     dropout_rate: float | ArrayLike = 0.0,
     dropout_key: ArrayLike | None = None,
     layout: str = "BSND",
-    implementation: str | None = None,
+    implementation: backends.Implementation = None,
     return_logsumexp: bool = False,
-    max_work: int | None = request.DEFAULT_MAX_WORK,
-):
+) -> entry.Request[Any]:
     """Exact attention with all features: structured masks, ALiBi, dropout, any layout, a differentiable log-sum-exp.
 
     Per head::
@@ -308,10 +262,9 @@ def flash_attention(
       dropout_key: a `jax.random` key, required if dropout_rate > 0.
       layout: the order of the trailing dims: "BSND" (with any number of leading batch dims, 0 too), "BNSD"
         (likewise), "SBND", "SND" or "NSD". No layout costs a copy.
-      implementation: None (the best backend that can), or the name of a backend: see `explain`.
+      implementation: None (the best backend that can), the name of a backend (see `explain`), or the options of one:
+        `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`.
       return_logsumexp: also return the log-sum-exp.
-      max_work: on Ascend, a call of more multiply-adds than this (`B*N*Sq*Skv*(D + Dv)`) is split into several
-        of the device's, over batch, heads and rows; None: never. See docs/ascend.md.
 
     Returns:
       The output, query's shape with Dv for D, query's dtype. With return_logsumexp a pair of it and the
@@ -326,75 +279,35 @@ def flash_attention(
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
     """
-    problem, operands = flash_attention_request(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-        layout=layout,
-        implementation=implementation,
-        return_logsumexp=return_logsumexp,
-        max_work=max_work,
-    )
-    result = attention(problem, operands)
-    out = result.out.astype(jnp.asarray(query).dtype)
-    return (out, result.logsumexp) if return_logsumexp else out
-
-
-@compat.lenient()
-def flash_attention_request(
-    query,
-    key,
-    value,
-    *,
-    bias=None,
-    mask=None,
-    alibi_slopes=None,
-    scale=None,
-    logits_soft_cap=None,
-    dropout_rate=0.0,
-    dropout_key=None,
-    layout="BSND",
-    implementation=None,
-    return_logsumexp=False,
-    max_work=request.DEFAULT_MAX_WORK,
-) -> tuple[Problem, Operands]:
-    backends.check_implementation(implementation)
+    backends.chosen(implementation)
     arguments.flag("return_logsumexp", return_logsumexp)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
-    query, key, value = (
-        arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
-    )
-    axes, layout = _axes(layout, query)
-    return request.build(
-        query,
-        key,
-        value,
-        axes=axes,
-        layout=layout,
-        bias=None if bias is None else arguments.array("bias", bias),
+    q, k, v = (arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    axes, layout = _axes(layout, q)
+    terms = entry.Terms(bias=None if bias is None else arguments.array("bias", bias))
+    if alibi_slopes is not None:
+        terms = terms._replace(alibi="linear", alibi_slopes=_slopes(alibi_slopes, axes))
+    call = entry.build(
+        entry.checked(q, k, v, axes, layout),
         mask=None if mask is None else one_mask(mask),
+        terms=terms,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
-        alibi=None if alibi_slopes is None else "linear",
-        alibi_slopes=None if alibi_slopes is None else _slopes(alibi_slopes, axes),
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
+        dropped=entry.Dropout(dropout_rate, dropout_key),
         logsumexp=bool(return_logsumexp),
         implementation=implementation,
-        max_work=max_work,
     )
+
+    def finish(result):
+        out = result.out.astype(q.dtype)
+        return (out, result.logsumexp) if return_logsumexp else out
+
+    return entry.Request(call, finish)
 
 
 def _slopes(slopes, axes: tuple[int, ...]):
     slopes = arguments.array("alibi_slopes", slopes)
-    if slopes.ndim > len(axes) - 2:  # `request.build` also takes slopes of every row
+    if slopes.ndim > len(axes) - 2:  # `entry.build` also takes slopes of every row
         raise ValueError(f"alibi_slopes must have shape (N,) or (*B, N); got {slopes.shape}.")
     return slopes
 

@@ -1,18 +1,15 @@
 """Checks of the kinds of arguments: errors that name the argument, what was given, what is allowed and the way out."""
 
 import difflib
-import functools
 import inspect
 import numbers
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-P = ParamSpec("P")
-R = TypeVar("R")
 _LONGEST = 60  # characters of a value that an error shows
 
 
@@ -55,6 +52,20 @@ def number(name: str, x, what: str) -> None:
         real = real and not isinstance(x, jax.ShapeDtypeStruct)
     if not real:
         raise TypeError(f"{name} must be {what}; got {shown(x)}.")
+
+
+def scalar(name: str, x) -> float | jax.Array:
+    """A real scalar: a float where its value is known now, a traced array otherwise."""
+    if isinstance(x, (bool, np.bool_)) or not (isinstance(x, numbers.Real) or hasattr(x, "dtype")):
+        raise TypeError(f"{name} must be a real number or a scalar array; got {shown(x)}.")
+    if not isinstance(x, numbers.Real):
+        if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+            raise TypeError(f"{name} must be real; got dtype {x.dtype}.")
+        if np.ndim(x) != 0:
+            raise ValueError(f"{name} must be a scalar; got shape {np.shape(x)}.")
+        if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+            return x
+    return float(x)
 
 
 def integer(name: str, x) -> None:
@@ -154,29 +165,17 @@ _ADVICE: dict[str, dict[str, str]] = {
     },
 }
 _signatures: dict[str, inspect.Signature] = {}
-_FORWARD_MODE = "can't apply forward-mode autodiff"  # JAX's words, of a function with a rule for reverse mode
 
 
-def entry(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a public function: unknown keywords, and forward mode, are errors with advice."""
-    _signatures[function.__name__] = inspect.signature(function)
-    known = frozenset(_signatures[function.__name__].parameters)
+def declare(entry: str, signature: inspect.Signature) -> None:
+    """Makes the arguments of an entry known."""
+    _signatures[entry] = signature
 
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not known.issuperset(kwargs):
-            raise unknown(function.__name__, kwargs)
-        try:
-            return function(*args, **kwargs)
-        except TypeError as error:
-            if _FORWARD_MODE not in str(error):
-                raise
-            raise TypeError(
-                f"{function.__name__} has no forward-mode derivative (jax.jvp, jax.jacfwd): use jax.grad, jax.vjp or "
-                "jax.jacrev. Forward mode over a gradient works, as in jax.hessian of a scalar function."
-            ) from error
 
-    return checked
+def check_names(entry: str, given: Mapping[str, Any]) -> None:
+    """Raises TypeError, with advice, for keywords that the entry does not have."""
+    if not names(entry).issuperset(given):
+        raise unknown(entry, given)
 
 
 def names(entry: str) -> frozenset[str]:

@@ -5,7 +5,7 @@ scalars per query row: the softmax max m and sum l. The backward recomputes the 
 exp(s - m) / l, so nothing of size Sq x Skv is ever stored. 16-bit calls also keep what rounding took from the
 output, in 16 bits (see `Saved`).
 
-Above this file stand the public functions, which turn their arguments into a `Problem` (static) and
+Above this file stand the public functions, which turn their arguments into a `Call`: a `Problem` (static) and
 `Operands` (arrays). Below stand the primitives, which choose a backend when they are lowered.
 """
 
@@ -17,7 +17,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_fa import compat, primitives, softmax
-from jax_fa.problem import Operands, Problem, Saved, has_rounding
+from jax_fa.call import Call, Operands, Problem, Saved, has_rounding
 
 OUT_NAME = "flash_attention_out"
 STATS_NAME = "flash_attention_stats"
@@ -30,10 +30,10 @@ class Attention(NamedTuple):
     softmax_sum: Any  # no gradient
 
 
-def attention(problem: Problem, operands: Operands) -> Attention:
+def attention(call: Call) -> Attention:
     # Outside of the custom_vjp, so that JAX transposes it: under shard_map the gradient of an operand that
     # all devices share is the sum of theirs.
-    return _attention(problem, compat.vary_alike(operands))
+    return _attention(call.problem, compat.vary_alike(call.operands))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

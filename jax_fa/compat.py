@@ -1,18 +1,16 @@
 """The one place for what differs between JAX versions or is not public."""
 
 import contextlib
-import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
-from jax._src import config, dispatch, sharding_impls
+from jax._src import config, dispatch, sharding_impls, source_info_util
 from jax._src.export import _export
 from jax.extend import backend as extend_backend
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxlib import xla_client
 
 
 def varying_axes(x) -> frozenset[str]:
@@ -50,7 +48,7 @@ class Placement:
 
 
 @contextlib.contextmanager
-def lenient():
+def allow_promotion():
     """A context (or decorator) in which our own code may broadcast, however strict the caller is about theirs."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
@@ -60,7 +58,10 @@ def lenient():
 def plain():
     """A context for our own code in which arrays carry no sharding in their types, whatever mesh the caller set."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    with lenient(), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with (
+        allow_promotion(),
+        jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)),
+    ):
         yield
 
 
@@ -173,52 +174,9 @@ def interpreted(fn: Callable) -> Callable:
     return call
 
 
-Refused: TypeAlias = Callable[[str, str, Exception], None]
-_registered: dict[tuple[str, str], Refused] = {}
-
-
-def register_with_plugin(target: str, handler, platform: str, refused: Refused) -> None:
-    """Registers an FFI handler for a platform whose plugin may be there, come later, or never come.
-
-    `refused(target, platform, error)` hears of a plugin that does not take it. That error rises neither here nor in
-    the plugin's own start, where it would take the plugin's devices away.
-    """
-    _registered[target, platform] = refused
-    try:
-        jax.ffi.register_ffi_target(target, handler, platform=platform)
-    except Exception as error:  # of a plugin that came before the guard below
-        plugin = xla_client._custom_callback_handler[platform]
-        _offer_again(plugin, (target, handler, platform, 1), error)
-
-
-def _offer_again(plugin, arguments: tuple, error: Exception) -> None:
-    """A plugin of before custom calls had traits takes one argument less; any other refusal is reported."""
-    target, _, platform, *_ = arguments
-    try:
-        if not isinstance(error, TypeError):
-            raise error
-        plugin(*arguments[:4])
-    except Exception as last:
-        _registered[target, platform](target, platform, last)
-
-
-def _guard_late_plugins() -> None:
-    """JAX hands what was registered early to a plugin when that appears: there, a refusal must not rise."""
-    register = xla_client.register_custom_call_handler
-
-    @functools.wraps(register)
-    def register_guarded(platform: str, handler):
-        def guarded(*arguments):
-            try:
-                return handler(*arguments)
-            except Exception as error:
-                if (arguments[0], arguments[2]) not in _registered:
-                    raise
-                _offer_again(handler, arguments, error)
-
-        return register(platform, guarded)
-
-    xla_client.register_custom_call_handler = register_guarded
-
-
-_guard_late_plugins()
+def source_line(equation, ours: str) -> str:
+    """Where the user's program made an equation of a jaxpr: "file:line (function)"; `ours` is a directory to pass over."""
+    for frame in source_info_util.user_frames(equation.source_info.traceback):
+        if not frame.file_name.startswith(ours):
+            return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+    return "unknown"

@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32, UInt8, UInt32
 
 from jax_fa import arguments, compat
-from jax_fa.gather import take_last
-from jax_fa.problem import Shape, Size
+from jax_fa.call import Shape, Size
+from jax_fa.indices import take_last
 
 BLOCK = 32  # columns whose counters lie together
 TILE_ELEMENTS = 2**18  # bits that `dropout_mask` draws at a time
@@ -124,7 +124,7 @@ def explicit_keep_tile(
     return (taken >> (bit & 7).astype(jnp.uint8)) & 1 == 1
 
 
-@compat.lenient()
+@compat.allow_promotion()
 def dropout_mask(
     dropout_key, dropout_rate: float, shape: tuple[int, int, int, int]
 ) -> UInt8[Array, " bytes"]:

@@ -1,41 +1,51 @@
-"""`explain`: which backend would serve a call on which platform, and why each other one would not."""
+"""`explain`: which backend runs which attention call on which platform, and why each other one does not.
+
+It traces: the calls are the primitives that it finds in the traced program, so it explains a whole model as well as a
+single call of an entry, and reads no argument itself.
+"""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jax_fa import api, arguments, backends, cann, compat
-from jax_fa.ascend import installation
+from jax_fa import api, arguments, backends, compat, primitives
+from jax_fa.backends.ascend import installation
+from jax_fa.call import Call, Dims, Problem
+from jax_fa.cann.score import flash_attention_score
 from jax_fa.masks import Mask
-from jax_fa.problem import Dims, Problem, dims
 
 PLATFORMS = ("cpu", "cuda", "tpu", "ascend")
-_ENTRIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "dot_product_attention": (api.dot_product_attention, api.dot_product_attention_request),
-    "flash_attention": (api.flash_attention, api.flash_attention_request),
-    "flash_attention_score": (cann.flash_attention_score, cann.flash_attention_score_request),
+_ENTRIES: dict[str, Callable[..., Any]] = {
+    "dot_product_attention": api.dot_product_attention,
+    "flash_attention": api.flash_attention,
+    "flash_attention_score": flash_attention_score,
 }
 # Other names of platforms; JAX calls NVIDIA's and AMD's both "gpu".
 _SAME = {"gpu": "cuda", "nvidia": "cuda"}
 _KNOWN = (*PLATFORMS, "rocm", "metal", "oneapi")
+_HERE = str(Path(__file__).parent)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. `str()` of it is a table.
+    """What `explain` found of one call. `str()` of it is a table.
 
     Attributes:
-      entry: the public function the call was read as.
+      entry: the public function the call was read as; "forward" or "backward" for a call in a function.
       dims: the sizes of the call.
       chosen: for each platform the backend that would run, or None.
       reasons: for each platform and backend None if it can serve the call, or why not.
       backward: for each platform the backend of the gradient, or None.
       computes_in: for each platform the precision of the chosen backend, or None.
       notes: for each platform what the chosen backend gets from elsewhere, or what costs more than one might think.
+      source: the line of the program that made the call, "file:line (function)".
+      times: how often it runs, as far as the lengths of the scans around it say.
     """
 
     entry: str
@@ -47,24 +57,26 @@ class Explanation:
     backward: dict[str, str | None]
     notes: dict[str, tuple[str, ...]]
     computes_in: dict[str, str | None]
+    source: str = ""
+    times: int = 1
 
     def __str__(self) -> str:
         d = self.dims
-        lines = [
-            f"{self.entry}: B={d.B} Sq={d.Sq} Skv={d.Skv} N={d.N} K={d.K} D={d.D} Dv={d.Dv} {self.dtype}"
+        title = f"{self.entry}: B={d.B} Sq={d.Sq} Skv={d.Skv} N={d.N} K={d.K} D={d.D} Dv={d.Dv} {self.dtype}"
+        rows = [("on", "backend", "gradient", "computes in")]
+        rows += [
+            (platform, chosen or "none", self.backward[platform] or "none", self.computes_in[platform] or "-")
+            for platform, chosen in self.chosen.items()
         ]
-        for platform, reasons in self.reasons.items():
-            chosen = self.chosen[platform]
-            lines.append(f"  {platform}: {chosen or 'no backend can serve this call'}")
-            if self.computes_in[platform]:
-                lines.append(f"    computes in: {self.computes_in[platform]}")
-            lines += [f"    note: {note}" for note in self.notes[platform]]
-            if self.backward[platform] != chosen:
-                lines.append(f"    gradient: {self.backward[platform] or 'no backend can serve it'}")
-            for name, why in reasons.items():
-                if name != chosen:
-                    lines.append(f"    not {name}: {why or self._passed_over(name, chosen)}")
-        return "\n".join(lines)
+        others = [
+            (platform, name, why or self._passed_over(name, self.chosen[platform]))
+            for platform, reasons in self.reasons.items()
+            for name, why in reasons.items()
+            if name != self.chosen[platform]
+        ]
+        notes = [(platform, note) for platform, found in self.notes.items() for note in found]
+        lines = [title, *_columns(rows), "  why no other:", *_columns(_once(others), "    ")]
+        return "\n".join([*lines, *(["  notes:", *_columns(_once(notes), "    ")] if notes else [])])
 
     def _passed_over(self, name: str, chosen: str | None) -> str:
         if self.problem.implementation not in (None, name):
@@ -72,68 +84,147 @@ class Explanation:
         return f"could, but {chosen} comes first"
 
 
+class Explanations(tuple[Explanation, ...]):
+    """The explanations of all attention calls of a function, in the order of the program. `str()` of it is a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no attention call of jax_fa"
+        return "\n\n".join(f"{i + 1}. {_located(x)}\n{x}" for i, x in enumerate(self))
+
+
+def _located(x: Explanation) -> str:
+    return x.source + (f", {x.times} times" if x.times > 1 else "")
+
+
+def _columns(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> list[str]:
+    """Rows as lines whose columns begin at one place."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]
+
+
+def _once(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """A first column that repeats the one above is left empty."""
+    return [("" if i and row[0] == rows[i - 1][0] else row[0], *row[1:]) for i, row in enumerate(rows)]
+
+
+@overload
+def explain(
+    function: Callable[..., Any], /, *args: Any, platforms: str | Sequence[str] | None = None, **kwargs: Any
+) -> Explanations: ...
+@overload
 def explain(
     *args: Any, entry: str | None = None, platforms: str | Sequence[str] | None = None, **kwargs: Any
-) -> Explanation:
-    """Says which backend would run a call, without running it.
+) -> Explanation: ...
+def explain(
+    *args: Any, entry: str | None = None, platforms: str | Sequence[str] | None = None, **kwargs: Any
+) -> Explanation | Explanations:
+    """Says which backend would run, without running anything.
+
+    `explain(query, key, value, ...)` explains one call of an entry, `explain(function, *args, **kwargs)` every
+    attention call in any function of JAX, a whole model or training step too.
 
     Args:
-      *args: those of `dot_product_attention`, `flash_attention` or `flash_attention_score`; arrays may be
-        of type `jax.ShapeDtypeStruct`.
+      *args: those of `dot_product_attention`, `flash_attention` or `flash_attention_score`; or a function and its
+        arguments. Arrays may be of type `jax.ShapeDtypeStruct`. In a function's arguments, whatever is not an array
+        stays as it is, as a static argument does.
       **kwargs: likewise.
       entry: which of the three; None: the one whose arguments these are (`dot_product_attention` where both
-        it and `flash_attention` would do).
+        it and `flash_attention` would do). Not with a function.
       platforms: names of platforms, one or several: "cpu", "cuda" (or "gpu", as JAX says), "rocm", "tpu", "metal",
         "ascend", "npu", or that of a JAX plugin that is installed; None: JAX's default one first, then cpu, cuda,
         tpu and ascend.
 
     Returns:
-      An `Explanation`; print it.
+      An `Explanation`; for a function an `Explanations`, a tuple of one for each call, with its source line. Print it.
 
     Raises:
       ValueError: an unknown entry or platform, and what the entry itself raises for wrong arguments.
       TypeError: likewise.
     """
+    if args and callable(args[0]) and not _has_shape(args[0]):
+        if entry is not None:
+            raise ValueError(f"entry is for the arguments of a call; got entry={entry!r} with a function.")
+        asked = _platforms(platforms)
+        function, *rest = args
+        found = _found(function, tuple(rest), kwargs)
+        return Explanations(_explanation(x.kind.what, x, asked) for x in found)
     entry = _entry(args, kwargs) if entry is None else entry
     arguments.choice("entry", entry, _ENTRIES)
     _check_bound(entry, args, kwargs)
     asked = _platforms(platforms)
-    implementation = kwargs.get("implementation")
+    (one,) = _found(_ENTRIES[entry], args, kwargs)
+    return _explanation(entry, one, asked)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A primitive in a traced program."""
+
+    kind: Any
+    call: Call
+    source: str
+    times: int
+
+
+def _found(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[_Found]:
+    """The attention calls of a function."""
     leaves: list[Any]
     tree: Any
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = [i for i, leaf in enumerate(leaves) if _has_shape(leaf)]
-    problems: list[Problem] = []
 
-    def request(*values):
+    def run(*values):
         filled = list(leaves)
         for i, value in zip(arrays, values, strict=True):
             filled[i] = value
         given, named = tree.unflatten(filled)
-        problem, operands = _ENTRIES[entry][1](*given, **named)
-        problems.append(problem)
-        return operands
+        return jax.tree.map(lambda x: x if _has_shape(x) else None, function(*given, **named))
 
-    operands = jax.eval_shape(request, *(leaves[i] for i in arrays))
-    problem = problems[-1]
+    return list(_walk(jax.make_jaxpr(run)(*(leaves[i] for i in arrays)).jaxpr, 1))
+
+
+def _walk(jaxpr: Jaxpr, times: int) -> Iterator[_Found]:
+    for equation in jaxpr.eqns:
+        kind = primitives.KINDS.get(equation.primitive)
+        if kind is not None:
+            tree, problem = equation.params["tree"], equation.params["problem"]
+            call = tree.unflatten([x.aval for x in equation.invars]).call(problem)
+            yield _Found(kind, call, compat.source_line(equation, _HERE), times)
+        inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from _walk(value.jaxpr if isinstance(value, ClosedJaxpr) else value, inner)
+
+
+def _is_jaxpr(x) -> bool:
+    return isinstance(x, (ClosedJaxpr, Jaxpr))
+
+
+def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanation:
+    call, implementation = found.call, found.call.problem.implementation
     reasons, chosen, backward, notes, computes_in = {}, {}, {}, {}, {}
     for given, platform in asked.items():
-        reasons[given] = backends.reasons(platform, problem, operands)
+        reasons[given] = backends.reasons(platform, call, found.kind.what)
         chosen[given] = _first(reasons[given], implementation)
-        found = backends.reasons(platform, problem, operands, backward=True)
-        backward[given] = _first(found, implementation)
-        notes[given] = backends.notes(chosen[given], problem, operands)
-        computes_in[given] = _computes_in(chosen[given], platform, operands.query.dtype)
+        backward[given] = _first(backends.reasons(platform, call, "backward"), implementation)
+        notes[given] = backends.notes(chosen[given], call)
+        computes_in[given] = _computes_in(chosen[given], platform, call.dtype)
     return Explanation(
         entry=entry,
-        problem=problem,
-        dims=dims(problem, operands),
-        dtype=str(operands.query.dtype),
+        problem=call.problem,
+        dims=call.dims,
+        dtype=str(call.dtype),
         chosen=chosen,
         reasons=reasons,
         backward=backward,
         notes=notes,
         computes_in=computes_in,
+        source=found.source,
+        times=found.times,
     )
 
 
@@ -214,6 +305,6 @@ def _check_bound(entry: str, args: tuple, kwargs: dict[str, Any]) -> None:
     if not arguments.names(entry).issuperset(kwargs):
         raise arguments.unknown(entry, kwargs)
     try:
-        inspect.signature(_ENTRIES[entry][0]).bind(*args, **kwargs)
+        inspect.signature(_ENTRIES[entry]).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"these are not the arguments of jax_fa.{entry}: {error}.") from None

@@ -15,7 +15,6 @@ _NPROC = os.environ.get("NPROC")
 os.environ["NPROC"] = _NPROC or "16"
 os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
 
-import cases
 import jax
 import jaxtyping
 import pytest
@@ -24,6 +23,7 @@ from hypothesis import HealthCheck, settings
 from jax_fa import ascend, backends
 from jax_fa.ascend import installation
 from jax_fa.backends import cpu, xla
+from jax_fa.testing import cases
 
 # Read when CANN is first asked for, which importing does not do.
 if installation.missing is None:

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cases import Case
 from jax import export
 
 from jax_fa import api, backends
+from jax_fa.testing.cases import Case
 
 OLD_JAX = jax.__version_info__[:2] < (0, 11)
 REFUSED = (

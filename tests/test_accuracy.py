@@ -10,10 +10,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 import jax_fa
+from jax_fa.testing import oracle
 
 # Sums over small tiles, as other tests have them, are not those of the library.
 pytestmark = pytest.mark.usefixtures("real_tiles")

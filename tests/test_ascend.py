@@ -4,12 +4,9 @@ import dataclasses
 import re
 from functools import partial
 
-import cases as common
-import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import test_cann as cann
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -18,6 +15,8 @@ import jax_fa
 from jax_fa import ascend, flash_attention, flash_attention_score, masks
 from jax_fa.ascend import installation
 from jax_fa.masks import Band, Causal, CumulativeLengths, Prefix
+from jax_fa.testing import cases as common
+from jax_fa.testing import emulator, oracle
 
 if installation.missing is not None:
     pytest.skip(f"needs the native extension: {installation.missing}", allow_module_level=True)

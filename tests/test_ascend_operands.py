@@ -6,8 +6,6 @@ And what the custom calls refuse before CANN is asked.
 import re
 from functools import partial
 
-import cases as common
-import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +20,8 @@ from jax_fa.ascend import installation
 from jax_fa.ascend.request import Translation
 from jax_fa.masks import Causal, CumulativeLengths, SegmentIds
 from jax_fa.problem import rounding_unit
+from jax_fa.testing import cases as common
+from jax_fa.testing import emulator
 
 if installation.missing is not None:
     pytest.skip(f"needs the native extension: {installation.missing}", allow_module_level=True)

@@ -8,16 +8,15 @@ import sys
 import textwrap
 from pathlib import Path
 
-import emulator
 import pytest
 
 import jax_fa
 from jax_fa.ascend import installation
+from jax_fa.testing import emulator
 
 if installation.missing is not None:
     pytest.skip(f"needs the native extension: {installation.missing}", allow_module_level=True)
 
-HERE = Path(__file__).parent
 _OURS = ("JAX_FA_CANN_EMULATOR", "JAX_FA_CANN_PATH", "JAX_FA_CANN_ABI", "LD_LIBRARY_PATH")
 
 
@@ -26,7 +25,7 @@ def _run(
 ) -> subprocess.CompletedProcess:
     """Runs a program in a process of its own, whose environment knows of no CANN but the one given."""
     inherited = {k: v for k, v in os.environ.items() if k not in _OURS and not k.startswith("ASCEND_")}
-    path = os.pathsep.join((str(Path(jax_fa.__file__).parents[1]), str(HERE)))
+    path = str(Path(jax_fa.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-P", "-W", "error", "-c", textwrap.dedent(program), *arguments],
         env=inherited | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment,
@@ -173,9 +172,10 @@ def test_an_ambiguous_library_is_refused_until_told(tmp_path):
 
 
 _PREAMBLE = """
-import emulator, jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np
 import jax_fa
 from jax_fa import masks
+from jax_fa.testing import emulator
 
 def normal(seed, *shape, dtype="float32"):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import cann_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from jax_fa import (
     flash_attention_score,
     masks,
 )
+from jax_fa.testing import cann_oracle as oracle
 
 FLT_MAX = np.finfo(np.float32).max
 HUGE = 2147483647

@@ -5,11 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 import jax_fa
 from jax_fa import dropout
+from jax_fa.testing import oracle
 
 B, SQ, SKV, N, K, D = 2, 37, 45, 4, 2, 16
 RATE = 0.3

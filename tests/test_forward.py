@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import BY_NAME, CASES, REAL_TILES, check, expected
 
 import jax_fa
 from jax_fa import masks, request
 from jax_fa.attention import attention
+from jax_fa.testing import oracle
+from jax_fa.testing.cases import BY_NAME, CASES, REAL_TILES, check, expected
 
 
 def _run(case, backend):

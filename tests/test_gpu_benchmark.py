@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from cases import Case
+
+from jax_fa.testing.cases import Case
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))

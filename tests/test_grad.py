@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import BY_NAME, CASES, REAL_TILES, Case, check, expected, naive
 
 import jax_fa
+from jax_fa.testing import oracle
+from jax_fa.testing.cases import BY_NAME, CASES, REAL_TILES, Case, check, expected, naive
 
 
 def _run(case, backend):

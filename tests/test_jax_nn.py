@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 import jax_fa
+from jax_fa.testing import oracle
 
 B, T, S, N, K, H = 2, 18, 37, 4, 2, 8
 

@@ -5,15 +5,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import BOTTOM, KINDS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_fa
 from jax_fa import masks
 from jax_fa.masks import Band, Causal, CumulativeLengths, Dense, Lengths, Prefix, SegmentIds, SlidingWindow
+from jax_fa.testing import oracle
+from jax_fa.testing.cases import BOTTOM, KINDS, Case
 
 # Few sizes: each compiles the few operations that turn a mask into intervals.
 SIZES = st.sampled_from([1, 5, 8])

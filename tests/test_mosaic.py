@@ -13,9 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import CASES, Case, check, expected
 from mosaic_tools import interpreter, needs_new_jax, pairwise, request, spanning, why_not
 from test_nan import MASKS
 
@@ -25,6 +23,8 @@ from jax_fa.attention import attention
 from jax_fa.mosaic import tuning
 from jax_fa.mosaic.tuning import Tiles
 from jax_fa.problem import DIFFERENTIABLE, rounding_unit
+from jax_fa.testing import oracle
+from jax_fa.testing.cases import CASES, Case, check, expected
 
 pytestmark = needs_new_jax
 SLOW = pytest.mark.slow

@@ -5,11 +5,11 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import KINDS, Case
 
 import jax_fa
+from jax_fa.testing import oracle
+from jax_fa.testing.cases import KINDS, Case
 
 # Each hides some keys from all rows, or from some; the arrays cross several tiles.
 MASKS = (

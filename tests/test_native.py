@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, Case, check
 
 import jax_fa
 from jax_fa import native
 from jax_fa.backends import cpu
 from jax_fa.masks import Causal
+from jax_fa.testing.cases import BY_NAME, Case, check
 
 if cpu.missing is not None:
     pytest.skip(f"needs the native extension: {cpu.missing}", allow_module_level=True)

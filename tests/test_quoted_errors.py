@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import emulator
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,6 +14,7 @@ import jax_fa
 from jax_fa import native
 from jax_fa.backends import cpu, mosaic
 from jax_fa.masks import Causal, Lengths
+from jax_fa.testing import emulator
 
 pytestmark = pytest.mark.usefixtures("no_type_checker")
 ROOT = Path(__file__).parents[1]

@@ -6,14 +6,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import Case, check
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_fa
 from jax_fa.masks import Causal, Lengths
+from jax_fa.testing import oracle
+from jax_fa.testing.cases import Case, check
 
 DEVICES = jax.devices("cpu")
 pytestmark = pytest.mark.skipif(len(DEVICES) < 8, reason="needs eight CPU devices")

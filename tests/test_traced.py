@@ -5,12 +5,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 import jax_fa
 from jax_fa import dropout
 from jax_fa.masks import Causal
+from jax_fa.testing import oracle
 
 B, SQ, SKV, N, K, D = 2, 9, 13, 4, 2, 16
 RNG = np.random.default_rng(0)

@@ -5,13 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import BY_NAME, check
-from programs import primitives
 
 import jax_fa
 from jax_fa.masks import Causal, CumulativeLengths, Lengths, SegmentIds
+from jax_fa.testing import oracle
+from jax_fa.testing.cases import BY_NAME, check
+from jax_fa.testing.programs import primitives
 
 OUT, STATS = "flash_attention_out", "flash_attention_stats"
 SQ, N, K, D = 37, 4, 2, 8

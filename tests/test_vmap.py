@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEATURES, KEYS, ROWS, check
-from programs import equations
 
 import jax_fa
 from jax_fa.masks import Causal, Lengths
+from jax_fa.testing.cases import FEATURES, KEYS, ROWS, check
+from jax_fa.testing.programs import equations
 
 SIZE, SQ, SKV, N, K, D = 3, ROWS + 1, KEYS + 1, 4, 2, 8
 FLOATS = ("query", "key", "value", "bias", "alibi_slopes")

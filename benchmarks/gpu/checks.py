@@ -4,15 +4,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import cases  # type: ignore[import-not-found]  # of the tests
 import jax
 import numpy as np
-import oracle  # type: ignore[import-not-found]
-from cases import CASES, KINDS, REAL_TILES, Case
 
 from gpu import jobs, machine, timing
 from gpu.jobs import Context, Job
 from jax_fa import api, backends
+from jax_fa.testing import cases, oracle
+from jax_fa.testing.cases import CASES, KINDS, REAL_TILES, Case
 
 DTYPES = ("bfloat16", "float16")
 TILED: dict[str, Any] = {"Sq": 300, "Skv": 330, "D": 64, "Dv": 64}  # several tiles of any kernel
@@ -253,7 +252,8 @@ def _nan_job(context: Context, case: Case) -> Job:
 
 def _filled(case: Case, value: float) -> tuple[Any, Any, Any]:
     """Arguments with a value in all keys that no row sees and all rows that see no key."""
-    visible: Any = np.broadcast_to(case.visible(), case.full)
+    given: Any = case.visible()
+    visible: Any = np.broadcast_to(given, case.full)
     group = visible.reshape(*case.B, case.K, -1, case.Sq, case.Skv)
     keys = ~np.moveaxis(group.any(axis=(-3, -2)), -1, -2)  # B Skv K
     rows = ~np.moveaxis(visible.any(axis=-1), -1, -2)  # B Sq N

@@ -19,10 +19,9 @@ ONLY_IMPORTED = ("xprof", "xprof.cli", "xprof.cli.tools", "tensorboardX")
 
 
 def prepare(wheels: Path | None, unpacked: Path, rehearse: bool) -> None:
-    """Puts the library, the tests' tables and wheels on the path. Before JAX is imported."""
+    """Puts the library and wheels on the path. Before JAX is imported."""
     if importlib.util.find_spec("jax_fa") is None:
         sys.path.insert(0, str(ROOT))
-    sys.path.append(str(ROOT / "tests"))
     if rehearse:
         os.environ["JAX_PLATFORMS"] = "cpu"
         fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -1,2 +1,3 @@
 #define JAX_FA_ISA avx512
-#include "cpu/kernel.inl"
+#define JAX_FA_SIMD "cpu/simd_avx512-inl.h"
+#include "cpu/kernel-inl.h"

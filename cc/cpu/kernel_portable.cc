@@ -1,2 +1,3 @@
 #define JAX_FA_ISA portable
-#include "cpu/kernel.inl"
+#define JAX_FA_SIMD "cpu/simd_portable-inl.h"
+#include "cpu/kernel-inl.h"

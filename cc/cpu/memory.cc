@@ -1,18 +1,21 @@
 // The memory the kernels ask for (see call.h).
 
+#include <stdlib.h>  // posix_memalign; std::aligned_alloc is missing before macOS 10.15
+
 #include <cstdlib>
 #include <mutex>
 #include <new>
 
 #include "call.h"
+#include "cpu/tuning.h"
 
 namespace jax_fa {
 namespace {
 
 float* Aligned(int64_t floats) {
   const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 64) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes);
-  if (p == nullptr) throw std::bad_alloc();
+  void* p = nullptr;
+  if (posix_memalign(&p, 64, bytes) != 0) throw std::bad_alloc();
   return static_cast<float*>(p);
 }
 
@@ -36,11 +39,9 @@ float* ThreadScratch(int64_t floats) {
   return kept.data;
 }
 
-// Memory of a call is kept for the next one, up to kMostKept floats in all (80 MiB): fresh pages cost a small call a
-// tenth of its time.
 namespace {
 
-constexpr int64_t kMostKept = int64_t{20} << 20, kHeader = 16;  // floats
+constexpr int64_t kHeader = 16;  // floats
 
 struct Block {
   Block* next;
@@ -80,7 +81,7 @@ void FreeFloats(float* p) {
   Block* block = reinterpret_cast<Block*>(p - kHeader);
   {
     const std::lock_guard<std::mutex> lock(kept_mutex);
-    if (kept_floats + block->size <= kMostKept) {
+    if (kept_floats + block->size <= kKeptFloats) {
       block->next = kept_blocks;
       kept_blocks = block;
       kept_floats += block->size;

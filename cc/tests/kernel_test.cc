@@ -14,17 +14,15 @@
 
 #include "accuracy_test.h"
 #include "check.h"
+#include "cpu/convert-inl.h"
 #include "shapes_test.h"
 #include "tasks_test.h"
-
 #include "plan_test.h"
 
 namespace jax_fa_test {
 namespace {
 
-namespace convert {
-#include "cpu/convert.h"
-}
+namespace convert = jax_fa::portable;
 
 constexpr int64_t kLengths[] = {1,  2,  5,  6,   7,   15,  16,  17,  63,  64,  65,
                                 95, 96, 97, 127, 129, 383, 385, 511, 512, 513, 700};

@@ -4,6 +4,7 @@
 #include <ctime>
 
 #include "check.h"
+#include "tasks_test.h"
 
 namespace jax_fa_test {
 namespace {

@@ -1,27 +1,96 @@
 """The backends, best first, and the choice among them.
 
-A backend is a module with
-    name: str                       what `implementation=` calls it
-    platforms: sequence | None      lower-case platforms it serves (but see ON_CPU_TOO); None: all
-    why_not(problem, operands, *, platform, backward)
-                                    None, or why it cannot serve this call (operands may be avals)
-    forward(problem, operands)      -> out, softmax max, softmax sum; and rounding if problem.saves_rounding
-    backward(problem, operands, saved) -> Operands of gradients
-    notes(problem, operands)        optional: what `explain` says of a call that it serves, one sentence each
-where forward and backward are plain traceable functions.
+A backend is an object of the `Backend` protocol. Those of this package register themselves below; others do so by
+`register`, or in tests by `registered`.
 """
 
-from types import ModuleType
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from jax_fa import arguments
 from jax_fa.backends import ascend, cpu, mosaic, xla
-from jax_fa.problem import Operands, Problem
+from jax_fa.call import Call, Operands, Saved
 
-BACKENDS: tuple[ModuleType, ...] = (cpu, mosaic, ascend, xla)
-# Served by a backend of another platform through an emulator or interpreter of it; that backend itself says whether.
-ON_CPU_TOO = ("ascend", "mosaic")
+__all__ = ["Backend", "Implementation", "register", "registered"]
+
+# What `implementation=` takes: None, the name of a backend, or its options object (`jax_fa.ascend.Options`, ...).
+Implementation: TypeAlias = Any
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Runs attention calls on some platforms. `forward` and `backward` are plain traceable functions.
+
+    Attributes:
+      name: what `implementation=` calls it.
+      platforms: lower-case names of the platforms it serves; None: all.
+      emulated_on: platforms that it serves through an emulator or interpreter; `why_not` says whether one is there.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def platforms(self) -> Collection[str] | None: ...
+
+    @property
+    def emulated_on(self) -> Collection[str]: ...
+
+    def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
+        """None, or why it cannot compute `what` ("forward" or "backward") of the call, whose operands may be avals."""
+
+    def forward(self, call: Call) -> tuple[Any, ...]:
+        """out as stored, softmax max and softmax sum `*B N Sq`; and rounding like out if `problem.saves_rounding`."""
+
+    def backward(self, call: Call, saved: Saved) -> Operands:
+        """The gradients of the differentiable operands that are present, in their shapes and dtypes."""
+
+    def notes(self, call: Call) -> tuple[str, ...]:
+        """What `explain` says of a call that it serves, one sentence each."""
+
+
+_backends: list[Backend] = [cpu.backend, mosaic.backend, ascend.backend, xla.backend]
 # JAX's own platforms that need a lowering rule of their own; the default rule serves every other.
 PLATFORMS = ("cpu",)
+
+
+def register(backend: Backend, before: str = "xla") -> None:
+    """Adds a backend, which then is preferred to the one named `before` wherever both serve a call.
+
+    Programs that JAX has compiled already keep the backend they were compiled with.
+
+    Args:
+      backend: an object of the `Backend` protocol.
+      before: the name of a backend.
+
+    Raises:
+      TypeError: something that is not a backend.
+      ValueError: a name that is taken, or `before` names no backend.
+    """
+    if not isinstance(backend, Backend) or isinstance(backend, type):
+        wanted = "name, platforms, emulated_on, why_not, forward, backward and notes"
+        raise TypeError(f"backend must be an object with {wanted}; got {arguments.shown(backend)}.")
+    if backend.name in names():
+        raise ValueError(f"backend must have a name of its own; got {backend.name!r}, which is taken.")
+    if before not in names():
+        raise ValueError(f"before must be one of {', '.join(map(repr, names()))}; got {before!r}.")
+    _backends.insert(names().index(before), backend)
+
+
+@contextlib.contextmanager
+def registered(backend: Backend, before: str = "xla") -> Iterator[None]:
+    """A context in which a backend is registered: for tests. Trace and compile what is to use it inside."""
+    register(backend, before)
+    try:
+        yield
+    finally:
+        _backends.remove(backend)
+
+
+def every() -> tuple[Backend, ...]:
+    """All backends, in the order of preference."""
+    return tuple(_backends)
 
 
 # What callers may know backends as.
@@ -39,51 +108,53 @@ _WRITTEN = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def names() -> tuple[str, ...]:
-    return tuple(backend.name for backend in BACKENDS)
+    return tuple(backend.name for backend in _backends)
 
 
-def check_implementation(implementation: str | None) -> None:
-    """Raises ValueError for a name that is no backend."""
-    if implementation is None or (isinstance(implementation, str) and implementation in names()):
-        return
-    allowed = f"None or one of {', '.join(map(repr, names()))}"
+def chosen(implementation: Implementation) -> tuple[str | None, Any]:
+    """(name, options) of what `implementation=` was given; ValueError for what names no backend."""
+    if implementation is None:
+        return None, None
+    name: Any
+    if isinstance(implementation, str):
+        name, options = implementation, None
+    else:  # an options object says in its class which backend it is for
+        name, options = getattr(type(implementation), "backend", None), implementation
+    if name in names():
+        return name, options
+    allowed = f"None, one of {', '.join(map(repr, names()))}, or the Options of one of them"
     advice = _ADVICE.get(implementation, "") if isinstance(implementation, str) else ""
+    if isinstance(implementation, type) and getattr(implementation, "backend", None) in names():
+        advice = f" Pass an object of this class: {implementation.__name__}(...)."
     raise ValueError(f"implementation must be {allowed}; got {arguments.shown(implementation)}.{advice}")
 
 
-def reasons(
-    platform: str, problem: Problem, operands: Operands, backward: bool = False
-) -> dict[str, str | None]:
+def reasons(platform: str, call: Call, what: str = "forward") -> dict[str, str | None]:
     """For every backend by name: None if it can serve this call on the platform, or why not."""
     found: dict[str, str | None] = {}
-    for backend in BACKENDS:
+    for backend in _backends:
         serves = backend.platforms is None or platform.lower() in backend.platforms
-        if not serves and not (platform == "cpu" and backend.name in ON_CPU_TOO):
-            where = ", ".join(_WRITTEN.get(served, served) for served in backend.platforms)
+        if not serves and platform.lower() not in backend.emulated_on:
+            where = ", ".join(_WRITTEN.get(served, served) for served in backend.platforms or ())
             found[backend.name] = f"runs on {where} only, not on {_WRITTEN.get(platform, platform)}"
         else:
-            found[backend.name] = backend.why_not(problem, operands, platform=platform, backward=backward)
+            found[backend.name] = backend.why_not(call, platform=platform, what=what)
     return found
 
 
-def choose(platform: str, problem: Problem, operands: Operands, backward: bool = False) -> ModuleType:
+def choose(platform: str, call: Call, what: str = "forward") -> Backend:
     """The first backend that can serve the call, or the one it names; NotImplementedError with every reason."""
-    found = reasons(platform, problem, operands, backward)
-    for backend in BACKENDS:
-        wanted = problem.implementation in (None, backend.name)
-        if wanted and found[backend.name] is None:
+    found = reasons(platform, call, what)
+    implementation = call.problem.implementation
+    for backend in _backends:
+        if implementation in (None, backend.name) and found[backend.name] is None:
             return backend
-    listed = "; ".join(
-        f"{name}: {why}" for name, why in found.items() if problem.implementation in (None, name)
-    )
-    what = "the gradient of this call" if backward else "this call"
-    who = f"implementation={problem.implementation!r} cannot" if problem.implementation else "No backend can"
-    raise NotImplementedError(f"{who} serve {what} on platform {platform!r}. {listed}.")
+    listed = "; ".join(f"{name}: {why}" for name, why in found.items() if implementation in (None, name))
+    which = "the gradient of this call" if what == "backward" else "this call"
+    who = f"implementation={implementation!r} cannot" if implementation else "No backend can"
+    raise NotImplementedError(f"{who} serve {which} on platform {platform!r}. {listed}.")
 
 
-def notes(name: str | None, problem: Problem, operands: Operands) -> tuple[str, ...]:
+def notes(name: str | None, call: Call) -> tuple[str, ...]:
     """What the backend of that name says of a call that it serves."""
-    for backend in BACKENDS:
-        if backend.name == name and hasattr(backend, "notes"):
-            return backend.notes(problem, operands)
-    return ()
+    return next((backend.notes(call) for backend in _backends if backend.name == name), ())

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import jax
 
-from jax_fa import program
 from jax_fa.bench import contestants, measure, record, report, shapes
+from jax_fa.demo import program
 
 OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
 Read = TypeVar("Read")

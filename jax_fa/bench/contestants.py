@@ -37,7 +37,7 @@ def present() -> dict[str, Callable[[Call], Program]]:
     """Every contestant of this machine's default device, by name: ours, best first, and then the others."""
     ours: dict[str, Callable[[Call], Program]] = {
         backend.name: partial(_ours, backend.name)
-        for backend in backends.BACKENDS
+        for backend in backends.every()
         if backend.platforms is None or here() in backend.platforms
     }
     theirs: dict[str, Callable[[Call], Program]] = {"jax.nn": partial(_jax_nn, None)}

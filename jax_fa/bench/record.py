@@ -14,10 +14,10 @@ from typing import Any
 import jax
 
 import jax_fa
-from jax_fa import program
 from jax_fa.backends import cpu
 from jax_fa.bench.measure import Result
 from jax_fa.bench.shapes import call_from
+from jax_fa.demo import program
 
 SCHEMA = 1
 

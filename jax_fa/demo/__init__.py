@@ -4,13 +4,13 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import jax_fa
-from jax_fa import program
-from jax_fa.demo import baseline, checks, gpt, race, report
+from jax_fa.demo import baseline, checks, gpt, program, race, report
 
 DTYPES = ("float32", "bfloat16", "float16")
 OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
@@ -55,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(config: gpt.Config, implementation: str | None) -> jax_fa.Explanation:
     """What would run the model's attention here. Raises NotImplementedError where nothing can."""
-    ask = partial(jax_fa.explain, *race.operands(config), is_causal=True, implementation=implementation)
+    query, key, value = race.operands(config)
+
+    def ask(platforms: tuple[str, ...] | None = None) -> jax_fa.Explanation:
+        call: dict[str, Any] = {"is_causal": True, "implementation": implementation, "platforms": platforms}
+        return jax_fa.explain(query, key, value, entry="dot_product_attention", **call)
+
     here = next(iter(ask().chosen))  # the first platform is the one we are on
     explanation = ask(platforms=(here,))
     if explanation.chosen[here] is None:

@@ -23,16 +23,16 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
     transposed for it.
     """
 
-    implementation: str | None = eqx.field(static=True)
+    implementation: backends.Implementation = eqx.field(static=True)
 
-    def __init__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, implementation: backends.Implementation = None, **kwargs: Any) -> None:
         """Takes the arguments of `equinox.nn.MultiheadAttention`, and:
 
         Args:
           implementation: None (the best backend that can), or the name of a backend: see `jax_fa.explain`.
         """
         super().__init__(*args, **kwargs)
-        backends.check_implementation(implementation)
+        backends.chosen(implementation)
         self.implementation = implementation
 
     def __call__(
@@ -119,7 +119,7 @@ def _apply(proj, x):
     return y if proj.bias is None else y + proj.bias
 
 
-def use_flash_attention(model: Model, *, implementation: str | None = None) -> Model:
+def use_flash_attention(model: Model, *, implementation: backends.Implementation = None) -> Model:
     """The model with every `equinox.nn.MultiheadAttention` in it replaced by ours.
 
     The leaves are the same, in the same order: checkpoints and optimizer states of the one fit the other.
@@ -135,7 +135,7 @@ def use_flash_attention(model: Model, *, implementation: str | None = None) -> M
       ValueError: there is no such layer in the model; an unknown implementation.
       TypeError: there is a subclass of it, which may compute something else.
     """
-    backends.check_implementation(implementation)
+    backends.chosen(implementation)
     count = 0
 
     def swap(node):
@@ -162,7 +162,7 @@ def _is_attention(node) -> bool:
     return isinstance(node, eqx.nn.MultiheadAttention)
 
 
-def _converted(layer: Any, implementation: str | None) -> MultiheadAttention:
+def _converted(layer: Any, implementation: backends.Implementation) -> MultiheadAttention:
     """The layer's own fields in our class, as modules are rebuilt from their leaves: without running `__init__`."""
     ours: Any = object.__new__(MultiheadAttention)
     for field in dataclasses.fields(layer):

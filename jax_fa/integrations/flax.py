@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype as promote_like_linen
 
-from jax_fa import api, arguments, backends, masks
+from jax_fa import api, arguments, backends, entry, masks
 from jax_fa.attention import attention
 from jax_fa.explanation import here
 from jax_fa.masks import Mask
@@ -28,7 +28,7 @@ class _Options:
     alibi_slopes: Any = None
     scale: Any = None
     logits_soft_cap: float | None = None
-    implementation: str | None = None
+    implementation: backends.Implementation = None
 
 
 def attention_fn(
@@ -110,7 +110,8 @@ def attention_fn(
         )
     if dropout_rng is not None:
         arguments.random_key("dropout_rng", dropout_rng)
-    problem, operands = api.flash_attention_request(
+    call = entry.request_of(
+        api.flash_attention,
         query,
         key,
         value,
@@ -122,11 +123,12 @@ def attention_fn(
         dropout_rate=dropout_rate if dropping else 0.0,
         dropout_key=dropout_rng if dropping else None,
         implementation=_options.implementation,
-    )
+    ).call
     if dropping and broadcast_dropout:
         # The words that tell batch entries and heads apart: with one value for all they share their bits.
-        operands = replace(operands, dropout_stream=jnp.zeros((1,) * (query.ndim - 2) + (2,), jnp.uint32))
-    return attention(problem, operands).out
+        streams = jnp.zeros((1,) * (query.ndim - 2) + (2,), jnp.uint32)
+        call = call.replace(operands=replace(call.operands, dropout_stream=streams))
+    return attention(call).out
 
 
 def make_attention_fn(
@@ -135,7 +137,7 @@ def make_attention_fn(
     alibi_slopes=None,
     scale=None,
     logits_soft_cap: float | None = None,
-    implementation: str | None = None,
+    implementation: backends.Implementation = None,
 ) -> Callable[..., jax.Array]:
     """`attention_fn` with what Flax's layers have no argument for.
 
@@ -155,7 +157,7 @@ def make_attention_fn(
     Returns:
       A function like `attention_fn`.
     """
-    backends.check_implementation(implementation)
+    backends.chosen(implementation)
     options = _Options(
         mask=None if mask is None else api.one_mask(mask),
         alibi_slopes=alibi_slopes,

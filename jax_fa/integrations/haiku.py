@@ -12,14 +12,14 @@ from jax_fa.masks import Mask
 class MultiHeadAttention(hk.MultiHeadAttention):
     """`haiku.MultiHeadAttention` in O(S) memory: the same parameters, under the same names."""
 
-    def __init__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, implementation: backends.Implementation = None, **kwargs: Any) -> None:
         """Takes the arguments of `haiku.MultiHeadAttention`, and:
 
         Args:
           implementation: None (the best backend that can), or the name of a backend: see `jax_fa.explain`.
         """
         super().__init__(*args, **kwargs)
-        backends.check_implementation(implementation)
+        backends.chosen(implementation)
         self.implementation = implementation
 
     def __call__(self, query, key, value, mask=None):

@@ -14,7 +14,7 @@ _THEIRS = (None, "xla", "cudnn")
 
 
 class _Patch(NamedTuple):
-    implementation: str | None
+    implementation: backends.Implementation
 
 
 # Part of the key of jit's caches, so a function traced outside is traced anew inside, and the other way round.
@@ -83,7 +83,7 @@ class _PatchJaxNN(contextlib.ContextDecorator):
             _attribute.exit()
 
 
-def patch_jax_nn(*, implementation: str | None = None) -> contextlib.ContextDecorator:
+def patch_jax_nn(*, implementation: backends.Implementation = None) -> contextlib.ContextDecorator:
     """A context, or decorator, in which `jax.nn.dot_product_attention` is `jax_fa.dot_product_attention`.
 
         with patch_jax_nn():
@@ -110,5 +110,5 @@ def patch_jax_nn(*, implementation: str | None = None) -> contextlib.ContextDeco
     Raises:
       ValueError: on an unknown implementation; inside, on one that is not jax.nn's.
     """
-    backends.check_implementation(implementation)
+    backends.chosen(implementation)
     return _PatchJaxNN(_Patch(implementation))

@@ -1,0 +1,72 @@
+#include "cann_module.h"
+
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "ascend_ffi.h"
+#include "cann/adapter.h"
+#include "cann/library.h"
+
+namespace py = pybind11;
+
+namespace jax_fa {
+namespace {
+
+py::object PathOrNone(const std::string& path) {
+  return path.empty() ? py::object(py::none()) : py::object(py::str(path));
+}
+
+py::dict CannLibrary() {
+  const cann::Library* library = nullptr;
+  {
+    const py::gil_scoped_release release;
+    library = &cann::Library::Get();
+  }
+  py::list functions;
+  for (int f = 0; f < cann::kFunctions; ++f)
+    if (library->functions[f]) functions.append(cann::kFunctionTable[f].phase2);
+  py::dict found;
+  found["error"] = PathOrNone(library->error);
+  found["long"] = PathOrNone(library->long_ops);
+  found["short"] = PathOrNone(library->short_ops);
+  found["runtime"] = PathOrNone(library->runtime);
+  found["nnopbase"] = PathOrNone(library->nnopbase);
+  found["emulator"] = library->emulator;
+  found["functions"] = functions;
+  found["notes"] = py::cast(library->notes);
+  return found;
+}
+
+py::dict AscendRegistrations(bool host) {
+  py::dict handlers;
+  handlers["jax_fa_ascend_forward"] = py::capsule(reinterpret_cast<void*>(host ? AscendHostForward : AscendForward));
+  handlers["jax_fa_ascend_backward"] =
+      py::capsule(reinterpret_cast<void*>(host ? AscendHostBackward : AscendBackward));
+  return handlers;
+}
+
+void CannRelease() {
+  cann::Status status;
+  {
+    const py::gil_scoped_release release;
+    status = cann::ReleaseAll();
+  }
+  if (!status.ok()) throw std::runtime_error(status.message);
+}
+
+}  // namespace
+
+void DefineCann(py::module_& module) {
+  // Whether the adapter to CANN is built in.
+  module.def("has_cann", [] { return true; });
+  // For arrays on a device, or for arrays on the host, which only the emulator takes. The same targets.
+  module.def("ascend_registrations", AscendRegistrations, py::arg("host"));
+  // What of CANN was found; loads it. Where nothing can be used, "error" says what was searched.
+  module.def("cann_library", CannLibrary);
+  // Frees our own streams and all workspaces that are kept for later calls; nothing may be running.
+  module.def("cann_release", CannRelease);
+}
+
+}  // namespace jax_fa

@@ -1,0 +1,151 @@
+// Rows of arrays, of any dtype and strides, to floats or units, and back.
+#pragma once
+
+#include "call.h"
+#include "cpu/convert-inl.h"
+#include "cpu/simd-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// `n` numbers with the given stride to contiguous floats.
+inline void LoadRow(const void* src, DType dtype, int64_t stride, int64_t n, float* dst) {
+  int64_t i = 0;
+  if (dtype == DType::kF32) {
+    const float* s = static_cast<const float*>(src);
+    if (stride == 1) {
+      for (; i + kLanes <= n; i += kLanes) Store(dst + i, Load(s + i));
+    }
+    for (; i < n; ++i) dst[i] = s[i * stride];
+    return;
+  }
+  const uint16_t* s = static_cast<const uint16_t*>(src);
+  if (dtype == DType::kBF16) {
+    if (stride == 1) {
+      for (; i + kLanes <= n; i += kLanes) Store(dst + i, LoadBF16(s + i));
+    }
+    for (; i < n; ++i) dst[i] = ToFloatBF16(s[i * stride]);
+  } else {
+    if (stride == 1) {
+      for (; i + kLanes <= n; i += kLanes) Store(dst + i, LoadF16(s + i));
+    }
+    for (; i < n; ++i) dst[i] = ToFloatF16(s[i * stride]);
+  }
+}
+
+// `n` floats, times `factor`, to where and as what they are stored.
+inline void StoreRow(const float* src, float factor, void* dst, DType dtype, int64_t stride, int64_t n) {
+  const F f = Set(factor);
+  int64_t i = 0;
+  if (dtype == DType::kF32) {
+    float* d = static_cast<float*>(dst);
+    if (stride == 1)
+      for (; i + kLanes <= n; i += kLanes) Store(d + i, Load(src + i) * f);
+    for (; i < n; ++i) d[i * stride] = src[i] * factor;
+    return;
+  }
+  uint16_t* d = static_cast<uint16_t*>(dst);
+  if (dtype == DType::kBF16) {
+    if (stride == 1)
+      for (; i + kLanes <= n; i += kLanes) StoreBF16(d + i, Load(src + i) * f);
+    for (; i < n; ++i) d[i * stride] = FromFloatBF16(src[i] * factor);
+  } else {
+    if (stride == 1)
+      for (; i + kLanes <= n; i += kLanes) StoreF16(d + i, Load(src + i) * f);
+    for (; i < n; ++i) d[i * stride] = FromFloatF16(src[i] * factor);
+  }
+}
+
+// The same for a 16-bit dtype, and to `rounding` what rounding took away, in halves of the dtype's epsilon.
+// `src` has room for whole vectors.
+template <DType kType>
+inline void StoreRounded(const float* src, float factor, void* dst, int64_t stride, void* rounding,
+                         int64_t rounding_stride, int64_t n) {
+  constexpr bool kBF16 = kType == DType::kBF16;
+  constexpr float kUnits = kBF16 ? 256.0f : 2048.0f;
+  const auto store = [](uint16_t* p, F x) { kBF16 ? StoreBF16(p, x) : StoreF16(p, x); };
+  uint16_t *d = static_cast<uint16_t*>(dst), *e = static_cast<uint16_t*>(rounding);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    uint16_t kept[kLanes], lost[kLanes];
+    const bool whole = i + kLanes <= n && stride == 1 && rounding_stride == 1;
+    uint16_t *to = whole ? d + i : kept, *rest = whole ? e + i : lost;
+    const F x = Rounded(Load(src + i) * Set(factor));
+    store(to, x);
+    store(rest, (x - (kBF16 ? LoadBF16(to) : LoadF16(to))) * Set(kUnits));
+    if (whole) continue;
+    for (int64_t j = 0; j < kLanes && i + j < n; ++j) {
+      d[(i + j) * stride] = kept[j];
+      e[(i + j) * rounding_stride] = lost[j];
+    }
+  }
+}
+
+inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t Panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+inline void Fill(float* p, int64_t from, int64_t to, float x) {
+  const F v = Set(x);
+  for (; from + kLanes <= to; from += kLanes) Store(p + from, v);
+  for (; from < to; ++from) p[from] = x;
+}
+
+// 0 if all n numbers are finite, else NaN.
+inline float ZeroOrNaN(const float* x, int64_t n) {
+  F sum = Set(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = Fma(Load(x + i), Set(0.0f), sum);
+  float total = Sum(sum);
+  for (; i < n; ++i) total += x[i] * 0.0f;
+  return total;
+}
+
+inline float ZeroOrNaN(const uint16_t* x, int64_t n) {  // bfloat16
+  F sum = Set(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = Fma(LoadBF16(x + i), Set(0.0f), sum);
+  float total = Sum(sum);
+  for (; i < n; ++i) total += ToFloatBF16(x[i]) * 0.0f;
+  return total;
+}
+
+// Floats that staging rows of a call takes: kLanes rows, or two rows filled up to whole panels.
+inline int64_t StageSize(const Call& c) {
+  const int64_t wide = c.D > c.Dv ? c.D : c.Dv, rows = kLanes * RoundUp(wide, kLanes), panels = 2 * Panels(wide) * kPanel;
+  return rows > panels ? rows : panels;
+}
+
+// --- rows as units: floats, or the bfloat16 numbers as they are
+
+template <bool kPairs>
+struct StoredAs { using Type = float; };
+template <>
+struct StoredAs<true> { using Type = uint16_t; };
+
+// A row of an array as contiguous numbers: where it lies if it can be read from there, else copied to `stage`.
+template <bool kPairs>
+inline const typename StoredAs<kPairs>::Type* ReadRow(const View& x, int64_t b, int64_t h, int64_t i, int64_t n,
+                                                    float* stage) {
+  using T = typename StoredAs<kPairs>::Type;
+  const char* src = x.Bytes(b, h, i);
+  if ((kPairs || x.dtype == DType::kF32) && (x.col == 1 || n == 1)) return reinterpret_cast<const T*>(src);
+  if constexpr (kPairs) {
+    uint16_t* dst = reinterpret_cast<uint16_t*>(stage);
+    const uint16_t* s = reinterpret_cast<const uint16_t*>(src);
+    for (int64_t d = 0; d < n; ++d) dst[d] = s[d * x.col];
+    return dst;
+  } else {
+    LoadRow(src, x.dtype, x.col, n, stage);
+    return stage;
+  }
+}
+
+// A row of an array as units, the last one filled up with zero.
+template <bool kPairs>
+inline void CopyRow(const View& x, int64_t b, int64_t h, int64_t i, int64_t n, float* units) {
+  const auto* row = ReadRow<kPairs>(x, b, h, i, n, units);
+  if (reinterpret_cast<const void*>(row) != units) __builtin_memcpy(units, row, sizeof(*row) * static_cast<size_t>(n));
+  if (kPairs && n % 2 != 0) reinterpret_cast<uint16_t*>(units)[n] = 0;
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

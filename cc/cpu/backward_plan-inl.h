@@ -1,0 +1,146 @@
+// How the backward is cut into tasks and blocks, and where a task keeps what it works on.
+#pragma once
+
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/scratch-inl.h"
+#include "cpu/simd-inl.h"
+#include "cpu/tuning.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// Numbers the distinct offsets of batch entries in the order of their first entries: class_of[b] is that of entry b.
+// Returns how many there are. By hashing, so that the time is that of one pass.
+inline int64_t Classes(const int64_t* offsets, int64_t count, int64_t* class_of) {
+  int64_t bits = 1;
+  while ((int64_t{1} << bits) < 2 * count) ++bits;
+  const int64_t slots = int64_t{1} << bits;
+  const Buffer memory(2 * slots);
+  int64_t *const first = memory.ints(), classes = 0;  // first: the entry that came first to a slot
+  for (int64_t i = 0; i < slots; ++i) first[i] = -1;
+  for (int64_t b = 0; b < count; ++b) {
+    const uint64_t hash = static_cast<uint64_t>(offsets[b]) * 0x9E3779B97F4A7C15u;
+    int64_t at = static_cast<int64_t>(hash >> (64 - bits));
+    while (first[at] >= 0 && offsets[first[at]] != offsets[b]) at = (at + 1) & (slots - 1);
+    if (first[at] < 0) first[at] = b, class_of[b] = classes++;
+    class_of[b] = class_of[first[at]];
+  }
+  return classes;
+}
+
+struct BackwardPlan {
+  int64_t rows, row_blocks, key_block, dq_row, splits, split_keys;
+  int64_t groups = 0;
+  Buffer memory;
+  int64_t *heads, *starts;  // key heads b * K + k, group by group, and where each group starts
+  bool writes_all_bias;
+
+  explicit BackwardPlan(const Call& c) : memory(8 * c.B * c.K + 4) {
+    writes_all_bias = c.dbias && WritesAllBias(c);
+    rows = c.G() * c.Sq;
+    const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
+    key_block = KeysOf(kBackwardKeys, wide);
+    dq_row = Panels(c.D) * kPanel;
+    row_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
+    Group(c);
+    const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
+    const int64_t dq_bytes = c.B * c.K * rows * dq_row * 4 + 1;
+    splits = groups >= kBackwardTasks ? 1 : (kBackwardTasks + groups - 1) / (groups > 0 ? groups : 1);
+    const int64_t affordable = kSplitBytes / dq_bytes, least = groups > 0 ? kLeastBackwardTasks / groups : 1;
+    const int64_t most = affordable > least ? affordable : least;
+    splits = splits < most ? splits : most;
+    if (c.dbias && (c.dbias.col == 0 || c.bias_offset)) splits = 1;  // different keys add to one element
+    splits = splits < key_blocks ? splits : key_blocks;
+    splits = splits < 1 ? 1 : splits;
+    split_keys = (key_blocks + splits - 1) / splits * key_block;
+    splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
+    splits = splits < 1 ? 1 : splits;
+  }
+
+  // Heads that add to the same bias gradient form a group; without one, each head is its own.
+  void Group(const Call& c) {
+    const int64_t count = c.B * c.K;
+    heads = memory.ints();
+    starts = heads + count;  // count + 1 of them
+    int64_t *group_of = starts + count + 1, *next = group_of + count;
+    const bool shared = c.dbias && !c.bias_apart, by_head = shared && c.dbias.head == 0;
+    const bool by_batch = shared && SharesBiasBatch(c);
+    const int64_t groups_of_batch = by_head ? 1 : c.K;
+    groups = (by_batch ? Classes(c.dbias.batch, c.B, next) : c.B) * groups_of_batch;
+    for (int64_t b = 0; b < c.B; ++b) {
+      const int64_t first = (by_batch ? next[b] : b) * groups_of_batch;
+      for (int64_t k = 0; k < c.K; ++k) group_of[b * c.K + k] = first + (by_head ? 0 : k);
+    }
+    for (int64_t g = 0; g <= groups; ++g) starts[g] = 0;
+    for (int64_t head = 0; head < count; ++head) ++starts[group_of[head] + 1];
+    for (int64_t g = 0; g < groups; ++g) starts[g + 1] += starts[g];
+    for (int64_t g = 0; g < groups; ++g) next[g] = starts[g];
+    for (int64_t head = 0; head < count; ++head) heads[next[group_of[head]]++] = head;
+  }
+};
+
+// Floats behind the dq of a key head (see Balance).
+template <bool kPairs>
+inline int64_t BalanceSize(const BackwardPlan& plan) {
+  return kPairs ? RoundUp(3 * plan.rows, kLanes) : 0;
+}
+
+template <bool kPairs>
+struct BackwardScratch {
+  float *q, *dout;                             // rows of a block, as units
+  float *q_panels, *dout_panels;               // ... and as panels
+  float *p, *ds, *ds_rows;                     // rows of logits, then weights, and of ds; ds_rows: those of ds as pairs
+  float *slope, *by_cap, *products;            // of one row: derivatives of the soft cap, products q.k
+  float *keys_t, *values_t, *keys;             // a block of keys and values, packed
+  float *dk, *dv;                              // ... and its gradients
+  float *stage, *tmp;                          // rows on their way into panels; a row of keep factors or bias
+  float *m, *inverse, *delta;                  // of all rows: see PrepareRows
+  float* dq;                                   // of all rows, and their Balance
+  int32_t *lo, *hi, *block_lo, *block_hi;      // visible keys of all rows, and of blocks of rows
+  int64_t q_row, dout_row, s_row, half_row, dv_row;
+  bool writes_all_bias;
+
+  BackwardScratch(const Call& c, const BackwardPlan& plan, bool own_dq)
+      : writes_all_bias(plan.writes_all_bias), memory([&](Arena& arena) { Place(c, plan, own_dq, arena); }) {}
+
+ private:
+  void Place(const Call& c, const BackwardPlan& plan, bool own_dq, Arena& arena) {
+    const int64_t kb = RoundUp(plan.key_block, kPanel), n = kBackwardRows, row_units = Units<kPairs>(n);
+    q_row = RoundUp(Units<kPairs>(c.D), kLanes);
+    dout_row = RoundUp(Units<kPairs>(c.Dv), kLanes);
+    dv_row = Panels(c.Dv) * kPanel;
+    s_row = kb + kLanes;
+    half_row = kb / 2 + kLanes;
+    q = arena.Take(n * q_row);
+    dout = arena.Take(n * dout_row);
+    q_panels = arena.Take(row_units * plan.dq_row);
+    dout_panels = arena.Take(row_units * dv_row);
+    p = arena.Take(n * s_row);
+    ds = arena.Take(n * s_row);
+    ds_rows = arena.Take(kPairs ? n * half_row : 0);
+    slope = arena.Take(s_row);
+    by_cap = arena.Take(c.dsoft_cap ? s_row : 0);
+    products = arena.Take(c.dscale ? s_row : 0);
+    keys_t = arena.Take(kb * Units<kPairs>(c.D));
+    values_t = arena.Take(kb * Units<kPairs>(c.Dv));
+    keys = arena.Take(Units<kPairs>(kb) * plan.dq_row);
+    dk = arena.Take(kb * plan.dq_row);
+    dv = arena.Take(kb * dv_row);
+    stage = arena.Take(StageSize(c));
+    tmp = arena.Take(kb);
+    m = arena.Take(plan.rows);
+    inverse = arena.Take(plan.rows);
+    delta = arena.Take(plan.rows);
+    dq = arena.Take(own_dq ? plan.rows * plan.dq_row + BalanceSize<kPairs>(plan) : 0);
+    lo = arena.Take<int32_t>(plan.rows);
+    hi = arena.Take<int32_t>(plan.rows);
+    block_lo = arena.Take<int32_t>(plan.row_blocks);
+    block_hi = arena.Take<int32_t>(plan.row_blocks);
+  }
+
+  const ThreadParts memory;  // the last member, as it fills in those above
+};
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

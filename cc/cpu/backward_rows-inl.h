@@ -1,0 +1,133 @@
+// Rows of the backward: what the saved statistics give for each, and from products to p and ds.
+#pragma once
+
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/backward_plan-inl.h"
+#include "cpu/backward_sums-inl.h"
+#include "cpu/dropout-inl.h"
+#include "cpu/logits-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/softmax-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// delta = dout.out - dlogsumexp of rows [r, r + n), with what rounding took from out where that is known. Summed in the
+// order of the products dout.v, so that for a row with one visible key, where out is v, the two cancel exactly.
+template <int kMost, bool kPairs>
+inline void Deltas(const Call& c, const BackwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r, int64_t n) {
+  const int64_t width = RoundUp(c.Dv, kLanes);
+  const float *dout[kMost], *out[kMost];
+  float sum[kMost] = {};
+  for (int64_t i = 0; i < kMost; ++i) {
+    const Row row = RowAt(c, b, k, i < n ? r + i : r);
+    dout[i] = ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage + 2 * i * width);
+    float* exact = s.stage + (2 * i + 1) * width;
+    out[i] = ReadRow<false>(c.out, b, row.n, row.i, c.Dv, exact);
+    if (c.rounding) {  // then out is of 16 bits, and its row a copy
+      const F unit = Set(c.out.dtype == DType::kBF16 ? 1.0f / 256.0f : 1.0f / 2048.0f);
+      const float* rest = ReadRow<false>(c.rounding, b, row.n, row.i, c.Dv, s.dv);  // not used yet
+      Combine(c.Dv, exact, rest, [&](F x, F lost) { return Fma(lost, unit, x); });
+    }
+  }
+  for (int64_t d = 0; d < c.Dv; ++d)
+#pragma GCC unroll 4
+    for (int i = 0; i < kMost; ++i) sum[i] += dout[i][d] * out[i][d];
+  for (int64_t i = 0; i < n; ++i) {
+    const Row row = RowAt(c, b, k, r + i);
+    s.delta[r + i] = c.dlogsumexp ? sum[i] - *c.dlogsumexp.At<float>(b, row.n, row.i) : sum[i];
+  }
+}
+
+// Per row: max, 1 / sum (0 for a fully masked row; NaN where q or dout is not finite, which so propagates to the
+// row's visible keys only), delta, and the visible range; that of each block of rows too.
+template <bool kPairs>
+inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
+                        int64_t k) {
+  const bool masked = IsMasked(c);
+  constexpr int64_t kTogether = kLanes >= 8 ? 4 : 2;  // two rows of each lie in the stage
+  for (int64_t r = 0; r < plan.rows; r += kTogether)
+    Deltas<kTogether>(c, s, b, k, r, r + kTogether < plan.rows ? kTogether : plan.rows - r);
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    const Row row = RowAt(c, b, k, r);
+    const Range v = Visible(c, row);
+    s.lo[r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);
+    s.hi[r] = static_cast<int32_t>(v.Empty() ? 0 : v.hi);
+    int32_t &from = s.block_lo[r / kBackwardRows], &to = s.block_hi[r / kBackwardRows];
+    if (r % kBackwardRows == 0) from = INT32_MAX, to = 0;
+    if (!v.Empty()) {
+      from = s.lo[r] < from ? s.lo[r] : from;
+      to = s.hi[r] > to ? s.hi[r] : to;
+    }
+    s.m[r] = *c.m.At<float>(b, row.n, row.i);
+    const float l = *c.l.At<float>(b, row.n, row.i);
+    s.inverse[r] = l == 0.0f ? 0.0f : 1.0f / l;
+    if (masked) {
+      s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage), c.Dv);
+      s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.query, b, row.n, row.i, c.D, s.stage), c.D);
+      if (v.Empty()) s.inverse[r] = 0.0f;
+    }
+  }
+}
+
+// Turns a row of products q.k and dout.v with keys j0 + [c0, c1), of which v are visible, into weights p and ds,
+// in place, 0 where masked.
+template <bool kPairs>
+inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const Row& row, int64_t r, int64_t j0, Range v,
+                         int64_t c0, int64_t c1, float* p, float* ds, const HeadSums& sums) {
+  if (v.Empty()) v = {c0, c0};
+  float* slope = SoftCapOf(c, row) != 0.0f ? s.slope : nullptr;
+  float* by_cap = slope != nullptr && sums.soft_cap != nullptr ? s.by_cap : nullptr;
+  F scale = Set(ScaleOf(c, row));
+  if (sums.scale != nullptr)
+    __builtin_memcpy(s.products + c0, p + c0, sizeof(float) * static_cast<size_t>(c1 - c0));
+  if (!IsPlain(c, row)) {
+    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, slope, by_cap, s.tmp);
+    scale = Set(1.0f);
+  }
+  Fill(p, c0, v.lo, -__builtin_inff());
+  Fill(p, v.hi, c1, -__builtin_inff());
+  const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
+  if (!c.seed && !c.drop_bits) {
+    for (int64_t j = c0; j < c1; j += kLanes) {
+      const F w = Weight(Load(p + j), scale, m) * inverse;
+      Store(p + j, w);
+      Store(ds + j, w * (Load(ds + j) - delta));
+    }
+  } else {
+    float* keep = s.tmp;  // 1 / keep_prob or 0
+    Fill(keep, 0, c1, 0.0f);
+    Fill(keep, v.lo, v.hi, 1.0f / KeepProbOf(c, row));
+    Drop(c, row, j0, v.lo, v.hi, keep);
+    const F none = Set(0.0f);
+    for (int64_t j = c0; j < c1; j += kLanes) {
+      const F w = Weight(Load(p + j), scale, m) * inverse, kept = Load(keep + j);
+      const Mask dropped = IsZero(kept);  // a product 0 * NaN would not be 0
+      Store(p + j, Select(dropped, none, w * kept));
+      Store(ds + j, w * (Select(dropped, none, Load(ds + j) * kept) - delta));
+    }
+  }
+  if (by_cap != nullptr && !v.Empty()) {
+    Combine(v.hi - v.lo, by_cap + v.lo, ds + v.lo, [](F by, F x) { return x * by; });
+    MaskOut(c, row, j0, v.lo, v.hi, 0.0f, by_cap);
+    double sum = 0.0;
+    for (int64_t j = v.lo; j < v.hi; ++j) sum += by_cap[j];
+    sums.soft_cap[row.n % c.G()] += sum;
+  }
+  if (slope != nullptr) Combine(v.hi - v.lo, ds + v.lo, slope + v.lo, [](F x, F by) { return x * by; });
+  float* const both[] = {p, ds};
+  for (float* x : both) {  // masked products may be NaN, and so may `inverse`
+    Fill(x, c0, v.lo, 0.0f);
+    Fill(x, v.hi, c1, 0.0f);
+    if (!v.Empty()) MaskOut(c, row, j0, v.lo, v.hi, 0.0f, x);
+  }
+  if (v.Empty()) return;
+  if (c.dbias) AddToBias(c, s.writes_all_bias, row, j0, v.lo, v.hi, ds);
+  if (sums.scale != nullptr) sums.scale[row.n % c.G()] += ScaleGradient(s.products, v.lo, v.hi, ds);
+  if (sums.slopes != nullptr)
+    sums.slopes[row.n % c.G() * sums.slope_rows + row.i % sums.slope_rows] += SlopeGradient(c, row, j0, v.lo, v.hi, ds);
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

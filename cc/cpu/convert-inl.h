@@ -1,0 +1,46 @@
+// 16-bit floats, one number at a time. Rounds to nearest even; NaN stays NaN.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/target-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+inline float BitsToFloat(uint32_t x) { float f; __builtin_memcpy(&f, &x, 4); return f; }
+inline uint32_t FloatToBits(float f) { uint32_t x; __builtin_memcpy(&x, &f, 4); return x; }
+
+inline float ToFloatBF16(uint16_t h) { return BitsToFloat(static_cast<uint32_t>(h) << 16); }
+
+inline uint16_t FromFloatBF16(float f) {
+  const uint32_t x = FloatToBits(f);
+  if ((x & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((x >> 16) | 0x40u);
+  return static_cast<uint16_t>((x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
+}
+
+inline float ToFloatF16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return BitsToFloat(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Subnormal halves count units of 2^-24. No subnormal float on the way: XLA's threads take those for 0.
+  if (magnitude < 0x400u)
+    return BitsToFloat(sign | FloatToBits(static_cast<float>(static_cast<int32_t>(magnitude)) * BitsToFloat(0x33800000u)));
+  return BitsToFloat(sign | ((magnitude << 13) + 0x38000000u));
+}
+
+inline uint16_t FromFloatF16(float f) {
+  const uint32_t x = FloatToBits(f);
+  const uint16_t sign = static_cast<uint16_t>((x >> 16) & 0x8000u);
+  const uint32_t magnitude = x & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 2^16 or more
+  if (magnitude < 0x38800000u) {  // subnormal: adding 2^-1 lines the bits up and rounds
+    const uint32_t y = FloatToBits(BitsToFloat(magnitude) + 0.5f) - 0x3f000000u;
+    return static_cast<uint16_t>(sign | y);
+  }
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

@@ -1,0 +1,243 @@
+// Forward: out, softmax max and sum (arXiv:2205.14135, 2307.08691).
+//
+// Keys and values are packed once per key head (keys transposed). A task is a group of query rows of one key head;
+// it walks the key blocks that are visible to any of its rows. Its logits stay in the second cache, a panel of keys
+// or a chunk of values in the first while all its tiles of kRows rows pass, and tiles compute only visible panels.
+// A row's result does not depend on how rows are grouped: blocks begin at multiples of the block size, and masked
+// keys contribute exact zeros.
+#pragma once
+
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/direct-inl.h"
+#include "cpu/forward_plan-inl.h"
+#include "cpu/gemm-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/softmax-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+template <bool kPairs>
+inline void PackBlock(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t width, float* stage, Packed* to) {
+  PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, stage, to->keys);
+  float* nan_marker = IsMasked(c) ? to->nan_marker : nullptr;
+  if (!PackValues<kPairs>(c, b, k, j0, width, stage, nan_marker, to->values)) to->nan_marker = nullptr;
+}
+
+// Up to kGroupRows rows [g0, g0 + rows) of a task over one block of keys.
+template <bool kPairs>
+inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r0, int64_t g0,
+                         int64_t rows, int64_t j0, int64_t width, const Packed& packed) {
+  const int64_t per = Unit<kPairs>::kElements, depth = Units<kPairs>(c.D), dv = Panels(c.Dv) * kPanel;
+  RowTile tiles[kGroupRows];
+  const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
+  const float* q = s.q + g0 * s.q_row;
+  float* acc = s.acc + g0 * dv;
+  for (int64_t p = 0; p < Panels(width); ++p) {
+    for (int64_t t = 0; t < count; ++t) {
+      const RowTile& tile = tiles[t];
+      if (tile.to <= p * kPanel || tile.from >= (p + 1) * kPanel) continue;
+      if (p + 1 < Panels(width)) Prefetch(packed.keys + (p + 1) * depth * kPanel, depth * kPanel, t, count);
+      Gemm<kPairs, false>(tile.n, depth, q + tile.r * s.q_row, s.q_row, 1, packed.keys + p * depth * kPanel,
+                          s.logits + tile.r * s.s_row + p * kPanel, s.s_row);
+    }
+  }
+  int64_t first = width, last = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    RowTile& tile = tiles[t];
+    const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
+    Row row = RowAt(c, b, k, r0 + g0 + tile.r);
+    for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row))
+      SoftmaxRow<kPairs>(c, row, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1,
+                         packed.nan_marker, s.tmp, s.logits + r * s.s_row, s.m + g0 + r, s.l + g0 + r, acc + r * dv);
+    tile.from /= per;  // from here on in units
+    tile.to = Units<kPairs>(tile.to);
+    first = tile.from < first ? tile.from : first;
+    last = tile.to > last ? tile.to : last;
+  }
+  const int64_t units = Units<kPairs>(width);
+  for (int64_t p = 0; p < Panels(c.Dv); ++p) {
+    for (int64_t u0 = first / kChunk * kChunk; u0 < last; u0 += kChunk) {
+      for (int64_t t = 0; t < count; ++t) {
+        const RowTile& tile = tiles[t];
+        const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + kChunk ? tile.to : u0 + kChunk;
+        if (from >= to) continue;
+        if (u0 + kChunk < last)
+          Prefetch(packed.values + (p * units + u0 + kChunk) * kPanel, kChunk * kPanel, t, count);
+        Gemm<kPairs, true>(tile.n, to - from, s.logits + tile.r * s.s_row + from, s.s_row, 1,
+                           packed.values + (p * units + from) * kPanel, acc + tile.r * dv + p * kPanel, dv);
+      }
+    }
+  }
+}
+
+// Takes rows [r0, r0 + n) of key head k to the scratch, from its row `at` on, for keys [key0, key1). Returns the range
+// of keys that are visible to any of them.
+template <bool kPairs>
+inline Range StartRows(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r0, int64_t n,
+                       int64_t at, int64_t key0, int64_t key1) {
+  const int64_t dv = Panels(c.Dv) * kPanel;
+  Range all{key1, key0};
+  Row row = RowAt(c, b, k, r0);
+  for (int64_t r = 0; r < n; ++r, row = After(c, row)) {
+    Range v = Visible(c, row);
+    v = {v.lo > key0 ? v.lo : key0, v.hi < key1 ? v.hi : key1};
+    s.lo[at + r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);
+    s.hi[at + r] = static_cast<int32_t>(v.Empty() ? 0 : v.hi);
+    if (!v.Empty()) {
+      all.lo = v.lo < all.lo ? v.lo : all.lo;
+      all.hi = v.hi > all.hi ? v.hi : all.hi;
+    }
+    CopyRow<kPairs>(c.query, b, row.n, row.i, c.D, s.q + (at + r) * s.q_row);
+    s.m[at + r] = -kFloatMax;
+    s.l[at + r] = 0.0f;
+  }
+  Fill(s.acc, at * dv, (at + n) * dv, 0.0f);
+  return all;
+}
+
+// Rows [r0, r0 + n) of key head k of batch entry b over keys [key0, key1). Leaves the unnormalized output, max and sum
+// in the scratch. `block_at(j)` gives the shared packed block of keys from j on.
+template <bool kPairs, typename BlockAt>
+inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const ForwardScratch<kPairs>& s, int64_t b,
+                        int64_t k, int64_t r0, int64_t n, int64_t key0, int64_t key1, const BlockAt& block_at) {
+  const Range all = StartRows<kPairs>(c, s, b, k, r0, n, 0, key0, key1);
+  if (all.Empty()) return;
+  for (int64_t j0 = all.lo / plan.key_block * plan.key_block; j0 < all.hi; j0 += plan.key_block) {
+    const int64_t width = (j0 + plan.key_block < c.Skv ? j0 + plan.key_block : c.Skv) - j0;
+    Packed packed = plan.shared ? block_at(j0) : s.own;
+    if (!plan.shared) PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
+    for (int64_t g0 = 0; g0 < n; g0 += kGroupRows)
+      ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + kGroupRows < n ? kGroupRows : n - g0, j0, width, packed);
+  }
+}
+
+// The same for few rows: those of all key heads, one after the other in the scratch.
+template <bool kPairs>
+inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const ForwardScratch<kPairs>& s, int64_t b,
+                       int64_t key0, int64_t key1) {
+  const int64_t n = plan.rows;
+  Range all{key1, key0};
+  for (int64_t k = 0; k < c.K; ++k) {
+    const Range seen = StartRows<kPairs>(c, s, b, k, 0, n, k * n, key0, key1);
+    all.lo = seen.lo < all.lo ? seen.lo : all.lo;
+    all.hi = seen.hi > all.hi ? seen.hi : all.hi;
+  }
+  for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
+    const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
+    DirectBlock<kPairs>(c, s, b, n, j0, width, all);
+  }
+}
+
+inline void FinishRow(const Call& c, const Row& row, float* acc, float m, float l) {
+  if (l == 0.0f) Fill(acc, 0, c.Dv, 0.0f);
+  const float factor = l == 0.0f ? 0.0f : 1.0f / (l * KeepProbOf(c, row));
+  char* out = c.out.Bytes(row.b, row.n, row.i);
+  if (!c.rounding) {
+    StoreRow(acc, factor, out, c.out.dtype, c.out.col, c.Dv);
+  } else {
+    char* rounding = c.rounding.Bytes(row.b, row.n, row.i);
+    if (c.out.dtype == DType::kBF16) {
+      StoreRounded<DType::kBF16>(acc, factor, out, c.out.col, rounding, c.rounding.col, c.Dv);
+    } else {
+      StoreRounded<DType::kF16>(acc, factor, out, c.out.col, rounding, c.rounding.col, c.Dv);
+    }
+  }
+  *c.m.At<float>(row.b, row.n, row.i) = l == l ? m : l;  // max ignores a NaN
+  *c.l.At<float>(row.b, row.n, row.i) = l;
+}
+
+// Merges the partial results of key ranges: output, max and sum of each.
+inline void MergeRow(const Call& c, const Row& row, int64_t splits, int64_t split_size, float* part) {
+  const int64_t dv = Panels(c.Dv) * kPanel;
+  float m = -kFloatMax, l = 0.0f;
+  for (int64_t split = 0; split < splits; ++split) {
+    const float most = part[split * split_size + dv];
+    m = most > m ? most : m;
+  }
+  for (int64_t split = 0; split < splits; ++split) {
+    float* p = part + split * split_size;
+    const float f = __builtin_expf(p[dv] - m);
+    l += p[dv + 1] * f;
+    const F factor = Set(f);
+    for (int64_t d = 0; d < dv; d += kLanes) {
+      const F before = split == 0 ? Set(0.0f) : Load(part + d);
+      Store(part + d, Fma(Load(p + d), factor, before));
+    }
+  }
+  FinishRow(c, row, part, m, l);
+}
+
+template <bool kPairs>
+void ForwardAs(const Call& c, const Runner& runner) {
+  const ForwardPlan<kPairs> plan(c);
+  const int64_t heads = c.B * c.K, dv = Panels(c.Dv) * kPanel, partial = dv + kLanes;
+  // Per key head, split and row: output, max, sum.
+  const Buffer partials(plan.splits > 1 ? heads * plan.splits * plan.rows * partial : 0);
+
+  // Per key head and block: keys, values, nan_marker; and whether the block has any nan_marker.
+  const int64_t block_size = plan.keys_size + plan.values_size + plan.key_block, slots = heads * plan.key_blocks;
+  const Buffer shared(plan.shared ? slots * block_size + slots : 0);
+  float* const marked = shared.get() + slots * block_size;
+  const auto slot = [&](int64_t index) {
+    float* keys = shared.get() + index * block_size;
+    return Packed{keys, keys + plan.keys_size, keys + plan.keys_size + plan.values_size};
+  };
+  if (plan.shared) {
+    Run(runner, slots, [&](int64_t index) {
+      const int64_t head = index / plan.key_blocks, j0 = index % plan.key_blocks * plan.key_block;
+      Packed packed = slot(index);
+      float* stage = nullptr;
+      const ThreadParts memory([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
+      PackBlock<kPairs>(c, head / c.K, head % c.K, j0, j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0,
+                        stage, &packed);
+      marked[index] = packed.nan_marker != nullptr ? 1.0f : 0.0f;
+    });
+  }
+
+  const int64_t groups = heads / plan.task_heads;
+  Run(runner, groups * plan.blocks * plan.splits, [&](int64_t task) {
+    const ForwardScratch<kPairs> s(c, plan);
+    // Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest.
+    const int64_t head = task / (plan.blocks * plan.splits) * plan.task_heads, split = task % plan.splits;
+    const int64_t block = plan.blocks - 1 - task / plan.splits % plan.blocks;
+    const int64_t b = head / c.K, k = head % c.K;
+    const int64_t r0 = block * plan.task_rows, n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
+    const int64_t key0 = split * plan.split_keys;
+    const int64_t key1 = plan.splits == 1 || key0 + plan.split_keys > c.Skv ? c.Skv : key0 + plan.split_keys;
+    if (plan.direct) {
+      DirectRows<kPairs>(c, plan, s, b, key0, key1);
+    } else {
+      ForwardRows<kPairs>(c, plan, s, b, k, r0, n, key0, key1, [&](int64_t j0) {
+        const int64_t index = head * plan.key_blocks + j0 / plan.key_block;
+        Packed packed = slot(index);
+        if (marked[index] == 0.0f) packed.nan_marker = nullptr;
+        return packed;
+      });
+    }
+    for (int64_t h = 0; h < plan.task_heads; ++h) {
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t at = h * n + r;
+        if (plan.splits == 1) {
+          FinishRow(c, RowAt(c, b, k + h, r0 + r), s.acc + at * dv, s.m[at], s.l[at]);
+        } else {
+          float* part = partials.get() + (((head + h) * plan.splits + split) * plan.rows + r0 + r) * partial;
+          __builtin_memcpy(part, s.acc + at * dv, sizeof(float) * static_cast<size_t>(dv));
+          part[dv] = s.m[at];
+          part[dv + 1] = s.l[at];
+        }
+      }
+    }
+  });
+  if (plan.splits == 1) return;
+  Run(runner, heads, [&](int64_t head) {
+    for (int64_t r = 0; r < plan.rows; ++r)
+      MergeRow(c, RowAt(c, head / c.K, head % c.K, r), plan.splits, plan.rows * partial,
+               partials.get() + (head * plan.splits * plan.rows + r) * partial);
+  });
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

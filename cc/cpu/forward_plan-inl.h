@@ -1,0 +1,91 @@
+// How the forward is cut into tasks and blocks, and where a task keeps what it works on.
+#pragma once
+
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/scratch-inl.h"
+#include "cpu/simd-inl.h"
+#include "cpu/tuning.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+inline bool IsDirect(const Call& c) { return c.G() * c.Sq <= kDirectRows && c.Skv > 0; }
+
+template <bool kPairs>
+struct ForwardPlan {
+  int64_t rows;               // query rows of a key head, over all heads of its group
+  int64_t task_rows, blocks;  // rows of a task, tasks of a key head and split
+  int64_t key_block, key_blocks;
+  int64_t splits, split_keys;  // key ranges whose partial results are merged
+  int64_t keys_size, values_size;  // floats of a packed block
+  bool direct;  // few rows, which read keys and values where they lie
+  int64_t task_heads;  // key heads of a task
+  bool shared;  // packed once for all tasks
+
+  explicit ForwardPlan(const Call& c) {
+    rows = c.G() * c.Sq;
+    const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
+    direct = IsDirect(c);
+    key_block = direct ? kDirectKeys : KeysOf(kForwardKeys, wide);
+    key_blocks = (c.Skv + key_block - 1) / key_block;
+    keys_size = RoundUp(key_block, kPanel) * Units<kPairs>(c.D);
+    values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
+    const int64_t heads = c.B * c.K;
+    shared = !direct && rows > kGroupRows &&
+             heads * key_blocks * (keys_size + values_size + key_block) <= kSharedFloats;
+    task_heads = direct ? c.K : 1;
+    task_rows = kTaskRows;
+    while (task_rows > kGroupRows && heads * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
+    blocks = (rows + task_rows - 1) / task_rows;
+    // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
+    const int64_t tasks = heads / task_heads * blocks;
+    splits = tasks == 0 || tasks >= kEnoughTasks || rows > kGroupRows ? 1 : (kFewTasks + tasks - 1) / tasks;
+    const int64_t most = c.Skv / kSplitKeys;
+    splits = splits < most ? splits : most;
+    splits = splits > 1 ? splits : 1;
+    split_keys = (key_blocks + splits - 1) / splits * key_block;
+    splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
+    splits = splits > 1 ? splits : 1;
+  }
+};
+
+// Keys and values of a block as the products take them. `nan_marker` as in PackValues, or null.
+struct Packed {
+  float *keys, *values, *nan_marker;
+};
+
+template <bool kPairs>
+struct ForwardScratch {
+  float *q, *acc, *m, *l, *logits, *stage, *tmp;
+  Packed own;
+  int32_t *lo, *hi;
+  int64_t q_row, s_row;
+
+  ForwardScratch(const Call& c, const ForwardPlan<kPairs>& plan) : memory([&](Arena& arena) { Place(c, plan, arena); }) {}
+
+ private:
+  void Place(const Call& c, const ForwardPlan<kPairs>& plan, Arena& arena) {
+    const int64_t n = plan.direct ? plan.rows * plan.task_heads : plan.task_rows;
+    const int64_t kb = RoundUp(plan.key_block, kPanel), dv = Panels(c.Dv) * kPanel;
+    q_row = Units<kPairs>(c.D);
+    s_row = kb + kLanes;  // padded, so that rows do not meet in one cache set
+    q = arena.Take(n * q_row);
+    acc = arena.Take(n * dv);
+    m = arena.Take(n);
+    l = arena.Take(n);
+    logits = arena.Take((n > kGroupRows ? n : kGroupRows) * s_row);
+    stage = arena.Take(StageSize(c));
+    tmp = arena.Take(kb);
+    own.keys = arena.Take(plan.shared || plan.direct ? 0 : plan.keys_size);
+    own.values = arena.Take(plan.shared ? 0 : plan.values_size);
+    own.nan_marker = arena.Take(kb);
+    lo = arena.Take<int32_t>(n);
+    hi = arena.Take<int32_t>(n);
+  }
+
+  const ThreadParts memory;  // the last member, as it fills in those above
+};
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

@@ -1,0 +1,56 @@
+// The kernels for one instruction set: included by one .cc file each, which sets JAX_FA_ISA (the namespace)
+// and is compiled with that set's flags. Everything but the two entries has internal linkage, and nothing of
+// the standard library is used, so that code of one set is never called for another (see call.h).
+#pragma once
+
+#include "call.h"
+#include "cpu/backward-inl.h"
+#include "cpu/forward-inl.h"
+#include "cpu/simd-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+inline bool InPairs(const Call& c) {
+  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16;
+}
+
+// As many independent multiply-adds as fill the pipeline; returns how many floating-point operations.
+template <bool kPairs>
+inline double FmaLoop(int64_t iterations, float* sink) {
+  constexpr int kChains = 12;
+  F acc[kChains];
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) acc[i] = Set(static_cast<float>(i));
+  const F a = Set(sink[0]), b = Set(sink[1]);
+  for (int64_t n = 0; n < iterations; ++n)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) acc[i] = Unit<kPairs>::MulAdd(a, b, acc[i]);
+  F total = acc[0];
+#pragma GCC unroll 12
+  for (int i = 1; i < kChains; ++i) total = total + acc[i];
+  sink[2] = Sum(total);
+  return 2.0 * kLanes * Unit<kPairs>::kElements * kChains * static_cast<double>(iterations);
+}
+
+}  // namespace
+
+double RunFma(int64_t iterations, bool bf16, float* sink) {
+  return bf16 ? FmaLoop<kHasPairs>(iterations, sink) : FmaLoop<false>(iterations, sink);
+}
+void RunForward(const Call& c, const Runner& runner) {
+  if (InPairs(c)) {
+    ForwardAs<kHasPairs>(c, runner);
+  } else {
+    ForwardAs<false>(c, runner);
+  }
+}
+void RunBackward(const Call& c, const Runner& runner) {
+  if (InPairs(c)) {
+    BackwardAs<kHasPairs>(c, runner);
+  } else {
+    BackwardAs<false>(c, runner);
+  }
+}
+
+}  // namespace jax_fa::JAX_FA_ISA

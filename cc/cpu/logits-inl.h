@@ -1,0 +1,150 @@
+// From products q.k to logits: bias, slopes, soft cap, mask.
+#pragma once
+
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/simd-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// Whether a row's logits are just its products, times the scale.
+inline bool IsPlain(const Call& c, const Row& row) {
+  return !c.bias && !c.slopes && !c.mask && !c.segment_row && SoftCapOf(c, row) == 0.0f && ScaleOf(c, row) > 0.0f;
+}
+
+// The element of an indexed bias for the row's key j.
+inline int64_t BiasIndex(const Call& c, const Row& row, int64_t j) {
+  return *c.bias_offset.At<int32_t>(row.b, row.n, row.i) + j;
+}
+
+// Those of n elements from `first` on that an indexed bias has; where it lacks some, their pairs are masked.
+inline Range BiasElements(const Call& c, int64_t first, int64_t n) {
+  const int64_t end = c.bias_elements - first;
+  const Range given{first < 0 ? -first : 0, end < n ? end : n};
+  return given.Empty() ? Range{0, 0} : given;
+}
+
+// The part of the row's bias for keys j0 + [from, to), as floats: where it lies, or in `tmp`.
+inline const float* BiasOf(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float* tmp) {
+  if (c.bias_offset) {
+    const int64_t first = BiasIndex(c, row, j0 + from), n = to - from;
+    const Range given = BiasElements(c, first, n);
+    Fill(tmp, 0, given.lo, 0.0f);
+    Fill(tmp, given.hi, n, 0.0f);
+    if (given.Empty()) return tmp;
+    const char* src = c.bias.Bytes(row.b, row.n, 0, first + given.lo);
+    if (given.hi - given.lo == n && c.bias.dtype == DType::kF32 && c.bias.col == 1)
+      return reinterpret_cast<const float*>(src);
+    LoadRow(src, c.bias.dtype, c.bias.col, given.hi - given.lo, tmp + given.lo);
+    return tmp;
+  }
+  if (c.bias.col == 0) {
+    LoadRow(c.bias.Bytes(row.b, row.n, row.i), c.bias.dtype, 1, 1, tmp);
+    Fill(tmp, 0, to - from, tmp[0]);
+    return tmp;
+  }
+  const char* src = c.bias.Bytes(row.b, row.n, row.i, j0 + from);
+  if (c.bias.dtype == DType::kF32 && c.bias.col == 1) return reinterpret_cast<const float*>(src);
+  LoadRow(src, c.bias.dtype, c.bias.col, to - from, tmp);
+  return tmp;
+}
+
+// x[j] = what(x[j], more[j]) for j < n, vector by vector; the last one is not written, nor `more` read, past n.
+template <typename What>
+inline void Combine(int64_t n, float* x, const float* more, const What& what) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) Store(x + j, what(Load(x + j), Load(more + j)));
+  if (j < n) {
+    const int rest = static_cast<int>(n - j);
+    StoreFirst(x + j, what(LoadFirst(x + j, rest), LoadFirst(more + j, rest)), rest);
+  }
+}
+
+// Sets x[0..n) to `value` where the row's segment is not that of the key.
+inline void MaskOtherSegments(const Call& c, const Row& row, int64_t first, int64_t n, float value, float* x) {
+  const int32_t segment = *c.segment_row.At<int32_t>(row.b, row.n, row.i);
+  if (segment < 0) return;
+  const int32_t* keys = c.segment_key.At<int32_t>(row.b, row.n, 0, first);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) Store(x + j, Select(Equal(keys + j, segment), Load(x + j), Set(value)));
+  for (; j < n; ++j)
+    if (keys[j] != segment) x[j] = value;
+}
+
+// Sets x[from..to) to `value` where the key is masked for this row, by the mask or by segments.
+inline void MaskOut(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float value, float* x) {
+  if (c.segment_row) MaskOtherSegments(c, row, j0 + from, to - from, value, x + from);
+  if (!c.mask) return;
+  const uint8_t* visible = c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + from);
+  x += from;
+  const int64_t n = to - from;
+  if (c.mask.col == 0) {
+    if (!*visible) Fill(x, 0, n, value);
+    return;
+  }
+  int64_t j = 0;
+  if (c.mask.col == 1) {
+    // Not up to the last vector: a vector of flags may be read in one piece that is longer than a vector of floats.
+    for (; j + 16 <= n; j += kLanes) Store(x + j, Select(NonZero(visible + j), Load(x + j), Set(value)));
+  }
+  for (; j < n; ++j)
+    if (!visible[j * c.mask.col]) x[j] = value;
+}
+
+// The derivative of cap * tanh(x / cap) by cap, tanh u - u (1 - tanh^2 u), from u = x / cap and t = tanh u. Where u is
+// small the two cancel, so there its series is summed.
+inline F ByCap(F u, F t) {
+  const F v = Max(Set(-9.0f), Set(0.0f) - Max(Set(-9.0f), Set(0.0f) - u)), y = v * v;  // beyond 9, t is 1
+  F p = Set(-0.043105f);
+  p = Fma(p, y, Set(0.0886323f));
+  p = Fma(p, y, Set(-0.17495591f));
+  p = Fma(p, y, Set(0.32380952f));
+  p = Fma(p, y, Set(-0.53333333f));
+  p = Fma(p, y, Set(0.66666667f));
+  const F small = p * y * v, large = t - v * (Set(1.0f) - t * t), limit = Set(0.35f);
+  return Select(Equal(Max(Abs(v), limit), limit), small, large);
+}
+
+// Turns products q.k of keys j0 + [from, to) into logits, in place; `by_x` and `by_cap` (may be null) take the
+// derivatives of the soft cap. Columns are relative to key j0; `tmp` holds to - from floats. `nan_marker` (may be null) is
+// added. A bias of -inf masks its key, whatever comes after.
+inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* nan_marker,
+                     float* s, float* by_x, float* by_cap, float* tmp) {
+  const int64_t n = to - from;
+  const F scale = Set(ScaleOf(c, row));
+  s += from;
+  const float* bias = nullptr;
+  if (c.bias) {
+    bias = BiasOf(c, row, j0, from, to, tmp);
+    Combine(n, s, bias, [&](F x, F y) { return Fma(x, scale, y); });
+  } else {
+    Combine(n, s, s, [&](F x, F) { return x * scale; });
+  }
+  if (c.slopes) {
+    const F minus = Set(-*c.slopes.At<float>(row.b, row.n, row.i)), count = Count();
+    const int64_t base = j0 + from - PositionOf(c, row);  // as a float exact up to 2^24, as slopes are defined
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const F away = Abs(count + Set(static_cast<float>(base + j)));
+      const F x = Fma(minus, c.alibi == Alibi::kSqrt ? Sqrt(away) : away, LoadFirst(s + j, Rest(n - j)));
+      StoreFirst(s + j, x, Rest(n - j));
+    }
+  }
+  if (const float soft_cap = SoftCapOf(c, row); soft_cap != 0.0f) {
+    const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap), none = Set(0.0f), hidden = Set(-__builtin_inff());
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const int rest = Rest(n - j);
+      const F u = LoadFirst(s + j, rest) * inverse, t = Tanh(u), b = bias ? LoadFirst(bias + j, rest) : none;
+      const Mask hides = Equal(b, hidden);
+      StoreFirst(s + j, Select(hides, hidden, t * cap), rest);
+      if (by_x != nullptr) StoreFirst(by_x + from + j, Select(hides, none, Set(1.0f) - t * t), rest);
+      if (by_cap != nullptr) StoreFirst(by_cap + from + j, Select(hides, none, ByCap(u, t)), rest);
+    }
+  }
+  if (nan_marker != nullptr) Combine(n, s, nan_marker + from, [](F x, F more) { return x + more; });
+  MaskOut(c, row, j0, from, to, -__builtin_inff(), s - from);
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

@@ -1,0 +1,96 @@
+// Rows of a task are query rows of one key head: row r is position r % Sq of query head k * G + r / Sq, so
+// that the heads of a group share every packed key and value.
+#pragma once
+
+#include "call.h"
+#include "cpu/simd-inl.h"
+#include "cpu/target-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+struct Row {
+  int64_t b, n, i;  // batch entry, query head, position
+};
+
+inline Row RowAt(const Call& c, int64_t b, int64_t k, int64_t r) {
+  return {b, k * c.G() + r / c.Sq, r % c.Sq};
+}
+
+// The row after it, without the divisions.
+inline Row After(const Call& c, Row row) {
+  if (++row.i == c.Sq) row.i = 0, ++row.n;
+  return row;
+}
+
+struct Range {
+  int64_t lo, hi;
+  bool Empty() const { return lo >= hi; }
+};
+
+inline Range Visible(const Call& c, const Row& row) {
+  const int64_t lo = c.lower ? *c.lower.At<int32_t>(row.b, row.n, row.i) : 0;
+  const int64_t hi = c.upper ? *c.upper.At<int32_t>(row.b, row.n, row.i) : c.Skv;
+  return {lo < 0 ? 0 : lo, hi > c.Skv ? c.Skv : hi};
+}
+
+// Lanes of a vector at most.
+inline int Rest(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
+
+inline bool IsMasked(const Call& c) { return c.lower || c.upper || c.mask || c.segment_row; }
+
+// What is one number for the call, or one for each head.
+inline float ScaleOf(const Call& c, int64_t b, int64_t n) {
+  return c.scale_of_head ? *c.scale_of_head.At<float>(b, n) : c.scale;
+}
+inline float ScaleOf(const Call& c, const Row& row) { return ScaleOf(c, row.b, row.n); }
+inline float SoftCapOf(const Call& c, const Row& row) {
+  return c.soft_cap_of_head ? *c.soft_cap_of_head.At<float>(row.b, row.n) : c.soft_cap;
+}
+inline uint32_t ThresholdOf(const Call& c, const Row& row) {
+  return c.threshold_of_head ? *c.threshold_of_head.At<uint32_t>(row.b, row.n) : c.threshold;
+}
+inline float KeepProbOf(const Call& c, const Row& row) {
+  if (!c.threshold_of_head) return c.keep_prob;
+  return static_cast<float>(*c.threshold_of_head.At<uint32_t>(row.b, row.n)) * 0x1p-16f;
+}
+
+// Where a row stands among the keys, for ALiBi.
+inline int64_t PositionOf(const Call& c, const Row& row) {
+  return c.position ? *c.position.At<int32_t>(row.b, row.n, row.i) : row.i;
+}
+
+// --- which keys are visible to the rows of a block
+
+struct RowTile {
+  int64_t r, n;      // first row within the block, and how many
+  int64_t from, to;  // its visible keys, relative to the block of keys
+};
+
+// The keys of j0 + [0, width) that are visible to a row with the range [lo, hi), relative to j0; empty as (0, 0).
+inline Range Within(int32_t lo, int32_t hi, int64_t j0, int64_t width) {
+  const Range v{lo - j0 > 0 ? lo - j0 : 0, hi - j0 < width ? hi - j0 : width};
+  return v.Empty() ? Range{0, 0} : v;
+}
+
+// Tiles of up to kRows of `rows` rows with ranges lo, hi; fully masked ones are left out. Returns how many.
+inline int64_t MakeTiles(const int32_t* lo, const int32_t* hi, int64_t rows, int64_t j0, int64_t width,
+                         RowTile* tiles) {
+  const int64_t parts = (rows + kRows - 1) / kRows;
+  int64_t count = 0;
+  for (int64_t t = 0; t < parts; ++t) {
+    RowTile tile{rows * t / parts, 0, width, 0};
+    tile.n = rows * (t + 1) / parts - tile.r;
+    for (int64_t r = tile.r; r < tile.r + tile.n; ++r) {
+      const Range v = Within(lo[r], hi[r], j0, width);
+      if (v.Empty()) continue;
+      tile.from = v.lo < tile.from ? v.lo : tile.from;
+      tile.to = v.hi > tile.to ? v.hi : tile.to;
+    }
+    if (tile.from < tile.to) tiles[count++] = tile;
+  }
+  return count;
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

@@ -1,0 +1,147 @@
+// Vectors of AVX2, FMA and F16C, as simd-inl.h lists them.
+#pragma once
+
+#ifndef JAX_FA_ISA  // parsed alone
+#define JAX_FA_ISA avx2
+#endif
+
+#include <immintrin.h>
+
+#include "cpu/philox_loops-inl.h"
+#include "cpu/target-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+using F = __m256;
+using Mask = __m256;
+inline F Load(const float* p) { return _mm256_loadu_ps(p); }
+inline void Store(float* p, F x) { _mm256_storeu_ps(p, x); }
+inline F Set(float x) { return _mm256_set1_ps(x); }
+inline F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F Max(F a, F b) { return _mm256_max_ps(a, b); }
+inline __m256i FirstInt(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Mask First(int n) { return _mm256_castsi256_ps(FirstInt(n)); }
+inline F LoadFirst(const float* p, int n) { return _mm256_maskload_ps(p, FirstInt(n)); }
+inline void StoreFirst(float* p, F x, int n) { _mm256_maskstore_ps(p, FirstInt(n), x); }
+inline F Select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
+inline float Sum(F x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline float MaxOf(F x) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline F LoadBF16(const uint16_t* p) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline F LoadF16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// The first n < kLanes numbers, then zeros; nothing behind them is read. `inside`: kLanes numbers lie before p too.
+inline __m128i LoadFirst16(const uint16_t* p, int n, bool inside) {
+  alignas(32) static const uint8_t kBytes[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                                 128, 128, 128, 128, 128, 128, 128, 128,
+                                                 128, 128, 128, 128, 128, 128, 128, 128};
+  if (inside) {  // the last kLanes numbers, moved to the front
+    const __m128i last = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + n - kLanes));
+    return _mm_shuffle_epi8(last, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kBytes + 2 * (kLanes - n))));
+  }
+  uint16_t x[kLanes] = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+}
+inline F LoadFirstBF16(const uint16_t* p, int n, bool inside) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LoadFirst16(p, n, inside)), 16));
+}
+inline F LoadFirstF16(const uint16_t* p, int n, bool inside) { return _mm256_cvtph_ps(LoadFirst16(p, n, inside)); }
+inline void StoreF16(uint16_t* p, F x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void StoreBF16(uint16_t* p, F x) {
+  const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i y = _mm256_blendv_epi8(r, nan, is_nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(y, y), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline F Sqrt(F x) { return _mm256_sqrt_ps(x); }
+inline F Abs(F x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+inline F Count() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
+inline Mask NonZero(const uint8_t* p) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(x, _mm256_setzero_si256()));
+}
+inline Mask Bits(uint32_t bits) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(
+      _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each), each));
+}
+inline Mask IsZero(F x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ); }
+inline Mask Equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+inline Mask Equal(const int32_t* p, int32_t x) {
+  const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(y, _mm256_set1_epi32(x)));
+}
+inline F Fraction(F t) { return t - _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F NotBelow(F x, float least) { return _mm256_max_ps(_mm256_set1_ps(least), x); }  // NaN stays
+inline F ScaleByPowerOf2(F x, F n) {
+  const F lowest = _mm256_set1_ps(-126.0f);
+  const Mask tiny = _mm256_cmp_ps(n, lowest, _CMP_LT_OQ);
+  const __m256i e = _mm256_slli_epi32(
+      _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(lowest, n)), _mm256_set1_epi32(127)), 23);
+  return _mm256_blendv_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(e)), _mm256_setzero_ps(), tiny);
+}
+
+// x as it is: the compiler does not merge the multiplication that gave it with an addition into one rounding.
+JAX_FA_INLINE F Rounded(F x) {
+  asm("" : "+v"(x));
+  return x;
+}
+JAX_FA_INLINE float Rounded(float x) {
+  asm("" : "+v"(x));
+  return x;
+}
+
+// kLanes rows of kLanes floats each, transposed in registers.
+inline void TransposeBlock(const float* src, int64_t src_row, float* dst, int64_t dst_row) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = Load(src + i * src_row);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Store(dst + i * dst_row, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    Store(dst + (i + 4) * dst_row, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+
+// Lane j of the result: the sum of the lanes of x[j].
+inline F SumEach(F* x) {
+  float sums[kLanes];
+  for (int i = 0; i < kLanes; ++i) sums[i] = Sum(x[i]);
+  return Load(sums);
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

@@ -1,0 +1,102 @@
+// From a row of products to weights: the online softmax.
+#pragma once
+
+#include "call.h"
+#include "cpu/dropout-inl.h"
+#include "cpu/logits-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/simd-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// Of a row with a NaN any number, or NaN: its sum is NaN all the same.
+inline float RowMax(const float* s, int64_t from, int64_t to) {
+  float m = -__builtin_inff();
+  F a = Set(m), b = a;
+  int64_t j = from;
+  for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
+    a = Max(a, Load(s + j));
+    b = Max(b, Load(s + j + kLanes));
+  }
+  for (; j + kLanes <= to; j += kLanes) a = Max(a, Load(s + j));
+  m = MaxOf(Max(a, b));
+  for (; j < to; ++j) m = s[j] > m ? s[j] : m;
+  return m;
+}
+
+// exp(scale x - m), the one formula of both passes: the weights of the backward are those that the sum l is made of. The
+// logit scale x is rounded like the max among them, so that the largest weight is 1 exactly.
+JAX_FA_INLINE F Weight(F x, F scale, F m) { return Exp2((Rounded(x * scale) - m) * Set(kLog2E)); }
+
+// p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
+// rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros.
+template <bool kPairs>
+inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
+  const F mv = Set(m), f = Set(scale);
+  F a = Set(0.0f), b = a;
+  int64_t j = from;
+  for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
+    const F x = Weight(Load(s + j), f, mv), y = Weight(Load(s + j + kLanes), f, mv);
+    if constexpr (kPairs) {
+      Store(s + j / 2, Unit<kPairs>::Join(x, y));
+    } else {
+      Store(s + j, x);
+      Store(s + j + kLanes, y);
+    }
+    a = a + x;
+    b = b + y;
+  }
+  for (; j < to; j += kLanes) {
+    const F x = Weight(Load(s + j), f, mv);
+    if constexpr (kPairs) {
+      Store(s + j / 2, Unit<kPairs>::Join(x, Set(0.0f)));
+    } else {
+      Store(s + j, x);
+    }
+    a = a + x;
+  }
+  return Sum(a + b);
+}
+
+// The same rounding and storing alone.
+template <bool kPairs>
+inline void RowJoin(float* s, int64_t from, int64_t to) {
+  for (int64_t j = from; j < to; j += 2 * kLanes)
+    Store(s + j / 2, Unit<kPairs>::Join(Load(s + j), j + kLanes < to ? Load(s + j + kLanes) : Set(0.0f)));
+}
+
+// Turns a row's products with keys j0 + [c0, c1) into weights, of which [v.lo, v.hi) are visible, and updates its
+// max, sum and output.
+template <bool kPairs>
+inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1, const float* nan_marker,
+                       float* tmp, float* x, float* m, float* l, float* acc) {
+  if (v.Empty()) v = {c0, c0};
+  const bool plain = IsPlain(c, row);
+  const float scale = plain ? ScaleOf(c, row) : 1.0f;  // of what x then holds
+  if (!plain) {
+    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nan_marker, x, nullptr, nullptr, tmp);
+  } else if (nan_marker != nullptr) {
+    Combine(v.hi - v.lo, x + v.lo, nan_marker + v.lo, [](F y, F more) { return y + more; });
+  }
+  Fill(x, c0, v.lo, -__builtin_inff());
+  Fill(x, v.hi, c1, -__builtin_inff());
+  const float most = Rounded(RowMax(x, c0, c1) * scale);
+  if (most > *m) {
+    const float rescale = __builtin_expf(*m - most);
+    const F f = Set(rescale);
+    for (int64_t d = 0; d < Panels(c.Dv) * kPanel; d += kLanes) Store(acc + d, Load(acc + d) * f);
+    *l *= rescale;
+    *m = most;
+  }
+  if (c.seed || c.drop_bits) {
+    *l += RowExp<false>(x, c0, c1, scale, *m);
+    Drop(c, row, j0, v.lo, v.hi, x);
+    if constexpr (kPairs) RowJoin<kPairs>(x, c0, c1);
+  } else {
+    *l += RowExp<kPairs>(x, c0, c1, scale, *m);
+  }
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

@@ -1,0 +1,34 @@
+// The instruction set that a translation unit compiles the kernels for.
+//
+// kernel_<set>.cc is compiled with the flags of its set. It defines JAX_FA_ISA, the namespace of everything here, and
+// JAX_FA_SIMD, the header with the vectors of the set. Parsed alone, as editors and linters do, each `-inl.h` header
+// takes the portable set, and simd_<set>-inl.h its own. A translation unit holds one set, so an ordinary include guard
+// is a guard per set. All but the entries of kernel-inl.h has internal linkage, and nothing of the standard library is
+// used, so that code of one set is never called for another (see call.h).
+#pragma once
+
+#ifndef JAX_FA_ISA
+#define JAX_FA_ISA portable
+#define JAX_FA_SIMD "cpu/simd_portable-inl.h"
+#endif
+
+#include <stdint.h>
+
+#include "call.h"
+#include "cpu/tuning.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+constexpr int kLanes = kTarget.lanes, kPanelVectors = kTarget.vectors, kRows = kTarget.rows;
+constexpr int kPanel = kLanes * kPanelVectors;  // columns of a packed panel
+constexpr int64_t kChunk = kChunkFloats / kPanel;
+constexpr bool kHasPairs = kTarget.pairs;
+
+// What the products are made of: 32-bit units in the lanes of a vector, one float or (where the instruction set has
+// products of bfloat16) two neighbours along the sum, the first in the low half.
+template <bool kPairs>
+struct Unit;
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA

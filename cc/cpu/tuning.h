@@ -1,0 +1,105 @@
+// The sizes of register tiles, cache blocks and tasks, each with its reason. All of them are here; none changes what is
+// computed but by the order of sums, which is why the split into tasks depends on shapes and never on the machine's
+// number of threads.
+#pragma once
+
+#include <stdint.h>
+
+#include "call.h"
+
+namespace jax_fa {
+
+// ---- registers: one row per instruction set ----
+//
+// A product keeps rows x vectors sums in registers, beside the `vectors` it loads from the packed operand and one element
+// of the other operand, repeated in all lanes. Each step of the sum thus takes `vectors` loads and `rows` broadcasts for
+// rows x vectors multiply-adds: the larger the tile, the less the loads count, and as soon as it exceeds the registers,
+// the compiler keeps sums in memory.
+struct Target {
+  int lanes;          // floats of a vector
+  int vectors, rows;  // of a tile
+  int registers;      // vector registers
+  bool pairs;         // whether it multiplies pairs of bfloat16
+
+  constexpr int UsedRegisters() const { return rows * vectors + vectors + 1; }
+};
+
+namespace portable {
+constexpr Target kTarget{4, 4, 4, 32, false};  // 21 of the 32 registers of Arm; SSE has 16 and keeps some sums in memory
+}
+namespace avx2 {
+constexpr Target kTarget{8, 2, 6, 16, false};  // 15 of 16 ymm
+}
+namespace avx512 {
+constexpr Target kTarget{16, 4, 6, 32, false};  // 29 of 32 zmm
+}
+namespace avx512_bf16 {
+constexpr Target kTarget{16, 4, 6, 32, true};
+}
+static_assert(portable::kTarget.UsedRegisters() == 21 && avx2::kTarget.UsedRegisters() == 15 &&
+              avx512::kTarget.UsedRegisters() == 29 && avx512_bf16::kTarget.UsedRegisters() == 29);
+
+// ---- first cache (32 KiB or more) ----
+
+// Floats of a panel that a product reads again and again while tiles of rows pass: 24 KiB, the rest is for the rows.
+constexpr int64_t kChunkFloats = 6144;
+
+// Value rows that the few-row forward reads of one head before it goes to the next one, so that heads that lie side by
+// side are read in the order of the memory.
+constexpr int64_t kDirectStep = 16;
+
+// ---- second cache (512 KiB or more) ----
+
+// Keys of a block, for a head_dim (the larger of D and Dv) up to `head_dim`.
+struct KeyBlock {
+  int64_t head_dim, keys;
+};
+
+template <int kCount>
+JAX_FA_INLINE int64_t KeysOf(const KeyBlock (&blocks)[kCount], int64_t head_dim) {
+  int i = 0;
+  while (i + 1 < kCount && head_dim > blocks[i].head_dim) ++i;
+  return blocks[i].keys;
+}
+
+// Forward: the logits of a group of rows stay there, 96 x 512 floats = 192 KiB, while a packed block of keys and values,
+// 2 x 512 x 128 floats = 512 KiB at most, is read once for each group.
+constexpr int64_t kGroupRows = 96;
+constexpr KeyBlock kForwardKeys[] = {{128, 512}, {256, 256}, {INT64_MAX, 128}};
+
+// Backward: p and ds of a block of rows, 2 x 192 x 256 floats = 384 KiB for a head_dim up to 64. A wider one makes more
+// products of each element of p and ds, and gains more by longer blocks of keys, although p and ds then take 768 KiB; from
+// there on dk, dv and the packed keys and values bound the block, 512 x 128 floats = 256 KiB each.
+constexpr int64_t kBackwardRows = 192;
+constexpr KeyBlock kBackwardKeys[] = {{64, 256}, {128, 512}, {256, 256}, {INT64_MAX, 128}};
+constexpr int64_t kMostBackwardKeys = 512;
+
+// ---- tasks ----
+
+// Forward: rows of a task, which reads every packed key and value for each kGroupRows of them. Halved, down to one group,
+// while there are fewer tasks than kFewTasks.
+constexpr int64_t kTaskRows = 384, kFewTasks = 64;
+
+// Forward of few rows (decoding): with fewer than kEnoughTasks tasks the keys are split so that there are about kFewTasks,
+// of at least kSplitKeys keys each; below that the merging costs more than it gains.
+constexpr int64_t kEnoughTasks = 32, kSplitKeys = 256;
+
+// Up to so many query rows per key head, keys and values are read where they lie, kDirectKeys at a time: packing a key
+// costs about as much as its products with that many rows.
+constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
+
+// Forward: packed keys and values of all heads may take this many floats (80 MiB); beyond, each task packs for itself.
+constexpr int64_t kSharedFloats = int64_t{20} << 20;
+
+// Backward: with fewer tasks than kBackwardTasks the keys are split, which takes a dq per part: up to kSplitBytes of them
+// or, however large they are, as many as give kLeastBackwardTasks tasks.
+constexpr int64_t kBackwardTasks = 16, kLeastBackwardTasks = 4, kSplitBytes = int64_t{64} << 20;
+
+// A dq of more floats than this (4 MiB) is allocated for the task instead of being kept by each thread.
+constexpr int64_t kThreadFloats = int64_t{1} << 20;
+
+// Memory of a call is kept for the next one, up to this many floats in all (80 MiB): fresh pages cost a small call a
+// tenth of its time.
+constexpr int64_t kKeptFloats = int64_t{20} << 20;
+
+}  // namespace jax_fa

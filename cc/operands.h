@@ -1,0 +1,117 @@
+// The arrays of a call: which there are, in which order, and what sizes and elements they have. jax_fa/call.py lists them
+// in the same order; Python compares the names of both when it loads the extension (see module.cc).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "call.h"
+
+namespace jax_fa {
+
+// Increased by one where what the handlers take changes in a way that the names do not show: attributes, their order or
+// meaning, sizes, dtypes.
+constexpr int64_t kAbi = 1;
+
+enum class Element : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kBool, kOther };
+
+constexpr uint32_t Bit(Element e) { return uint32_t{1} << static_cast<int>(e); }
+constexpr uint32_t kFloats = Bit(Element::kF32) | Bit(Element::kBF16) | Bit(Element::kF16);
+constexpr uint32_t kFloat = Bit(Element::kF32), kInt = Bit(Element::kI32), kUnsigned = Bit(Element::kU32);
+
+// Operand i is given where bit i of `present` is set; the arrays come in this order.
+enum Operand : uint8_t {
+  kQuery,
+  kKey,
+  kValue,
+  kBias,
+  kMask,
+  kLower,
+  kUpper,
+  kSlopes,
+  kSeed,
+  kStream,
+  kDropBits,
+  kDropOffset,
+  kBiasOffset,
+  kPosition,
+  kSegmentRow,
+  kSegmentKey,
+  kScale,
+  kSoftCap,
+  kKeepThreshold,
+  kOperands
+};
+
+// `name`: the field of Python's Operands. `sizes`: what follows the batch dims, N K heads, S T positions of queries and
+// keys, D V head_dim, 2 that number, e any; in lower case, 1 does too. `roles`, for views: h head, r row, c col, - none.
+// `elements`: a set of bits.
+struct Form {
+  Operand operand;
+  const char *name, *sizes, *roles;
+  uint32_t elements;
+  View Call::*view;
+};
+
+constexpr Form kForms[] = {
+    {kQuery, "query", "SND", "rhc", kFloats, &Call::query},
+    {kKey, "key", "TKD", "rhc", kFloats, &Call::key},
+    {kValue, "value", "TKV", "rhc", kFloats, &Call::value},
+    {kBias, "bias", "nst", "hrc", kFloats, &Call::bias},
+    {kMask, "mask", "nst", "hrc", Bit(Element::kBool) | Bit(Element::kU8), &Call::mask},
+    {kLower, "lower", "ns", "hr", kInt, &Call::lower},
+    {kUpper, "upper", "ns", "hr", kInt, &Call::upper},
+    {kSlopes, "alibi_slopes", "Ns", "hr", kFloat, &Call::slopes},
+    {kSeed, "dropout_seed", "2", "-", kUnsigned, &Call::seed},
+    {kStream, "dropout_stream", "n2", "h-", kUnsigned, &Call::stream},
+    {kDropBits, "drop_bits", "e", "-", Bit(Element::kU8), &Call::drop_bits},
+    {kDropOffset, "drop_offset", "ns2", "hr-", kInt, &Call::drop_offset},
+    {kBiasOffset, "bias_offset", "ns", "hr", kInt, &Call::bias_offset},
+    {kPosition, "position", "ns", "hr", kInt, &Call::position},
+    {kSegmentRow, "segment_row", "ns", "hr", kInt, &Call::segment_row},
+    {kSegmentKey, "segment_key", "nT", "hc", kInt, &Call::segment_key},
+    {kScale, "scale", "n", "h", kFloat, &Call::scale_of_head},
+    {kSoftCap, "soft_cap", "n", "h", kFloat, &Call::soft_cap_of_head},
+    {kKeepThreshold, "keep_threshold", "n", "h", kUnsigned, &Call::threshold_of_head},
+};
+constexpr Form kIndexedBias = {kBias, "bias", "ne", "hc", kFloats, &Call::bias};  // with a bias_offset
+
+constexpr bool FormsAreInOrder() {
+  for (size_t i = 0; i < kOperands; ++i)
+    if (kForms[i].operand != i) return false;
+  return true;
+}
+static_assert(sizeof(kForms) / sizeof(kForms[0]) == kOperands && FormsAreInOrder());
+
+// Operands with gradients, in the order of the backward's results, and where those go.
+struct Differentiable {
+  Operand operand;
+  View Call::*gradient;
+};
+constexpr Differentiable kDifferentiable[] = {
+    {kQuery, &Call::dquery},   {kKey, &Call::dkey},      {kValue, &Call::dvalue},      {kBias, &Call::dbias},
+    {kSlopes, &Call::dslopes}, {kScale, &Call::dscale}, {kSoftCap, &Call::dsoft_cap},
+};
+
+// The arrays that follow the operands of the backward, in their order; some of them are the results of the forward.
+// `name`: the field of Python's Saved. `text`: what messages call it. `like_out`: of the shape and dtype of out, else a
+// float per row. `bit`: that of `saved` where it may be absent, else 0.
+enum Saved : uint32_t { kRounding = 1, kLogSumExp = 2 };
+struct SavedArray {
+  const char *name, *text;
+  View Call::*view;
+  bool like_out, of_forward;
+  uint32_t bit;
+
+  constexpr bool IsGiven(uint32_t saved) const { return bit == 0 || (saved & bit) != 0; }
+};
+constexpr SavedArray kSavedArrays[] = {
+    {"out", "out", &Call::out, true, true, 0},
+    {"m", "softmax max", &Call::m, false, true, 0},
+    {"l", "softmax sum", &Call::l, false, true, 0},
+    {"dout", "the cotangent of out", &Call::dout, true, false, 0},
+    {"rounding", "rounding", &Call::rounding, true, true, kRounding},
+    {"dlogsumexp", "the cotangent of log-sum-exp", &Call::dlogsumexp, false, false, kLogSumExp},
+};
+
+}  // namespace jax_fa

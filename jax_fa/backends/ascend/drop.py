@@ -1,0 +1,129 @@
+"""Keep bits as CANN's dropMask: packed, least significant bit first, dense over `[B, N, Sq, Skv]`.
+
+CANN reads its mask from memory, so here alone the bits of a call are stored: B * N * Sq * Skv / 8 bytes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from jax_fa import dropout
+from jax_fa.call import Dims, Operands, Problem
+
+
+class Part(NamedTuple):
+    """A piece of a call: entries b0..b1 of the batch, query heads n0..n1, rows r0..r1."""
+
+    b0: int
+    b1: int
+    n0: int
+    n1: int
+    r0: int
+    r1: int
+
+
+@runtime_checkable
+class Keep(Protocol):
+    """Where keep bits come from."""
+
+    def packed(self, part: Part) -> Any:
+        """uint8: the bits of the part, in the order of `[B, N, Sq, Skv]`."""
+
+
+# Bits that are drawn at once; more are drawn head by head, so that they are never held as bytes together.
+_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bits that the caller packed."""
+
+    bytes: Any  # uint8, one dim
+    shape: tuple[int, int, int, int]  # B N Sq Skv
+
+    def packed(self, part: Part):
+        B, N, Sq, _ = self.shape
+        if part == Part(0, B, 0, N, 0, Sq):
+            return self.bytes
+        total = math.prod(self.shape)
+        bits = jnp.unpackbits(self.bytes[: -(-total // 8)], bitorder="little")[:total].reshape(self.shape)
+        cut = bits[part.b0 : part.b1, part.n0 : part.n1, part.r0 : part.r1]
+        return jnp.packbits(cut.reshape(-1), bitorder="little")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The caller's bits of layout TND, as they are."""
+
+    bytes: Any
+
+    def packed(self, part: Part):
+        return self.bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bits of one piece of a call."""
+
+    whole: Keep
+    part: Part
+
+    def packed(self, part: Part):
+        return self.whole.packed(self.part)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Bits from the operands, drawn or looked up as every backend does."""
+
+    problem: Problem
+    operands: Operands
+    dims: Dims
+
+    def packed(self, part: Part):
+        d = self.dims
+        columns, rows = d.Skv, part.r1 - part.r0
+        b, n = jnp.meshgrid(
+            jnp.arange(part.b0, part.b1, dtype=jnp.int32),
+            jnp.arange(part.n0, part.n1, dtype=jnp.int32),
+            indexing="ij",
+        )
+        b, n = b.reshape(-1), n.reshape(-1)
+        at = jnp.arange(part.r0, part.r1, dtype=jnp.int32)
+        if b.size * rows * columns <= _AT_ONCE or rows * columns % 8:
+            keep = jax.vmap(lambda b, n: self._head(b, n, at))(b, n)
+            return jnp.packbits(keep.reshape(-1), bitorder="little")
+
+        def head(entry):
+            b, n = entry
+            return jnp.packbits(self._head(b, n, at).reshape(-1), bitorder="little")
+
+        return jax.lax.map(head, (b, n)).reshape(-1)
+
+    def _head(self, b, n, rows):
+        """Keep bits `rows Skv` of batch entry b, head n."""
+        x, d, found = self.operands, self.dims, None
+        if x.dropout_seed is not None:
+            seed, stream = self._at(x.dropout_seed, b), self._at(x.dropout_stream, b, n)
+            limit = x.keep_threshold
+            limit = dropout.threshold(self.problem.keep_prob) if limit is None else self._at(limit, b, n)
+            found = dropout.keep_tile(seed, stream, rows, jnp.int32(0), d.Skv, limit)
+        if x.drop_bits is not None:
+            offset = self._at(x.drop_offset, b, n)
+            offset = offset if offset.shape[0] == 1 else offset[rows]
+            bits = self._at(x.drop_bits, b)
+            given = dropout.explicit_keep_tile(bits, offset, jnp.int32(0), d.Skv)
+            found = given if found is None else found & given
+        return found
+
+    def _at(self, x, b, n=None):
+        """Entry b (of all batch dims flattened) and head n of an operand `*#B ...` or `*#B #N ...`."""
+        rank = len(self.dims.B)
+        if math.prod(x.shape[:rank]) == 1:
+            x = x.reshape(x.shape[rank:])
+        else:
+            x = jnp.broadcast_to(x, (*self.dims.B, *x.shape[rank:])).reshape(-1, *x.shape[rank:])[b]
+        return x if n is None else x[0] if x.shape[0] == 1 else x[n]

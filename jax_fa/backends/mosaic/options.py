@@ -1,0 +1,38 @@
+"""What a caller can choose of this backend."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+from jax_fa.arguments import shown
+from jax_fa.backends.mosaic.tuning import Tiles, Which
+
+
+@dataclass(frozen=True)
+class Options:
+    """`implementation=jax_fa.mosaic.Options(...)`: the backend by name, and the tiles of its kernels.
+
+    Args:
+      tiles: for some of the kernels ("forward", "dq", "dkv", "dbias") the tiles to take in place of the table's.
+
+    Raises:
+      ValueError: a name that is no kernel's.
+      TypeError: a value that is no `Tiles`.
+    """
+
+    backend: ClassVar[str] = "mosaic"
+    tiles: Mapping[Which, Tiles] | tuple[tuple[Which, Tiles], ...] = ()
+
+    def __post_init__(self) -> None:
+        given = dict(self.tiles)
+        for name, tiles in given.items():
+            if name not in get_args(Which):
+                raise ValueError(
+                    f"tiles must name kernels among {', '.join(get_args(Which))}; got {shown(name)}."
+                )
+            if not isinstance(tiles, Tiles):
+                raise TypeError(f"tiles must hold jax_fa.mosaic.Tiles; got {shown(tiles)} for {name!r}.")
+        object.__setattr__(self, "tiles", tuple(sorted(given.items())))  # hashable
+
+    def of(self, which: Which) -> Tiles | None:
+        return dict(self.tiles).get(which)

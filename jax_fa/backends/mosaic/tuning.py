@@ -1,0 +1,176 @@
+"""Tile sizes of the kernels, by head_dim: one table per kernel, checked when it is read.
+
+What bounds the choices, on a chip of compute capability 9.0 (CUDA programming guide, tables of compute capabilities;
+"FlashAttention-3", Shah et al. 2024, arXiv:2407.08608):
+
+- A block has 65,536 registers, handed out to warpgroups of 128 threads. A consumer with 64 rows holds, per thread,
+  `width / 2` registers of each 64 x width float32 tile: the accumulators, the logits, and half as many for the
+  probabilities in 16 bits. Two consumers get 240 registers a thread, three get 160.
+- 227 KiB of shared memory hold the query tile, and `stages` tiles of keys and of values, which the producer fills
+  ahead.
+- Each tile of keys serves all rows of a block: 64 rows per consumer. With two consumers and head_dim 128 a block reads
+  its keys at half of the second-level cache's rate while the tensor cores are busy, so fewer rows would starve them.
+
+No GPU was at hand when these values were chosen: they are where the bounds above point and what ptxas compiles
+without spilling. `benchmarks/gpu_attention.py --tune` measures `candidates`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from jax_fa.backends.mosaic.widths import padded_head_dim
+
+Which = Literal["forward", "query_gradient", "key_gradient", "bias_gradient"]
+
+SMEM_BYTES = 227 * 1024
+SMEM_RESERVE = 6 * 1024  # barriers, sums, what a careful pass and the compiler's reductions keep
+SMEM_UNIT = 1024  # what every array in shared memory begins at a multiple of
+ROWS = 64  # rows of one warpgroup's matrix product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How one kernel cuts its work."""
+
+    width: int  # of the tiles that the producer loads: keys, or rows where keys stay
+    stages: int  # of them in flight
+    consumers: int  # warpgroups that compute, each with 64 rows (or keys)
+
+    # Registers of a thread, of consumers and of the producer: what a block has, 65,536, is dealt out in eights.
+    REGISTERS: ClassVar[dict[int, tuple[int, int]]] = {1: (240, 40), 2: (240, 24), 3: (160, 32)}
+
+    def __post_init__(self) -> None:
+        if self.width % ROWS or not ROWS <= self.width <= 256:
+            raise ValueError(f"{self.width=} must be a multiple of {ROWS}, at most 256.")
+        if self.stages < 1:
+            raise ValueError(f"{self.stages=} must be at least 1.")
+        if self.consumers not in self.REGISTERS:
+            raise ValueError(f"{self.consumers=} must be one of {', '.join(map(str, self.REGISTERS))}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of a table: the tiles for head_dims (the larger of key's and value's) up to a bound."""
+
+    head_dim: int
+    tiles: Tiles
+
+
+FORWARD = (
+    Row(head_dim=64, tiles=Tiles(width=128, stages=4, consumers=3)),
+    Row(head_dim=128, tiles=Tiles(width=128, stages=2, consumers=2)),
+    Row(head_dim=192, tiles=Tiles(width=64, stages=3, consumers=2)),
+    Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=2)),
+)
+# The gradient of query holds two tiles of logits beside its sum.
+QUERY_GRADIENT = (
+    Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
+    Row(head_dim=128, tiles=Tiles(width=64, stages=2, consumers=2)),
+    Row(head_dim=256, tiles=Tiles(width=64, stages=1, consumers=2)),
+)
+# The gradients of key and value are two sums; above 128 they are computed one after the other.
+KEY_GRADIENT = (
+    Row(head_dim=128, tiles=Tiles(width=64, stages=2, consumers=2)),
+    Row(head_dim=256, tiles=Tiles(width=64, stages=1, consumers=2)),
+)
+# All four arrays move; the sum is a tile of logits.
+BIAS_GRADIENT = (
+    Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
+    Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=2)),
+)
+TABLES: dict[Which, tuple[Row, ...]] = {
+    "forward": FORWARD,
+    "query_gradient": QUERY_GRADIENT,
+    "key_gradient": KEY_GRADIENT,
+    "bias_gradient": BIAS_GRADIENT,
+}
+MAX_HEAD_DIM = FORWARD[-1].head_dim
+
+
+def smem_bytes(which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int = 0, vectors: int = 4) -> int:
+    """Shared memory of a kernel; `element_bytes` and `vectors` as in `tiles_for`."""
+    D, Dv = padded_head_dim(D), padded_head_dim(Dv)
+    rows = ROWS * tiles.consumers
+    moving = tiles.stages * tiles.width * ((D + Dv) * 2 + rows * element_bytes)
+    staying = rows * (D + Dv) * 2
+    if which == "forward":
+        staying = rows * (D if D == Dv else D + Dv) * 2
+    if which == "bias_gradient":
+        moving += tiles.stages * rows * (D + Dv) * 2
+        staying = rows * tiles.width * 4
+    vector = -(-tiles.stages * tiles.width * 4 // SMEM_UNIT) * SMEM_UNIT
+    return moving + staying + vectors * vector + SMEM_RESERVE
+
+
+def tiles_for(
+    which: Which, D: int, Dv: int, *, rows: int, width: int, element_bytes: int = 0, vectors: int = 4
+) -> Tiles | None:
+    """The tiles of a call, or None if none fit into shared memory.
+
+    Args:
+      which: the kernel.
+      D, Dv: head_dims.
+      rows: how many rows (or keys) there are to stay, of the same head; fewer need fewer consumers.
+      width: how many keys (or rows) there are to move; fewer need no wider tile.
+      element_bytes: bytes of bias and mask per logit, which come with every tile.
+      vectors: arrays of one scalar per key (or row) that moves, which come with every tile too.
+    """
+    if which in _overridden:
+        return _overridden[which]
+    tiles = next((row.tiles for row in TABLES[which] if max(D, Dv) <= row.head_dim), None)
+    if tiles is None:
+        return None
+    consumers = min(tiles.consumers, -(-rows // ROWS))
+    tiles = replace(tiles, consumers=consumers, width=min(tiles.width, -(-width // ROWS) * ROWS))
+    for smaller in _shrinking(tiles):
+        if smem_bytes(which, smaller, D, Dv, element_bytes, vectors) <= SMEM_BYTES:
+            return smaller
+    return None
+
+
+def _shrinking(tiles: Tiles) -> Iterator[Tiles]:
+    """Fewer stages first, then narrower tiles, then fewer consumers."""
+    for consumers in range(tiles.consumers, 0, -1):
+        for width in range(tiles.width, 0, -ROWS):
+            for stages in range(tiles.stages, 1 if tiles.stages > 1 and width > ROWS else 0, -1):
+                yield Tiles(width=width, stages=stages, consumers=consumers)
+
+
+def candidates(which: Which, D: int, Dv: int) -> list[Tiles]:
+    """Tiles worth measuring: those that fit, and whose sums and logits fit the registers."""
+    found: list[Tiles] = []
+    sums = {
+        "forward": Dv,
+        "query_gradient": D,
+        "key_gradient": max(D, Dv) if max(D, Dv) > 128 else D + Dv,
+        "bias_gradient": 64,  # a tile of logits, which the table counts with the others
+    }[which]
+    for consumers in (2, 3, 1):
+        if consumers == 1 and found:  # half the rows for every tile that moves: only where no more fit
+            break
+        registers = Tiles.REGISTERS[consumers][0]
+        for width in (64, 128, 192, 256):
+            logits = width * (1.5 if which == "forward" else 2.5)
+            for stages in (1, 2, 3, 4):
+                tiles = Tiles(width=width, stages=stages, consumers=consumers)
+                fits = smem_bytes(which, tiles, D, Dv) <= SMEM_BYTES
+                if fits and (padded_head_dim(sums) + logits) / 2 + 24 <= registers:
+                    found.append(tiles)
+    return found
+
+
+_overridden: dict[Which, Tiles] = {}
+
+
+@contextlib.contextmanager
+def overridden(which: Which, tiles: Tiles) -> Iterator[None]:
+    """Has calls that are lowered inside take these tiles: for measurements. Functions that are compiled stay as they are."""
+    before = dict(_overridden)
+    _overridden[which] = tiles
+    try:
+        yield
+    finally:
+        _overridden.clear()
+        _overridden.update(before)

@@ -1,0 +1,68 @@
+"""The compiled extension, or why it is not here and what to do about it."""
+
+from dataclasses import fields
+from importlib import import_module, metadata
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+from jax_fa.call import DIFFERENTIABLE, OPERANDS, Saved
+
+ABI = 1  # of cc/operands.h: what handlers take in ways that names do not show
+_PACKAGE = Path(__file__).parent.parent
+_ROOT = _PACKAGE.parent
+
+
+def _load() -> tuple[Any, str | None]:
+    try:
+        found = import_module("jax_fa._native")
+    except ImportError as error:
+        return None, str(error)
+    wrong = _mismatch(found)
+    return (found, None) if wrong is None else (None, wrong)
+
+
+def _mismatch(extension: Any) -> str | None:
+    """What of the arrays that the handlers take is not what Python sends; None: nothing."""
+    wanted = {
+        "abi": ABI,
+        "operand_names": OPERANDS,
+        "differentiable_operands": DIFFERENTIABLE,
+        "saved_names": tuple(f.name for f in fields(Saved)),
+    }
+    for name, want in wanted.items():
+        got = getattr(extension, name)() if hasattr(extension, name) else None
+        if got != want:
+            return f"{extension.__name__} was built from other sources: its {name} are {got}, not {want}"
+    return None
+
+
+extension, missing = _load()  # the module `jax_fa._native`; None, and what the import said
+
+
+def absence() -> str | None:
+    """Why there are no compiled kernels, in one sentence; None where there are."""
+    if missing is None:
+        return None
+    if not _is_source_tree():
+        return f"the native extension is not installed ({missing}); reinstall with a C++17 compiler at hand"
+    source = f"jax_fa is imported from its source tree {_ROOT}, which holds no compiled kernels"
+    if _is_installed():
+        return f"{source}, in place of the installed package: start Python with -P, or in another directory"
+    return (
+        f"{source}: run `python -m pip install {_ROOT}`, then start Python with -P, or in another directory"
+    )
+
+
+def _is_source_tree() -> bool:
+    sources = (_ROOT / "pyproject.toml", _ROOT / "cc" / "CMakeLists.txt")
+    return all(path.is_file() for path in sources) and not any(
+        (_PACKAGE / f"_native{suffix}").exists() for suffix in EXTENSION_SUFFIXES
+    )
+
+
+def _is_installed() -> bool:
+    try:
+        return bool(metadata.version("jax_fa"))
+    except metadata.PackageNotFoundError:
+        return False

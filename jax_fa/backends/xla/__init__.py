@@ -1,0 +1,60 @@
+"""The portable backend: blocked attention in plain JAX, on every platform.
+
+It is the meaning of the op: loops over row tiles and, inside, over those key tiles that some row of the
+tile can see. No array of Sq x Skv exists; the largest temporary is one tile of logits for all heads.
+
+Forward, per row tile (Dao et al. 2022, arXiv:2205.14135, algorithm 1; Dao 2023, arXiv:2307.08691):
+    s = cap(scale q k^T + bias),  m = max s,  l = sum exp(s - m),  out = sum keep exp(s - m) v / (keep_prob l)
+Backward from the saved m and l, with D = rowsum(dout out) - dlogsumexp, out as it was before rounding:
+    p = exp(s - m) / l,  dp = keep / keep_prob (dout v^T),  ds = p (dp - D)
+    dq = scale ds k,  dk = scale ds^T q,  dv = (keep / keep_prob p)^T dout,  dbias = ds
+
+Rows of ds sum to 0 (to dlogsumexp), so that what all keys have in common cancels in dq. Rounding to 16 bits would leave
+some of it, in p v (of which D is made) as well as in ds k: under differentiation both take their weights wide.
+
+NaN in masked positions (padding often holds it) must not propagate, and 0 * NaN is NaN in a matrix product. So in
+masked tiles non-finite values enter the products as 0, and where they are visible they come back through the
+probabilities: key and query through s anyway, value added to s, dout through 1 / l. A row with a visible non-finite
+value is NaN as a whole, with its statistics.
+"""
+
+from typing import Any
+
+from jax_fa.backends.xla.backward import backward
+from jax_fa.backends.xla.canonical import Canonical
+from jax_fa.backends.xla.forward import forward
+from jax_fa.backends.xla.padding import Padding
+from jax_fa.call import Call, Operands, Saved
+
+
+class Xla:
+    """See `backends.Backend`."""
+
+    name = "xla"
+    platforms = None
+    emulated_on = ()
+
+    def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
+        """Nothing is refused."""
+        return None
+
+    def notes(self, call: Call) -> tuple[str, ...]:
+        return ()
+
+    def forward(self, call: Call) -> tuple[Any, ...]:
+        padding = Padding(call)
+        if not padding.extra:
+            return forward(Canonical(call))
+        results = forward(Canonical(padding.padded()))
+        shapes = (call.out_shape, call.stats_shape, call.stats_shape, call.out_shape)
+        return tuple(padding.cut(x, shape) for x, shape in zip(results, shapes, strict=False))
+
+    def backward(self, call: Call, saved: Saved) -> Operands:
+        padding = Padding(call)
+        if not padding.extra:
+            return backward(Canonical(call), saved)
+        padded = backward(Canonical(padding.padded()), padding.saved(saved))
+        return padded.map(lambda name, x: padding.cut(x, call.gradient_shape(name)))
+
+
+backend = Xla()

@@ -1,0 +1,315 @@
+"""What an entry is made of: from checked arguments to a `Call`, and from its result to what the caller gets.
+
+An entry is a function that returns a `Request`. `@entry` makes it public: the decorated function has the signature and
+the docstring, runs the request, and says in its own name what is wrong with an argument.
+"""
+
+import functools
+import inspect
+import math
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jax_fa import arguments, backends, compat, dropout, masks
+from jax_fa.attention import Attention, attention
+from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_FORWARD_MODE = "can't apply forward-mode autodiff"  # JAX's words, of a function with a rule for reverse mode
+
+
+@dataclass(frozen=True)
+class Request(Generic[R]):
+    """What an entry asks for: a call, and what the entry returns of its result."""
+
+    call: Call
+    finish: Callable[[Attention], R]
+
+
+def entry(build: Callable[P, Request[R]]) -> Callable[P, R]:
+    """Decorates a function that returns a `Request`: the decorated one returns the result."""
+    signature = inspect.signature(build)
+    arguments.declare(build.__name__, signature)
+
+    @functools.wraps(build)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        request = request_of(run, *args, **kwargs)
+        try:
+            result = attention(request.call)
+        except TypeError as error:
+            if _FORWARD_MODE not in str(error):
+                raise
+            raise TypeError(
+                f"{build.__name__} has no forward-mode derivative (jax.jvp, jax.jacfwd): use jax.grad, jax.vjp or "
+                "jax.jacrev. Forward mode over a gradient works, as in jax.hessian of a scalar function."
+            ) from error
+        with compat.allow_promotion():
+            return request.finish(result)
+
+    run.request = build  # type: ignore[attr-defined]
+    returned = typing.get_args(signature.return_annotation)[0]
+    run.__signature__ = signature.replace(return_annotation=returned)  # type: ignore[attr-defined]
+    run.__annotations__ = build.__annotations__ | {"return": returned}
+    return run
+
+
+def request_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Request:
+    """What an entry (as it is public) asks for with these arguments; raises what it raises."""
+    arguments.check_names(function.__name__, kwargs)
+    with compat.allow_promotion():
+        return function.request(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+# --- from arguments to a call
+
+
+class Arrays(NamedTuple):
+    """Query, key and value of a call, checked against each other. `axes` puts them into the order `*B S N D`."""
+
+    query: Any
+    key: Any
+    value: Any
+    axes: Axes
+    dims: Dims
+
+
+class Terms(NamedTuple):
+    """What is added to the logits.
+
+    With `bias_offset`, the bias is an operand already (see `Operands`), and so are slopes of rank B + 2. Without
+    `position`, the mask places the rows.
+    """
+
+    bias: Any = None
+    bias_offset: Any = None
+    bias_apart: bool = False
+    alibi: str | None = None
+    alibi_slopes: Any = None
+    position: Any = None
+
+
+class Dropout(NamedTuple):
+    """Seeded: a rate and a `jax.random` key. Explicit: keep bits, and what kept weights are divided by."""
+
+    rate: Any = 0.0
+    key: Any = None
+    keep_prob: float | None = None
+    bits: Any = None
+    offset: Any = None
+
+
+_NO_TERMS, _NO_DROPOUT = Terms(), Dropout()
+
+
+def build(
+    arrays: Arrays,
+    *,
+    mask: masks.Mask | None = None,
+    terms: Terms = _NO_TERMS,
+    scale=None,
+    logits_soft_cap=None,
+    dropped: Dropout = _NO_DROPOUT,
+    logsumexp: bool = False,
+    implementation: backends.Implementation = None,
+    hints: Any = None,
+) -> Call:
+    """The call of these arguments, which are checked against each other.
+
+    Scalars that are traced become operands, those that are known belong to the program.
+    """
+    d, axes = arrays.dims, arrays.axes
+    rank, acc = len(d.B), accumulator_dtype(computed_dtype(arrays.query.dtype))
+    name, options = backends.chosen(implementation)
+    scale, soft_cap = _scale(scale, d.D), _soft_cap(logits_soft_cap)
+    seeds = _Seeds.of(dropped, d)
+    keep_prob = dropped.keep_prob
+    problem = Problem(
+        query_axes=axes,
+        key_axes=axes,
+        value_axes=axes,
+        out_axes=axes,
+        scale=_static(scale, 1.0),
+        logits_soft_cap=_static(soft_cap, None),
+        alibi=terms.alibi,  # type: ignore[arg-type]
+        keep_prob=_static(seeds.limit, dropout.LIMIT) / dropout.LIMIT if keep_prob is None else keep_prob,
+        mask=None if mask is None else mask.static(),
+        bias_apart=terms.bias_apart,
+        logsumexp=logsumexp,
+        implementation=name,
+        options=options,
+    )
+    stored = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
+    query, key, value = stored
+    operands = Operands(
+        query=query,
+        key=key,
+        value=value,
+        **_mask_operands(mask, d),
+        **_term_operands(terms, mask, d, acc),
+        dropout_seed=seeds.seed,
+        dropout_stream=seeds.stream,
+        drop_bits=dropped.bits,
+        drop_offset=dropped.offset,
+        scale=_data(scale, rank, acc),
+        soft_cap=_data(soft_cap, rank, acc),
+        keep_threshold=_data(seeds.limit, rank, jnp.uint32),
+        hints=hints,
+    )
+    return Call.of(problem, operands)
+
+
+def _mask_operands(mask: masks.Mask | None, d: Dims) -> dict[str, Any]:
+    rules = masks.intervals(mask, d.B, d.N, d.Sq, d.Skv)._asdict()
+    return {"mask": rules.pop("dense"), **rules}
+
+
+def _term_operands(terms: Terms, mask: masks.Mask | None, d: Dims, acc) -> dict[str, Any]:
+    bias, position = terms.bias, terms.position
+    if terms.bias_offset is None:
+        bias = _bias(bias, (*d.B, d.N, d.Sq, d.Skv), acc)
+    if terms.alibi_slopes is not None and position is None:
+        position = masks.positions(mask, d.B, d.N, d.Sq, d.Skv)
+    slopes = _slopes(terms.alibi_slopes, d.B, d.N)
+    return {"bias": bias, "bias_offset": terms.bias_offset, "alibi_slopes": slopes, "position": position}
+
+
+class _Seeds(NamedTuple):
+    """Operands of seeded dropout."""
+
+    limit: Any  # of 2**16 values, how many keep their weight
+    seed: Any = None
+    stream: Any = None
+
+    @classmethod
+    def of(cls, dropped: Dropout, d: Dims) -> "_Seeds":
+        rate = _dropout_rate(dropped.rate, dropped.key)
+        limit = dropout.kept_numbers(rate)
+        if isinstance(rate, float) and not rate:
+            return cls(limit)
+        return cls(
+            limit, masks.lead(dropout.seed_words(dropped.key), len(d.B) + 1), dropout.streams(d.B, d.N)
+        )
+
+
+def _static(x, otherwise):
+    """A scalar that is part of the program; `otherwise` where it is data."""
+    return otherwise if isinstance(x, jax.Array) else x
+
+
+def _data(x, rank: int, dtype):
+    """A scalar that is data, `*1 1`; None where it is part of the program."""
+    return x.astype(dtype).reshape((1,) * (rank + 1)) if isinstance(x, jax.Array) else None
+
+
+def computed_dtype(dtype):
+    """The dtype a call computes in: 8-bit floats and smaller are widened, exactly, since their weights would underflow."""
+    return jnp.dtype(jnp.bfloat16 if jnp.finfo(dtype).bits < 16 else dtype)
+
+
+def checked(query, key, value, axes: Axes, layout: str) -> Arrays:
+    """Raises unless shapes and dtypes fit together; `layout` names the stored dims in errors."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != len(axes):
+            raise ValueError(f"{name} must have {len(axes)} dimensions ({layout}); got shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must have a floating dtype; got {x.dtype}.")
+        if x.dtype != query.dtype:
+            raise TypeError(
+                f"{name} must have query's dtype {query.dtype}; got {x.dtype}. Cast them to one dtype, such as "
+                f"{name}.astype(query.dtype)."
+            )
+    rank = len(axes) - 3
+    q, k, v = (canonical_shape(x.shape, axes) for x in (query, key, value))
+    if k[:rank] != q[:rank]:
+        raise ValueError(_expect("key", layout, "batch dims B", q[:rank], k[:rank], query, key))
+    if k[-1] != q[-1]:
+        raise ValueError(_expect("key", layout, "query's head_dim D", q[-1], k[-1], query, key))
+    if v[: rank + 2] != k[: rank + 2]:
+        want, got = k[: rank + 2], v[: rank + 2]
+        raise ValueError(_expect("value", layout, "key's (*B, Skv, K)", want, got, key, value, "key"))
+    if q[-1] == 0:
+        raise ValueError(f"query must have head_dim D of at least 1; got shape {query.shape} ({layout}).")
+    N, K = q[rank + 1], k[rank + 1]
+    if K == 0 or N % K != 0:
+        raise ValueError(
+            f"query must have a number of heads N that is a multiple of key's K; got N={N}, K={K} "
+            f"from shapes {query.shape} and {key.shape} ({layout})."
+        )
+    return Arrays(query, key, value, axes, Dims(q[:rank], q[rank], k[rank], N, K, q[-1], v[-1]))
+
+
+def _expect(name, layout, what, want, got, other, x, other_name="query") -> str:
+    return (
+        f"{name} must have {what}={want}; got {got}. "
+        f"({other_name} has shape {other.shape}, {name} {x.shape}; layout {layout}.)"
+    )
+
+
+def _scale(scale, D: Size) -> float | jax.Array:
+    return 1.0 / math.sqrt(D) if scale is None else finite_scale("scale", scale)
+
+
+def finite_scale(name: str, scale) -> float | jax.Array:
+    """A factor of the logits: finite where it is known."""
+    scale = arguments.scalar(name, scale)
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"{name} must be finite; got {scale}.")
+    return scale
+
+
+def _soft_cap(cap) -> float | jax.Array | None:
+    if cap is None:
+        return None
+    cap = arguments.scalar("logits_soft_cap", cap)
+    if isinstance(cap, float):
+        if not (cap > 0 and math.isfinite(cap)):
+            raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")
+        return cap
+    cap = cap.astype(jnp.float64 if cap.dtype == jnp.float64 else jnp.float32)
+    return jnp.where((cap > 0) & (cap < jnp.inf), cap, jnp.nan)
+
+
+def _dropout_rate(rate, key) -> float | jax.Array:
+    rate = arguments.scalar("dropout_rate", rate)
+    if isinstance(rate, float) and not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1); got {rate}.")
+    if key is None and not (isinstance(rate, float) and rate == 0.0):
+        what = f"dropout_rate > 0 (it is {rate})" if isinstance(rate, float) else "dropout_rate is traced"
+        raise ValueError(f"dropout_key must be a jax.random key when {what}; got None.")
+    return rate
+
+
+def _bias(bias, full: Shape, acc):
+    if bias is None:
+        return None
+    bias = jnp.asarray(bias)
+    if bias.dtype == jnp.bool_:
+        raise TypeError("bias must be numeric, it is added to the logits; got dtype bool. Pass it as mask.")
+    if jnp.issubdtype(bias.dtype, jnp.complexfloating):
+        raise TypeError(f"bias must be real; got dtype {bias.dtype}.")
+    if not masks.broadcasts(bias.shape, full):
+        raise ValueError(f"bias must broadcast to (*B, N, Sq, Skv)={full}; got shape {bias.shape}.")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        bias = bias.astype(acc)
+    return masks.lead(bias, len(full))
+
+
+def _slopes(slopes, batch: Shape, N: Size) -> Any:
+    if slopes is None:
+        return None
+    slopes = jnp.asarray(slopes)
+    if slopes.ndim == len(batch) + 2:
+        return slopes  # an operand already (see build)
+    if not jnp.issubdtype(slopes.dtype, jnp.floating):
+        raise TypeError(f"alibi_slopes must have a floating dtype; got {slopes.dtype}.")
+    if slopes.shape[-1:] != (N,) or not masks.broadcasts(slopes.shape, (*batch, N)):
+        raise ValueError(
+            f"alibi_slopes must have shape (N,) or (*B, N) with B={batch}, N={N}; got {slopes.shape}."
+        )
+    return masks.lead(slopes, len(batch) + 1)[..., None]

@@ -1,0 +1,290 @@
+"""What a mask is: the class `Mask`, and what it says of rows.
+
+In a structured mask key j is visible to row i where `lower[i] <= j < upper[i]`. Each kind turns itself into such
+intervals (`Mask.rows`); its docstring gives the brute-force definition that the tests hold it against.
+Intersections (`a & b`) of intervals are intervals again. Two kinds may need more (`Mask.rules`): `Dense` is an
+arbitrary boolean array, kept as it is and combined with the intervals, and `SegmentIds` whose segments are
+interleaved compare labels.
+"""
+
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa import indices
+from jax_fa.call import Shape, Size
+from jax_fa.indices import is_int, known
+from jax_fa.masks import segments
+
+Align = Literal["top-left", "bottom-right"]
+
+
+class Terms(NamedTuple):
+    """What one mask adds to the rules: unclipped bounds, labels and a boolean array."""
+
+    lower: Any = None
+    upper: Any = None
+    labels: segments.Labels | None = None
+    dense: Any = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where rows stand: their positions in their own sequence, and the lengths of their two sequences."""
+
+    i: Any  # what broadcasts to *B N Sq
+    sq: Any
+    skv: Any
+    batch_rank: int
+    all_sq: Size  # the lengths of the arrays
+    all_skv: Size
+
+    def per_batch(self, values, high: Size | None = None):
+        """Values `*B` (or one for all) as int32 that broadcast with `i`, moved into 0..high if that is given."""
+        x = indices.int32(values)
+        x = x[..., None, None] if x.ndim else x
+        return x if high is None else jnp.clip(x, 0, high)
+
+    def per_row(self, values):
+        """Values of shape `*B`, or `*B #N #Sq`."""
+        x = indices.int32(values)
+        return x if x.ndim == self.batch_rank + 2 else self.per_batch(values)
+
+    def corner(self, align: Align):
+        """How far the alignment moves every row."""
+        return self.skv - self.sq if align == "bottom-right" else 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The key position of a row: its index, moved to the corner, and by an offset; or that of a packed mask."""
+
+    corner: bool = False
+    offset: Any = 0
+    packed: Any = None
+    binds: bool = True  # a mask that does not bind gives way to others
+
+    @property
+    def plain(self) -> bool:
+        return not self.corner and self.packed is None and is_int(self.offset) and self.offset == 0
+
+    def same(self, other: "Placement") -> bool:
+        same_packed = self.packed is other.packed
+        return self.corner == other.corner and same_packed and alike(self.offset, other.offset)
+
+
+def alike(a, b) -> bool:
+    """Whether these are known to hold the same values."""
+    if a is b:
+        return True
+    x, y = (None if v is None else known(v) for v in (a, b))
+    return x is not None and y is not None and np.array_equal(x, y)
+
+
+class _Traced:
+    """Stands in the static description of a mask for a value that is not known when tracing."""
+
+    def __repr__(self) -> str:
+        return "TRACED"
+
+
+TRACED = _Traced()
+
+
+class Mask:
+    """Which keys are visible to a query row. Combine masks with `&`.
+
+    A new kind is a frozen dataclass with this base and a method `rows` (or `rules`). It is a JAX pytree by being
+    defined: fields that hold arrays or masks are its leaves, all others are static.
+    """
+
+    # NumPy would apply & to an array element by element.
+    __array_ufunc__ = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_pytree_node(cls, _flatten, partial(_unflatten, cls))
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value: join masks by &, not by `and`, `or` or `not`.")
+
+    def __and__(self, other) -> "Mask":
+        return Intersection(members(self) + members(as_mask(other)))
+
+    def __rand__(self, other) -> "Mask":
+        return as_mask(other) & self
+
+    def __invert__(self) -> "Mask":
+        raise TypeError("masks have no complement (~): pass the inverted boolean array, with True = visible.")
+
+    def __or__(self, other) -> "Mask":
+        raise TypeError("masks have no union (|): join masks by &, or pass the union as a boolean array.")
+
+    def __ror__(self, other) -> "Mask":
+        return self | other
+
+    def check(self, batch: Shape, heads: Size, sq: Size, skv: Size) -> None:
+        """Raises ValueError or TypeError where the mask does not fit a call of these sizes."""
+
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
+        """(lower, upper) for the given rows, each None where unbounded; `skv` counts all keys."""
+        raise NotImplementedError
+
+    def rules(self, rows: Rows) -> Terms:
+        """What the mask says of the given rows, where two bounds do not say it all."""
+        return Terms(*self.rows(rows, rows.all_skv))
+
+    def aligned(self, rows: Rows) -> Rows:
+        """The rows, with the lengths of sequences that the mask gives: masks joined with it align to these."""
+        return rows
+
+    def placement(self, rows: Rows) -> "Placement | None":
+        """At which key position the mask puts the rows; None: it says nothing of it."""
+        return None
+
+    def static(self) -> "Mask":
+        """This mask with every array replaced by TRACED: hashable, a description and not a mask to use."""
+        names = [f.name for f in fields(self)]  # type: ignore[arg-type]
+        return _bare(type(self), {name: _static_value(getattr(self, name)) for name in names})
+
+
+def _bare(cls: type, values: dict[str, Any]):
+    """An object of cls without the checks of its constructor: JAX puts placeholders into pytrees."""
+    mask: Any = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+def _static_value(value):
+    if isinstance(value, Mask):
+        return value.static()
+    if isinstance(value, (list, tuple)):
+        return tuple(_static_value(v) for v in value)
+    if isinstance(value, np.integer):
+        return int(value)
+    return TRACED if hasattr(value, "shape") else value
+
+
+def _is_data(value) -> bool:
+    """Whether a field of a mask holds arrays, or masks, which may hold some."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_data, value))
+    return isinstance(value, Mask) or (hasattr(value, "shape") and not isinstance(value, np.integer))
+
+
+def _flatten(mask: Mask):
+    # What was a leaf stays one, whatever `jax.tree.map` has put in its place.
+    names = tuple(f.name for f in fields(mask))  # type: ignore[arg-type]
+    leaves = getattr(mask, "_leaves", None)
+    if leaves is None:
+        leaves = tuple(name for name in names if _is_data(getattr(mask, name)))
+    static = {name: _static_value(getattr(mask, name)) for name in names if name not in leaves}
+    return [getattr(mask, name) for name in leaves], (leaves, tuple(static.items()))
+
+
+def _unflatten(cls: type, aux, children):
+    leaves, static = aux
+    return _bare(cls, dict(static) | dict(zip(leaves, children, strict=True)) | {"_leaves": leaves})
+
+
+def broadcasts(shape: Shape, full: Shape) -> bool:
+    if len(shape) > len(full):
+        return False
+    tail = full[len(full) - len(shape) :]
+    return all(a == b or a == 1 for a, b in zip(shape, tail, strict=True))
+
+
+def check_batch_shape(name: str, value, batch: Shape) -> None:
+    shape = np.shape(value)
+    if shape and shape != tuple(batch):
+        raise ValueError(
+            f"{name} must have one entry per batch entry, shape {tuple(batch)}; got shape {shape}."
+        )
+
+
+def lead(x, rank: int):
+    """x with leading dims of size 1, up to the given rank."""
+    return None if x is None else x.reshape((1,) * (rank - x.ndim) + x.shape)
+
+
+@dataclass(frozen=True)
+class Dense(Mask):
+    """`visible(i, j) = array[..., i, j]`: any boolean array that broadcasts to `*B N Sq Skv`.
+
+    Dimensions of size 1 are never materialized.
+    """
+
+    array: Any
+
+    def __post_init__(self) -> None:
+        dtype = jnp.result_type(self.array)
+        if dtype != jnp.bool_:
+            raise TypeError(
+                f"mask must be boolean (True = visible); got dtype {dtype}. For an additive mask use bias."
+            )
+
+    def check(self, batch, heads, sq, skv) -> None:
+        full = (*batch, heads, sq, skv)
+        if not broadcasts(np.shape(self.array), full):
+            raise ValueError(
+                f"mask must broadcast to (*B, N, Sq, Skv)={full}; got shape {np.shape(self.array)}."
+            )
+
+    def rules(self, rows: Rows) -> Terms:
+        return Terms(dense=jnp.asarray(self.array))
+
+
+@dataclass(frozen=True)
+class Intersection(Mask):
+    """`visible(i, j)`: visible in every one of `masks`."""
+
+    masks: tuple[Mask, ...]
+
+    def check(self, batch, heads, sq, skv) -> None:
+        for mask in self.masks:
+            mask.check(batch, heads, sq, skv)
+
+    def rules(self, rows: Rows) -> Terms:
+        rows = aligned(self, rows)
+        found = Terms()
+        for mask in self.masks:
+            new = mask.rules(rows)
+            found = Terms(
+                lower=combine(jnp.maximum, found.lower, new.lower),
+                upper=combine(jnp.minimum, found.upper, new.upper),
+                labels=segments.both(found.labels, new.labels),
+                dense=combine(jnp.logical_and, found.dense, new.dense),
+            )
+        return found
+
+
+def members(mask: Mask) -> tuple[Mask, ...]:
+    return mask.masks if isinstance(mask, Intersection) else (mask,)
+
+
+def as_mask(mask) -> Mask:
+    """A `Mask` as it is, a boolean array as `Dense`."""
+    if isinstance(mask, Mask):
+        return mask
+    if hasattr(mask, "dtype") and hasattr(mask, "shape"):
+        return Dense(mask)
+    raise TypeError(
+        f"mask must be a jax_fa.masks.Mask or a boolean array; got {type(mask).__name__}. "
+        "For an additive mask use bias."
+    )
+
+
+def aligned(mask: Mask, rows: Rows) -> Rows:
+    """The rows, with the lengths that the mask gives."""
+    for member in members(mask):
+        rows = member.aligned(rows)
+    return rows
+
+
+def combine(fn, a, b):
+    return b if a is None else a if b is None else fn(a, b)

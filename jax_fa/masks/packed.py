@@ -1,0 +1,214 @@
+"""Masks of several sequences in one array: by cumulative lengths, and by segment IDs."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa import indices
+from jax_fa.call import Shape, Size
+from jax_fa.indices import is_int, is_static, known, search_last
+from jax_fa.masks import segments
+from jax_fa.masks.bands import Band
+from jax_fa.masks.base import Mask, Placement, Rows, Terms, alike, broadcasts
+
+
+class _Packed(Mask):
+    """Several sequences in one array: only keys of its own sequence are visible to a row, and of those `within`."""
+
+    query: Any
+    key: Any
+    within: Band | None
+    contiguous: ClassVar[bool] = True  # the members of a sequence lie side by side
+
+    def _check_within(self) -> None:
+        if self.within is not None and not isinstance(self.within, Band):
+            raise TypeError(f"within must be a Band (Causal, SlidingWindow); got {self.within!r}.")
+
+    def check(self, batch, heads, sq, skv) -> None:
+        if self.within is not None:
+            self.within.check(batch, heads, sq, skv)
+
+    def placement(self, rows: Rows) -> Placement:
+        # A row of self-attention stands at its own key; `within` counts from the same corner either way.
+        within = Placement() if self.within is None else self.within.placement(rows) or Placement()
+        binds = self.within is not None
+        still = is_int(within.offset) and within.offset == 0
+        if (self.key is None or alike(self.query, self.key)) and (still or self.contiguous):
+            return Placement(offset=within.offset, binds=binds)
+        return Placement(packed=self, binds=binds)
+
+    def _shift(self, rows: Rows):
+        """How far `within` moves the rows of a sequence; `rows` has the lengths of each one's own."""
+        if self.within is None:
+            return 0
+        return rows.corner(self.within.align) + rows.per_row(self.within.offset)
+
+    def position(self, rows: Rows):
+        """The key position of each row."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CumulativeLengths(_Packed):
+    """`visible(i, j) = seq(i) == seq(j)`, and `within` of the positions inside that sequence.
+
+    Args:
+      query: where each sequence ends: `cumsum` of the lengths, in 0..Sq, shape `sequences` or `*B sequences`. A
+        leading 0 is an empty sequence and does no harm; zeros after the last end are empty sequences. Ends must not
+        decrease otherwise; those whose values are not known when tracing count as their running maximum, within
+        0..Sq. Rows past the last end are fully masked.
+      key: the same of keys, None: the same as query. Keys past the last end are masked.
+      within: a Band, Causal or SlidingWindow relative to each sequence, with that sequence's lengths.
+    """
+
+    query: Any
+    key: Any = None
+    within: Band | None = None
+
+    def __post_init__(self) -> None:
+        self._check_within()
+        if self.query is None:
+            raise TypeError("query must hold the cumulative lengths of the rows; got None.")
+        for name in ("query", "key"):
+            value = getattr(self, name)
+            if value is not None:
+                indices.check_dtype(f"cumulative {name} lengths", value)
+                object.__setattr__(self, name, indices.tidy_ends(f"cumulative {name} lengths", value))
+        if self.key is not None and np.shape(self.query)[-1:] != np.shape(self.key)[-1:]:
+            raise ValueError(
+                f"cumulative query and key lengths must name the same sequences; got shapes "
+                f"{np.shape(self.query)} and {np.shape(self.key)}."
+            )
+
+    def check(self, batch, heads, sq, skv) -> None:
+        super().check(batch, heads, sq, skv)
+        for name, value, full in (("query", self.query, sq), ("key", self.key, skv)):
+            # Keys that end where queries do must fit both.
+            value = self.query if value is None else value
+            shape = np.shape(value)
+            if not shape or not _per_batch(shape[:-1], batch):
+                raise ValueError(
+                    f"cumulative {name} lengths must have shape (sequences,) or (*B, sequences) with "
+                    f"B={batch}; got {shape}."
+                )
+            indices.check_range(f"cumulative {name} lengths", value, full)
+
+    def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
+        if np.shape(self.query)[-1] == 0:
+            return None, jnp.zeros_like(rows.i)
+        inside, start_k, own = self._places(rows)
+        lower, upper = start_k, start_k + own.skv
+        if self.within is not None:
+            lo, hi = self.within.rows(own, skv)
+            if lo is not None:
+                lower = jnp.maximum(lower, start_k + lo)
+            if hi is not None:
+                upper = jnp.minimum(upper, start_k + hi)
+        return lower, jnp.where(inside, upper, 0)
+
+    def position(self, rows: Rows):
+        if np.shape(self.query)[-1] == 0:
+            return rows.i
+        _, start_k, own = self._places(rows)
+        return start_k + own.i + self._shift(own)
+
+    def _places(self, rows: Rows):
+        """(whether a row is in a sequence, its first key, the row within the sequence)."""
+        end_q = indices.rising(self.query, rows.all_sq)
+        end_k = indices.rising(self.query if self.key is None else self.key, rows.all_skv)
+        count = end_q.shape[-1]
+        sequence = _searchsorted(end_q, rows.i, "right")
+        at = jnp.minimum(sequence, count - 1)
+
+        def take(ends, index):
+            return jnp.where(index < 0, 0, _take(ends, jnp.maximum(index, 0)))
+
+        start_q, start_k = take(end_q, at - 1), take(end_k, at - 1)
+        own = replace(rows, i=rows.i - start_q, sq=take(end_q, at) - start_q, skv=take(end_k, at) - start_k)
+        return sequence < count, start_k, own
+
+
+@dataclass(frozen=True)
+class SegmentIds(_Packed):
+    """`visible(i, j) = query[i] == key[j]`, and `within` of the positions inside that segment.
+
+    Ids in any order. The members of a segment count in their own order, also where others lie in between.
+
+    Args:
+      query: integer ids, shape `*#B Sq`.
+      key: the same of keys, shape `*#B Skv`; None: the same as query.
+      within: a Band, Causal or SlidingWindow relative to each segment, with that segment's lengths.
+      padding_id: rows of this id are fully masked, keys of this id are masked; None: no id is special.
+    """
+
+    query: Any
+    key: Any = None
+    within: Band | None = None
+    padding_id: int | np.integer | None = None
+    contiguous: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self._check_within()
+        for name, value in (("query", self.query), ("key", self.key)):
+            if value is not None:
+                indices.check_dtype(f"{name} segment ids", value)
+        if self.padding_id is not None and not is_int(self.padding_id):
+            raise TypeError(f"padding_id must be an int or None; got {self.padding_id!r}.")
+
+    def check(self, batch, heads, sq, skv) -> None:
+        super().check(batch, heads, sq, skv)
+        for name, value, full in (("query", self.query, sq), ("key", self.key, skv)):
+            value = self.query if value is None else value
+            shape = np.shape(value)
+            if shape[-1:] != (full,) or not _per_batch(shape[:-1], batch):
+                raise ValueError(
+                    f"{name} segment ids must have shape (*B, {full}) with B={batch}; got {shape}."
+                )
+
+    def rules(self, rows: Rows) -> Terms:
+        if 0 in (*np.shape(self.query), *np.shape(self.key)):
+            return Terms(upper=jnp.zeros_like(rows.i))
+        found, own = self._segments(rows)
+        lo, hi = (None, None) if self.within is None else self.within.rows(own, rows.all_skv)
+        return Terms(*segments.interval(found, lo, hi))
+
+    def position(self, rows: Rows):
+        if 0 in (*np.shape(self.query), *np.shape(self.key)):
+            return rows.i
+        found, own = self._segments(rows)
+        return segments.position(found, self._shift(own))
+
+    def _segments(self, rows: Rows) -> tuple[segments.Segments, Rows]:
+        """The segments, and the rows within their own."""
+
+        def ids(given):
+            x = np.asarray(given) if is_static(given) else given
+            values = known(x)
+            x = x if values is None else values
+            # As many dims as the call has, so that they broadcast with counts per batch entry.
+            return x.reshape((1,) * (rows.batch_rank + 1 - x.ndim) + x.shape)
+
+        query, key = ids(self.query), ids(self.query if self.key is None else self.key)
+        found = segments.of_ids(query, key, None if self.padding_id is None else int(self.padding_id))
+        return found, replace(rows, i=found.rank, sq=found.rows, skv=found.count)
+
+
+def _per_batch(shape: Shape, batch: Shape) -> bool:
+    """Whether these leading dims are none, or `*#B`."""
+    return not shape or (len(shape) == len(batch) and broadcasts(shape, batch))
+
+
+def _searchsorted(table, values, side):
+    """searchsorted along the last axis; a batched result gets a head axis: `*B 1 Sq`."""
+    found = search_last(table, values, side)
+    return found if found.ndim == 1 else found[..., None, :]
+
+
+def _take(table, index):
+    if table.ndim == 1:
+        return table[index]
+    if index.ndim == 1:
+        return table[..., None, index]
+    return jnp.take_along_axis(table[..., None, :], index, axis=-1)
