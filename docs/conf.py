@@ -29,7 +29,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are kept with their outputs
 exclude_patterns = ["_build"]
 nitpicky = True  # a reference that leads nowhere is an error
-nitpick_ignore = [("py:class", "jax_fa.problem.Dims")]  # explain shows it; it is no entry of its own
+nitpick_ignore = [("py:class", "jax_fa.call.Dims")]  # explain shows it; it is not an entry of its own
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # shapes and dtypes stand in the text of every argument
