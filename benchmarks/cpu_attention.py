@@ -25,7 +25,8 @@ import jaxlib
 import numpy as np
 
 import jax_fa
-from jax_fa import _native, program
+from jax_fa import _native
+from jax_fa.demo import program
 from jax_fa.masks import Causal, SlidingWindow
 
 # A peer where it is installed.

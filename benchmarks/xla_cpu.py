@@ -21,7 +21,7 @@ import jaxlib
 import numpy as np
 
 import jax_fa
-import jax_fa.program
+from jax_fa.demo import program as process
 
 OURS, THEIRS = "jax_fa", "jax.nn"
 ATTENTIONS: dict[str, Callable[..., Any]] = {
@@ -155,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.json:
         try:
-            jax_fa.program.check_writable(options.json)
+            process.check_writable(options.json)
         except ValueError as error:
             parser.error(str(error))
 
@@ -170,8 +170,8 @@ def main() -> None:
             measured = {attention: asdict(m) for attention, m in by_name.items()}
             found["cases"].append({**asdict(case), "program": name, "measured": measured})
             if options.json:
-                jax_fa.program.write(options.json, json.dumps(found, indent=1) + "\n")
+                process.write(options.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    jax_fa.program.start(main)
+    process.start(main)

@@ -1,5 +1,7 @@
 """Exact FlashAttention for JAX: one op, every chip."""
 
+import sys
+
 from jax_fa import backends, masks
 from jax_fa.api import dot_product_attention, flash_attention
 from jax_fa.attention import OUT_NAME, STATS_NAME
@@ -7,6 +9,9 @@ from jax_fa.backends import ascend, mosaic
 from jax_fa.cann.score import FlashAttentionScoreOutput, flash_attention_score
 from jax_fa.dropout import dropout_mask
 from jax_fa.explanation import Explanation, explain
+
+# Rooms of `backends` by their public names, for `import jax_fa.ascend` too.
+sys.modules |= {f"{__name__}.ascend": ascend, f"{__name__}.mosaic": mosaic}
 
 __version__ = "0.2.0"
 __all__ = [

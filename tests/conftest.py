@@ -20,13 +20,15 @@ import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
+import jax_fa
 from jax_fa import ascend, backends
-from jax_fa.ascend import installation
-from jax_fa.backends import cpu, xla
+from jax_fa.backends import native
+from jax_fa.backends.ascend import installation
+from jax_fa.backends.xla import tiling
 from jax_fa.testing import cases
 
 # Read when CANN is first asked for, which importing does not do.
-if installation.missing is None:
+if native.missing is None:
     os.environ.setdefault(installation.EMULATOR, ascend.emulator_dir())
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Every example compiles: few of them, always the same, and without a clock.
@@ -45,12 +47,12 @@ if _NPROC is None:  # the pool exists now
     del os.environ["NPROC"]
 # A call of up to ONE_TILE_ELEMENTS logits would be a single tile.
 _SMALL = {"MIN_TILE": cases.ROWS, "MAX_ROWS": cases.ROWS, "MAX_KEYS": cases.KEYS, "ONE_TILE_ELEMENTS": 0}
-_REAL = {name: getattr(xla, name) for name in _SMALL}
+_REAL = {name: getattr(tiling, name) for name in _SMALL}
 
 
 def pytest_generate_tests(metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        serving = [b.name for b in backends.BACKENDS if b.platforms is None or PLATFORM in b.platforms]
+        serving = [b.name for b in backends.every() if b.platforms is None or PLATFORM in b.platforms]
         metafunc.parametrize("backend", serving)
 
 
@@ -66,12 +68,12 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def pytest_report_header() -> str:
-    return f"jax_fa: {xla.__file__.removesuffix('/backends/xla.py')}, native extension: {cpu.missing or 'present'}"
+    return f"jax_fa: {jax_fa.__path__[0]}, native extension: {native.missing or 'present'}"
 
 
 def _set_tiles(sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
-        setattr(xla, name, size)
+        setattr(tiling, name, size)
 
 
 @pytest.fixture(scope="session", autouse=True)

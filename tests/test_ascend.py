@@ -13,13 +13,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_fa
 from jax_fa import ascend, flash_attention, flash_attention_score, masks
-from jax_fa.ascend import installation
+from jax_fa.backends.ascend import installation
 from jax_fa.masks import Band, Causal, CumulativeLengths, Prefix
 from jax_fa.testing import cases as common
 from jax_fa.testing import emulator, oracle
 
-if installation.missing is not None:
-    pytest.skip(f"needs the native extension: {installation.missing}", allow_module_level=True)
+if (absent := installation.absence()) is not None:
+    pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
 
 ASCEND = {"implementation": "ascend"}
 
@@ -446,12 +446,13 @@ def test_splitting(options):
     # Less than a quarter of the rows of one group of heads.
     limit = d * (case.N // case.K) * max(1, case.Sq // 3)
     arguments = case.stored_operands(), case.stored(dout), dlse
-    run = jax.jit(lambda *x: case.gradient(*x, max_work=limit, **ASCEND))
+    run = jax.jit(lambda *x: case.gradient(*x, implementation=ascend.Options(max_work=limit)))
     (out, lse), gradients = run(*arguments)
     common.check(case, out, lse, gradients)
     assert len(emulator.log()) > 2
     emulator.reset()
-    jax.block_until_ready(jax.jit(lambda *x: case.gradient(*x, max_work=None, **ASCEND))(*arguments))
+    whole = ascend.Options(max_work=None)
+    jax.block_until_ready(jax.jit(lambda *x: case.gradient(*x, implementation=whole))(*arguments))
     assert len(emulator.log()) == 2
 
 
@@ -460,15 +461,31 @@ def test_splitting(options):
 )
 def test_splitting_of_cann_calls(name):
     case = next(c for c in cann.CASES if c.name == name)
-    cann.check(case, cann.run(case, max_work=20 * 33 * 4 * 16, **ASCEND))
+    cann.check(case, cann.run(case, implementation=ascend.Options(max_work=20 * 33 * 4 * 16)))
     assert len(emulator.log()) > 2
 
 
 @pytest.mark.parametrize("work", [0, -1, 2.5, True, "much"])
 def test_max_work_is_checked(work, no_type_checker):
-    x = jnp.ones((1, 8, 2, 16))
-    with pytest.raises(ValueError, match="max_work must be a positive int or None"):
-        flash_attention(x, x, x, max_work=work)
+    with pytest.raises(ValueError, match="max_work must be a positive int or None; got"):
+        ascend.Options(max_work=work)
+
+
+def test_options_name_the_backend():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 2, 16)), jnp.float32)
+    plain = flash_attention(x, x, x, **ASCEND)
+    assert len(emulator.log()) == 1
+    assert ascend.Options() == ascend.Options(max_work=2**46) != ascend.Options(max_work=None)
+    options = ascend.Options(max_work=np.int64(8 * 8 * 2 * 32))  # one batch entry
+    np.testing.assert_array_equal(flash_attention(x, x, x, implementation=options), plain)
+    assert len(emulator.log()) == 4
+    emulator.reset()
+    np.testing.assert_array_equal(jax_fa.dot_product_attention(x, x, x, implementation=options), plain)
+    assert len(emulator.log()) == 3
+    with pytest.raises(ValueError, match=r"Pass an object of this class: Options\(\.\.\.\)"):
+        flash_attention(x, x, x, implementation=ascend.Options)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="implementation='ascend' cannot serve this call"):
+        flash_attention(x, x, x, logits_soft_cap=2.0, implementation=options)
 
 
 def test_many_heads_are_several_calls():

@@ -4,6 +4,7 @@ And what the custom calls refuse before CANN is asked.
 """
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -15,16 +16,20 @@ import test_vmap_subsets as subsets
 
 import jax_fa
 from jax_fa import flash_attention, flash_attention_score, primitives
-from jax_fa.api import flash_attention_request
-from jax_fa.ascend import installation
-from jax_fa.ascend.request import Translation
+from jax_fa.backends.ascend import installation
+from jax_fa.backends.ascend.request import Translation
+from jax_fa.call import Call, rounding_unit
+from jax_fa.entry import request_of
 from jax_fa.masks import Causal, CumulativeLengths, SegmentIds
+<<<<<<< HEAD
 from jax_fa.problem import rounding_unit
 from jax_fa.testing import cases as common
 from jax_fa.testing import emulator
+=======
+>>>>>>> ascend
 
-if installation.missing is not None:
-    pytest.skip(f"needs the native extension: {installation.missing}", allow_module_level=True)
+if (absent := installation.absence()) is not None:
+    pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
 
 FLT_MAX = np.finfo(np.float32).max
 RAISED = (jax.errors.JaxRuntimeError, ValueError)  # JAX makes the latter of an invalid argument
@@ -154,9 +159,9 @@ def test_rounding_is_known_where_cann_computes_in_float32(dtype):
     case = common.Case(name="rounding", dtype=dtype)
     for bias_dtype in (dtype, "float32"):
         bias = np.zeros((case.Sq, case.Skv), bias_dtype)
-        problem, operands = flash_attention_request(**case.operands(), bias=bias, implementation="ascend")
-        problem = jax_fa.problem.replace(problem, saves_rounding=True)
-        out, _, _, rounding = jax.jit(partial(primitives.forward, problem))(operands)
+        call = request_of(flash_attention, **case.operands(), bias=bias, implementation="ascend").call
+        problem = replace(call.problem, saves_rounding=True)
+        out, _, _, rounding = jax.jit(partial(primitives.forward, problem))(call.operands)
         assert rounding.shape == out.shape and rounding.dtype == out.dtype
         if bias_dtype == dtype:
             assert not np.asarray(rounding).any()
@@ -268,8 +273,8 @@ def test_a_bias_of_minus_infinity_masks(mask, low, dtype):
 def test_segments_in_any_order():
     ids = np.array([1, 2, 1, 3, 2, 1, 3, 3] * 4, np.int32)
     case = common.Case(name="mixed", Sq=32, Skv=32, dtype="bfloat16")
-    problem, operands = flash_attention_request(**case.operands(), mask=SegmentIds(ids, within=Causal()))
-    assert operands.segment_row is not None
+    asked = request_of(flash_attention, **case.operands(), mask=SegmentIds(ids, within=Causal())).call
+    assert asked.operands.segment_row is not None
     found, want = (
         flash_attention(**case.operands(), mask=SegmentIds(ids, within=Causal()), implementation=b)
         for b in ("ascend", "xla")
@@ -277,7 +282,7 @@ def test_segments_in_any_order():
     _close(found, want, "bfloat16")
     (call,) = emulator.log()
     assert (call["sparseMode"], call["tensors"]["attenMask"]["shape"]) == (1, [1, 1, 32, 32])
-    assert any("1024 bytes" in note for note in jax_fa.backends.ascend.notes(problem, operands))
+    assert any("1024 bytes" in note for note in jax_fa.backends.notes("ascend", asked))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -319,7 +324,8 @@ def test_translations_of_a_backward_have_its_batch():
     problem, operands, saved = subsets._inputs()
     one = jax.tree.map(lambda x: x[:1], operands)
     problem = problem.map_front()
-    assert Translation(problem, one, None, saved).dims.B == (subsets.SIZE,)
+    call = Call.of(problem, one, saved)
+    assert Translation(call, None).dims.B == (subsets.SIZE,)
 
 
 # --- the custom calls check every extent

@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 
 import jax_fa
+<<<<<<< HEAD
 from jax_fa.ascend import installation
 from jax_fa.testing import emulator
+=======
+from jax_fa.backends.ascend import installation
+>>>>>>> ascend
 
-if installation.missing is not None:
-    pytest.skip(f"needs the native extension: {installation.missing}", allow_module_level=True)
+if (absent := installation.absence()) is not None:
+    pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
 
 _OURS = ("JAX_FA_CANN_EMULATOR", "JAX_FA_CANN_PATH", "JAX_FA_CANN_ABI", "LD_LIBRARY_PATH")
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_fa import bench, program
+from jax_fa import bench
 from jax_fa.bench import contestants, measure, record, report, shapes
 from jax_fa.bench.measure import Result
+from jax_fa.demo import program
 
 TINY = ["--shapes", "B2-S24-N2-K1-D8", "--mask", "causal", "--rounds", "2"]
 

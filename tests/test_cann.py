@@ -12,12 +12,13 @@ import pytest
 
 from jax_fa import (
     FlashAttentionScoreOutput,
-    cann,
     dropout_mask,
     flash_attention,
     flash_attention_score,
     masks,
 )
+from jax_fa.cann import score
+from jax_fa.entry import request_of
 from jax_fa.testing import cann_oracle as oracle
 
 FLT_MAX = np.finfo(np.float32).max
@@ -417,9 +418,10 @@ def test_tokens_after_the_last_end(traced, backend):
 def test_the_ends_that_the_backend_of_cann_gets_do_not_decrease():
     q = _random(8, 2, 8)
     ends = {"actual_seq_qlen": [4, 8, 0, 0], "actual_seq_kvlen": (4, 8, 0, 0)}
-    problem, _ = cann.flash_attention_score_request(q, q, q, head_num=2, input_layout="TND", **ends)
-    assert problem.cann.actual_seq_qlen == problem.cann.actual_seq_kvlen == (4, 8, 8, 8)
-    assert problem.mask.query == problem.mask.key == (4, 8, 8, 8)
+    call = request_of(flash_attention_score, q, q, q, head_num=2, input_layout="TND", **ends).call
+    given, mask = call.operands.hints, call.problem.mask
+    assert given.actual_seq_qlen == given.actual_seq_kvlen == (4, 8, 8, 8)
+    assert mask.query == mask.key == (4, 8, 8, 8)
 
 
 # What the docstring asks of integers: values that break it, the error where they are known, and what they mean
@@ -665,11 +667,11 @@ def test_the_request_keeps_static_structure_for_backends():
         found = {}
 
         def trace(q):
-            found["problem"], _ = cann.flash_attention_score_request(q, q, q, head_num=2, **more)
+            found["call"] = request_of(flash_attention_score, q, q, q, head_num=2, **more).call
             return 0
 
         jax.eval_shape(trace, q)
-        return found["problem"].mask
+        return found["call"].problem.mask
 
     assert mask_of() is None
     assert mask_of(sparse_mode=3) == masks.Causal("bottom-right")
@@ -689,7 +691,7 @@ def test_bit_positions_beyond_32_bits(columns):
     last = min(2**34 // columns, 2**31) - 1  # of a stream of 2**31 bytes
     rows = [0, 1, 7, 8, last // 3 + 1, last // 2, last]
     first_key = 12345
-    found = cann._drop_offset(jnp.asarray(rows, jnp.int32), columns, (0, 3), first_key)
+    found = score._drop_offset(jnp.asarray(rows, jnp.int32), columns, (0, 3), first_key)
     assert found.dtype == jnp.int32
     assert _positions(found) == [3 + row * columns - first_key for row in rows]
     assert ((np.asarray(found)[..., 1] >= 0) & (np.asarray(found)[..., 1] < 8)).all()
@@ -699,7 +701,7 @@ def test_blocks_before_packed_sequences_beyond_32_bits():
     sq, skv, N = [100_003, 0, 70_001, 5, 33], [50_021, 7, 20_011, 0, 11], 2
     sizes = [N * a * b for a, b in zip(sq, skv, strict=True)]
     assert sum(sizes) > 2**32
-    found = cann._blocks_before(jnp.asarray(sq, jnp.int32), jnp.asarray(skv, jnp.int32), N)
+    found = score._blocks_before(jnp.asarray(sq, jnp.int32), jnp.asarray(skv, jnp.int32), N)
     assert _positions(np.stack(found, axis=-1)) == [sum(sizes[:b]) for b in range(len(sizes))]
 
 
@@ -724,7 +726,7 @@ def _request(layout="BSND", B=2, Sq=8, Skv=10, N=4, K=2, D=16, Dv=16, dtype="flo
     static = {"head_num": N, "input_layout": layout} | more
 
     def call(abstract):
-        cann.flash_attention_score_request(**abstract, **concrete, **static)
+        request_of(flash_attention_score, **abstract, **concrete, **static)
         return 0
 
     jax.eval_shape(call, abstract)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 import jax_fa
-from jax_fa import compat, explanation, native
-from jax_fa.backends import cpu
+from jax_fa import compat, explanation
+from jax_fa.backends import native
 from jax_fa.masks import Causal
 
 X = jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)
@@ -82,13 +82,13 @@ def test_the_entry_of_arguments(arguments, options, entry):
     ],
 )
 def test_what_it_computes_in(dtype, platform, text):
-    if platform == "ascend" and cpu.missing is not None:
+    if platform == "ascend" and native.missing is not None:
         pytest.skip("needs the native extension")
     with jax.enable_x64(True):
         x = jax.ShapeDtypeStruct((1, 64, 4, 32), dtype)
         told = jax_fa.explain(x, x, x, platforms=platform)
     assert told.computes_in[platform].startswith(text)
-    assert f"computes in: {text}" in str(told)
+    assert text in str(told)
 
 
 # --- a checkout in front of the installed package
@@ -140,7 +140,7 @@ def test_a_checkout_that_shadows_the_installed_package(checkout, tmp_path_factor
     _metadata(site)
     told = _ask(checkout, PYTHONPATH=str(site))
     assert (
-        f"not cpu: jax_fa is imported from its source tree {checkout}, which holds no compiled kernels, in place of the "
+        f"cpu  cpu     jax_fa is imported from its source tree {checkout}, which holds no compiled kernels, in place of the "
         "installed package: start Python with -P, or in another directory"
     ) in told
 

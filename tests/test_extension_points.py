@@ -59,7 +59,7 @@ def test_a_registered_backend_is_preferred_where_it_serves():
 
 
 @pytest.mark.parametrize(
-    ("backend", "before", "error", "message"),
+    ("given", "before", "error", "message"),
     [
         (object(), "xla", TypeError, "backend must be an object with name, platforms"),
         (Doubling, "xla", TypeError, "backend must be an object with name, platforms"),
@@ -67,9 +67,9 @@ def test_a_registered_backend_is_preferred_where_it_serves():
         (Doubling(), "gpu", ValueError, "before must be one of 'cpu', 'mosaic', 'ascend', 'xla'; got 'gpu'"),
     ],
 )
-def test_what_register_refuses(backend, before, error, message, no_type_checker):
+def test_what_register_refuses(given, before, error, message, no_type_checker):
     with pytest.raises(error, match=message):
-        backends.register(backend, before)
+        backends.register(given, before)
     assert backends.names() == ("cpu", "mosaic", "ascend", "xla")
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa import masks, request
+from jax_fa import masks
 from jax_fa.attention import attention
+from jax_fa.entry import request_of
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, CASES, REAL_TILES, check, expected
 
@@ -46,17 +47,16 @@ def test_softmax_statistics(name, backend):
     case = BY_NAME[name]
     x = {n: jnp.asarray(a) for n, a in case.operands().items()}
     mask = None if case.mask is None else masks.as_mask(case.library_mask())
-    problem, operands = request.build(
+    call = request_of(
+        jax_fa.flash_attention,
         **x,
-        axes=(0, 1, 2, 3),
-        layout="BSND",
         mask=mask,
         logits_soft_cap=case.soft_cap,
         dropout_rate=case.dropout,
         dropout_key=case.dropout_key(),
         implementation=backend,
-    )
-    found = jax.jit(attention, static_argnums=0)(problem, operands)
+    ).call
+    found = jax.jit(lambda operands: attention(call.replace(operands=operands)))(call.operands)
     want = expected(case)[0]
     for name, ours, oracles in (("m", found.softmax_max, want.m), ("l", found.softmax_sum, want.l)):
         assert ours.dtype == jnp.float32

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa import demo, program
+from jax_fa import demo
 from jax_fa.backends import cpu as native
-from jax_fa.demo import baseline, checks, gpt, race
+from jax_fa.demo import baseline, checks, gpt, program, race
 
 BEST = "cpu" if native.missing is None else "xla"
 TINY = ["--quick", "--steps", "3", "--seq-len", "96"]

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_fa.mosaic import tuning
+from jax_fa.mosaic.tuning import Tiles
+from jax_fa.problem import DIFFERENTIABLE, rounding_unit
 from mosaic_tools import interpreter, needs_new_jax, pairwise, request, spanning, why_not
 from test_nan import MASKS
 
 import jax_fa
 from jax_fa import masks, primitives
 from jax_fa.attention import attention
-from jax_fa.mosaic import tuning
-from jax_fa.mosaic.tuning import Tiles
-from jax_fa.problem import DIFFERENTIABLE, rounding_unit
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import CASES, Case, check, expected
 

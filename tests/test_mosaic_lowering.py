@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax_fa.problem import DIFFERENTIABLE, Operands, Problem
 from mosaic_tools import REFUSED, TARGET, gpu, lowered, needs_new_jax, operations, pairwise, spanning
 
 import jax_fa
@@ -18,7 +19,6 @@ from jax_fa import backends
 from jax_fa.attention import attention
 from jax_fa.backends import mosaic
 from jax_fa.masks import Causal, Lengths, SlidingWindow
-from jax_fa.problem import DIFFERENTIABLE, Operands, Problem
 
 B, N, K = 2, 4, 2
 LENGTHS = ((2048, 2016), (1000, 1008), (1, 2048))

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-
-from jax_fa import api
-from jax_fa.backends import mosaic
 from jax_fa.mosaic import geometry, operands, tuning
 from jax_fa.mosaic.geometry import Geometry
 from jax_fa.mosaic.operands import RANGE, aligned, aligned_head_dim, aligned_length, visibility
 from jax_fa.mosaic.tuning import ROWS, Tiles
 from jax_fa.mosaic.widths import padded_head_dim, swizzle_elements
 from jax_fa.problem import Operands, Problem, dims
+
+from jax_fa import api
+from jax_fa.backends import mosaic
 
 HEAD_DIMS = (1, 8, 16, 24, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 PAIRS = (*((D, D) for D in HEAD_DIMS), (192, 128), (128, 192), (64, 16), (16, 256), (256, 1))

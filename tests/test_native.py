@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa import native
-from jax_fa.backends import cpu
+from jax_fa.backends import native
 from jax_fa.masks import Causal
 from jax_fa.testing.cases import BY_NAME, Case, check
 
-if cpu.missing is not None:
-    pytest.skip(f"needs the native extension: {cpu.missing}", allow_module_level=True)
+if native.missing is not None:
+    pytest.skip(f"needs the native extension: {native.missing}", allow_module_level=True)
 if jax.default_backend() != "cpu":
     pytest.skip("needs CPU devices by default", allow_module_level=True)
 
@@ -61,10 +60,10 @@ def _program(case: Case):
     return partial(run, case.stored_operands(), case.stored(dout), dlse)
 
 
-@pytest.mark.parametrize("isa", cpu._native.instruction_sets())
+@pytest.mark.parametrize("isa", native.extension.instruction_sets())
 @pytest.mark.parametrize("case", SPREAD, ids=str)
 def test_every_instruction_set(case, isa, monkeypatch):
-    if not cpu._native.instruction_sets()[isa]:
+    if not native.extension.instruction_sets()[isa]:
         pytest.skip(f"this machine does not have {isa}")
     monkeypatch.setenv(ISA, isa)
     (out, lse), gradients = jax.block_until_ready(_program(case)())
@@ -73,10 +72,10 @@ def test_every_instruction_set(case, isa, monkeypatch):
 
 def test_the_set_that_is_asked_for_runs(monkeypatch):
     """Vectors of other lengths sum in another order, which shows: the variable is not just ignored."""
-    there = [isa for isa, has in cpu._native.instruction_sets().items() if has]
+    there = [isa for isa, has in native.extension.instruction_sets().items() if has]
     assert "portable" in there
     monkeypatch.delenv(ISA, raising=False)
-    best = cpu._native.chosen_instruction_set()
+    best = native.extension.chosen_instruction_set()
     run = _program(replace(BLOCKS, name="native-blocks-bf16", dtype="bfloat16"))
     bits = {}
     for isa in ("", *there):
@@ -84,7 +83,7 @@ def test_the_set_that_is_asked_for_runs(monkeypatch):
         (out, lse), gradients = run()
         parts = [np.asarray(x).tobytes() for x in (out, lse, *gradients.values())]
         bits[isa] = b"".join(parts)
-        assert cpu._native.chosen_instruction_set() == (isa or best)
+        assert native.extension.chosen_instruction_set() == (isa or best)
     assert bits[""] == bits[best]
     assert len({bits[isa] for isa in there}) == len(there)
 
@@ -133,7 +132,7 @@ class Refusal:
         return [normal((2, 5, 2, d)).astype(self.dtype) for d in (self.D, self.D, self.Dv)]
 
 
-_SETS = ", ".join(isa for isa, there in cpu._native.instruction_sets().items() if there)
+_SETS = ", ".join(isa for isa, there in native.extension.instruction_sets().items() if there)
 _WITHOUT_FIRST = ", ".join(_SETS.split(", ")[1:])
 REFUSALS = (
     Refusal(
@@ -163,11 +162,11 @@ REFUSALS = (
 def circumstances(request, monkeypatch):
     """The machine as a Refusal has it."""
     refusal: Refusal = request.param
-    sets = cpu._native.instruction_sets()
+    sets = native.extension.instruction_sets()
     if refusal.lacks is not None:
         sets[refusal.lacks] = False
-    monkeypatch.setattr(cpu._native, "instruction_sets", lambda: sets)
-    monkeypatch.setattr(cpu, "missing", refusal.missing)
+    monkeypatch.setattr(native.extension, "instruction_sets", lambda: sets)
+    monkeypatch.setattr(native, "missing", refusal.missing)
     monkeypatch.setenv(ISA, refusal.isa)
     with refusal.context():
         yield refusal

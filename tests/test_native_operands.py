@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa.backends import cpu, xla
-from jax_fa.problem import Operands, Problem, Saved
+from jax_fa.backends import cpu, native, xla
+from jax_fa.call import Operands, Problem, Saved
 
-if cpu.missing is not None:
-    pytest.skip(f"needs the native extension: {cpu.missing}", allow_module_level=True)
+if native.missing is not None:
+    pytest.skip(f"needs the native extension: {native.missing}", allow_module_level=True)
 if jax.default_backend() != "cpu":
     pytest.skip("needs CPU devices by default", allow_module_level=True)
 
@@ -70,14 +70,14 @@ def _results(operands: Operands) -> dict[str, jax.ShapeDtypeStruct]:
 def _forward(operands: Operands, outs: Any = (OUT, STATS, STATS)) -> Any:
     present, arrays = cpu._arrays(operands)
     call = jax.ffi.ffi_call("jax_fa_cpu_forward", outs)
-    return jax.block_until_ready(call(*arrays, problem=cpu._attribute(PROBLEM, present, 0)))
+    return jax.block_until_ready(call(*arrays, problem=cpu._attribute(PROBLEM, present, ())))
 
 
 def _backward(operands: Operands, saved: dict[str, Any], results: dict[str, Any]) -> Any:
     present, arrays = cpu._arrays(operands)
     call = jax.ffi.ffi_call("jax_fa_cpu_backward", list(results.values()))
     given = [jnp.ones(x.shape, x.dtype) for x in saved.values()]
-    return jax.block_until_ready(call(*arrays, *given, problem=cpu._attribute(PROBLEM, present, 0)))
+    return jax.block_until_ready(call(*arrays, *given, problem=cpu._attribute(PROBLEM, present, ())))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,13 +295,14 @@ def test_a_scale_for_each_head_of_a_group(sq, dtype):
     operands = Operands(query=q, key=k, value=v, scale=jnp.float32([[0.5, 0.0, -0.25, 1.0]]))
 
     def gradients(backend, operands):
-        out, m, l = backend.forward(problem, operands)
-        found = backend.backward(problem, operands, Saved(out=out, m=m, l=l, dout=out))
+        call = Call.of(problem, operands)
+        out, m, l = backend.forward(call)
+        found = backend.backward(call, Saved(out=out, m=m, l=l, dout=out))
         return [found.query, found.key, found.value, found.scale]
 
-    found = jax.jit(partial(gradients, cpu))(operands)
+    found = jax.jit(partial(gradients, cpu.backend))(operands)
     wide = operands.map(lambda name, x: x.astype(jnp.float32))
-    expected = jax.jit(partial(gradients, xla))(wide)
+    expected = jax.jit(partial(gradients, xla.backend))(wide)
     unit = 2e-5 if dtype == "float32" else 2e-2
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_fa
-from jax_fa import native
-from jax_fa.backends import cpu, mosaic
+from jax_fa.backends import cpu, mosaic, native
 from jax_fa.masks import Causal, Lengths
 from jax_fa.testing import emulator
 
@@ -186,7 +185,7 @@ def test_every_message_in_the_documents_is_provoked():
 
 @pytest.mark.parametrize("message", PROVOKED)
 def test_a_message_in_the_documents(message, request, monkeypatch, tmp_path):
-    if cpu.missing is not None and any(word in message for word in NATIVE):
+    if native.missing is not None and any(word in message for word in NATIVE):
         pytest.skip("needs the native extension")
     provoke = PROVOKED[message]
     names = provoke.__code__.co_varnames[: provoke.__code__.co_argcount]

@@ -15,9 +15,9 @@ import pytest
 
 import jax_fa
 from jax_fa import primitives
-from jax_fa.api import flash_attention_request
+from jax_fa.call import Operands, Saved
+from jax_fa.entry import request_of
 from jax_fa.masks import Causal, Dense, Lengths, SegmentIds
-from jax_fa.problem import Operands, Saved
 
 SIZE, SQ, SKV, N, K, D = 3, 5, 7, 4, 2, 8
 OPERANDS = ("query", "key", "value", "bias", "upper", "alibi_slopes")
@@ -44,7 +44,8 @@ def _inputs():
     for i in range(SIZE):
         one = {name: x[i] for name, x in floats.items()}
         mask = Causal("bottom-right") & Lengths(key=lengths[i])
-        calls.append(flash_attention_request(**one, mask=mask, return_logsumexp=True))
+        call = request_of(jax_fa.flash_attention, **one, mask=mask, return_logsumexp=True).call
+        calls.append((call.problem, call.operands))
     operands = jax.tree.map(lambda *x: jnp.stack(x), *(found for _, found in calls))
     saved = Saved(
         out=normal(SIZE, SQ, N, D),
@@ -71,7 +72,8 @@ def _data_inputs():
         seen = []
 
         def request(scalar, one=one, mask=mask, slopes=slopes, i=i, seen=seen):
-            found, x = flash_attention_request(
+            call = request_of(
+                jax_fa.flash_attention,
                 **one,
                 mask=mask,
                 alibi_slopes=slopes,
@@ -80,9 +82,9 @@ def _data_inputs():
                 dropout_rate=scalar,
                 dropout_key=jax.random.key(i),
                 return_logsumexp=True,
-            )
-            seen.append(found)
-            return x
+            ).call
+            seen.append(call.problem)
+            return call.operands
 
         calls.append((jax.jit(request)(jnp.float32(0.2 + 0.1 * i)), seen[0]))
     operands = jax.tree.map(lambda *x: jnp.stack(x), *(x for x, _ in calls))

@@ -40,12 +40,10 @@ def _mismatch(extension: Any) -> str | None:
 extension, missing = _load()  # the module `jax_fa._native`; None, and what the import said
 
 
-def absence() -> str | None:
-    """Why there are no compiled kernels, in one sentence; None where there are."""
-    if missing is None:
-        return None
+def absence(error: str | None = None) -> str:
+    """Why there are no compiled kernels, in one sentence; `error` is what the import said, None: that of this process."""
     if not _is_source_tree():
-        return f"the native extension is not installed ({missing}); reinstall with a C++17 compiler at hand"
+        return f"the native extension is not installed ({error or missing}); reinstall with a C++17 compiler at hand"
     source = f"jax_fa is imported from its source tree {_ROOT}, which holds no compiled kernels"
     if _is_installed():
         return f"{source}, in place of the installed package: start Python with -P, or in another directory"

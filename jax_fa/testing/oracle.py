@@ -192,7 +192,7 @@ def cumulative(sq: int, skv: int, query, key=None, within=None) -> np.ndarray:
         row = column = 0
         for end_row, end_column in zip(query[b], key[b], strict=True):
             rows, columns = end_row - row, end_column - column
-            block = np.ones((rows, columns), bool) if within is None else within(rows, columns)
+            block = np.ones((rows, columns), bool) if within is None else within(int(rows), int(columns))
             visible[b][row:end_row, column:end_column] = block
             row, column = end_row, end_column
     return visible if not batch else visible[..., None, :, :]

@@ -69,6 +69,14 @@ def here() -> Library | None:
     return None if found.error is not None else found
 
 
+def absence() -> str | None:
+    """Why this process cannot call CANN at all, in one sentence; None where it can."""
+    if native.extension is None:
+        return native.absence()
+    has_cann = getattr(native.extension, "has_cann", lambda: True)  # extensions of before this function had it
+    return None if has_cann() else "the native extension was built without the CANN adapter (Linux only)"
+
+
 def emulated() -> bool:
     """Whether this process was told to call an emulator."""
     return bool(os.environ.get(EMULATOR))
@@ -86,7 +94,7 @@ def emulator_dir() -> str:
     path = Path(__file__).parent.parent.parent / "emulator"
     if not (path / "libopapi.so").exists():
         reason = f"{path} is not there; reinstall with a C++17 compiler at hand"
-        raise RuntimeError(f"the CANN emulator is not installed: {native.absence() or reason}")
+        raise RuntimeError(f"the CANN emulator is not installed: {native.absence() if native.missing else reason}")
     return str(path)
 
 
