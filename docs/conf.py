@@ -5,7 +5,9 @@ import re
 import shutil
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # modules are imported for their docstrings only
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # modules are imported for their docstrings only
 
 import jax_fa
 
@@ -29,7 +31,9 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are kept with their outputs
 exclude_patterns = ["_build"]
 nitpicky = True  # a reference that leads nowhere is an error
-nitpick_ignore = [("py:class", "jax_fa.call.Dims")]  # explain shows it; it is not an entry of its own
+nitpick_ignore = [
+    ("py:class", "jax_fa.call.Dims")
+]  # explain shows it; it is not an entry of its own
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # shapes and dtypes stand in the text of every argument
@@ -44,7 +48,11 @@ html_theme = "furo"
 html_title = "jax_fa"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
+html_theme_options = {
+    "source_repository": REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
 
 
 def _repository_links(app, docname, source):
