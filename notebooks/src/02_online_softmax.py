@@ -65,7 +65,12 @@ print(f"row 0: max {M[0]:.3f}, sum {L[0]:.3f}, log-sum-exp {M[0] + np.log(L[0]):
 # Read a row's logits one at a time. At a new maximum, the sum so far is relative to the old one, and one factor
 # rescales it, the *refresh* $e^{m_{i-1} - m_i}$:
 #
-# $$m_i = \max(m_{i-1}, x_i), \qquad l_i = l_{i-1}\, e^{m_{i-1} - m_i} + e^{x_i - m_i}$$
+# $$
+# \begin{aligned}
+# m_i &= \max(m_{i-1}, x_i) \\
+# l_i &= l_{i-1}\, e^{m_{i-1} - m_i} + e^{x_i - m_i}
+# \end{aligned}
+# $$
 
 # %%
 row = SCALE * k @ q[0]
@@ -260,7 +265,12 @@ print(f"{len(visited)} of {Sq // TILE * Skv // TILE} tiles visited; a fully mask
 # Nothing of size `Sq x Skv` was saved, so the backward computes the logits again. With `m` and `l` saved, the weights of
 # a tile follow at once, $P = e^{x - m} / l$, with no second online pass. Then, for the cotangent `dO` of the output:
 #
-# $$dV = P^T dO, \quad dP = dO\, V^T, \quad dS = P \circ (dP - \delta), \quad dQ = s\, dS\, K, \quad dK = s\, dS^T Q$$
+# $$
+# \begin{aligned}
+# dV &= P^T dO & dP &= dO\, V^T & dS &= P \circ (dP - \delta) \\
+# dQ &= s\, dS\, K & dK &= s\, dS^T Q
+# \end{aligned}
+# $$
 #
 # $\delta$ is the row sum of $P \circ dP$ over *all* keys, which no single tile has. But $\sum_j P_{ij}\, dO_i \cdot V_j =
 # dO_i \cdot O_i$, so it is known before the loop: $\delta$ = rowsum($dO \circ O$).
