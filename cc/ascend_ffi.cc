@@ -18,6 +18,8 @@ namespace ffi = xla::ffi;
 
 namespace jax_fa {
 
+namespace {
+
 // Mirrors what backends/ascend.py sends.
 struct AscendProblemAttr {
   std::string_view input_layout;
@@ -27,8 +29,6 @@ struct AscendProblemAttr {
   uint32_t present;  // bit 0 pse, 1 drop_mask, 2 atten_mask
   std::string_view softmax_layout;
 };
-
-namespace {
 
 using cann::Array;
 using Ints = ffi::Span<const int64_t>;
@@ -88,7 +88,8 @@ std::string NameOf(Member member) {
 
 void MustCount(const char* what, size_t got, size_t wanted) {
   if (got != wanted)
-    throw BadCall("expected " + std::to_string(wanted) + " " + what + " for these attributes; got " + std::to_string(got));
+    throw BadCall("expected " + std::to_string(wanted) + " " + what + " for these attributes; got " +
+                  std::to_string(got));
 }
 
 cann::Call ToCall(cann::Direction direction, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
@@ -244,10 +245,8 @@ auto Common(Binding&& binding) {
 }
 
 auto DeviceBinding() {
-  return Common(ffi::Ffi::Bind()
-                    .Ctx<ffi::PlatformStream<void*>>()
-                    .Ctx<ffi::ScratchAllocator>()
-                    .Ctx<ffi::DeviceOrdinal>());
+  return Common(
+      ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::ScratchAllocator>().Ctx<ffi::DeviceOrdinal>());
 }
 
 auto HostBinding() { return Common(ffi::Ffi::Bind()); }

@@ -2,7 +2,8 @@
 // only the CANN emulator takes.
 #pragma once
 
-#include "xla/ffi/api/c_api.h"
+struct XLA_FFI_CallFrame;  // of xla/ffi/api/c_api.h
+struct XLA_FFI_Error;
 
 namespace jax_fa {
 

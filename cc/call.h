@@ -17,9 +17,7 @@ namespace jax_fa {
 
 enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8 };
 
-JAX_FA_INLINE int64_t ItemSize(DType t) {
-  return t == DType::kU8 ? 1 : t == DType::kBF16 || t == DType::kF16 ? 2 : 4;
-}
+JAX_FA_INLINE int64_t ItemSize(DType t) { return t == DType::kU8 ? 1 : t == DType::kBF16 || t == DType::kF16 ? 2 : 4; }
 
 // An array of the call. Strides are in elements; a dim of size 1 that broadcasts has stride 0.
 struct View {
@@ -47,22 +45,22 @@ struct Call {
   Alibi alibi = Alibi::kNone;
   uint32_t threshold = 0;  // a 16-bit number below it keeps its element
 
-  View query, key, value, out;     // row: position, col: head_dim
-  View bias, mask;                 // row: query, col: key; mask: nonzero = visible
-  View bias_offset;                // int32 [.., N, Sq]: then bias is [.., N, elements], and key j's is at offset + j
-  int64_t bias_elements = 0;       // of one head; what lies outside belongs to masked pairs
-  bool bias_apart = false;         // with bias_offset: no two key heads or batch entries share an element
-  View lower, upper;               // int32 [.., N, Sq]
-  View segment_row, segment_key;   // int32 [.., N, Sq], [.., N, Skv]: visible where row < 0 or row == key
-  View slopes;                     // float [.., N, Sq]
-  View position;                   // int32 [.., N, Sq]: where a row stands among the keys, for ALiBi; absent: its index
-  View seed, stream;               // uint32: [.., 2] per batch entry, [.., N, 2]
-  View drop_bits, drop_offset;     // uint8 [.., bytes], int32 [.., N, Sq, 2]
-  int64_t drop_bytes = 0;          // length of one batch entry's bits
+  View query, key, value, out;    // row: position, col: head_dim
+  View bias, mask;                // row: query, col: key; mask: nonzero = visible
+  View bias_offset;               // int32 [.., N, Sq]: then bias is [.., N, elements], and key j's is at offset + j
+  int64_t bias_elements = 0;      // of one head; what lies outside belongs to masked pairs
+  bool bias_apart = false;        // with bias_offset: no two key heads or batch entries share an element
+  View lower, upper;              // int32 [.., N, Sq]
+  View segment_row, segment_key;  // int32 [.., N, Sq], [.., N, Skv]: visible where row < 0 or row == key
+  View slopes;                    // float [.., N, Sq]
+  View position;                  // int32 [.., N, Sq]: where a row stands among the keys, for ALiBi; absent: its index
+  View seed, stream;              // uint32: [.., 2] per batch entry, [.., N, 2]
+  View drop_bits, drop_offset;    // uint8 [.., bytes], int32 [.., N, Sq, 2]
+  int64_t drop_bytes = 0;         // length of one batch entry's bits
   View scale_of_head, soft_cap_of_head;  // float [.., N], instead of scale and soft_cap
   View threshold_of_head;                // uint32 [.., N], instead of threshold and keep_prob
-  View m, l;                       // float [.., N, Sq]
-  View rounding;                   // as out: what rounding took from it, in halves of the dtype's epsilon
+  View m, l;                             // float [.., N, Sq]
+  View rounding;                         // as out: what rounding took from it, in halves of the dtype's epsilon
 
   // Backward only. The gradients of bias, slopes, scale and soft cap (float) have the operand's broadcast dims. dbias
   // must be zero when the kernel starts, unless WritesAllBias.

@@ -1,5 +1,6 @@
 #include "cann_module.h"
 
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
@@ -42,8 +43,7 @@ py::dict CannLibrary() {
 py::dict AscendRegistrations(bool host) {
   py::dict handlers;
   handlers["jax_fa_ascend_forward"] = py::capsule(reinterpret_cast<void*>(host ? AscendHostForward : AscendForward));
-  handlers["jax_fa_ascend_backward"] =
-      py::capsule(reinterpret_cast<void*>(host ? AscendHostBackward : AscendBackward));
+  handlers["jax_fa_ascend_backward"] = py::capsule(reinterpret_cast<void*>(host ? AscendHostBackward : AscendBackward));
   return handlers;
 }
 

@@ -1,7 +1,9 @@
 // What the Python module offers of CANN.
 #pragma once
 
-#include <pybind11/pybind11.h>
+namespace pybind11 {
+class module_;
+}
 
 namespace jax_fa {
 

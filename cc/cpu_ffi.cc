@@ -17,6 +17,8 @@ namespace ffi = xla::ffi;
 
 namespace jax_fa {
 
+namespace {
+
 // Mirrors what backends/cpu.py sends. `present`, `saved`: see operands.h.
 struct ProblemAttr {
   uint32_t present, saved;
@@ -25,8 +27,6 @@ struct ProblemAttr {
   uint8_t alibi, bias_apart;
   uint32_t threshold;
 };
-
-namespace {
 
 Element ToElement(ffi::DataType t) {
   switch (t) {
@@ -47,7 +47,8 @@ DType ToDType(Element e) {
     case Element::kF16: return DType::kF16;
     case Element::kI32: return DType::kI32;
     case Element::kU32: return DType::kU32;
-    case Element::kU8: case Element::kBool: return DType::kU8;
+    case Element::kU8:
+    case Element::kBool: return DType::kU8;
     default: return DType::kF32;
   }
 }
@@ -230,8 +231,7 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
       if (!call.Has(operand)) continue;
       const ffi::AnyBuffer x = Ret(rets, result++);
       c.*gradient = OperandView(p, call, operand, x, views);
-      if (operand == kBias && !WritesAllBias(c) && x.size_bytes() > 0)
-        std::memset(x.untyped_data(), 0, x.size_bytes());
+      if (operand == kBias && !WritesAllBias(c) && x.size_bytes() > 0) std::memset(x.untyped_data(), 0, x.size_bytes());
     }
     PoolRunner<ffi::ThreadPool> runner(pool);
     Chosen().backward(c, runner);
@@ -242,31 +242,27 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
 }  // namespace jax_fa
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    jax_fa::ProblemAttr, xla::ffi::StructMember<uint32_t>("present"),
-    xla::ffi::StructMember<uint32_t>("saved"),
-    xla::ffi::StructMember<std::string_view>("query_axes"),
-    xla::ffi::StructMember<std::string_view>("key_axes"),
-    xla::ffi::StructMember<std::string_view>("value_axes"),
-    xla::ffi::StructMember<std::string_view>("out_axes"),
+    jax_fa::ProblemAttr, xla::ffi::StructMember<uint32_t>("present"), xla::ffi::StructMember<uint32_t>("saved"),
+    xla::ffi::StructMember<std::string_view>("query_axes"), xla::ffi::StructMember<std::string_view>("key_axes"),
+    xla::ffi::StructMember<std::string_view>("value_axes"), xla::ffi::StructMember<std::string_view>("out_axes"),
     xla::ffi::StructMember<float>("scale"), xla::ffi::StructMember<float>("keep_prob"),
     xla::ffi::StructMember<float>("soft_cap"), xla::ffi::StructMember<uint8_t>("alibi"),
-    xla::ffi::StructMember<uint8_t>("bias_apart"),
-    xla::ffi::StructMember<uint32_t>("threshold"));
+    xla::ffi::StructMember<uint8_t>("bias_apart"), xla::ffi::StructMember<uint32_t>("threshold"));
 
 namespace jax_fa {
 
 XLA_FFI_DEFINE_HANDLER(kCpuForward, Forward,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
-                           .RemainingArgs()               // the operands that are present
-                           .RemainingRets()               // out, softmax max, softmax sum, rounding if saved
+                           .RemainingArgs()  // the operands that are present
+                           .RemainingRets()  // out, softmax max, softmax sum, rounding if saved
                            .Attr<ProblemAttr>("problem"));
 
 XLA_FFI_DEFINE_HANDLER(kCpuBackward, Backward,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
-                           .RemainingArgs()               // operands, out, m, l, dout, rounding and dlogsumexp if saved
-                           .RemainingRets()               // gradients in the order of kDifferentiable
+                           .RemainingArgs()  // operands, out, m, l, dout, rounding and dlogsumexp if saved
+                           .RemainingRets()  // gradients in the order of kDifferentiable
                            .Attr<ProblemAttr>("problem"));
 
 XLA_FFI_Error* CpuForward(XLA_FFI_CallFrame* call_frame) { return kCpuForward(call_frame); }

@@ -1,7 +1,8 @@
 // The CPU kernels' XLA FFI handlers.
 #pragma once
 
-#include "xla/ffi/api/c_api.h"
+struct XLA_FFI_CallFrame;  // of xla/ffi/api/c_api.h
+struct XLA_FFI_Error;
 
 namespace jax_fa {
 

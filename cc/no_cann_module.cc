@@ -1,6 +1,8 @@
 // A system without the adapter to CANN.
 #include "cann_module.h"
 
+#include <pybind11/pybind11.h>
+
 namespace py = pybind11;
 
 namespace jax_fa {

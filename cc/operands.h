@@ -50,7 +50,7 @@ struct Form {
   Operand operand;
   const char *name, *sizes, *roles;
   uint32_t elements;
-  View Call::*view;
+  View Call::* view;
 };
 
 constexpr Form kForms[] = {
@@ -86,10 +86,10 @@ static_assert(sizeof(kForms) / sizeof(kForms[0]) == kOperands && FormsAreInOrder
 // Operands with gradients, in the order of the backward's results, and where those go.
 struct Differentiable {
   Operand operand;
-  View Call::*gradient;
+  View Call::* gradient;
 };
 constexpr Differentiable kDifferentiable[] = {
-    {kQuery, &Call::dquery},   {kKey, &Call::dkey},      {kValue, &Call::dvalue},      {kBias, &Call::dbias},
+    {kQuery, &Call::dquery},   {kKey, &Call::dkey},     {kValue, &Call::dvalue},      {kBias, &Call::dbias},
     {kSlopes, &Call::dslopes}, {kScale, &Call::dscale}, {kSoftCap, &Call::dsoft_cap},
 };
 
@@ -99,7 +99,7 @@ constexpr Differentiable kDifferentiable[] = {
 enum Saved : uint32_t { kRounding = 1, kLogSumExp = 2 };
 struct SavedArray {
   const char *name, *text;
-  View Call::*view;
+  View Call::* view;
   bool like_out, of_forward;
   uint32_t bit;
 

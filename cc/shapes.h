@@ -89,6 +89,7 @@ class ShapeCheck {
   }
   static std::string Text(const Shape& x) {
     std::vector<std::string> dims;
+    dims.reserve(x.rank);
     for (size_t i = 0; i < x.rank; ++i) dims.push_back(std::to_string(x.dims[i]));
     return Name(x.element) + " (" + Text(dims, ", ") + ")";
   }
@@ -117,9 +118,10 @@ class ShapeCheck {
     if (call_.saved > (kRounding | kLogSumExp)) throw BadCall("`saved` has bits for arrays that there are not");
     for (Operand i : {kQuery, kKey, kValue})
       if (!call_.Has(i)) throw BadCall(std::string(kForms[i].name) + " must be given");
-    for (const auto& [i, needs] : {std::pair(kSeed, kStream), std::pair(kStream, kSeed),
-                                   std::pair(kDropBits, kDropOffset), std::pair(kDropOffset, kDropBits), std::pair(kBiasOffset, kBias),
-                                   std::pair(kSegmentRow, kSegmentKey), std::pair(kSegmentKey, kSegmentRow)})
+    for (const auto& [i, needs] :
+         {std::pair(kSeed, kStream), std::pair(kStream, kSeed), std::pair(kDropBits, kDropOffset),
+          std::pair(kDropOffset, kDropBits), std::pair(kBiasOffset, kBias), std::pair(kSegmentRow, kSegmentKey),
+          std::pair(kSegmentKey, kSegmentRow)})
       if (call_.Has(i) && !call_.Has(needs))
         throw BadCall(std::string(kForms[i].name) + " is given without " + kForms[needs].name);
   }
@@ -227,10 +229,13 @@ class ShapeCheck {
 
   int64_t SizeOf(char letter) const {
     switch (letter) {
-      case 'N': case 'n': return sizes_.N;
+      case 'N':
+      case 'n': return sizes_.N;
       case 'K': return sizes_.K;
-      case 'S': case 's': return sizes_.Sq;
-      case 'T': case 't': return sizes_.Skv;
+      case 'S':
+      case 's': return sizes_.Sq;
+      case 'T':
+      case 't': return sizes_.Skv;
       case 'D': return sizes_.D;
       case 'V': return sizes_.Dv;
       default: return letter - '0';

@@ -65,7 +65,8 @@ class PoolRunner : public Runner {
     shared->count = count;
     try {
       for (int64_t h = 0; h < helpers; ++h) pool.Schedule([shared] { shared->Drain(); });
-    } catch (...) {  // no memory for another helper: those on their way still need this frame, so go on
+    } catch (...) {  // NOLINT(bugprone-empty-catch)
+      // No memory for another helper. Those already scheduled still need this frame, so go on.
     }
     shared->Drain();
     std::unique_lock<std::mutex> lock(shared->mutex);

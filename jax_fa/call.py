@@ -84,9 +84,7 @@ class Operands:
     query: Any  # *#B Sq N D, in the order of query_axes
     key: Any  # *#B Skv K D
     value: Any  # *#B Skv K Dv
-    bias: Any = (
-        None  # *#B #N #Sq #Skv, any float dtype, added after scaling; with bias_offset *#B #N elements
-    )
+    bias: Any = None  # *#B #N #Sq #Skv, any float dtype, added after scaling; see bias_offset
     mask: Any = None  # *#B #N #Sq #Skv bool, True = visible
     lower: Any = None  # *#B #N #Sq int32: key j is visible only if lower <= j; None: 0
     upper: Any = None  # *#B #N #Sq int32: ... and j < upper; None: Skv
@@ -95,7 +93,7 @@ class Operands:
     dropout_stream: Any = None  # *#B #N 2 uint32: (head, batch) words of the Philox counter
     drop_bits: Any = None  # *#B bytes uint8: explicit keep bits, LSB first, 1 = keep
     drop_offset: Any = None  # *#B #N #Sq 2 int32: (byte, bit) of a row's key 0 in drop_bits
-    # Where a row's bias begins: that of key j is bias[bias_offset + j]. Out of range for masked keys at most.
+    # With it, bias is *#B #N elements, and that of key j is bias[bias_offset + j]. Out of range for masked keys at most.
     bias_offset: Any = None  # *#B #N #Sq int32
     position: Any = None  # *#B #N #Sq int32: the key position a row stands at, for ALiBi; None: its index
     # Key j is visible only if segment_row < 0 (the bounds say it all) or segment_row == segment_key[j].

@@ -2,13 +2,12 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax._src import config, dispatch, sharding_impls, source_info_util
 from jax._src.export import _export
-from jax.extend import backend as extend_backend
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -133,16 +132,6 @@ def compute_capability() -> str | None:
         return None
 
 
-def kind_of_gpu() -> str:
-    """Which platform JAX's "gpu" is here."""
-    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
-
-
-def platforms() -> frozenset[str]:
-    """The platforms of this process, plugins' too."""
-    return frozenset(extend_backend.backends())
-
-
 # An abstract device has a name only.
 _CAPABILITIES = {"H100": "9.0", "H200": "9.0", "H800": "9.0", "H20": "9.0", "A100": "8.0", "B200": "10.0"}
 
@@ -174,9 +163,13 @@ def interpreted(fn: Callable) -> Callable:
     return call
 
 
-def source_line(equation, ours: str) -> str:
-    """Where the user's program made an equation of a jaxpr: "file:line (function)"; `ours` is a directory to pass over."""
-    for frame in source_info_util.user_frames(equation.source_info.traceback):
-        if not frame.file_name.startswith(ours):
-            return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
-    return "unknown"
+class Frame(NamedTuple):
+    file: str
+    line: int
+    function: str
+
+
+def frames(equation) -> list[Frame]:
+    """Where an equation of a jaxpr was made, innermost first, without JAX's own."""
+    found = source_info_util.user_frames(equation.source_info.traceback)
+    return [Frame(x.file_name, x.start_line, x.function_name) for x in found]

@@ -12,6 +12,8 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
+from jax.extend import backend as extend_backend
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jax_fa import api, arguments, backends, compat, primitives
@@ -29,7 +31,8 @@ _ENTRIES: dict[str, Callable[..., Any]] = {
 # Other names of platforms; JAX calls NVIDIA's and AMD's both "gpu".
 _SAME = {"gpu": "cuda", "nvidia": "cuda"}
 _KNOWN = (*PLATFORMS, "rocm", "metal", "oneapi")
-_HERE = str(Path(__file__).parent)
+# Frames between a caller and what is called: our own, and those of checks of annotations.
+_OURS = tuple(str(Path(module.__file__).parent) for module in (arguments, jaxtyping))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -187,17 +190,29 @@ def _found(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
     return list(_walk(jax.make_jaxpr(run)(*(leaves[i] for i in arrays)).jaxpr, 1))
 
 
-def _walk(jaxpr: Jaxpr, times: int) -> Iterator[_Found]:
+def _walk(jaxpr: Jaxpr, times: int, outside: Sequence[compat.Frame] = ()) -> Iterator[_Found]:
+    """`outside`: the frames of the equation that holds the jaxpr, which those inside may not go beyond."""
     for equation in jaxpr.eqns:
+        frames = [*compat.frames(equation), *outside]
         kind = primitives.KINDS.get(equation.primitive)
         if kind is not None:
             tree, problem = equation.params["tree"], equation.params["problem"]
             call = tree.unflatten([x.aval for x in equation.invars]).call(problem)
-            yield _Found(kind, call, compat.source_line(equation, _HERE), times)
+            yield _Found(kind, call, _source(frames), times)
         inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(value):
-                yield from _walk(value.jaxpr if isinstance(value, ClosedJaxpr) else value, inner)
+                yield from _walk(value.jaxpr if isinstance(value, ClosedJaxpr) else value, inner, frames)
+
+
+def _source(frames: list[compat.Frame]) -> str:
+    """The line that called into this package, inside of what is explained; else the one that called `explain`."""
+    explaining = next((i for i, frame in enumerate(frames) if frame.file == __file__), len(frames))
+    ours = [i for i, frame in enumerate(frames) if frame.file.startswith(_OURS)]
+    called = max((i for i in ours if i < explaining), default=-1) + 1
+    if called == explaining:
+        called = max(ours, default=-1) + 1
+    return "{}:{} ({})".format(*frames[called]) if called < len(frames) else "unknown"
 
 
 def _is_jaxpr(x) -> bool:
@@ -250,7 +265,9 @@ def _computes_in(backend: str | None, platform: str, dtype) -> str | None:
 def here() -> str:
     """JAX's default platform, as `platforms=` names it."""
     platform = jax.default_backend()
-    return compat.kind_of_gpu() if platform == "gpu" else platform
+    if platform != "gpu":
+        return platform
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
 def _platforms(given: str | Sequence[str] | None) -> dict[str, str]:
@@ -267,7 +284,7 @@ def _platforms(given: str | Sequence[str] | None) -> dict[str, str]:
     found = {platform: _SAME.get(platform.lower(), platform) for platform in given}
     known = (*_KNOWN, *(platform for platform in installation.platforms if platform not in _KNOWN))
     for platform, meant in found.items():
-        if meant.lower() not in known and platform not in compat.platforms():
+        if meant.lower() not in known and platform not in extend_backend.backends():
             raise ValueError(f"platforms must be among {', '.join((*known, 'gpu'))}; got {platform!r}.")
     if not found:
         raise ValueError("platforms must name at least one platform, or be None; got none.")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_fa
-from jax_fa import compat, explanation
+from jax_fa import explanation
 from jax_fa.backends import native
 from jax_fa.masks import Causal
 
@@ -32,7 +32,7 @@ def test_a_string_is_one_platform(name):
 
 
 def test_a_plugin_of_any_name_is_known(monkeypatch):
-    monkeypatch.setattr(compat, "platforms", lambda: frozenset({"abacus"}))
+    monkeypatch.setattr(explanation.extend_backend, "backends", lambda: {"abacus": None})
     assert jax_fa.explain(X, X, X, platforms="abacus").chosen == {"abacus": "xla"}
 
 
@@ -157,3 +157,68 @@ def test_a_package_without_its_extension(monkeypatch):
     monkeypatch.setattr(native, "_is_source_tree", lambda: False)
     text = "the native extension is not installed (no file); reinstall with a C++17 compiler at hand"
     assert native.absence("no file") == text
+
+
+# --- functions
+
+
+def _attend(x):
+    return jax_fa.flash_attention(x, x, x, mask=Causal())
+
+
+def _layers(x):
+    return jax.lax.scan(lambda x, _: (_attend(x), None), x, length=6)[0]
+
+
+def _cond(x):
+    return jax.lax.cond(x[0, 0, 0, 0] > 0, _attend, lambda x: x, x)
+
+
+def _loss(x):
+    return jnp.sum(_layers(x) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda x: x + 1, []),
+        (_attend, [("forward", 1)]),
+        (jax.jit(_attend), [("forward", 1)]),
+        (jax.checkpoint(_attend), [("forward", 1)]),
+        (jax.vmap(_attend), [("forward", 1)]),
+        (_layers, [("forward", 6)]),
+        (_cond, [("forward", 1)]),
+        (jax.grad(_loss), [("forward", 6), ("backward", 6)]),
+        (lambda x: jax.nn.dot_product_attention(x, x, x), []),
+        (lambda x: _attend(x) + jax_fa.dot_product_attention(x, x, x), [("forward", 1)] * 2),
+    ],
+)
+def test_the_calls_of_a_function(function, found):
+    shape = (2, 1, 64, 4, 16) if "vmap" in repr(function) else (1, 64, 4, 16)
+    told = jax_fa.explain(function, jax.ShapeDtypeStruct(shape, jnp.float32), platforms="cpu")
+    assert [(x.entry, x.times) for x in told] == found
+    assert all("test_explain.py" in x.source for x in told)
+    assert isinstance(told, tuple) and (("no attention call" in str(told)) == (not found))
+
+
+def test_a_function_with_options_and_a_tree_of_arguments():
+    def model(parameters, x, *, causal, name):
+        return _attend(x * parameters["scale"]) if causal and name == "this" else x
+
+    x = jnp.ones((1, 64, 4, 16), jnp.bfloat16)
+    (told,) = jax_fa.explain(model, {"scale": jnp.bfloat16(2)}, x, causal=True, name="this", platforms="tpu")
+    assert told.dtype == "bfloat16" and told.chosen == {"tpu": "xla"} and "(_attend)" in told.source
+    assert "forward: B=(1,)" in str(told)
+
+
+def test_entry_is_not_for_functions():
+    with pytest.raises(ValueError, match="entry is for the arguments of a call; got entry='flash_attention'"):
+        jax_fa.explain(_attend, X, entry="flash_attention")
+
+
+def test_a_symbolic_length():
+    (length,) = jax.export.symbolic_shape("S")
+    x = jax.ShapeDtypeStruct((1, length, 4, 16), jnp.float32)
+    told = jax_fa.explain(x, x, x, platforms="cpu")
+    assert told.chosen == {"cpu": "xla"}
+    assert told.reasons["cpu"]["cpu"] == "symbolic dimensions are not supported"

@@ -10,6 +10,7 @@ import pytest
 
 CC = Path(__file__).parent.parent / "cc"
 COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")
+HEADERS = sorted(str(path.relative_to(CC)) for path in CC.rglob("*.h"))
 
 if shutil.which("cmake") is None:
     pytest.skip("needs cmake, which is not installed", allow_module_level=True)
@@ -61,6 +62,14 @@ def _shared_code(directory: Path) -> list[str]:
             if symbol and symbol[1] != "DW.ref.__gxx_personality_v0":  # a pointer, the same for every set
                 found.append(f"{path.name}: {symbol[1]}")
     return found
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_header_is_complete(header):
+    """It can be parsed alone, with no flags of an instruction set, as editors and linters do."""
+    flags = ("-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", "-I", CC, "-I", CC / "tests")
+    for compiler in filter(shutil.which, ("g++", "clang++")):
+        _run(compiler, *flags, "-include", header, "-x", "c++", os.devnull)
 
 
 def test_quick(tmp_path):

@@ -31,23 +31,23 @@ enum aclFormat : int { ACL_FORMAT_ND = 2 };
 enum aclrtMemMallocPolicy : int { ACL_MEM_MALLOC_HUGE_FIRST = 0 };
 
 // Result, name, parameters. libascendcl.so or libacl_rt.so:
-#define JAX_FA_CANN_RUNTIME(X)                                            \
-  X(aclError, aclInit, (const char* config))                              \
-  X(const char*, aclGetRecentErrMsg, ())                                  \
-  X(aclError, aclrtSetDevice, (int32_t device))                           \
-  X(aclError, aclrtCreateStream, (aclrtStream * stream))                  \
-  X(aclError, aclrtDestroyStream, (aclrtStream stream))                   \
-  X(aclError, aclrtSynchronizeStream, (aclrtStream stream))               \
+#define JAX_FA_CANN_RUNTIME(X)                                                         \
+  X(aclError, aclInit, (const char* config))                                           \
+  X(const char*, aclGetRecentErrMsg, ())                                               \
+  X(aclError, aclrtSetDevice, (int32_t device))                                        \
+  X(aclError, aclrtCreateStream, (aclrtStream * stream))                               \
+  X(aclError, aclrtDestroyStream, (aclrtStream stream))                                \
+  X(aclError, aclrtSynchronizeStream, (aclrtStream stream))                            \
   X(aclError, aclrtMalloc, (void** memory, size_t bytes, aclrtMemMallocPolicy policy)) \
   X(aclError, aclrtFree, (void* memory))
 
 // libnnopbase.so:
-#define JAX_FA_CANN_NNOPBASE(X)                                                                                 \
-  X(aclTensor*, aclCreateTensor,                                                                                \
+#define JAX_FA_CANN_NNOPBASE(X)                                                                                   \
+  X(aclTensor*, aclCreateTensor,                                                                                  \
     (const int64_t* view_dims, uint64_t view_dims_num, aclDataType dtype, const int64_t* strides, int64_t offset, \
-     aclFormat format, const int64_t* storage_dims, uint64_t storage_dims_num, void* data))                     \
-  X(aclnnStatus, aclDestroyTensor, (const aclTensor* tensor))                                                   \
-  X(aclIntArray*, aclCreateIntArray, (const int64_t* values, uint64_t size))                                    \
+     aclFormat format, const int64_t* storage_dims, uint64_t storage_dims_num, void* data))                       \
+  X(aclnnStatus, aclDestroyTensor, (const aclTensor* tensor))                                                     \
+  X(aclIntArray*, aclCreateIntArray, (const int64_t* values, uint64_t size))                                      \
   X(aclnnStatus, aclDestroyIntArray, (const aclIntArray* array))
 
 // libnnopbase.so, used on error paths only: an abandoned executor leaks where a release lacks it.
@@ -125,8 +125,18 @@ struct Gradients {  // dpse stays null: CANN does not compute it, and would fill
 };
 
 // All that any variant takes; each variant picks its blocks.
-struct Arguments : Inputs, OutGradient, Optionals, Saved, Prefix, Lengths, Starts, Scalars, PseType, SoftmaxLayout,
-                   Outputs, Gradients {};
+struct Arguments : Inputs,
+                   OutGradient,
+                   Optionals,
+                   Saved,
+                   Prefix,
+                   Lengths,
+                   Starts,
+                   Scalars,
+                   PseType,
+                   SoftmaxLayout,
+                   Outputs,
+                   Gradients {};
 
 template <typename Tuple>
 struct Phase1Pointer;
@@ -143,8 +153,9 @@ struct Phase1 {
   static constexpr size_t kCount = Pointer::kCount;
 
   static aclnnStatus Call(void* function, const Arguments& a, uint64_t* workspace_size, aclOpExecutor** executor) {
-    return std::apply(reinterpret_cast<typename Pointer::Type>(function),
-                      std::tuple_cat(static_cast<const Blocks&>(a).args()..., std::make_tuple(workspace_size, executor)));
+    return std::apply(
+        reinterpret_cast<typename Pointer::Type>(function),
+        std::tuple_cat(static_cast<const Blocks&>(a).args()..., std::make_tuple(workspace_size, executor)));
   }
 };
 

@@ -35,7 +35,7 @@ class Marshalled {
     Arguments& a = arguments_;
     for (const Slot& slot : kSlots) {
       const Array& x = call.*slot.array;
-      if (Tensor Arguments::*const place = Place(slot, call); place != nullptr && x.present())
+      if (Tensor Arguments::* const place = Place(slot, call); place != nullptr && x.present())
         a.*place = descriptors_.AddTensor(x.dims, x.dtype, x.data);
     }
     const auto ints = [&](const std::vector<int64_t>& values) {
@@ -109,9 +109,8 @@ void EnqueueOrThrow(const Library& library, const Call& call, aclrtStream stream
     const Marshalled marshalled(library, function == kShortScore ? AsShort(call) : call);
     TwoPhases(library, function, marshalled.arguments(), stream, device, scratch);
   } catch (const Failure& failure) {
-    throw Failure(failure.status.outcome,
-                  failure.status.message + " Function: " + kFunctionTable[function].phase2 + " of " + library[function].file +
-                      ".");
+    throw Failure(failure.status.outcome, failure.status.message + " Function: " + kFunctionTable[function].phase2 +
+                                              " of " + library[function].file + ".");
   }
 }
 
@@ -160,9 +159,10 @@ Status RunAndWait(const Call& call) {
     // Asked before anything is loaded, and again of what was loaded.
     const bool wanted = !Environment("JAX_FA_CANN_EMULATOR").empty();
     if (!wanted || !Ready().emulator)
-      throw Failure(Outcome::kUnavailable,
-                    "arrays on the host can be given to the CANN emulator only; set JAX_FA_CANN_EMULATOR to its directory "
-                    "before the process starts.");
+      throw Failure(
+          Outcome::kUnavailable,
+          "arrays on the host can be given to the CANN emulator only; set JAX_FA_CANN_EMULATOR to its directory "
+          "before the process starts.");
     const Library& library = Library::Get();
     Validate(call);
     if (NoResults(call)) return;

@@ -98,7 +98,8 @@ void Validate(const Call& call) {
     if (x.present() && x.data == nullptr && x.bytes() != 0) Refuse(std::string(slot.name) + " has no memory.");
     if (!Aligned(x)) {
       std::ostringstream text;
-      text << slot.name << " must start at a multiple of " << kTensorAlignment << " bytes; its address is " << x.data << ".";
+      text << slot.name << " must start at a multiple of " << kTensorAlignment << " bytes; its address is " << x.data
+           << ".";
       Refuse(text.str());
     }
   }

@@ -42,9 +42,9 @@ struct Call {
 // An array of a call, and its place in phase 1 in each direction (null: not taken).
 struct Slot {
   const char* name;
-  Array Call::*array;
-  Tensor Arguments::*forward;
-  Tensor Arguments::*backward;
+  Array Call::* array;
+  Tensor Arguments::* forward;
+  Tensor Arguments::* backward;
   bool required;
 };
 
@@ -64,7 +64,7 @@ inline constexpr Slot kSlots[] = {
     {"dv", &Call::dv, nullptr, &Arguments::dv, true},
 };
 
-inline Tensor Arguments::*Place(const Slot& slot, const Call& call) {
+inline Tensor Arguments::* Place(const Slot& slot, const Call& call) {
   return call.backward() ? slot.backward : slot.forward;
 }
 

@@ -15,8 +15,9 @@ std::vector<Function> Candidates(const Call& c) {
   struct Family {
     Function v2, v1;
   };
-  static constexpr Family kFamilies[2][2] = {{{kScoreV2, kScore}, {kVarLenScoreV2, kVarLenScore}},
-                                             {{kScoreGradV2, kScoreGrad}, {kUnpaddingScoreGradV2, kUnpaddingScoreGrad}}};
+  static constexpr Family kFamilies[2][2] = {
+      {{kScoreV2, kScore}, {kVarLenScoreV2, kVarLenScore}},
+      {{kScoreGradV2, kScoreGrad}, {kUnpaddingScoreGradV2, kUnpaddingScoreGrad}}};
   if (!c.softmax_layout.empty()) return {c.backward() ? kUnpaddingScoreGradV4 : kVarLenScoreV4};
   const Family& family = kFamilies[c.backward()][c.varlen()];
   if (c.pse.present() && c.pse_type != 1) return {family.v2};
@@ -61,7 +62,7 @@ void Flatten(Array& x) {
 
 Call AsShort(const Call& call) {
   Call c = call;
-  for (Array Call::*array : {&Call::query, &Call::key, &Call::value, &Call::attention}) Flatten(c.*array);
+  for (Array Call::* array : {&Call::query, &Call::key, &Call::value, &Call::attention}) Flatten(c.*array);
   c.input_layout = "BSH";
   return c;
 }
@@ -71,8 +72,9 @@ Function Choose(const Library& library, const Call& call) {
   if (short_op && library.prefer_short && BeyondShort(call).empty()) return kShortScore;
   const std::vector<Function> candidates = Candidates(call);
   if (call.pse.present() && call.pse_type != 1 && !call.softmax_layout.empty())
-    Refuse(std::string(kFunctionTable[candidates.front()].phase2) + ", which softmax_layout same_as_input needs, takes " +
-           "pse of type 1 only; got pse_type " + std::to_string(call.pse_type) + ".");
+    Refuse(std::string(kFunctionTable[candidates.front()].phase2) +
+           ", which softmax_layout same_as_input needs, takes " + "pse of type 1 only; got pse_type " +
+           std::to_string(call.pse_type) + ".");
   for (Function function : candidates)
     if (library[function]) return function;
   std::string names;
@@ -84,7 +86,7 @@ Function Choose(const Library& library, const Call& call) {
     if (reasons.empty()) return kShortScore;
     why += " The short op of " + library[kShortScore].file + " cannot serve the call either: ";
     for (size_t i = 0; i < reasons.size(); ++i) why += (i ? "; " : "") + reasons[i];
-    why += ".";
+    why += '.';
   }
   Refuse(why);
 }

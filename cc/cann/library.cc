@@ -26,7 +26,7 @@ std::string FileOf(const void* symbol) {
 struct File {
   void* handle = nullptr;
   std::string path;
-  struct stat id {};
+  struct stat id{};
 
   explicit operator bool() const { return handle != nullptr; }
 
@@ -91,7 +91,8 @@ class Loader {
     file.path = name;
     if (bare) {
       link_map* map = nullptr;
-      if (dlinfo(file.handle, RTLD_DI_LINKMAP, &map) == 0 && map != nullptr) file.path = map->l_name;
+      if (dlinfo(file.handle, RTLD_DI_LINKMAP, static_cast<void*>(&map)) == 0 && map != nullptr)
+        file.path = map->l_name;
     }
     if (stat(file.path.c_str(), &file.id) != 0) {
       lib_.notes.push_back(file.path + " was loaded, but cannot be identified, and is not used");
@@ -213,7 +214,8 @@ class Loader {
     } else if (!absent.empty()) {
       Fail("the CANN runtime lacks " + absent + " (" + lib_.runtime + ", " + lib_.nnopbase + ")");
     } else if (lib_.long_ops.empty() && lib_.short_ops.empty()) {
-      Fail("no library with aclnnFlashAttentionScore (libopapi_transformer.so, libopapi.so or libcust_opapi.so) was found");
+      Fail(
+          "no library with aclnnFlashAttentionScore (libopapi_transformer.so, libopapi.so or libcust_opapi.so) was found");
     }
   }
 
@@ -232,11 +234,11 @@ class Loader {
 }  // namespace
 
 std::string Library::Missing(const std::string& names) const {
-  std::string text = names + " is not in " +
-                     (long_ops.empty() ? "any library with CANN's own functions" : long_ops) +
+  std::string text = names + " is not in " + (long_ops.empty() ? "any library with CANN's own functions" : long_ops) +
                      (short_ops.empty() ? "" : " (custom library: " + short_ops + ")") +
                      ". Install a CANN release that has it, or name the directory of a library that has it in "
-                     "JAX_FA_CANN_PATH. Searched, in order: " + searched + ".";
+                     "JAX_FA_CANN_PATH. Searched, in order: " +
+                     searched + ".";
   for (const std::string& note : notes) text += " " + note + ".";
   return text;
 }

@@ -20,13 +20,13 @@ struct Resolved {
 };
 
 struct Library {
-  std::string error;               // empty if it can be used
-  std::vector<std::string> notes;  // files that were passed over, and why
-  std::string searched;            // directories, in order
-  std::string runtime, nnopbase;   // files of the runtime pair, "" where absent
-  std::string long_ops, short_ops; // the first files with ops of each ABI, "" where absent
-  bool emulator = false;           // the runtime is the emulator: device memory is host memory
-  bool prefer_short = false;       // JAX_FA_CANN_ABI=short
+  std::string error;                // empty if it can be used
+  std::vector<std::string> notes;   // files that were passed over, and why
+  std::string searched;             // directories, in order
+  std::string runtime, nnopbase;    // files of the runtime pair, "" where absent
+  std::string long_ops, short_ops;  // the first files with ops of each ABI, "" where absent
+  bool emulator = false;            // the runtime is the emulator: device memory is host memory
+  bool prefer_short = false;        // JAX_FA_CANN_ABI=short
   Api api;
   std::array<Resolved, kFunctions> functions;
 

@@ -46,7 +46,7 @@ void Add(std::vector<std::string>& directories, const fs::path& directory) {
 // <vendors>/<v>/op_api/lib of those that load_priority names, of the default vendor, and of all others by name.
 void AddVendors(std::vector<std::string>& directories, const fs::path& vendors) {
   std::vector<std::string> names = LoadPriority(vendors);
-  names.push_back("customize");
+  names.emplace_back("customize");
   std::vector<std::string> others;
   std::error_code error;
   for (fs::directory_iterator it(vendors, error), end; !error && it != end; it.increment(error))

@@ -26,7 +26,8 @@ void Must(const char* name, const Array& x, const std::vector<Dims>& allowed) {
   if (std::find(allowed.begin(), allowed.end(), x.dims) != allowed.end()) return;
   std::string text;
   for (size_t i = 0; i < allowed.size(); ++i) {
-    if (std::find(allowed.begin(), allowed.begin() + i, allowed[i]) != allowed.begin() + i) continue;
+    const auto here = allowed.begin() + static_cast<std::ptrdiff_t>(i);
+    if (std::find(allowed.begin(), here, allowed[i]) != here) continue;
     text += (i ? " or " : "") + Text(allowed[i]);
   }
   Refuse(std::string(name) + " must have shape " + text + "; got " + Text(x) + ".");
@@ -42,8 +43,8 @@ int64_t DimOf(const Array& x, const std::string& layout, char letter) { return x
 
 int64_t Divide(const char* name, const Array& x, int64_t size, const char* what, int64_t by) {
   if (by <= 0 || size <= 0 || size % by != 0)
-    Refuse(std::string(name) + " must have a last dim that is a positive multiple of " + what + "=" + std::to_string(by) +
-           "; got " + Text(x) + ".");
+    Refuse(std::string(name) + " must have a last dim that is a positive multiple of " + what + "=" +
+           std::to_string(by) + "; got " + Text(x) + ".");
   return size / by;
 }
 
@@ -52,8 +53,8 @@ Dims Lengths(const char* name, const std::vector<int64_t>& ends, const char* arr
   int64_t before = 0;
   for (int64_t end : ends) {
     if (end < before || end > total)
-      Refuse(std::string(name) + " must hold cumulative ends in 0.." + std::to_string(total) + ", the rows of " + array +
-             "; got " + std::to_string(end) + " after " + std::to_string(before) + ".");
+      Refuse(std::string(name) + " must hold cumulative ends in 0.." + std::to_string(total) + ", the rows of " +
+             array + "; got " + std::to_string(end) + " after " + std::to_string(before) + ".");
     lengths.push_back(end - before);
     before = end;
   }

@@ -65,7 +65,8 @@ constexpr CodeInfo kCodes[] = {
     {kContextNull, "ACL_ERROR_RT_CONTEXT_NULL", "the thread has no device", kDevice},
     {107003, "ACL_ERROR_RT_STREAM_CONTEXT", "the stream belongs to another context",
      "The thread's current device is not that of the stream."},
-    {107008, "ACL_ERROR_RT_ADDR_UNALIGNED", "an address is not aligned", "Tensors must start at multiples of 32 bytes."},
+    {107008, "ACL_ERROR_RT_ADDR_UNALIGNED", "an address is not aligned",
+     "Tensors must start at multiples of 32 bytes."},
     {107017, "ACL_ERROR_RT_INVALID_HANDLE", "a handle is invalid", ""},
     {107019, "ACL_ERROR_RT_WAIT_TIMEOUT", "waiting timed out", kSplit},
     {107020, "ACL_ERROR_RT_TASK_TIMEOUT", "a task timed out", kSplit},
@@ -98,9 +99,18 @@ CodeInfo Family(int code) {
 
 Outcome OutcomeOf(int code) {
   switch (code) {
-    case 161001: case 161002: case 100000: case 107000: case 107008: return Outcome::kInvalidArgument;
-    case 200000: case kMemoryAllocation: case 207018: return Outcome::kOutOfMemory;
-    case 561003: case 561107: case 561112: case 148049: return Outcome::kUnavailable;
+    case 161001:
+    case 161002:
+    case 100000:
+    case 107000:
+    case 107008: return Outcome::kInvalidArgument;
+    case 200000:
+    case kMemoryAllocation:
+    case 207018: return Outcome::kOutOfMemory;
+    case 561003:
+    case 561107:
+    case 561112:
+    case 148049: return Outcome::kUnavailable;
     case 200001: return Outcome::kUnimplemented;
     default: return Outcome::kInternal;
   }

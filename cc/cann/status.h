@@ -30,9 +30,9 @@ inline constexpr int kMemoryAllocation = 207001;
 
 struct CodeInfo {
   int code;
-  const char* name;     // "" where the code is unknown
+  const char* name;  // "" where the code is unknown
   const char* meaning;
-  const char* advice;   // "" where there is none
+  const char* advice;  // "" where there is none
 };
 
 CodeInfo Describe(int code);

@@ -5,8 +5,7 @@
 namespace jax_fa::cann {
 
 void StreamPool::Lease::Wait() {
-  Check(library_, kDevice, "aclrtSynchronizeStream",
-        [&] { return library_.api.aclrtSynchronizeStream(stream_); });
+  Check(library_, kDevice, "aclrtSynchronizeStream", [&] { return library_.api.aclrtSynchronizeStream(stream_); });
   waited_ = true;
 }
 
@@ -15,7 +14,7 @@ aclrtStream StreamPool::Take(const Library& library) {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++users_;
     if (!idle_.empty()) {
-      const aclrtStream stream = idle_.back();
+      aclrtStream stream = idle_.back();
       idle_.pop_back();
       return stream;
     }
@@ -52,7 +51,7 @@ void StreamPool::Destroy(const Library& library, aclrtStream stream) noexcept {
     Forget(library, WithDevice(library, kDevice, [&] { return library.api.aclrtSynchronizeStream(stream); }));
     Forget(library, WithDevice(library, kDevice, [&] { return library.api.aclrtDestroyStream(stream); }));
     ProcessWorkspaces().Release(library, kDevice, stream);
-  } catch (...) {  // nobody is left who could act on it
+  } catch (...) {  // NOLINT(bugprone-empty-catch): nobody is left who could act on it
   }
 }
 

@@ -16,7 +16,8 @@ class StreamPool {
   // A stream for one user at a time.
   class Lease {
    public:
-    explicit Lease(StreamPool& pool, const Library& library) : pool_(pool), library_(library), stream_(pool.Take(library)) {}
+    explicit Lease(StreamPool& pool, const Library& library)
+        : pool_(pool), library_(library), stream_(pool.Take(library)) {}
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
     ~Lease() {

@@ -7,8 +7,9 @@ namespace jax_fa::cann {
 namespace {
 
 int Allocate(const Library& library, int device, size_t bytes, void** memory) {
-  return WithDevice(library, device,
-                    [&] { return library.api.aclrtMalloc(memory, bytes + kWorkspaceAlignment, ACL_MEM_MALLOC_HUGE_FIRST); });
+  return WithDevice(library, device, [&] {
+    return library.api.aclrtMalloc(memory, bytes + kWorkspaceAlignment, ACL_MEM_MALLOC_HUGE_FIRST);
+  });
 }
 
 }  // namespace

@@ -33,8 +33,8 @@ class Workspaces {
 
     // aclrtMalloc promises less than kWorkspaceAlignment, so a block is longer than `bytes` by that much.
     void* Start() const {
-      const uintptr_t at = reinterpret_cast<uintptr_t>(memory) + kWorkspaceAlignment - 1;
-      return reinterpret_cast<void*>(at / kWorkspaceAlignment * kWorkspaceAlignment);
+      const uintptr_t past = reinterpret_cast<uintptr_t>(memory) % kWorkspaceAlignment;
+      return static_cast<char*>(memory) + (past == 0 ? 0 : kWorkspaceAlignment - past);
     }
   };
   // Only the last block is handed out. The smaller ones before it may be in use by work still queued; as sizes double,

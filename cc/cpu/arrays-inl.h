@@ -8,7 +8,7 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// `n` numbers with the given stride to contiguous floats.
+// `n` elements with the given stride to contiguous floats.
 inline void LoadRow(const void* src, DType dtype, int64_t stride, int64_t n, float* dst) {
   int64_t i = 0;
   if (dtype == DType::kF32) {
@@ -56,7 +56,7 @@ inline void StoreRow(const float* src, float factor, void* dst, DType dtype, int
   }
 }
 
-// The same for a 16-bit dtype, and to `rounding` what rounding took away, in halves of the dtype's epsilon.
+// The same for a 16-bit dtype, and to `rounding` the rounding error, in halves of the dtype's epsilon.
 // `src` has room for whole vectors.
 template <DType kType>
 inline void StoreRounded(const float* src, float factor, void* dst, int64_t stride, void* rounding,
@@ -89,7 +89,7 @@ inline void Fill(float* p, int64_t from, int64_t to, float x) {
   for (; from < to; ++from) p[from] = x;
 }
 
-// 0 if all n numbers are finite, else NaN.
+// 0 if all n elements are finite, else NaN.
 inline float ZeroOrNaN(const float* x, int64_t n) {
   F sum = Set(0.0f);
   int64_t i = 0;
@@ -110,21 +110,26 @@ inline float ZeroOrNaN(const uint16_t* x, int64_t n) {  // bfloat16
 
 // Floats that staging rows of a call takes: kLanes rows, or two rows filled up to whole panels.
 inline int64_t StageSize(const Call& c) {
-  const int64_t wide = c.D > c.Dv ? c.D : c.Dv, rows = kLanes * RoundUp(wide, kLanes), panels = 2 * Panels(wide) * kPanel;
+  const int64_t wide = c.D > c.Dv ? c.D : c.Dv, rows = kLanes * RoundUp(wide, kLanes),
+                panels = 2 * Panels(wide) * kPanel;
   return rows > panels ? rows : panels;
 }
 
-// --- rows as units: floats, or the bfloat16 numbers as they are
+// --- rows as units: floats, or the bfloat16 elements as they are
 
 template <bool kPairs>
-struct StoredAs { using Type = float; };
+struct StoredAs {
+  using Type = float;
+};
 template <>
-struct StoredAs<true> { using Type = uint16_t; };
+struct StoredAs<true> {
+  using Type = uint16_t;
+};
 
-// A row of an array as contiguous numbers: where it lies if it can be read from there, else copied to `stage`.
+// A row of an array as contiguous elements: in place if it can be read from there, else copied to `stage`.
 template <bool kPairs>
 inline const typename StoredAs<kPairs>::Type* ReadRow(const View& x, int64_t b, int64_t h, int64_t i, int64_t n,
-                                                    float* stage) {
+                                                      float* stage) {
   using T = typename StoredAs<kPairs>::Type;
   const char* src = x.Bytes(b, h, i);
   if ((kPairs || x.dtype == DType::kF32) && (x.col == 1 || n == 1)) return reinterpret_cast<const T*>(src);

@@ -11,168 +11,16 @@
 #include "call.h"
 #include "cpu/arrays-inl.h"
 #include "cpu/backward_balance-inl.h"
+#include "cpu/backward_block-inl.h"
 #include "cpu/backward_plan-inl.h"
 #include "cpu/backward_rows-inl.h"
 #include "cpu/backward_sums-inl.h"
-#include "cpu/direct-inl.h"
-#include "cpu/gemm-inl.h"
 #include "cpu/pack-inl.h"
 #include "cpu/rows-inl.h"
+#include "cpu/scratch-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
-
-// Rows [r0, r0 + n) of the query heads of key head k, or keys, as panels. In masked calls those that are not all
-// finite are 0: what they would bring is in `inverse`, or masked.
-template <bool kPairs, typename At>
-inline void PackClean(const View& x, bool masked, int64_t n, int64_t width, float* stage, float* panels,
-                      const At& at) {
-  PackRows<kPairs>(n, width, stage, panels, [&](int64_t i, float* own) {
-    const Row row = at(i);
-    const auto* numbers = ReadRow<kPairs>(x, row.b, row.n, row.i, width, own);
-    if (!masked || ZeroOrNaN(numbers, width) == 0.0f) return numbers;
-    Fill(own, 0, Units<kPairs>(width), 0.0f);
-    return reinterpret_cast<decltype(numbers)>(own);
-  });
-}
-
-// dk and dv of a block: tiles of kRows keys, over the rows to which any of them is visible, a chunk of rows at a time.
-template <bool kPairs>
-inline void KeyGradients(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t rows,
-                         int64_t width, const RowTile* tiles, int64_t count) {
-  constexpr int64_t kMostParts = kMostBackwardKeys / kRows + 1;
-  const int64_t per = Unit<kPairs>::kElements, units = Units<kPairs>(rows), parts = (width + kRows - 1) / kRows;
-  Range seen_by[kMostParts];  // rows, in units
-  for (int64_t t = 0; t < parts; ++t) {
-    const int64_t a = width * t / parts, e = width * (t + 1) / parts;
-    seen_by[t] = {units, 0};
-    for (int64_t u = 0; u < count; ++u) {
-      if (tiles[u].from >= e || tiles[u].to <= a) continue;
-      const int64_t first = tiles[u].r / per;
-      seen_by[t].lo = first < seen_by[t].lo ? first : seen_by[t].lo;
-      seen_by[t].hi = Units<kPairs>(tiles[u].r + tiles[u].n);
-    }
-  }
-  struct Product {
-    const float *weights, *panels;
-    float* sum;
-    int64_t sum_row, panel_count;
-  };
-  const Product products[] = {{s.p, s.dout_panels, s.dv, s.dv_row, Panels(c.Dv)},
-                              {s.ds, s.q_panels, s.dk, plan.dq_row, Panels(c.D)}};
-  const int64_t weights_row = per * s.s_row;  // pairs of rows lie in every second one
-  for (const Product& x : products) {
-    for (int64_t d = 0; d < x.panel_count; ++d) {
-      for (int64_t u0 = 0; u0 < units; u0 += kChunk) {
-        for (int64_t t = 0; t < parts; ++t) {
-          const int64_t a = width * t / parts, e = width * (t + 1) / parts;
-          const int64_t from = seen_by[t].lo > u0 ? seen_by[t].lo : u0;
-          const int64_t to = seen_by[t].hi < u0 + kChunk ? seen_by[t].hi : u0 + kChunk;
-          if (from >= to) continue;
-          Gemm<kPairs, true>(e - a, to - from, x.weights + from * weights_row + a, 1, weights_row,
-                             x.panels + (d * units + from) * kPanel, x.sum + a * x.sum_row + d * kPanel, x.sum_row);
-        }
-      }
-    }
-  }
-}
-
-// Rows [g0, g0 + rows) over one block of keys, already packed.
-template <bool kPairs>
-inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b, int64_t k,
-                          int64_t g0, int64_t rows, int64_t j0, int64_t width, float* dq, bool one_scale,
-                          const HeadSums& sums) {
-  const int64_t per = Unit<kPairs>::kElements, keys = RoundUp(width, per * kLanes);
-  const Balance balance = BalanceOf(plan, dq);
-  RowTile tiles[kBackwardRows];
-  const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
-  if (count == 0) return;
-  const auto row_at = [&](int64_t i) { return RowAt(c, b, k, g0 + i); };
-  Row from = row_at(0);
-  for (int64_t r = 0; r < rows; ++r, from = After(c, from)) {
-    CopyRow<kPairs>(c.query, b, from.n, from.i, c.D, s.q + r * s.q_row);
-    CopyRow<kPairs>(c.dout, b, from.n, from.i, c.Dv, s.dout + r * s.dout_row);
-  }
-  PackClean<kPairs>(c.query, IsMasked(c), rows, c.D, s.stage, s.q_panels, row_at);
-  PackClean<kPairs>(c.dout, IsMasked(c), rows, c.Dv, s.stage, s.dout_panels, row_at);
-
-  const int64_t depth = Units<kPairs>(c.D), dv_depth = Units<kPairs>(c.Dv);
-  const bool direct = IsDirect(c);
-  if (direct) {
-    int64_t first = width, last = 0;
-    for (int64_t t = 0; t < count; ++t) {
-      first = tiles[t].from < first ? tiles[t].from : first;
-      last = tiles[t].to > last ? tiles[t].to : last;
-    }
-    for (int64_t j = first / kLanes * kLanes; j < last; j += kLanes)
-      DirectDots<kPairs>(c, b, k, rows, s.q, s.q_row, j0 + j, j0 + last, s.stage, s.p + j, s.s_row);
-  }
-  for (int64_t panel = 0; panel < Panels(width); ++panel) {
-    for (int64_t t = 0; t < count; ++t) {
-      const RowTile& tile = tiles[t];
-      if (tile.to <= panel * kPanel || tile.from >= (panel + 1) * kPanel) continue;
-      const int64_t at = tile.r * s.s_row + panel * kPanel;
-      if (!direct)
-        Gemm<kPairs, false>(tile.n, depth, s.q + tile.r * s.q_row, s.q_row, 1, s.keys_t + panel * depth * kPanel,
-                            s.p + at, s.s_row);
-      Gemm<kPairs, false>(tile.n, dv_depth, s.dout + tile.r * s.dout_row, s.dout_row, 1,
-                          s.values_t + panel * dv_depth * kPanel, s.ds + at, s.s_row);
-    }
-  }
-
-  float scales[kBackwardRows];
-  if (!one_scale)
-    for (int64_t r = 0; r < rows; ++r) scales[r] = ScaleOf(c, row_at(r));
-  int64_t done = 0;
-  const auto clear = [&](int64_t to) {  // rows to which none of these keys is visible
-    for (; done < to; ++done) {
-      Fill(s.p + done * s.s_row, 0, keys, 0.0f);
-      Fill(s.ds + done * s.s_row, 0, keys, 0.0f);
-    }
-  };
-  for (int64_t t = 0; t < count; ++t) {
-    const RowTile& tile = tiles[t];
-    clear(tile.r);
-    const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
-    Row row = row_at(tile.r);
-    for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row)) {
-      float *p = s.p + r * s.s_row, *ds = s.ds + r * s.s_row;
-      RowGradients<kPairs>(c, s, row, g0 + r, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1, p, ds,
-                           sums);
-      float* const both[] = {p, ds};
-      for (float* x : both) {
-        Fill(x, 0, c0, 0.0f);
-        Fill(x, c1, keys, 0.0f);
-      }
-    }
-    done = tile.r + tile.n;
-  }
-  clear(rows);
-  if constexpr (kPairs) JoinRows<kPairs>(s, balance, g0, rows, j0, keys, one_scale ? nullptr : scales);
-
-  const float* ds_rows = kPairs ? s.ds_rows : s.ds;
-  const int64_t ds_row = kPairs ? s.half_row : s.s_row, key_units = Units<kPairs>(width);
-  for (int64_t d = 0; d < Panels(c.D); ++d) {
-    for (int64_t u0 = 0; u0 < key_units; u0 += kChunk) {
-      for (int64_t t = 0; t < count; ++t) {
-        const RowTile& tile = tiles[t];
-        const int64_t from = tile.from / per > u0 ? tile.from / per : u0, end = Units<kPairs>(tile.to);
-        const int64_t to = end < u0 + kChunk ? end : u0 + kChunk;
-        if (from >= to) continue;
-        Gemm<kPairs, true>(tile.n, to - from, ds_rows + tile.r * ds_row + from, ds_row, 1,
-                           s.keys + (d * key_units + from) * kPanel, dq + (g0 + tile.r) * plan.dq_row + d * kPanel,
-                           plan.dq_row);
-      }
-    }
-  }
-  if (!kPairs && !one_scale) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const F f = Set(scales[r]);
-      Combine(keys, s.ds + r * s.s_row, s.ds + r * s.s_row, [&](F x, F) { return x * f; });
-    }
-  }
-  KeyGradients<kPairs>(c, plan, s, rows, width, tiles, count);
-}
 
 // Whether the query heads of a key head have the same scale, which its dk then takes at the end.
 inline bool HaveOneScale(const Call& c, int64_t b, int64_t k) {
@@ -181,12 +29,12 @@ inline bool HaveOneScale(const Call& c, int64_t b, int64_t k) {
   return true;
 }
 
-
 template <bool kPairs>
-inline void BackwardHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b, int64_t k,
-                         int64_t key0, int64_t key1, float* dq, const HeadSums& sums) {
+inline void BackwardHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
+                         int64_t k, int64_t key0, int64_t key1, float* dq, const HeadSums& sums) {
   const bool one_scale = HaveOneScale(c, b, k);
   const float key_scale = one_scale ? ScaleOf(c, b, k * c.G()) : 1.0f;
+  RowTile tiles[kBackwardRows];
   PrepareRows<kPairs>(c, plan, s, b, k);
   Fill(dq, 0, plan.rows * plan.dq_row + BalanceSize<kPairs>(plan), 0.0f);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
@@ -204,7 +52,9 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
         packed = true;
       }
       const int64_t g0 = block * kBackwardRows, rows = g0 + kBackwardRows < plan.rows ? kBackwardRows : plan.rows - g0;
-      BackwardBlock<kPairs>(c, plan, s, b, k, g0, rows, j0, width, dq, one_scale, sums);
+      const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
+      const RowBlock x{b, k, g0, rows, j0, width, count, tiles};
+      if (count > 0) BackwardBlock<kPairs>(c, plan, s, x, dq, one_scale, sums);
     }
     for (int64_t j = 0; j < width; ++j) {
       StoreRow(s.dk + j * plan.dq_row, key_scale, c.dkey.Bytes(b, k, j0 + j), c.dkey.dtype, c.dkey.col, c.D);
@@ -265,10 +115,9 @@ void BackwardAs(const Call& c, const Runner& runner) {
   if (plan.splits > 1) {
     Run(runner, heads, [&](int64_t head) {
       float* total = dq_parts.get() + head * plan.splits * head_size;
-      for (int64_t split = 1; split < plan.splits; ++split)
-        AddPart<kPairs>(plan, total + split * head_size, total);
+      for (int64_t split = 1; split < plan.splits; ++split) AddPart<kPairs>(plan, total + split * head_size, total);
       float* stage = nullptr;
-      const ThreadParts memory([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
+      const ThreadParts scratch([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
       FinishQueries<kPairs>(c, plan, head / c.K, head % c.K, stage, total);
     });
   }

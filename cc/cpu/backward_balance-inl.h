@@ -1,4 +1,4 @@
-// The sum of a row's ds, which rounding to pairs changes, and what is done about it.
+// Pairs of the backward: rounding p and ds to bfloat16, and balancing the sum of a row's ds, which that changes.
 #pragma once
 
 #include "call.h"
@@ -10,16 +10,16 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// Keys that have a component in common move no softmax, for the ds of a row add up to dlogsumexp, mostly 0. Rounded to
-// pairs they do not, and neither does their delta fit quite where the forward rounded its weights: what is missing from
-// their sum, times what is common, may be larger than the gradient. It is given to one key of the row, as a float: to that
-// of the largest ds, so that nothing enters which does not contribute anyway. A soft cap has no such sum.
+// A component that all keys have in common does not change the softmax: the ds of a row add up to dlogsumexp, mostly 0.
+// Rounded to bfloat16 they do not, nor where the forward rounded its weights and delta thus is a little off: the error of
+// the sum, times the common component, may exceed the gradient itself. So it is subtracted, in float, from one ds of the
+// row: from the largest, whose key contributes in any case. With a soft cap the sum is not known.
 struct Balance {
-  float* total;               // of each row: the sum of its ds as they were rounded
-  int32_t *largest, *key;     // the bits of the largest magnitude of them, and where that is
+  float* total;            // of each row: the sum of its ds as they were rounded
+  int32_t *largest, *key;  // the bits of the largest magnitude of them, and where that is
 };
 
-// It lies behind the dq of all rows.
+// Stored behind the dq of all rows.
 inline Balance BalanceOf(const BackwardPlan& plan, float* dq) {
   float* total = dq + plan.rows * plan.dq_row;
   int32_t* largest = reinterpret_cast<int32_t*>(total + plan.rows);

@@ -16,8 +16,8 @@ inline int64_t Classes(const int64_t* offsets, int64_t count, int64_t* class_of)
   int64_t bits = 1;
   while ((int64_t{1} << bits) < 2 * count) ++bits;
   const int64_t slots = int64_t{1} << bits;
-  const Buffer memory(2 * slots);
-  int64_t *const first = memory.ints(), classes = 0;  // first: the entry that came first to a slot
+  int64_t *first = nullptr, classes = 0;  // first: the entry that came first to a slot
+  const BufferParts memory([&](Arena& arena) { first = arena.Take<int64_t>(slots); });
   for (int64_t i = 0; i < slots; ++i) first[i] = -1;
   for (int64_t b = 0; b < count; ++b) {
     const uint64_t hash = static_cast<uint64_t>(offsets[b]) * 0x9E3779B97F4A7C15u;
@@ -32,11 +32,15 @@ inline int64_t Classes(const int64_t* offsets, int64_t count, int64_t* class_of)
 struct BackwardPlan {
   int64_t rows, row_blocks, key_block, dq_row, splits, split_keys;
   int64_t groups = 0;
-  Buffer memory;
-  int64_t *heads, *starts;  // key heads b * K + k, group by group, and where each group starts
   bool writes_all_bias;
+  int64_t *heads, *starts;  // key heads b * K + k, group by group, and where each group starts
+  const BufferParts memory;
 
-  explicit BackwardPlan(const Call& c) : memory(8 * c.B * c.K + 4) {
+  explicit BackwardPlan(const Call& c)
+      : memory([&](Arena& arena) {
+          heads = arena.Take<int64_t>(c.B * c.K);
+          starts = arena.Take<int64_t>(c.B * c.K + 1);
+        }) {
     writes_all_bias = c.dbias && WritesAllBias(c);
     rows = c.G() * c.Sq;
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
@@ -61,9 +65,11 @@ struct BackwardPlan {
   // Heads that add to the same bias gradient form a group; without one, each head is its own.
   void Group(const Call& c) {
     const int64_t count = c.B * c.K;
-    heads = memory.ints();
-    starts = heads + count;  // count + 1 of them
-    int64_t *group_of = starts + count + 1, *next = group_of + count;
+    int64_t *group_of = nullptr, *next = nullptr;
+    const BufferParts own([&](Arena& arena) {
+      group_of = arena.Take<int64_t>(count);
+      next = arena.Take<int64_t>(count);
+    });
     const bool shared = c.dbias && !c.bias_apart, by_head = shared && c.dbias.head == 0;
     const bool by_batch = shared && SharesBiasBatch(c);
     const int64_t groups_of_batch = by_head ? 1 : c.K;
@@ -88,16 +94,16 @@ inline int64_t BalanceSize(const BackwardPlan& plan) {
 
 template <bool kPairs>
 struct BackwardScratch {
-  float *q, *dout;                             // rows of a block, as units
-  float *q_panels, *dout_panels;               // ... and as panels
-  float *p, *ds, *ds_rows;                     // rows of logits, then weights, and of ds; ds_rows: those of ds as pairs
-  float *slope, *by_cap, *products;            // of one row: derivatives of the soft cap, products q.k
-  float *keys_t, *values_t, *keys;             // a block of keys and values, packed
-  float *dk, *dv;                              // ... and its gradients
-  float *stage, *tmp;                          // rows on their way into panels; a row of keep factors or bias
-  float *m, *inverse, *delta;                  // of all rows: see PrepareRows
-  float* dq;                                   // of all rows, and their Balance
-  int32_t *lo, *hi, *block_lo, *block_hi;      // visible keys of all rows, and of blocks of rows
+  float *q, *dout;                         // rows of a block, as units
+  float *q_panels, *dout_panels;           // ... and as panels
+  float *p, *ds, *ds_rows;                 // rows of logits, then weights, and of ds; ds_rows: those of ds as pairs
+  float *slope, *by_cap, *products;        // of one row: derivatives of the soft cap, products q.k
+  float *keys_t, *values_t, *keys;         // a block of keys and values, packed
+  float *dk, *dv;                          // ... and its gradients
+  float *stage, *tmp;                      // rows on their way into panels; a row of keep factors or bias
+  float *m, *inverse, *delta;              // of all rows: see PrepareRows
+  float* dq;                               // of all rows, and their Balance
+  int32_t *lo, *hi, *block_lo, *block_hi;  // visible keys of all rows, and of blocks of rows
   int64_t q_row, dout_row, s_row, half_row, dv_row;
   bool writes_all_bias;
 

@@ -74,14 +74,13 @@ inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardS
 // Turns a row of products q.k and dout.v with keys j0 + [c0, c1), of which v are visible, into weights p and ds,
 // in place, 0 where masked.
 template <bool kPairs>
-inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const Row& row, int64_t r, int64_t j0, Range v,
-                         int64_t c0, int64_t c1, float* p, float* ds, const HeadSums& sums) {
+inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const Row& row, int64_t r, int64_t j0,
+                         Range v, int64_t c0, int64_t c1, float* p, float* ds, const HeadSums& sums) {
   if (v.Empty()) v = {c0, c0};
   float* slope = SoftCapOf(c, row) != 0.0f ? s.slope : nullptr;
   float* by_cap = slope != nullptr && sums.soft_cap != nullptr ? s.by_cap : nullptr;
   F scale = Set(ScaleOf(c, row));
-  if (sums.scale != nullptr)
-    __builtin_memcpy(s.products + c0, p + c0, sizeof(float) * static_cast<size_t>(c1 - c0));
+  if (sums.scale != nullptr) __builtin_memcpy(s.products + c0, p + c0, sizeof(float) * static_cast<size_t>(c1 - c0));
   if (!IsPlain(c, row)) {
     if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, slope, by_cap, s.tmp);
     scale = Set(1.0f);

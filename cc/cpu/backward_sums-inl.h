@@ -2,8 +2,8 @@
 #pragma once
 
 #include "call.h"
-#include "cpu/logits-inl.h"
 #include "cpu/backward_plan-inl.h"
+#include "cpu/logits-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/scratch-inl.h"
 
@@ -11,7 +11,8 @@ namespace jax_fa::JAX_FA_ISA {
 namespace {
 
 // The part of dbias that a row of ds adds.
-inline void AddToBias(const Call& c, bool alone, const Row& row, int64_t j0, int64_t from, int64_t to, const float* ds) {
+inline void AddToBias(const Call& c, bool alone, const Row& row, int64_t j0, int64_t from, int64_t to,
+                      const float* ds) {
   float* db = nullptr;
   if (c.bias_offset) {
     const int64_t first = BiasIndex(c, row, j0 + from);
@@ -51,7 +52,7 @@ inline double SlopeGradient(const Call& c, const Row& row, int64_t j0, int64_t f
   return sum;
 }
 
-// What each query head of a key head adds up, over its rows and a range of keys; null where it is not asked for.
+// The sums of each query head of a key head, over its rows and a range of keys; null where not asked for.
 struct HeadSums {
   double *slopes = nullptr, *scale = nullptr, *soft_cap = nullptr;
   int64_t slope_rows = 1;  // Sq where each row has a slope of its own
@@ -94,8 +95,12 @@ inline void AddAll(const Call& c, const View& x, int64_t rows, const Part& part)
 class AllSums {
  public:
   AllSums(const Call& c, const BackwardPlan& plan)
-      : c_(c), splits_(plan.splits), rows_(c.dslopes.row != 0 ? c.Sq : 1),
-        slopes_(c.dslopes ? c.G() * rows_ : 0), scale_(c.dscale ? c.G() : 0), soft_cap_(c.dsoft_cap ? c.G() : 0),
+      : c_(c),
+        splits_(plan.splits),
+        rows_(c.dslopes.row != 0 ? c.Sq : 1),
+        slopes_(c.dslopes ? c.G() * rows_ : 0),
+        scale_(c.dscale ? c.G() : 0),
+        soft_cap_(c.dsoft_cap ? c.G() : 0),
         memory_(2 * c.B * c.K * splits_ * Size()) {
     for (int64_t i = 0; i < c.B * c.K * splits_ * Size(); ++i) memory_.doubles()[i] = 0.0;
   }

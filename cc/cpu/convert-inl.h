@@ -1,4 +1,4 @@
-// 16-bit floats, one number at a time. Rounds to nearest even; NaN stays NaN.
+// 16-bit floats, one at a time. Rounds to nearest even; NaN stays NaN.
 #pragma once
 
 #include <stdint.h>
@@ -8,8 +8,16 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-inline float BitsToFloat(uint32_t x) { float f; __builtin_memcpy(&f, &x, 4); return f; }
-inline uint32_t FloatToBits(float f) { uint32_t x; __builtin_memcpy(&x, &f, 4); return x; }
+inline float BitsToFloat(uint32_t x) {
+  float f;
+  __builtin_memcpy(&f, &x, 4);
+  return f;
+}
+inline uint32_t FloatToBits(float f) {
+  uint32_t x;
+  __builtin_memcpy(&x, &f, 4);
+  return x;
+}
 
 inline float ToFloatBF16(uint16_t h) { return BitsToFloat(static_cast<uint32_t>(h) << 16); }
 
@@ -25,7 +33,8 @@ inline float ToFloatF16(uint16_t h) {
   if (magnitude >= 0x7c00u) return BitsToFloat(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
   // Subnormal halves count units of 2^-24. No subnormal float on the way: XLA's threads take those for 0.
   if (magnitude < 0x400u)
-    return BitsToFloat(sign | FloatToBits(static_cast<float>(static_cast<int32_t>(magnitude)) * BitsToFloat(0x33800000u)));
+    return BitsToFloat(sign |
+                       FloatToBits(static_cast<float>(static_cast<int32_t>(magnitude)) * BitsToFloat(0x33800000u)));
   return BitsToFloat(sign | ((magnitude << 13) + 0x38000000u));
 }
 

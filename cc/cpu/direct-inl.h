@@ -1,8 +1,8 @@
-// Few query rows (decoding): the time is that of reading keys and values once, so they are read where they lie
+// Few query rows (decoding): the time is that of reading keys and values once, so they are read in place
 // instead of being packed. A task takes all key heads of a range of keys.
 //
-// The backward of such calls takes its products q.k from here too: summed in another order they would be other numbers
-// than those of the saved max and sum, which shows where logits are large. Hence the choice depends on the shape alone.
+// The backward of such calls takes its products q.k from here too: summed in another order they would differ
+// from those of the saved max and sum, which matters where logits are large. Hence the choice depends on the shape alone.
 #pragma once
 
 #include "call.h"
@@ -16,7 +16,7 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// One vector of numbers of an array, or of units, from where they lie.
+// One vector of elements of an array, or of units, read in place.
 template <bool kPairs, DType kType>
 JAX_FA_INLINE F LoadAs(const char* p, int64_t i) {
   if constexpr (kPairs || kType == DType::kF32) {
@@ -28,7 +28,7 @@ JAX_FA_INLINE F LoadAs(const char* p, int64_t i) {
   }
 }
 
-// The last `n` numbers of a row, from unit i on, which do not fill a vector; then zeros.
+// The last `n` elements of a row, from unit i on, which do not fill a vector; then zeros.
 template <bool kPairs, DType kType>
 JAX_FA_INLINE F LoadRest(const char* p, int64_t i, int n) {
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
@@ -43,7 +43,7 @@ JAX_FA_INLINE F LoadRest(const char* p, int64_t i, int n) {
   }
 }
 
-// kR rows of queries times kLanes / kR keys of D numbers: lane i of the result is row i / (kLanes / kR), key
+// kR rows of queries times kLanes / kR keys of D elements: lane i of the result is row i / (kLanes / kR), key
 // i % (kLanes / kR).
 template <bool kPairs, DType kType, int kR>
 inline F DotKeys(const float* q, int64_t q_row, int64_t D, const char* const* keys) {
@@ -80,8 +80,7 @@ inline F DotKeys(const float* q, int64_t q_row, int64_t D, const char* const* ke
 
 // Rows r .. r + kR of logits for kLanes keys.
 template <bool kPairs, DType kType, int kR>
-inline void DotRows(const float* q, int64_t q_row, int64_t D, const char* const* keys, float* logits,
-                    int64_t s_row) {
+inline void DotRows(const float* q, int64_t q_row, int64_t D, const char* const* keys, float* logits, int64_t s_row) {
   constexpr int kKeys = kLanes / kR;
   for (int j = 0; j < kLanes; j += kKeys) {
     float lanes[kLanes];
@@ -123,7 +122,7 @@ inline void DirectDots(const Call& c, int64_t b, int64_t k, int64_t n, const flo
   }
 }
 
-// A 16-bit value row of n numbers as floats, up to whole vectors: row `i` of panels of `rows` rows.
+// A 16-bit value row of n elements as floats, up to whole vectors: row `i` of panels of `rows` rows.
 template <DType kType>
 inline void WidenRow(const uint16_t* x, int64_t n, int64_t i, int64_t rows, float* panels) {
   const auto at = [&](int64_t d) { return panels + (d / kPanel * rows + i) * kPanel + d % kPanel; };
@@ -145,10 +144,10 @@ inline void DirectProduct(int64_t columns, int64_t n, int64_t units, const float
                                       static_cast<int>(columns - (kVectors - 1) * kLanes));
 }
 
-// Adds to the output of the n rows of head k what the values j0 + [from, to) bring, floats where they lie.
+// Adds to the output of the n rows of head k the product with the values j0 + [from, to), floats read in place.
 template <bool kPairs>
-inline void DirectValues(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t from,
-                         int64_t to) {
+inline void DirectValues(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t n, int64_t j0,
+                         int64_t from, int64_t to) {
   const int64_t given = to - from, dv = Panels(c.Dv) * kPanel, units = Units<kPairs>(given);
   const float* weights = s.logits + k * n * s.s_row + from / Unit<kPairs>::kElements;
   float* acc = s.acc + k * n * dv;
@@ -179,7 +178,8 @@ inline void DirectValues(const Call& c, const ForwardScratch<kPairs>& s, int64_t
     } else if (values == s.own.values) {  // whole vectors of them
       DirectProduct<kPairs, false>(columns, n, units, weights, s.s_row, values + p * panel, row, acc + p * kPanel, dv);
     } else {
-      DirectProduct<kPairs, !kPairs>(columns, n, units, weights, s.s_row, values + p * panel, row, acc + p * kPanel, dv);
+      DirectProduct<kPairs, !kPairs>(columns, n, units, weights, s.s_row, values + p * panel, row, acc + p * kPanel,
+                                     dv);
     }
   }
 }
@@ -189,7 +189,8 @@ inline void DirectValues(const Call& c, const ForwardScratch<kPairs>& s, int64_t
 // processor's own prefetching follows. Where a value of a masked call is not finite, values are packed, which keeps it
 // apart from the rows to which it is masked.
 template <bool kPairs>
-inline void DirectBlock(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t n, int64_t j0, int64_t width, Range all) {
+inline void DirectBlock(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t n, int64_t j0, int64_t width,
+                        Range all) {
   const int64_t dv = Panels(c.Dv) * kPanel;
   const int64_t first = all.lo > j0 ? all.lo - j0 : 0, last = all.hi < j0 + width ? all.hi - j0 : width;
   if (first >= last) return;
@@ -202,14 +203,13 @@ inline void DirectBlock(const Call& c, const ForwardScratch<kPairs>& s, int64_t 
   if (IsMasked(c) && !packs) {
     float bad = 0.0f;
     for (int64_t j = c0; j < last; ++j)
-      for (int64_t k = 0; k < c.K; ++k)
-        bad += ZeroOrNaN(ReadRow<kPairs>(c.value, b, k, j0 + j, c.Dv, s.stage), c.Dv);
+      for (int64_t k = 0; k < c.K; ++k) bad += ZeroOrNaN(ReadRow<kPairs>(c.value, b, k, j0 + j, c.Dv, s.stage), c.Dv);
     packs = bad != 0.0f;
   }
   const auto soften = [&](int64_t k, const float* nan_marker) {
     for (int64_t r = k * n; r < (k + 1) * n; ++r)
-      SoftmaxRow<kPairs>(c, RowAt(c, b, k, r - k * n), j0, Within(s.lo[r], s.hi[r], j0, width), c0, c1, nan_marker, s.tmp,
-                         s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv);
+      SoftmaxRow<kPairs>(c, RowAt(c, b, k, r - k * n), j0, Within(s.lo[r], s.hi[r], j0, width), c0, c1, nan_marker,
+                         s.tmp, s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv);
   };
   if (packs) {
     const int64_t units = Units<kPairs>(width), from = c0 / Unit<kPairs>::kElements, to = Units<kPairs>(last);
@@ -225,7 +225,8 @@ inline void DirectBlock(const Call& c, const ForwardScratch<kPairs>& s, int64_t 
   }
   for (int64_t k = 0; k < c.K; ++k) soften(k, nullptr);
   for (int64_t j = c0; j < last; j += kDirectStep)
-    for (int64_t k = 0; k < c.K; ++k) DirectValues<kPairs>(c, s, b, k, n, j0, j, j + kDirectStep < last ? j + kDirectStep : last);
+    for (int64_t k = 0; k < c.K; ++k)
+      DirectValues<kPairs>(c, s, b, k, n, j0, j, j + kDirectStep < last ? j + kDirectStep : last);
 }
 
 }  // namespace

@@ -50,8 +50,8 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
     const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
     Row row = RowAt(c, b, k, r0 + g0 + tile.r);
     for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row))
-      SoftmaxRow<kPairs>(c, row, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1,
-                         packed.nan_marker, s.tmp, s.logits + r * s.s_row, s.m + g0 + r, s.l + g0 + r, acc + r * dv);
+      SoftmaxRow<kPairs>(c, row, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1, packed.nan_marker, s.tmp,
+                         s.logits + r * s.s_row, s.m + g0 + r, s.l + g0 + r, acc + r * dv);
     tile.from /= per;  // from here on in units
     tile.to = Units<kPairs>(tile.to);
     first = tile.from < first ? tile.from : first;
@@ -64,8 +64,7 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
         const RowTile& tile = tiles[t];
         const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + kChunk ? tile.to : u0 + kChunk;
         if (from >= to) continue;
-        if (u0 + kChunk < last)
-          Prefetch(packed.values + (p * units + u0 + kChunk) * kPanel, kChunk * kPanel, t, count);
+        if (u0 + kChunk < last) Prefetch(packed.values + (p * units + u0 + kChunk) * kPanel, kChunk * kPanel, t, count);
         Gemm<kPairs, true>(tile.n, to - from, s.logits + tile.r * s.s_row + from, s.s_row, 1,
                            packed.values + (p * units + from) * kPanel, acc + tile.r * dv + p * kPanel, dv);
       }
@@ -121,9 +120,9 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
   const int64_t n = plan.rows;
   Range all{key1, key0};
   for (int64_t k = 0; k < c.K; ++k) {
-    const Range seen = StartRows<kPairs>(c, s, b, k, 0, n, k * n, key0, key1);
-    all.lo = seen.lo < all.lo ? seen.lo : all.lo;
-    all.hi = seen.hi > all.hi ? seen.hi : all.hi;
+    const Range visible = StartRows<kPairs>(c, s, b, k, 0, n, k * n, key0, key1);
+    all.lo = visible.lo < all.lo ? visible.lo : all.lo;
+    all.hi = visible.hi > all.hi ? visible.hi : all.hi;
   }
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
@@ -170,73 +169,123 @@ inline void MergeRow(const Call& c, const Row& row, int64_t splits, int64_t spli
   FinishRow(c, row, part, m, l);
 }
 
+// Keys and values of all key heads, packed once for all tasks.
 template <bool kPairs>
-void ForwardAs(const Call& c, const Runner& runner) {
-  const ForwardPlan<kPairs> plan(c);
-  const int64_t heads = c.B * c.K, dv = Panels(c.Dv) * kPanel, partial = dv + kLanes;
-  // Per key head, split and row: output, max, sum.
-  const Buffer partials(plan.splits > 1 ? heads * plan.splits * plan.rows * partial : 0);
+class SharedBlocks {
+ public:
+  SharedBlocks(const Call& c, const ForwardPlan<kPairs>& plan)
+      : plan_(plan),
+        size_(plan.keys_size + plan.values_size + plan.key_block),
+        count_(c.B * c.K * plan.key_blocks),
+        memory_(plan.shared ? count_ * (size_ + 1) : 0),
+        marked_(memory_.get() + count_ * size_) {}
 
-  // Per key head and block: keys, values, nan_marker; and whether the block has any nan_marker.
-  const int64_t block_size = plan.keys_size + plan.values_size + plan.key_block, slots = heads * plan.key_blocks;
-  const Buffer shared(plan.shared ? slots * block_size + slots : 0);
-  float* const marked = shared.get() + slots * block_size;
-  const auto slot = [&](int64_t index) {
-    float* keys = shared.get() + index * block_size;
-    return Packed{keys, keys + plan.keys_size, keys + plan.keys_size + plan.values_size};
-  };
-  if (plan.shared) {
-    Run(runner, slots, [&](int64_t index) {
-      const int64_t head = index / plan.key_blocks, j0 = index % plan.key_blocks * plan.key_block;
-      Packed packed = slot(index);
+  void Pack(const Call& c, const Runner& runner) const {
+    Run(runner, count_, [&](int64_t index) {
+      const int64_t head = index / plan_.key_blocks, j0 = index % plan_.key_blocks * plan_.key_block;
       float* stage = nullptr;
-      const ThreadParts memory([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
-      PackBlock<kPairs>(c, head / c.K, head % c.K, j0, j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0,
+      const ThreadParts scratch([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
+      Packed packed = Block(index);
+      PackBlock<kPairs>(c, head / c.K, head % c.K, j0, j0 + plan_.key_block < c.Skv ? plan_.key_block : c.Skv - j0,
                         stage, &packed);
-      marked[index] = packed.nan_marker != nullptr ? 1.0f : 0.0f;
+      marked_[index] = packed.nan_marker != nullptr ? 1.0f : 0.0f;
     });
   }
 
-  const int64_t groups = heads / plan.task_heads;
-  Run(runner, groups * plan.blocks * plan.splits, [&](int64_t task) {
-    const ForwardScratch<kPairs> s(c, plan);
-    // Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest.
-    const int64_t head = task / (plan.blocks * plan.splits) * plan.task_heads, split = task % plan.splits;
-    const int64_t block = plan.blocks - 1 - task / plan.splits % plan.blocks;
-    const int64_t b = head / c.K, k = head % c.K;
-    const int64_t r0 = block * plan.task_rows, n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
-    const int64_t key0 = split * plan.split_keys;
-    const int64_t key1 = plan.splits == 1 || key0 + plan.split_keys > c.Skv ? c.Skv : key0 + plan.split_keys;
-    if (plan.direct) {
-      DirectRows<kPairs>(c, plan, s, b, key0, key1);
-    } else {
-      ForwardRows<kPairs>(c, plan, s, b, k, r0, n, key0, key1, [&](int64_t j0) {
-        const int64_t index = head * plan.key_blocks + j0 / plan.key_block;
-        Packed packed = slot(index);
-        if (marked[index] == 0.0f) packed.nan_marker = nullptr;
-        return packed;
-      });
-    }
-    for (int64_t h = 0; h < plan.task_heads; ++h) {
-      for (int64_t r = 0; r < n; ++r) {
-        const int64_t at = h * n + r;
-        if (plan.splits == 1) {
-          FinishRow(c, RowAt(c, b, k + h, r0 + r), s.acc + at * dv, s.m[at], s.l[at]);
-        } else {
-          float* part = partials.get() + (((head + h) * plan.splits + split) * plan.rows + r0 + r) * partial;
-          __builtin_memcpy(part, s.acc + at * dv, sizeof(float) * static_cast<size_t>(dv));
-          part[dv] = s.m[at];
-          part[dv + 1] = s.l[at];
-        }
+  // The block of a key head that begins at key j0.
+  Packed At(int64_t head, int64_t j0) const {
+    const int64_t index = head * plan_.key_blocks + j0 / plan_.key_block;
+    Packed packed = Block(index);
+    if (marked_[index] == 0.0f) packed.nan_marker = nullptr;
+    return packed;
+  }
+
+ private:
+  Packed Block(int64_t index) const {
+    float* keys = memory_.get() + index * size_;
+    return {keys, keys + plan_.keys_size, keys + plan_.keys_size + plan_.values_size};
+  }
+
+  const ForwardPlan<kPairs>& plan_;
+  const int64_t size_, count_;
+  const Buffer memory_;  // per key head and block: keys, values, NaN marker; then for each whether it has marks
+  float* const marked_;
+};
+
+// Results of ranges of keys, to be merged: per key head, range and row the output, then max and sum.
+template <bool kPairs>
+class Partials {
+ public:
+  Partials(const Call& c, const ForwardPlan<kPairs>& plan)
+      : plan_(plan),
+        dv_(Panels(c.Dv) * kPanel),
+        row_(dv_ + kLanes),
+        memory_(plan.splits > 1 ? c.B * c.K * plan.splits * plan.rows * row_ : 0) {}
+
+  void Keep(int64_t head, int64_t split, int64_t r, const float* acc, float m, float l) const {
+    float* part = Row(head, split, r);
+    __builtin_memcpy(part, acc, sizeof(float) * static_cast<size_t>(dv_));
+    part[dv_] = m;
+    part[dv_ + 1] = l;
+  }
+
+  void Merge(const Call& c, const Runner& runner) const {
+    Run(runner, c.B * c.K, [&](int64_t head) {
+      for (int64_t r = 0; r < plan_.rows; ++r)
+        MergeRow(c, RowAt(c, head / c.K, head % c.K, r), plan_.splits, plan_.rows * row_, Row(head, 0, r));
+    });
+  }
+
+ private:
+  float* Row(int64_t head, int64_t split, int64_t r) const {
+    return memory_.get() + ((head * plan_.splits + split) * plan_.rows + r) * row_;
+  }
+
+  const ForwardPlan<kPairs>& plan_;
+  const int64_t dv_, row_;
+  const Buffer memory_;
+};
+
+// Rows of a key head (of all, for few rows) and a range of keys.
+template <bool kPairs>
+inline void ForwardTask(const Call& c, const ForwardPlan<kPairs>& plan, const SharedBlocks<kPairs>& shared,
+                        const Partials<kPairs>& partials, int64_t task) {
+  const ForwardScratch<kPairs> s(c, plan);
+  // Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest.
+  const int64_t head = task / (plan.blocks * plan.splits) * plan.task_heads, split = task % plan.splits;
+  const int64_t block = plan.blocks - 1 - task / plan.splits % plan.blocks;
+  const int64_t b = head / c.K, k = head % c.K;
+  const int64_t r0 = block * plan.task_rows, n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
+  const int64_t key0 = split * plan.split_keys;
+  const int64_t key1 = plan.splits == 1 || key0 + plan.split_keys > c.Skv ? c.Skv : key0 + plan.split_keys;
+  if (plan.direct) {
+    DirectRows<kPairs>(c, plan, s, b, key0, key1);
+  } else {
+    ForwardRows<kPairs>(c, plan, s, b, k, r0, n, key0, key1, [&](int64_t j0) { return shared.At(head, j0); });
+  }
+  const int64_t dv = Panels(c.Dv) * kPanel;
+  for (int64_t h = 0; h < plan.task_heads; ++h) {
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t at = h * n + r;
+      if (plan.splits == 1) {
+        FinishRow(c, RowAt(c, b, k + h, r0 + r), s.acc + at * dv, s.m[at], s.l[at]);
+      } else {
+        partials.Keep(head + h, split, r0 + r, s.acc + at * dv, s.m[at], s.l[at]);
       }
     }
-  });
-  if (plan.splits == 1) return;
-  Run(runner, heads, [&](int64_t head) {
-    for (int64_t r = 0; r < plan.rows; ++r)
-      MergeRow(c, RowAt(c, head / c.K, head % c.K, r), plan.splits, plan.rows * partial,
-               partials.get() + (head * plan.splits * plan.rows + r) * partial);
-  });
+  }
+}
+
+template <bool kPairs>
+void ForwardAs(const Call& c, const Runner& runner) {
+  const ForwardPlan<kPairs> plan(c);
+  const Partials<kPairs> partials(c, plan);
+  const SharedBlocks<kPairs> shared(c, plan);
+  if (plan.shared) shared.Pack(c, runner);
+  const int64_t groups = c.B * c.K / plan.task_heads;
+  Run(runner, groups * plan.blocks * plan.splits,
+      [&](int64_t task) { ForwardTask<kPairs>(c, plan, shared, partials, task); });
+  if (plan.splits > 1) partials.Merge(c, runner);
 }
 
 }  // namespace

@@ -17,11 +17,11 @@ struct ForwardPlan {
   int64_t rows;               // query rows of a key head, over all heads of its group
   int64_t task_rows, blocks;  // rows of a task, tasks of a key head and split
   int64_t key_block, key_blocks;
-  int64_t splits, split_keys;  // key ranges whose partial results are merged
+  int64_t splits, split_keys;      // key ranges whose partial results are merged
   int64_t keys_size, values_size;  // floats of a packed block
-  bool direct;  // few rows, which read keys and values where they lie
-  int64_t task_heads;  // key heads of a task
-  bool shared;  // packed once for all tasks
+  bool direct;                     // few rows: keys and values are read in place
+  int64_t task_heads;              // key heads of a task
+  bool shared;                     // packed once for all tasks
 
   explicit ForwardPlan(const Call& c) {
     rows = c.G() * c.Sq;
@@ -32,8 +32,8 @@ struct ForwardPlan {
     keys_size = RoundUp(key_block, kPanel) * Units<kPairs>(c.D);
     values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
     const int64_t heads = c.B * c.K;
-    shared = !direct && rows > kGroupRows &&
-             heads * key_blocks * (keys_size + values_size + key_block) <= kSharedFloats;
+    shared =
+        !direct && rows > kGroupRows && heads * key_blocks * (keys_size + values_size + key_block) <= kSharedFloats;
     task_heads = direct ? c.K : 1;
     task_rows = kTaskRows;
     while (task_rows > kGroupRows && heads * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
@@ -62,7 +62,8 @@ struct ForwardScratch {
   int32_t *lo, *hi;
   int64_t q_row, s_row;
 
-  ForwardScratch(const Call& c, const ForwardPlan<kPairs>& plan) : memory([&](Arena& arena) { Place(c, plan, arena); }) {}
+  ForwardScratch(const Call& c, const ForwardPlan<kPairs>& plan)
+      : memory([&](Arena& arena) { Place(c, plan, arena); }) {}
 
  private:
   void Place(const Call& c, const ForwardPlan<kPairs>& plan, Arena& arena) {

@@ -11,8 +11,9 @@ namespace jax_fa::JAX_FA_ISA {
 namespace {
 
 template <bool kPairs, int M, bool kAdd, int kVectors, bool kPart>
-__attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k, const float* __restrict b,
-                     int64_t b_row, float* __restrict c, int64_t c_row, int last) {
+__attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k,
+                                        const float* __restrict b, int64_t b_row, float* __restrict c, int64_t c_row,
+                                        int last) {
   F acc[M][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)

@@ -7,11 +7,11 @@
 
 namespace jax_fa {
 
-#define JAX_FA_DECLARE(isa)                         \
-  namespace isa {                                   \
-  void RunForward(const Call&, const Runner&);      \
-  void RunBackward(const Call&, const Runner&);     \
-  double RunFma(int64_t, bool, float*);             \
+#define JAX_FA_DECLARE(isa)                     \
+  namespace isa {                               \
+  void RunForward(const Call&, const Runner&);  \
+  void RunBackward(const Call&, const Runner&); \
+  double RunFma(int64_t, bool, float*);         \
   }
 #if defined(JAX_FA_X86)
 JAX_FA_DECLARE(avx512_bf16)

@@ -26,7 +26,7 @@ inline Range BiasElements(const Call& c, int64_t first, int64_t n) {
   return given.Empty() ? Range{0, 0} : given;
 }
 
-// The part of the row's bias for keys j0 + [from, to), as floats: where it lies, or in `tmp`.
+// The part of the row's bias for keys j0 + [from, to), as floats: in place, or in `tmp`.
 inline const float* BiasOf(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float* tmp) {
   if (c.bias_offset) {
     const int64_t first = BiasIndex(c, row, j0 + from), n = to - from;
@@ -132,14 +132,14 @@ inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, in
     }
   }
   if (const float soft_cap = SoftCapOf(c, row); soft_cap != 0.0f) {
-    const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap), none = Set(0.0f), hidden = Set(-__builtin_inff());
+    const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap), none = Set(0.0f), minus_inf = Set(-__builtin_inff());
     for (int64_t j = 0; j < n; j += kLanes) {
       const int rest = Rest(n - j);
       const F u = LoadFirst(s + j, rest) * inverse, t = Tanh(u), b = bias ? LoadFirst(bias + j, rest) : none;
-      const Mask hides = Equal(b, hidden);
-      StoreFirst(s + j, Select(hides, hidden, t * cap), rest);
-      if (by_x != nullptr) StoreFirst(by_x + from + j, Select(hides, none, Set(1.0f) - t * t), rest);
-      if (by_cap != nullptr) StoreFirst(by_cap + from + j, Select(hides, none, ByCap(u, t)), rest);
+      const Mask masked = Equal(b, minus_inf);
+      StoreFirst(s + j, Select(masked, minus_inf, t * cap), rest);
+      if (by_x != nullptr) StoreFirst(by_x + from + j, Select(masked, none, Set(1.0f) - t * t), rest);
+      if (by_cap != nullptr) StoreFirst(by_cap + from + j, Select(masked, none, ByCap(u, t)), rest);
     }
   }
   if (nan_marker != nullptr) Combine(n, s, nan_marker + from, [](F x, F more) { return x + more; });

@@ -1,7 +1,5 @@
 // The memory the kernels ask for (see call.h).
 
-#include <stdlib.h>  // posix_memalign; std::aligned_alloc is missing before macOS 10.15
-
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -14,7 +12,7 @@ namespace {
 
 float* Aligned(int64_t floats) {
   const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 64) / 64 * 64;
-  void* p = nullptr;
+  void* p = nullptr;  // std::aligned_alloc is missing before macOS 10.15
   if (posix_memalign(&p, 64, bytes) != 0) throw std::bad_alloc();
   return static_cast<float*>(p);
 }

@@ -8,7 +8,7 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// One row of `n` numbers into row `r` of panels of `rows` rows each ([panel][rows][kPanel]); the last panel
+// One row of `n` elements into row `r` of panels of `rows` rows each ([panel][rows][kPanel]); the last panel
 // is filled up with zeros.
 inline void PackRow(const float* src, int64_t n, int64_t r, int64_t rows, float* panels) {
   for (int64_t p = 0; p * kPanel < n; ++p) {
@@ -26,7 +26,8 @@ template <bool kPairs>
 inline void PackTransposed(const View& x, int64_t width, int64_t b, int64_t k, int64_t j0, int64_t n, float* stage,
                            float* panels) {
   const int64_t units = Units<kPairs>(width), ld = RoundUp(units, kLanes), per = Unit<kPairs>::kElements;
-  const bool direct = (kPairs || x.dtype == DType::kF32) && x.col == 1 && width % (kLanes * per) == 0 && x.row % per == 0;
+  const bool direct =
+      (kPairs || x.dtype == DType::kF32) && x.col == 1 && width % (kLanes * per) == 0 && x.row % per == 0;
   for (int64_t r = 0; r < Panels(n) * kPanel; r += kLanes) {
     float* dst = panels + (r / kPanel) * units * kPanel + r % kPanel;
     if (direct && r + kLanes <= n) {
@@ -48,7 +49,7 @@ inline void PackTransposed(const View& x, int64_t width, int64_t b, int64_t k, i
   }
 }
 
-// Two rows of `n` bfloat16 numbers (the second may be null: zeros) as pairs: row `r` of panels of `rows` rows each.
+// Two rows of `n` bfloat16 elements (the second may be null: zeros) as pairs: row `r` of panels of `rows` rows each.
 template <bool kPairs>
 inline void PackPairs(const uint16_t* first, const uint16_t* second, int64_t n, int64_t r, int64_t rows,
                       float* panels) {
@@ -79,7 +80,7 @@ inline void PackPairs(const uint16_t* first, const uint16_t* second, int64_t n, 
   }
 }
 
-// Rows given by `read(i, stage)` (a pointer to `width` numbers; may use the stage), i = 0 .. n - 1, as panels
+// Rows given by `read(i, stage)` (a pointer to `width` elements; may use the stage), i = 0 .. n - 1, as panels
 // [panel][units of n][kPanel]. `stage` holds two rows, filled up to whole panels.
 template <bool kPairs, typename Read>
 inline void PackRows(int64_t n, int64_t width, float* stage, float* panels, const Read& read) {
@@ -87,7 +88,7 @@ inline void PackRows(int64_t n, int64_t width, float* stage, float* panels, cons
     for (int64_t i = 0; i < n; ++i) PackRow(read(i, stage), width, i, n, panels);
   } else {
     const int64_t full = Panels(width) * kPanel;
-    uint16_t* stages[2] = {reinterpret_cast<uint16_t*>(stage), reinterpret_cast<uint16_t*>(stage) + full};
+    uint16_t* const stages[2] = {reinterpret_cast<uint16_t*>(stage), reinterpret_cast<uint16_t*>(stage) + full};
     for (int64_t i = 0; i < n; i += 2) {
       const uint16_t* first = read(i, reinterpret_cast<float*>(stages[0]));
       const uint16_t* second = i + 1 < n ? read(i + 1, reinterpret_cast<float*>(stages[1])) : nullptr;

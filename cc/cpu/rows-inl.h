@@ -13,9 +13,7 @@ struct Row {
   int64_t b, n, i;  // batch entry, query head, position
 };
 
-inline Row RowAt(const Call& c, int64_t b, int64_t k, int64_t r) {
-  return {b, k * c.G() + r / c.Sq, r % c.Sq};
-}
+inline Row RowAt(const Call& c, int64_t b, int64_t k, int64_t r) { return {b, k * c.G() + r / c.Sq, r % c.Sq}; }
 
 // The row after it, without the divisions.
 inline Row After(const Call& c, Row row) {
@@ -39,7 +37,7 @@ inline int Rest(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
 
 inline bool IsMasked(const Call& c) { return c.lower || c.upper || c.mask || c.segment_row; }
 
-// What is one number for the call, or one for each head.
+// What is one scalar for the call, or one for each head.
 inline float ScaleOf(const Call& c, int64_t b, int64_t n) {
   return c.scale_of_head ? *c.scale_of_head.At<float>(b, n) : c.scale;
 }

@@ -19,7 +19,7 @@ namespace jax_fa::JAX_FA_ISA {
 namespace {
 
 // Gives out parts of one block of memory, one after the other, each aligned to 64 bytes. Without a block it gives null
-// and counts: the same function then lays out the parts twice, first to learn their size, then to place them. Under
+// and counts: the same function lays out the parts twice, first to learn their size, then to place them. Under
 // AddressSanitizer what lies between two parts must not be touched.
 class Arena {
  public:
@@ -30,20 +30,33 @@ class Arena {
 
   template <typename T = float>
   T* Take(int64_t count) {
-    static_assert(sizeof(T) % sizeof(float) == 0 && alignof(T) <= 64, "parts are counted in floats");
-    const int64_t size = count * static_cast<int64_t>(sizeof(T) / sizeof(float));
+    static_assert(sizeof(float) == 4 && sizeof(T) % 4 == 0 && alignof(T) <= 64, "parts are counted in floats");
+    const int64_t size = count * static_cast<int64_t>(sizeof(T) / 4);
     const int64_t next = used_ + (size + kAlign - 1) / kAlign * kAlign + kGap;
-    if (memory_ == nullptr) {
-      used_ = next;
-      return nullptr;
-    }
-    if (next > end_) __builtin_trap();  // laid out in another way than counted
-    float* const part = memory_ + used_;
+    float* const part = memory_ == nullptr ? nullptr : memory_ + used_;
+    if (part != nullptr) {
+      if (next > end_) __builtin_trap();  // laid out in another way than counted
 #if defined(JAX_FA_ASAN)
-    __asan_nan_marker_memory_region(part + size, sizeof(float) * static_cast<size_t>(next - used_ - size));
+      __asan_poison_memory_region(part + size, sizeof(float) * static_cast<size_t>(next - used_ - size));
 #endif
+    }
     used_ = next;
     return reinterpret_cast<T*>(part);
+  }
+
+  // Floats that `place(arena)` takes.
+  template <typename Place>
+  static int64_t Count(const Place& place) {
+    Arena arena;
+    place(arena);
+    return arena.floats();
+  }
+
+  // Joins the parts of a block again, before others use it.
+  static void Join([[maybe_unused]] float* memory, [[maybe_unused]] int64_t floats) {
+#if defined(JAX_FA_ASAN)
+    __asan_unpoison_memory_region(memory, sizeof(float) * static_cast<size_t>(floats));
+#endif
   }
 
  private:
@@ -57,27 +70,21 @@ class Arena {
   int64_t used_ = 0, end_ = 0;
 };
 
-// This thread's scratch, as `place(arena)` cuts it. A thread has one at a time: tasks are not nested.
+// This thread's scratch, cut by `place(arena)`. A thread has one at a time: tasks are not nested.
 class ThreadParts {
  public:
   template <typename Place>
-  explicit ThreadParts(const Place& place) {
-    Arena count;
-    place(count);
-    floats_ = count.floats();
-    memory_ = ThreadScratch(floats_);
+  explicit ThreadParts(const Place& place) : floats_(Arena::Count(place)), memory_(ThreadScratch(floats_)) {
     Arena arena(memory_, floats_);
     place(arena);
   }
-#if defined(JAX_FA_ASAN)
-  ~ThreadParts() { __asan_unnan_marker_memory_region(memory_, sizeof(float) * static_cast<size_t>(floats_)); }
-#endif
+  ~ThreadParts() { Arena::Join(memory_, floats_); }
   ThreadParts(const ThreadParts&) = delete;
   ThreadParts& operator=(const ThreadParts&) = delete;
 
  private:
-  float* memory_;
-  int64_t floats_;
+  const int64_t floats_;
+  float* const memory_;
 };
 
 // Memory that lives as long as this object.
@@ -88,11 +95,27 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   float* get() const { return data_; }
-  int64_t* ints() const { return reinterpret_cast<int64_t*>(data_); }
   double* doubles() const { return reinterpret_cast<double*>(data_); }
 
  private:
   float* data_;
+};
+
+// Such memory, cut by `place(arena)`.
+class BufferParts {
+ public:
+  template <typename Place>
+  explicit BufferParts(const Place& place) : floats_(Arena::Count(place)), buffer_(floats_) {
+    Arena arena(buffer_.get(), floats_);
+    place(arena);
+  }
+  ~BufferParts() { Arena::Join(buffer_.get(), floats_); }
+  BufferParts(const BufferParts&) = delete;
+  BufferParts& operator=(const BufferParts&) = delete;
+
+ private:
+  const int64_t floats_;
+  const Buffer buffer_;
 };
 
 // Runs a callable for every index.

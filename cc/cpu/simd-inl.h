@@ -56,8 +56,8 @@ struct Unit<false> {
 };
 
 template <bool kPairs>
-JAX_FA_INLINE int64_t Units(int64_t numbers) {
-  return (numbers + Unit<kPairs>::kElements - 1) / Unit<kPairs>::kElements;
+JAX_FA_INLINE int64_t Units(int64_t elements) {
+  return (elements + Unit<kPairs>::kElements - 1) / Unit<kPairs>::kElements;
 }
 
 }  // namespace

@@ -41,15 +41,13 @@ inline F LoadBF16(const uint16_t* p) {
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
-inline F LoadF16(const uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-// The first n < kLanes numbers, then zeros; nothing behind them is read. `inside`: kLanes numbers lie before p too.
+inline F LoadF16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+// The first n < kLanes elements, then zeros; nothing behind them is read. `inside`: p + n is at least kLanes elements into its array.
 inline __m128i LoadFirst16(const uint16_t* p, int n, bool inside) {
-  alignas(32) static const uint8_t kBytes[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
-                                                 128, 128, 128, 128, 128, 128, 128, 128,
-                                                 128, 128, 128, 128, 128, 128, 128, 128};
-  if (inside) {  // the last kLanes numbers, moved to the front
+  alignas(32) static const uint8_t kBytes[32] = {0,   1,   2,   3,   4,   5,   6,   7,   8,   9,   10,
+                                                 11,  12,  13,  14,  15,  128, 128, 128, 128, 128, 128,
+                                                 128, 128, 128, 128, 128, 128, 128, 128, 128, 128};
+  if (inside) {  // the last kLanes elements, moved to the front
     const __m128i last = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + n - kLanes));
     return _mm_shuffle_epi8(last, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kBytes + 2 * (kLanes - n))));
   }
@@ -97,8 +95,8 @@ inline F NotBelow(F x, float least) { return _mm256_max_ps(_mm256_set1_ps(least)
 inline F ScaleByPowerOf2(F x, F n) {
   const F lowest = _mm256_set1_ps(-126.0f);
   const Mask tiny = _mm256_cmp_ps(n, lowest, _CMP_LT_OQ);
-  const __m256i e = _mm256_slli_epi32(
-      _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(lowest, n)), _mm256_set1_epi32(127)), 23);
+  const __m256i e =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(lowest, n)), _mm256_set1_epi32(127)), 23);
   return _mm256_blendv_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(e)), _mm256_setzero_ps(), tiny);
 }
 
@@ -137,7 +135,7 @@ inline void TransposeBlock(const float* src, int64_t src_row, float* dst, int64_
 }
 
 // Lane j of the result: the sum of the lanes of x[j].
-inline F SumEach(F* x) {
+inline F SumEach(const F* x) {
   float sums[kLanes];
   for (int i = 0; i < kLanes; ++i) sums[i] = Sum(x[i]);
   return Load(sums);

@@ -30,10 +30,8 @@ inline F LoadBF16(const uint16_t* p) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
-inline F LoadF16(const uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-// The first n < kLanes numbers, then zeros; nothing behind them is read. `inside`: kLanes numbers lie before p too.
+inline F LoadF16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+// The first n < kLanes elements, then zeros; nothing behind them is read. `inside`: p + n is at least kLanes elements into its array.
 inline F LoadFirstBF16(const uint16_t* p, int n, bool) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(First(n), p)), 16));
 }
@@ -114,7 +112,7 @@ inline void TransposeBlock(const float* src, int64_t src_row, float* dst, int64_
 }
 
 // Lane j of the result: the sum of the lanes of x[j].
-inline F SumEach(F* x) {
+inline F SumEach(const F* x) {
   F a[8], b[4];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)  // within 128 bits: x[2i] in the even lanes, x[2i + 1] in the odd ones

@@ -12,34 +12,64 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-typedef float F __attribute__((vector_size(16), aligned(4)));
-typedef int32_t Mask __attribute__((vector_size(16), aligned(4)));
-inline F Load(const float* p) { F x; __builtin_memcpy(&x, p, sizeof x); return x; }
+using F __attribute__((vector_size(16), aligned(4))) = float;
+using Mask __attribute__((vector_size(16), aligned(4))) = int32_t;
+inline F Load(const float* p) {
+  F x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
 inline void Store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
 inline F Set(float x) { return F{x, x, x, x}; }
 inline F Fma(F a, F b, F c) { return a * b + c; }
 inline F Max(F a, F b) { return a > b ? a : b; }
 inline Mask First(int n) { return Mask{0, 1, 2, 3} < Mask{n, n, n, n}; }
-inline F LoadFirst(const float* p, int n) { F x{}; for (int i = 0; i < n; ++i) x[i] = p[i]; return x; }
-inline void StoreFirst(float* p, F x, int n) { for (int i = 0; i < n; ++i) p[i] = x[i]; }
+inline F LoadFirst(const float* p, int n) {
+  F x{};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+inline void StoreFirst(float* p, F x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+}
 inline F Select(Mask m, F yes, F no) { return m ? yes : no; }
 inline float Sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float MaxOf(F x) {
   const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
   return a > b ? a : b;
 }
-inline F LoadBF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatBF16(p[i]); return x; }
-inline F LoadF16(const uint16_t* p) { F x; for (int i = 0; i < 4; ++i) x[i] = ToFloatF16(p[i]); return x; }
-// The first n < kLanes numbers, then zeros; nothing behind them is read.
+inline F LoadBF16(const uint16_t* p) {
+  F x;
+  for (int i = 0; i < 4; ++i) x[i] = ToFloatBF16(p[i]);
+  return x;
+}
+inline F LoadF16(const uint16_t* p) {
+  F x;
+  for (int i = 0; i < 4; ++i) x[i] = ToFloatF16(p[i]);
+  return x;
+}
+// The first n < kLanes elements, then zeros; nothing behind them is read.
 inline F LoadFirstBF16(const uint16_t* p, int n, bool) {
-  F x{}; for (int i = 0; i < n; ++i) x[i] = ToFloatBF16(p[i]); return x;
+  F x{};
+  for (int i = 0; i < n; ++i) x[i] = ToFloatBF16(p[i]);
+  return x;
 }
 inline F LoadFirstF16(const uint16_t* p, int n, bool) {
-  F x{}; for (int i = 0; i < n; ++i) x[i] = ToFloatF16(p[i]); return x;
+  F x{};
+  for (int i = 0; i < n; ++i) x[i] = ToFloatF16(p[i]);
+  return x;
 }
-inline void StoreF16(uint16_t* p, F x) { for (int i = 0; i < 4; ++i) p[i] = FromFloatF16(x[i]); }
-inline void StoreBF16(uint16_t* p, F x) { for (int i = 0; i < 4; ++i) p[i] = FromFloatBF16(x[i]); }
-inline F Sqrt(F x) { F r; for (int i = 0; i < 4; ++i) r[i] = __builtin_sqrtf(x[i]); return r; }
+inline void StoreF16(uint16_t* p, F x) {
+  for (int i = 0; i < 4; ++i) p[i] = FromFloatF16(x[i]);
+}
+inline void StoreBF16(uint16_t* p, F x) {
+  for (int i = 0; i < 4; ++i) p[i] = FromFloatBF16(x[i]);
+}
+inline F Sqrt(F x) {
+  F r;
+  for (int i = 0; i < 4; ++i) r[i] = __builtin_sqrtf(x[i]);
+  return r;
+}
 inline F Abs(F x) { return x < 0.0f ? -x : x; }
 inline F Count() { return F{0, 1, 2, 3}; }
 inline Mask NonZero(const uint8_t* p) { return Mask{p[0], p[1], p[2], p[3]} != Mask{0, 0, 0, 0}; }
@@ -50,15 +80,23 @@ inline Mask Bits(uint32_t bits) {
 inline Mask IsZero(F x) { return x == Set(0.0f); }
 inline Mask Equal(F a, F b) { return a == b; }
 inline Mask Equal(const int32_t* p, int32_t x) { return Mask{p[0], p[1], p[2], p[3]} == Mask{x, x, x, x}; }
-inline F Fraction(F t) { F f; for (int i = 0; i < 4; ++i) f[i] = t[i] - __builtin_rintf(t[i]); return f; }
-inline F NotBelow(F x, float least) { const F v = Set(least); return x < v ? v : x; }  // NaN stays
+inline F Fraction(F t) {
+  F f;
+  for (int i = 0; i < 4; ++i) f[i] = t[i] - __builtin_rintf(t[i]);
+  return f;
+}
+inline F NotBelow(F x, float least) {
+  const F v = Set(least);
+  return x < v ? v : x;
+}  // NaN stays
 inline F ScaleByPowerOf2(F x, F n) {
   const F lowest = Set(-126.0f);
   const Mask tiny = n < lowest;
   F clamped = n < lowest ? lowest : n;
   clamped = clamped == clamped ? clamped : Set(0.0f);
   const Mask e = (__builtin_convertvector(clamped, Mask) + 127) << 23;
-  F power; __builtin_memcpy(&power, &e, sizeof power);
+  F power;
+  __builtin_memcpy(&power, &e, sizeof power);
   return tiny ? Set(0.0f) : x * power;
 }
 
@@ -87,7 +125,7 @@ inline void TransposeBlock(const float* src, int64_t src_row, float* dst, int64_
 }
 
 // Lane j of the result: the sum of the lanes of x[j].
-inline F SumEach(F* x) {
+inline F SumEach(const F* x) {
   float sums[kLanes];
   for (int i = 0; i < kLanes; ++i) sums[i] = Sum(x[i]);
   return Load(sums);

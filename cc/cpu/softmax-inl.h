@@ -10,7 +10,7 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// Of a row with a NaN any number, or NaN: its sum is NaN all the same.
+// For a row with a NaN the result may be any value: its sum is NaN in any case.
 inline float RowMax(const float* s, int64_t from, int64_t to) {
   float m = -__builtin_inff();
   F a = Set(m), b = a;
@@ -69,8 +69,8 @@ inline void RowJoin(float* s, int64_t from, int64_t to) {
 // Turns a row's products with keys j0 + [c0, c1) into weights, of which [v.lo, v.hi) are visible, and updates its
 // max, sum and output.
 template <bool kPairs>
-inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1, const float* nan_marker,
-                       float* tmp, float* x, float* m, float* l, float* acc) {
+inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
+                       const float* nan_marker, float* tmp, float* x, float* m, float* l, float* acc) {
   if (v.Empty()) v = {c0, c0};
   const bool plain = IsPlain(c, row);
   const float scale = plain ? ScaleOf(c, row) : 1.0f;  // of what x then holds

@@ -1,6 +1,5 @@
-// The sizes of register tiles, cache blocks and tasks, each with its reason. All of them are here; none changes what is
-// computed but by the order of sums, which is why the split into tasks depends on shapes and never on the machine's
-// number of threads.
+// The sizes of register tiles, cache blocks and tasks, each with its reason: all of them are here. A block of keys and a
+// split into tasks fix the order of sums, so they depend on shapes and never on the number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -21,12 +20,13 @@ struct Target {
   int registers;      // vector registers
   bool pairs;         // whether it multiplies pairs of bfloat16
 
-  constexpr int UsedRegisters() const { return rows * vectors + vectors + 1; }
+  constexpr bool Fits() const { return rows * vectors + vectors + 1 <= registers; }
 };
 
 namespace portable {
-constexpr Target kTarget{4, 4, 4, 32, false};  // 21 of the 32 registers of Arm; SSE has 16 and keeps some sums in memory
-}
+// 21 of the 32 registers of Arm. SSE has 16, and some sums are kept in memory.
+constexpr Target kTarget{4, 4, 4, 32, false};
+}  // namespace portable
 namespace avx2 {
 constexpr Target kTarget{8, 2, 6, 16, false};  // 15 of 16 ymm
 }
@@ -36,8 +36,8 @@ constexpr Target kTarget{16, 4, 6, 32, false};  // 29 of 32 zmm
 namespace avx512_bf16 {
 constexpr Target kTarget{16, 4, 6, 32, true};
 }
-static_assert(portable::kTarget.UsedRegisters() == 21 && avx2::kTarget.UsedRegisters() == 15 &&
-              avx512::kTarget.UsedRegisters() == 29 && avx512_bf16::kTarget.UsedRegisters() == 29);
+static_assert(portable::kTarget.Fits() && avx2::kTarget.Fits() && avx512::kTarget.Fits() &&
+              avx512_bf16::kTarget.Fits());
 
 // ---- first cache (32 KiB or more) ----
 
@@ -67,9 +67,9 @@ JAX_FA_INLINE int64_t KeysOf(const KeyBlock (&blocks)[kCount], int64_t head_dim)
 constexpr int64_t kGroupRows = 96;
 constexpr KeyBlock kForwardKeys[] = {{128, 512}, {256, 256}, {INT64_MAX, 128}};
 
-// Backward: p and ds of a block of rows, 2 x 192 x 256 floats = 384 KiB for a head_dim up to 64. A wider one makes more
-// products of each element of p and ds, and gains more by longer blocks of keys, although p and ds then take 768 KiB; from
-// there on dk, dv and the packed keys and values bound the block, 512 x 128 floats = 256 KiB each.
+// Backward: p and ds of a block of rows stay there, 2 x 192 x 256 floats = 384 KiB for a head_dim up to 64. For a wider
+// one the products take longer than reading p and ds again, and longer blocks of keys pack q and dout less often. Beyond
+// 128, dk, dv, and the keys and values in both of their packed forms bound the block: 256 x 256 floats = 256 KiB each.
 constexpr int64_t kBackwardRows = 192;
 constexpr KeyBlock kBackwardKeys[] = {{64, 256}, {128, 512}, {256, 256}, {INT64_MAX, 128}};
 constexpr int64_t kMostBackwardKeys = 512;
@@ -84,8 +84,8 @@ constexpr int64_t kTaskRows = 384, kFewTasks = 64;
 // of at least kSplitKeys keys each; below that the merging costs more than it gains.
 constexpr int64_t kEnoughTasks = 32, kSplitKeys = 256;
 
-// Up to so many query rows per key head, keys and values are read where they lie, kDirectKeys at a time: packing a key
-// costs about as much as its products with that many rows.
+// With at most this many query rows per key head, keys and values are read in place, kDirectKeys at a time: the time is
+// that of reading them once, and packing would write and read them once more.
 constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
 
 // Forward: packed keys and values of all heads may take this many floats (80 MiB); beyond, each task packs for itself.

@@ -24,16 +24,19 @@ bool Float(int dtype) { return dtype == kFloat || dtype == kFloat16 || dtype == 
 // Types, layout, heads: checked by the API itself.
 Verdict JudgeInterface(const Op& op) {
   for (const Array* x : {&op.query, &op.key, &op.value})
-    if (!Float(x->dtype)) return Invalid("dtype of query, key, value must be FLOAT, FLOAT16 or BF16, got " + Name(x->dtype) + ".");
+    if (!Float(x->dtype))
+      return Invalid("dtype of query, key, value must be FLOAT, FLOAT16 or BF16, got " + Name(x->dtype) + ".");
   if (op.key.dtype != op.query.dtype || op.value.dtype != op.query.dtype)
     return Invalid("dtypes of query, key and value differ.");
-  if (op.varlen != (op.layout == "TND"))
-    return Invalid("layout " + op.layout + " does not belong to " + op.name + ".");
-  const bool known = op.layout == "BSH" || op.layout == "SBH" || op.layout == "BSND" || op.layout == "BNSD" || op.layout == "TND";
+  if (op.varlen != (op.layout == "TND")) return Invalid("layout " + op.layout + " does not belong to " + op.name + ".");
+  const bool known =
+      op.layout == "BSH" || op.layout == "SBH" || op.layout == "BSND" || op.layout == "BNSD" || op.layout == "TND";
   if (!known) return Invalid("layout " + op.layout + " is unknown.");
   for (const Array* x : {&op.query, &op.key, &op.value})
-    if (x->dims.size() != op.layout.size()) return Invalid("rank of query, key, value does not fit layout " + op.layout + ".");
-  if (op.heads <= 0 || op.heads > 256) return Invalid("headNum must be in 1..256, got " + std::to_string(op.heads) + ".");
+    if (x->dims.size() != op.layout.size())
+      return Invalid("rank of query, key, value does not fit layout " + op.layout + ".");
+  if (op.heads <= 0 || op.heads > 256)
+    return Invalid("headNum must be in 1..256, got " + std::to_string(op.heads) + ".");
   if (op.softmax_layout != nullptr && *op.softmax_layout != 0 && std::string(op.softmax_layout) != "same_as_input")
     return Invalid(std::string("softmax layout ") + op.softmax_layout + " is unknown.");
   if (op.layout.back() == 'H' && (op.query.dims[2] % op.heads != 0 || op.query.dims[2] == 0))
@@ -94,16 +97,19 @@ int64_t Most(const std::vector<int64_t>& values) {
 
 Verdict JudgeMask(const Op& op, const Sizes& s) {
   if (!op.mask.present()) return {};
-  if (op.mask.dtype != kBool && op.mask.dtype != kUint8) return Tiling("dtype of atten_mask is " + Name(op.mask.dtype) + ".");
+  if (op.mask.dtype != kBool && op.mask.dtype != kUint8)
+    return Tiling("dtype of atten_mask is " + Name(op.mask.dtype) + ".");
   const Dims& d = op.mask.dims;
-  const std::string got = " in sparse mode " + std::to_string(op.sparse_mode) + ", got atten_mask shape " + Text(d) + ".";
+  const std::string got =
+      " in sparse mode " + std::to_string(op.sparse_mode) + ", got atten_mask shape " + Text(d) + ".";
   if (Compressed(op)) {
     const Dims wanted = {op.sparse_mode == 6 ? 3072 : 2048, 2048};
     return d == wanted ? Verdict{} : Tiling("a compressed mask " + Text(wanted) + " is needed" + got);
   }
   if (op.varlen) {
     const Dims longest = {Most(s.sq), Most(s.skv)}, total = {op.q_ends.back(), op.kv_ends.back()};
-    return d == longest || d == total ? Verdict{} : Tiling("the mask must be " + Text(longest) + " or " + Text(total) + got);
+    return d == longest || d == total ? Verdict{}
+                                      : Tiling("the mask must be " + Text(longest) + " or " + Text(total) + got);
   }
   const Dims full = {s.B, s.N, s.sq[0], s.skv[0]}, batch = {s.B, 1, s.sq[0], s.skv[0]};
   const Dims one = {1, 1, s.sq[0], s.skv[0]}, plain = {s.sq[0], s.skv[0]};
@@ -114,8 +120,8 @@ Verdict JudgeMask(const Op& op, const Sizes& s) {
 Verdict JudgeTokens(const Op& op, const Sizes& s) {
   if (!op.mask.present()) return {};
   const int64_t pre = op.pre, next = op.next;
-  const Verdict bad = Tiling("preTokens " + std::to_string(pre) + " and nextTokens " + std::to_string(next) +
-                             " do not fit sparse mode " + std::to_string(op.sparse_mode) + ".");
+  Verdict bad = Tiling("preTokens " + std::to_string(pre) + " and nextTokens " + std::to_string(next) +
+                       " do not fit sparse mode " + std::to_string(op.sparse_mode) + ".");
   if (op.varlen) {
     int64_t last = -1, first = -1;
     for (int64_t b = 0; b < s.B; ++b)
@@ -256,13 +262,15 @@ Verdict Judge(const Op& op) {
   Verdict verdict = JudgeInterface(op);
   if (verdict.code) return verdict;
   const Sizes s = SizesOf(op);
-  if ((verdict = JudgeOutputs(op, s)).code) return verdict;
+  verdict = JudgeOutputs(op, s);
+  if (verdict.code) return verdict;
   const int64_t most = op.varlen ? 8 : 6;
   if (op.sparse_mode < 0 || op.sparse_mode > most) return Tiling("sparse mode is out of range.");
   if (s.K == 0 || s.N % s.K != 0) return Tiling("the number of query heads is no multiple of that of key heads.");
-  if ((verdict = JudgeSequences(op, s)).code) return verdict;
-  for (auto* judge : {JudgeMask, JudgeTokens, JudgePrefix, JudgePse, JudgeDrop})
-    if ((verdict = judge(op, s)).code) return verdict;
+  for (auto* judge : {JudgeSequences, JudgeMask, JudgeTokens, JudgePrefix, JudgePse, JudgeDrop}) {
+    verdict = judge(op, s);
+    if (verdict.code) return verdict;
+  }
   return {};
 }
 
@@ -279,7 +287,8 @@ bool InStructure(const Op& op, const Sizes& s, int64_t b, int64_t i, int64_t j) 
     case 2: return j <= i;
     case 3: return j <= i + d;
     case 4: return -op.pre <= j - (i + d) && j - (i + d) <= op.next;
-    case 5: case 6: return j <= i + d || j < op.prefix[b];
+    case 5:
+    case 6: return j <= i + d || j < op.prefix[b];
     case 7: return j <= i + d + (apart(true) ? op.next : 0);
     case 8: return apart(false) ? j <= i + d + op.next : j <= i;
     default: return true;
@@ -294,8 +303,8 @@ bool ZeroesHiddenRows(const Op& op, const Sizes& s) {
     case 0: return op.pre < Sq - Skv || op.next < 0;
     case 3: return d < 0;
     case 4: return op.pre - d < Sq - Skv || op.next + d < 0;
-    case 5: case 6:
-      return Sq > Skv && std::any_of(op.prefix.begin(), op.prefix.end(), [](int64_t n) { return n == 0; });
+    case 5:
+    case 6: return Sq > Skv && std::any_of(op.prefix.begin(), op.prefix.end(), [](int64_t n) { return n == 0; });
     default: return false;
   }
 }

@@ -45,7 +45,8 @@ void ReportLeaks() {
   bool any = false;
   for (int i = 0; i < static_cast<int>(Kind::kCount); ++i) {
     if (live[i] == 0) continue;
-    std::fprintf(stderr, "CANN emulator: %lld live objects of kind %s at exit\n", static_cast<long long>(live[i]), kNames[i]);
+    std::fprintf(stderr, "CANN emulator: %lld live objects of kind %s at exit\n", static_cast<long long>(live[i]),
+                 kNames[i]);
     any = true;
   }
   if (any) std::_Exit(86);
@@ -110,7 +111,8 @@ const char* TakeErrorText() {
 using cann_emulator::Shared;
 
 CANN_EMULATOR_C int64_t jaxFaEmulatorLive(const char* kind) {
-  const auto* const it = std::find(std::begin(cann_emulator::kNames), std::end(cann_emulator::kNames), std::string(kind));
+  const auto* const it =
+      std::find(std::begin(cann_emulator::kNames), std::end(cann_emulator::kNames), std::string(kind));
   return it == std::end(cann_emulator::kNames) ? -1 : cann_emulator::live[it - cann_emulator::kNames].load();
 }
 
@@ -135,7 +137,7 @@ CANN_EMULATOR_C const char* jaxFaEmulatorLog() {
   text = "[";
   const std::lock_guard<std::mutex> lock(Shared().mutex);
   for (const std::string& entry : Shared().log) text += (text.size() > 1 ? ",\n" : "") + entry;
-  text += "]";
+  text += ']';
   return text.c_str();
 }
 

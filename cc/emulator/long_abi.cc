@@ -16,7 +16,9 @@ struct Numbers {
 };
 
 void Inputs(Phase1& p, T query, T key, T value) {
-  p.Tensor(&Op::query, query, "query", true).Tensor(&Op::key, key, "key", true).Tensor(&Op::value, value, "value", true);
+  p.Tensor(&Op::query, query, "query", true)
+      .Tensor(&Op::key, key, "key", true)
+      .Tensor(&Op::value, value, "value", true);
 }
 
 void Optionals(Phase1& p, T pse, T drop, T padding, T mask, I prefix) {
@@ -66,13 +68,13 @@ void Gradients(Phase1& p, T dq, T dk, T dv, T dpse) {
 
 }  // namespace
 
-#define PHASE2(op)                                                                                             \
-  CANN_EMULATOR_C int op(void* workspace, uint64_t bytes, aclOpExecutor* executor, void* stream) {              \
-    return Run(#op, workspace, bytes, executor, stream, false);                                                \
+#define PHASE2(op)                                                                                 \
+  CANN_EMULATOR_C int op(void* workspace, uint64_t bytes, aclOpExecutor* executor, void* stream) { \
+    return Run(#op, workspace, bytes, executor, stream, false);                                    \
   }
 
 #define OPTIONALS T real_shift, T drop_mask, T padding_mask, T atten_mask
-#define SCALARS                                                                                                 \
+#define SCALARS                                                                                                  \
   double scale, double keep_prob, int64_t pre, int64_t next, int64_t heads, char *layout, int64_t inner_precise, \
       int64_t sparse_mode
 #define NUMBERS \
@@ -81,8 +83,8 @@ void Gradients(Phase1& p, T dq, T dk, T dv, T dpse) {
 #define TAIL uint64_t *workspace, aclOpExecutor **executor
 
 PHASE2(aclnnFlashAttentionScore)
-CANN_EMULATOR_C int aclnnFlashAttentionScoreGetWorkspaceSize(T query, T key, T value, OPTIONALS, I prefix, SCALARS, OUTPUTS,
-                                                             TAIL) {
+CANN_EMULATOR_C int aclnnFlashAttentionScoreGetWorkspaceSize(T query, T key, T value, OPTIONALS, I prefix, SCALARS,
+                                                             OUTPUTS, TAIL) {
   Phase1 p("aclnnFlashAttentionScore");
   Inputs(p, query, key, value);
   Optionals(p, real_shift, drop_mask, padding_mask, atten_mask, prefix);
@@ -93,8 +95,8 @@ CANN_EMULATOR_C int aclnnFlashAttentionScoreGetWorkspaceSize(T query, T key, T v
 }
 
 PHASE2(aclnnFlashAttentionVarLenScore)
-CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreGetWorkspaceSize(T query, T key, T value, OPTIONALS, I prefix, I q_len,
-                                                                   I kv_len, SCALARS, OUTPUTS, TAIL) {
+CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreGetWorkspaceSize(T query, T key, T value, OPTIONALS, I prefix,
+                                                                   I q_len, I kv_len, SCALARS, OUTPUTS, TAIL) {
   Phase1 p("aclnnFlashAttentionVarLenScore");
   Inputs(p, query, key, value);
   Optionals(p, real_shift, drop_mask, padding_mask, atten_mask, prefix);
@@ -106,9 +108,10 @@ CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreGetWorkspaceSize(T query, T ke
 }
 
 PHASE2(aclnnFlashAttentionScoreGrad)
-CANN_EMULATOR_C int aclnnFlashAttentionScoreGradGetWorkspaceSize(T query, T key, T value, T dy, OPTIONALS, T softmax_max,
-                                                                 T softmax_sum, T softmax_in, T attention_in, I prefix,
-                                                                 SCALARS, T dq, T dk, T dv, T dpse, TAIL) {
+CANN_EMULATOR_C int aclnnFlashAttentionScoreGradGetWorkspaceSize(T query, T key, T value, T dy, OPTIONALS,
+                                                                 T softmax_max, T softmax_sum, T softmax_in,
+                                                                 T attention_in, I prefix, SCALARS, T dq, T dk, T dv,
+                                                                 T dpse, TAIL) {
   Phase1 p("aclnnFlashAttentionScoreGrad");
   Inputs(p, query, key, value);
   Optionals(p, real_shift, drop_mask, padding_mask, atten_mask, prefix);
@@ -151,8 +154,8 @@ CANN_EMULATOR_C int aclnnFlashAttentionScoreV2GetWorkspaceSize(T query, T key, T
 }
 
 PHASE2(aclnnFlashAttentionVarLenScoreV2)
-CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreV2GetWorkspaceSize(T query, T key, T value, OPTIONALS, I prefix, I q_len,
-                                                                     I kv_len, I q_start, I kv_start, SCALARS,
+CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreV2GetWorkspaceSize(T query, T key, T value, OPTIONALS, I prefix,
+                                                                     I q_len, I kv_len, I q_start, I kv_start, SCALARS,
                                                                      int64_t pse_type, OUTPUTS, TAIL) {
   Phase1 p("aclnnFlashAttentionVarLenScoreV2");
   Typed(p, q_start, kv_start, pse_type);
@@ -166,9 +169,9 @@ CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreV2GetWorkspaceSize(T query, T 
 }
 
 PHASE2(aclnnFlashAttentionVarLenScoreV4)
-CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreV4GetWorkspaceSize(T query, T key, T value, OPTIONALS, I prefix, I q_len,
-                                                                     I kv_len, SCALARS, char* softmax_layout, OUTPUTS,
-                                                                     TAIL) {
+CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreV4GetWorkspaceSize(T query, T key, T value, OPTIONALS, I prefix,
+                                                                     I q_len, I kv_len, SCALARS, char* softmax_layout,
+                                                                     OUTPUTS, TAIL) {
   Phase1 p("aclnnFlashAttentionVarLenScoreV4");
   Inputs(p, query, key, value);
   Optionals(p, real_shift, drop_mask, padding_mask, atten_mask, prefix);
@@ -180,10 +183,11 @@ CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreV4GetWorkspaceSize(T query, T 
 }
 
 PHASE2(aclnnFlashAttentionScoreGradV2)
-CANN_EMULATOR_C int aclnnFlashAttentionScoreGradV2GetWorkspaceSize(T query, T key, T value, T dy, OPTIONALS, T softmax_max,
-                                                                   T softmax_sum, T softmax_in, T attention_in, I prefix,
-                                                                   I q_start, I kv_start, SCALARS, int64_t pse_type, T dq,
-                                                                   T dk, T dv, T dpse, TAIL) {
+CANN_EMULATOR_C int aclnnFlashAttentionScoreGradV2GetWorkspaceSize(T query, T key, T value, T dy, OPTIONALS,
+                                                                   T softmax_max, T softmax_sum, T softmax_in,
+                                                                   T attention_in, I prefix, I q_start, I kv_start,
+                                                                   SCALARS, int64_t pse_type, T dq, T dk, T dv, T dpse,
+                                                                   TAIL) {
   Phase1 p("aclnnFlashAttentionScoreGradV2");
   Typed(p, q_start, kv_start, pse_type);
   Inputs(p, query, key, value);
@@ -197,8 +201,8 @@ CANN_EMULATOR_C int aclnnFlashAttentionScoreGradV2GetWorkspaceSize(T query, T ke
 
 PHASE2(aclnnFlashAttentionUnpaddingScoreGradV2)
 CANN_EMULATOR_C int aclnnFlashAttentionUnpaddingScoreGradV2GetWorkspaceSize(
-    T query, T key, T value, T dy, OPTIONALS, T softmax_max, T softmax_sum, T softmax_in, T attention_in, I prefix, I q_len,
-    I kv_len, I q_start, I kv_start, SCALARS, int64_t pse_type, T dq, T dk, T dv, T dpse, TAIL) {
+    T query, T key, T value, T dy, OPTIONALS, T softmax_max, T softmax_sum, T softmax_in, T attention_in, I prefix,
+    I q_len, I kv_len, I q_start, I kv_start, SCALARS, int64_t pse_type, T dq, T dk, T dv, T dpse, TAIL) {
   Phase1 p("aclnnFlashAttentionUnpaddingScoreGradV2");
   Typed(p, q_start, kv_start, pse_type);
   Inputs(p, query, key, value);
@@ -212,9 +216,11 @@ CANN_EMULATOR_C int aclnnFlashAttentionUnpaddingScoreGradV2GetWorkspaceSize(
 }
 
 PHASE2(aclnnFlashAttentionUnpaddingScoreGradV4)
-CANN_EMULATOR_C int aclnnFlashAttentionUnpaddingScoreGradV4GetWorkspaceSize(
-    T query, T key, T value, T dy, OPTIONALS, T softmax_max, T softmax_sum, T softmax_in, T attention_in, I prefix, I q_len,
-    I kv_len, SCALARS, T dq, T dk, T dv, T dpse, char* softmax_layout, TAIL) {
+CANN_EMULATOR_C int aclnnFlashAttentionUnpaddingScoreGradV4GetWorkspaceSize(T query, T key, T value, T dy, OPTIONALS,
+                                                                            T softmax_max, T softmax_sum, T softmax_in,
+                                                                            T attention_in, I prefix, I q_len, I kv_len,
+                                                                            SCALARS, T dq, T dk, T dv, T dpse,
+                                                                            char* softmax_layout, TAIL) {
   Phase1 p("aclnnFlashAttentionUnpaddingScoreGradV4");
   Inputs(p, query, key, value);
   Optionals(p, real_shift, drop_mask, padding_mask, atten_mask, prefix);

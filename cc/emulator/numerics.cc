@@ -18,7 +18,8 @@ float HalfToFloat(uint16_t h) {
   if (exponent == 31)
     x = mantissa ? kNaN : std::numeric_limits<float>::infinity();
   else
-    x = exponent ? std::ldexp(1024.0f + static_cast<float>(mantissa), exponent - 25) : std::ldexp(static_cast<float>(mantissa), -24);
+    x = exponent ? std::ldexp(1024.0f + static_cast<float>(mantissa), exponent - 25)
+                 : std::ldexp(static_cast<float>(mantissa), -24);
   return h >> 15 ? -x : x;
 }
 
@@ -30,8 +31,8 @@ uint16_t FloatToHalf(float x, bool away) {
   if (x >= 65520.0f) return sign | 0x7C00;
   int exponent = 0;
   std::frexp(x, &exponent);
-  exponent = std::max(exponent, -13);                  // below: subnormal
-  const float scaled = std::ldexp(x, 11 - exponent);   // the mantissa with its hidden bit as an integer
+  exponent = std::max(exponent, -13);                 // below: subnormal
+  const float scaled = std::ldexp(x, 11 - exponent);  // the mantissa with its hidden bit as an integer
   const float rounded = away ? std::floor(scaled + 0.5f) : std::nearbyint(scaled);
   const int mantissa = static_cast<int>(rounded);
   if (mantissa == 0) return sign;
@@ -145,7 +146,8 @@ class Call {
         for (int64_t j = 0; j < 2048; ++j) {
           const bool wanted = i < 2048 ? j > i : j >= 1024;
           if (Masked(i * op.mask.strides[0] + j * op.mask.strides[1]) != wanted)
-            return "the compressed mask has another pattern than sparse mode " + std::to_string(op.sparse_mode) + " needs";
+            return "the compressed mask has another pattern than sparse mode " + std::to_string(op.sparse_mode) +
+                   " needs";
         }
       return "";
     }
@@ -160,7 +162,8 @@ class Call {
   }
 
   // Logits of a row; returns how many keys it sees. Masked ones are -FLT_MAX.
-  int64_t Logits(int64_t b, int64_t n, int64_t i, const float* q, const std::vector<float>& kt, float* x, char* seen) const {
+  int64_t Logits(int64_t b, int64_t n, int64_t i, const float* q, const std::vector<float>& kt, float* x,
+                 char* seen) const {
     const int64_t skv = s.skv[b];
     // Rounded once: in which order a matrix unit sums is no part of the contract.
     std::vector<double> products(skv);
@@ -259,8 +262,8 @@ int RunForward(const Op& op) {
   const Call c(op);
   const Sizes& s = c.s;
   if (const std::string wrong = c.CheckMask(); !wrong.empty()) return BadMask(wrong);
-  const Rows query(op, op.query, s.D, s.q_begin), key(op, op.key, s.D, s.kv_begin), value(op, op.value, s.Dv, s.kv_begin),
-      out(op, op.out, s.Dv, s.q_begin);
+  const Rows query(op, op.query, s.D, s.q_begin), key(op, op.key, s.D, s.kv_begin),
+      value(op, op.value, s.Dv, s.kv_begin), out(op, op.out, s.Dv, s.q_begin);
   const bool zeroes = ZeroesHiddenRows(op, s);
   for (int64_t b = 0; b < s.B; ++b)
     for (int64_t n = 0; n < s.N; ++n) {
@@ -310,9 +313,9 @@ int RunBackward(const Op& op) {
   const Call c(op);
   const Sizes& s = c.s;
   if (const std::string wrong = c.CheckMask(); !wrong.empty()) return BadMask(wrong);
-  const Rows query(op, op.query, s.D, s.q_begin), key(op, op.key, s.D, s.kv_begin), value(op, op.value, s.Dv, s.kv_begin),
-      out(op, op.out, s.Dv, s.q_begin), dy(op, op.dy, s.Dv, s.q_begin), dq(op, op.dq, s.D, s.q_begin),
-      dk(op, op.dk, s.D, s.kv_begin), dv(op, op.dv, s.Dv, s.kv_begin);
+  const Rows query(op, op.query, s.D, s.q_begin), key(op, op.key, s.D, s.kv_begin),
+      value(op, op.value, s.Dv, s.kv_begin), out(op, op.out, s.Dv, s.q_begin), dy(op, op.dy, s.Dv, s.q_begin),
+      dq(op, op.dq, s.D, s.q_begin), dk(op, op.dk, s.D, s.kv_begin), dv(op, op.dv, s.Dv, s.kv_begin);
   if (op.dpse.present()) std::memset(op.dpse.data, 0xA5, op.dpse.size() * ItemSize(op.dpse.dtype));  // never computed
   const int64_t group = s.N / s.K;
   for (int64_t b = 0; b < s.B; ++b)
@@ -330,7 +333,8 @@ int RunBackward(const Op& op) {
           out.Get(b, i, n, o.data());
           dy.Get(b, i, n, g.data());
           c.Logits(b, n, i, q.data(), kt, x.data(), seen.data());
-          const float m = Load(op.max.data, op.max.offset + at, kFloat), l = Load(op.sum.data, op.sum.offset + at, kFloat);
+          const float m = Load(op.max.data, op.max.offset + at, kFloat),
+                      l = Load(op.sum.data, op.sum.offset + at, kFloat);
           float delta = 0;
           for (int64_t d = 0; d < s.Dv; ++d) delta += o[d] * g[d];
           std::fill(dp.begin(), dp.end(), 0.0f);

@@ -47,9 +47,16 @@ int64_t Array::size() const {
 
 int64_t ItemSize(int dtype) {
   switch (dtype) {
-    case kFloat: case 3: case 8: return 4;
-    case kFloat16: case kBF16: case 6: case 7: return 2;
-    case 9: case 10: case 11: return 8;
+    case kFloat:
+    case 3:
+    case 8: return 4;
+    case kFloat16:
+    case kBF16:
+    case 6:
+    case 7: return 2;
+    case 9:
+    case 10:
+    case 11: return 8;
     default: return 1;
   }
 }
@@ -102,7 +109,8 @@ int Run(const char* op, void* workspace, uint64_t bytes, aclOpExecutor* executor
   Work work = std::move(executor->work);
   Drop(executor);  // whatever comes: phase 2 owns it
   if (fault) return fault;
-  if (wanted > 0 && workspace == nullptr) return Fail(161001, std::string(op) + ": workspace is null, its size is not 0.");
+  if (wanted > 0 && workspace == nullptr)
+    return Fail(161001, std::string(op) + ": workspace is null, its size is not 0.");
   if (bytes < wanted) {
     if (checks_bytes) return Fail(161002, std::string(op) + ": workspaceSize is less than required.");
     Abort(std::string(op) + " was given a workspace smaller than phase 1 asked for");
@@ -120,8 +128,8 @@ int Run(const char* op, void* workspace, uint64_t bytes, aclOpExecutor* executor
 using namespace cann_emulator;
 
 CANN_EMULATOR_C aclTensor* aclCreateTensor(const int64_t* dims, uint64_t rank, int dtype, const int64_t* strides,
-                                           int64_t offset, int format, const int64_t* storage_dims, uint64_t storage_rank,
-                                           void* data) {
+                                           int64_t offset, int format, const int64_t* storage_dims,
+                                           uint64_t storage_rank, void* data) {
   if (Enter("aclCreateTensor")) return nullptr;
   if ((dims == nullptr && rank > 0) || (storage_dims == nullptr && storage_rank > 0)) {
     Fail(161001, "aclCreateTensor: dims are null.");

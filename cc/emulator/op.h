@@ -13,7 +13,7 @@ namespace cann_emulator {
 struct Op {
   const char* name = "";
   bool backward = false, varlen = false;
-  bool typed_pse = false;    // the function has pseType
+  bool typed_pse = false;  // the function has pseType
   bool short_abi = false;
   const char* softmax_layout = nullptr;  // null: the function has none
   std::string layout;

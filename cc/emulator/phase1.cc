@@ -26,7 +26,8 @@ std::string Phase1::Json(uint64_t workspace) const {
   json << "{\"function\": \"" << name_ << "\", \"tensors\": {";
   for (size_t i = 0; i < named_.size(); ++i)
     json << (i ? ", " : "") << '"' << named_[i].first << "\": {\"shape\": " << Text(named_[i].second->dims)
-         << ", \"strides\": " << Text(named_[i].second->strides) << ", \"dtype\": \"" << Name(named_[i].second->dtype) << "\"}";
+         << ", \"strides\": " << Text(named_[i].second->strides) << ", \"dtype\": \"" << Name(named_[i].second->dtype)
+         << "\"}";
   json << "}";
   for (const char* list : {"prefix", "actualSeqQLen", "actualSeqKvLen", "qStartIdx", "kvStartIdx"}) {
     std::string text = "null";
@@ -38,8 +39,8 @@ std::string Phase1::Json(uint64_t workspace) const {
        << ", \"nextTokens\": " << op_.next << ", \"headNum\": " << op_.heads << ", \"inputLayout\": \"" << op_.layout
        << "\", \"innerPrecise\": " << op_.inner_precise << ", \"sparseMode\": " << op_.sparse_mode
        << ", \"pseType\": " << (op_.typed_pse ? std::to_string(op_.pse_type) : "null")
-       << ", \"softmaxLayout\": " << (has_softmax_ ? '"' + softmax_text_ + '"' : "null") << ", \"workspaceSize\": " << workspace
-       << "}";
+       << ", \"softmaxLayout\": " << (has_softmax_ ? '"' + softmax_text_ + '"' : "null")
+       << ", \"workspaceSize\": " << workspace << "}";
   return json.str();
 }
 

@@ -12,14 +12,15 @@ namespace cann_emulator {
 
 class Phase1 {
  public:
-  explicit Phase1(const char* name) : name_(name), fault_(EnterOnDevice((std::string(name) + "GetWorkspaceSize").c_str())) {
+  explicit Phase1(const char* name)
+      : name_(name), fault_(EnterOnDevice((std::string(name) + "GetWorkspaceSize").c_str())) {
     op_.name = name;
   }
 
   Op& op() { return op_; }
 
   // A null tensor, or one of rank 0, is absent.
-  Phase1& Tensor(Array Op::*slot, const aclTensor* tensor, const char* name, bool required = false) {
+  Phase1& Tensor(Array Op::* slot, const aclTensor* tensor, const char* name, bool required = false) {
     if (fault_) return *this;
     if (tensor == nullptr) {
       if (required) missing_ += std::string(missing_.empty() ? "" : ", ") + name;
@@ -33,7 +34,7 @@ class Phase1 {
     return *this;
   }
 
-  Phase1& Ints(std::vector<int64_t> Op::*slot, const aclIntArray* array, const char* name) {
+  Phase1& Ints(std::vector<int64_t> Op::* slot, const aclIntArray* array, const char* name) {
     if (fault_) return *this;
     if (array != nullptr) {
       op_.*slot = Read(array, name);
@@ -51,7 +52,8 @@ class Phase1 {
     } else {
       op_.layout = layout;
     }
-    if (has_softmax_layout && softmax_layout == nullptr) Abort(std::string(name_) + " was given a null softmax layout, which it reads");
+    if (has_softmax_layout && softmax_layout == nullptr)
+      Abort(std::string(name_) + " was given a null softmax layout, which it reads");
     softmax_text_ = has_softmax_layout ? softmax_layout : "";
     has_softmax_ = has_softmax_layout;
   }

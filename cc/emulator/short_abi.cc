@@ -6,15 +6,17 @@ using namespace cann_emulator;
 
 namespace {
 
-int GetWorkspaceSize(const char* name, const aclTensor* query, const aclTensor* key, const aclTensor* value, double scale,
-                     int64_t heads, const aclTensor* max, const aclTensor* sum, const aclTensor* out, uint64_t* workspace,
-                     aclOpExecutor** executor) {
+int GetWorkspaceSize(const char* name, const aclTensor* query, const aclTensor* key, const aclTensor* value,
+                     double scale, int64_t heads, const aclTensor* max, const aclTensor* sum, const aclTensor* out,
+                     uint64_t* workspace, aclOpExecutor** executor) {
   Phase1 p(name);
   p.op().short_abi = true;
   p.op().scale = scale;
   p.op().heads = heads;
   p.Layout("BSH", nullptr, false);
-  p.Tensor(&Op::query, query, "query", true).Tensor(&Op::key, key, "key", true).Tensor(&Op::value, value, "value", true);
+  p.Tensor(&Op::query, query, "query", true)
+      .Tensor(&Op::key, key, "key", true)
+      .Tensor(&Op::value, value, "value", true);
   p.Tensor(&Op::max, max, "softmaxMax", true).Tensor(&Op::sum, sum, "softmaxSum", true);
   p.Tensor(&Op::out, out, "attentionOut", true);
   return p.Finish(workspace, executor);
@@ -22,14 +24,14 @@ int GetWorkspaceSize(const char* name, const aclTensor* query, const aclTensor* 
 
 }  // namespace
 
-#define SHORT_OP(op)                                                                                                    \
-  CANN_EMULATOR_C int op##GetWorkspaceSize(const aclTensor* query, const aclTensor* key, const aclTensor* value,        \
-                                           double scale, int64_t heads, const aclTensor* max, const aclTensor* sum,     \
-                                           const aclTensor* out, uint64_t* workspace, aclOpExecutor** executor) {       \
-    return GetWorkspaceSize(#op, query, key, value, scale, heads, max, sum, out, workspace, executor);                  \
-  }                                                                                                                     \
-  CANN_EMULATOR_C int op(void* workspace, uint64_t bytes, aclOpExecutor* executor, void* stream) {                      \
-    return Run(#op, workspace, bytes, executor, stream, true);                                                          \
+#define SHORT_OP(op)                                                                                                \
+  CANN_EMULATOR_C int op##GetWorkspaceSize(const aclTensor* query, const aclTensor* key, const aclTensor* value,    \
+                                           double scale, int64_t heads, const aclTensor* max, const aclTensor* sum, \
+                                           const aclTensor* out, uint64_t* workspace, aclOpExecutor** executor) {   \
+    return GetWorkspaceSize(#op, query, key, value, scale, heads, max, sum, out, workspace, executor);              \
+  }                                                                                                                 \
+  CANN_EMULATOR_C int op(void* workspace, uint64_t bytes, aclOpExecutor* executor, void* stream) {                  \
+    return Run(#op, workspace, bytes, executor, stream, true);                                                      \
   }
 
 SHORT_OP(aclnnFlashAttentionScoreWithLargeHeadDim)

@@ -77,7 +77,9 @@ void CheckAccuracy() {
     }
   }
   // Hardly more than one key counts: delta and dout.v differ by less than a 16-bit out shows.
-  const auto peaked = [](DType t) { return [=](Spec& s) { s.dtype = t, s.Skv = 64, s.scale = 1.0, s.amplitude = 2.0; }; };
+  const auto peaked = [](DType t) {
+    return [=](Spec& s) { s.dtype = t, s.Skv = 64, s.scale = 1.0, s.amplitude = 2.0; };
+  };
   check("peaked", peaked(DType::kF32), 4e-6, 8e-6, 8e-6, 4e-6);
   check("peaked", peaked(DType::kBF16), 5e-3, 5e-3, 5e-3, 5e-3);
   check("peaked", peaked(DType::kF16), 6e-4, 6e-4, 6e-4, 6e-4);

@@ -29,14 +29,14 @@ using jax_fa::cann::Status;
 
 int failures = 0;
 
-#define EXPECT(condition, ...)                                              \
-  do {                                                                      \
-    if (!(condition)) {                                                     \
-      ++failures;                                                           \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);  \
-      std::fprintf(stderr, __VA_ARGS__);                                    \
-      std::fprintf(stderr, "\n");                                           \
-    }                                                                       \
+#define EXPECT(condition, ...)                                             \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      ++failures;                                                          \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+    }                                                                      \
   } while (false)
 
 // The emulator's controls, and the runtime functions that a framework calls.
@@ -81,7 +81,8 @@ Emulator& TheEmulator() {
 // Memory at a multiple of 64 bytes.
 class Memory {
  public:
-  explicit Memory(size_t bytes) : bytes_(std::max<size_t>((bytes + 63) / 64 * 64, 64)), data_(std::aligned_alloc(64, bytes_)) {
+  explicit Memory(size_t bytes)
+      : bytes_(std::max<size_t>((bytes + 63) / 64 * 64, 64)), data_(std::aligned_alloc(64, bytes_)) {
     std::memset(data_, 0, bytes_);
   }
   Memory(const Memory&) = delete;
@@ -109,7 +110,8 @@ struct Shape {
 // A float32 call with arrays of its own, forward and backward.
 class Example {
  public:
-  explicit Example(const Shape& shape) : shape_(shape), random_(7) {
+  explicit Example(const Shape& shape)
+      : shape_(shape), random_(7) {  // NOLINT(bugprone-random-generator-seed): the same numbers in every run
     const Shape& s = shape;
     const bool packed = s.layout == "TND";
     query_ = New(Dims(s.Sq, s.N), true);
@@ -118,7 +120,8 @@ class Example {
     dy_ = New(Dims(s.Sq, s.N), true);
     for (Array* x : {&out_, &dq_}) *x = New(Dims(s.Sq, s.N), false);
     for (Array* x : {&dk_, &dv_}) *x = New(Dims(s.Skv, s.K), false);
-    const std::vector<int64_t> stats = packed ? std::vector<int64_t>{s.Sq, s.N, 8} : std::vector<int64_t>{s.B, s.N, s.Sq, 8};
+    const std::vector<int64_t> stats =
+        packed ? std::vector<int64_t>{s.Sq, s.N, 8} : std::vector<int64_t>{s.B, s.N, s.Sq, 8};
     max_ = New(stats, false);
     sum_ = New(stats, false);
     if (s.pse_type >= 2) pse_ = New({s.N}, true);
@@ -194,8 +197,7 @@ class Example {
   Array CompressedMask(bool prefix) {
     Array x = Bytes({prefix ? 3072 : 2048, 2048});
     for (int64_t i = 0; i < x.dims[0]; ++i)
-      for (int64_t j = 0; j < 2048; ++j)
-        static_cast<char*>(x.data)[i * 2048 + j] = i < 2048 ? j > i : j >= 1024;
+      for (int64_t j = 0; j < 2048; ++j) static_cast<char*>(x.data)[i * 2048 + j] = i < 2048 ? j > i : j >= 1024;
     return x;
   }
 
@@ -296,8 +298,8 @@ void TestEnqueue() {
     const jax_fa::cann::Scratch give = [&](size_t bytes, size_t alignment) -> void* {
       if (!with_scratch) return nullptr;
       scratch.emplace_back(bytes + alignment);
-      const auto at = reinterpret_cast<uintptr_t>(scratch.back().get());
-      return reinterpret_cast<void*>((at + alignment - 1) / alignment * alignment);
+      const size_t past = reinterpret_cast<uintptr_t>(scratch.back().get()) % alignment;
+      return static_cast<char*>(scratch.back().get()) + (past == 0 ? 0 : alignment - past);
     };
     const Example queued{Shape{}}, waited{Shape{}};
     emulator.reset();
@@ -339,10 +341,12 @@ void TestFaults() {
           const Status status = RunAndWait(call);
           const bool reached = emulator.calls(function.c_str()) > skip;
           emulator.reset();
-          EXPECT(emulator.leaked() == 0, "%s, call %d: %d objects alive", function.c_str(), skip, int(emulator.leaked()));
+          EXPECT(emulator.leaked() == 0, "%s, call %d: %d objects alive", function.c_str(), skip,
+                 int(emulator.leaked()));
           // What fails while it cleans up after success is no failure of the call.
           const bool cleaning = function.rfind("aclDestroy", 0) == 0;
-          EXPECT(status.ok() == (!reached || cleaning), "%s, call %d: %s", function.c_str(), skip, status.message.c_str());
+          EXPECT(status.ok() == (!reached || cleaning), "%s, call %d: %s", function.c_str(), skip,
+                 status.message.c_str());
           const bool names = function == "kernel" || status.message.find(function) != std::string::npos;
           EXPECT(status.ok() || names, "%s is not named: %s", function.c_str(), status.message.c_str());
           ExpectOk(RunAndWait(call));
@@ -369,7 +373,8 @@ void TestRefusals() {
   const Example example{Shape{}};
   const auto refused = [](const Call& call, const char* why) {
     const Status status = RunAndWait(call);
-    EXPECT(!status.ok() && status.message.find(why) != std::string::npos, "wanted '%s', got: %s", why, status.message.c_str());
+    EXPECT(!status.ok() && status.message.find(why) != std::string::npos, "wanted '%s', got: %s", why,
+           status.message.c_str());
   };
   Call c = example.forward();
   c.input_layout = "BSD";
@@ -390,6 +395,7 @@ void TestRefusals() {
 
 void TestThreads() {
   std::vector<std::thread> threads;
+  threads.reserve(8);
   std::atomic<int> wrong{0};
   for (int t = 0; t < 8; ++t)
     threads.emplace_back([&wrong, t] {

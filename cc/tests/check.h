@@ -17,7 +17,7 @@
 #define ThreadScratch RealThreadScratch
 #define AllocateFloats RealAllocateFloats
 #define FreeFloats RealFreeFloats
-#include "cpu/memory.cc"
+#include "cpu/memory.cc"  // NOLINT(bugprone-suspicious-include)
 #undef ThreadScratch
 #undef AllocateFloats
 #undef FreeFloats
@@ -46,9 +46,10 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 int g_failures = 0, g_cases = 0;
-char g_what[1024] = "starting";  // what runs now, for those who die of it
+char g_what[1024] = "starting";         // what runs now, for those who die of it
 std::map<std::string, double> g_worst;  // the largest error of each result, in units of its bound
 
+// NOLINTNEXTLINE(modernize-avoid-variadic-functions): as printf
 __attribute__((format(printf, 1, 2))) void Fail(const char* format, ...) {
   std::printf("FAIL: ");
   va_list args;
@@ -155,12 +156,9 @@ std::vector<Result> ForwardResults(Problem& p, const Reference* r = nullptr) {
 }
 
 std::vector<Result> BackwardResults(Problem& p, const Reference* r = nullptr) {
-  return {{"dquery", &p.dquery, r ? &r->dquery : nullptr},
-          {"dkey", &p.dkey, r ? &r->dkey : nullptr},
-          {"dvalue", &p.dvalue, r ? &r->dvalue : nullptr},
-          {"dbias", &p.dbias, r ? &r->dbias : nullptr},
-          {"dslopes", &p.dslopes, r ? &r->dslopes : nullptr},
-          {"dscale", &p.dscale, r ? &r->dscale : nullptr},
+  return {{"dquery", &p.dquery, r ? &r->dquery : nullptr},    {"dkey", &p.dkey, r ? &r->dkey : nullptr},
+          {"dvalue", &p.dvalue, r ? &r->dvalue : nullptr},    {"dbias", &p.dbias, r ? &r->dbias : nullptr},
+          {"dslopes", &p.dslopes, r ? &r->dslopes : nullptr}, {"dscale", &p.dscale, r ? &r->dscale : nullptr},
           {"dcap", &p.dcap, r ? &r->dcap : nullptr}};
 }
 
@@ -194,8 +192,9 @@ Values Run(void (*kernel)(const Call&, const Runner&), const Call& c, const Runn
 std::string Place(const Array& x, size_t at) {
   std::string text;
   for (int axis = 4; axis >= 0; --axis) {
-    text = std::to_string(at % static_cast<size_t>(x.dims[static_cast<size_t>(axis)])) + (axis < 4 ? "," : "") + text;
-    at /= static_cast<size_t>(x.dims[static_cast<size_t>(axis)]);
+    const auto size = static_cast<size_t>(x.dims[static_cast<size_t>(axis)]);
+    text.insert(0, std::to_string(at % size) + (axis < 4 ? "," : ""));
+    at /= size;
   }
   return "[" + text + "]";
 }

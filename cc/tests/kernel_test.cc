@@ -15,9 +15,9 @@
 #include "accuracy_test.h"
 #include "check.h"
 #include "cpu/convert-inl.h"
+#include "plan_test.h"
 #include "shapes_test.h"
 #include "tasks_test.h"
-#include "plan_test.h"
 
 namespace jax_fa_test {
 namespace {
@@ -28,7 +28,7 @@ constexpr int64_t kLengths[] = {1,  2,  5,  6,   7,   15,  16,  17,  63,  64,  6
                                 95, 96, 97, 127, 129, 383, 385, 511, 512, 513, 700};
 constexpr int64_t kSizes[] = {1, 3, 8, 16, 17, 40, 64, 80, 100, 128, 130, 256};
 constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
-constexpr Bounds kAllBounds[] = {Bounds::kNone, Bounds::kCausal, Bounds::kCausalEnd, Bounds::kWindow,
+constexpr Bounds kAllBounds[] = {Bounds::kNone,     Bounds::kCausal,  Bounds::kCausalEnd, Bounds::kWindow,
                                  Bounds::kAnything, Bounds::kLengths, Bounds::kFrom};
 
 constexpr uint64_t kSmallSeeds = 1000;  // smaller seeds give smaller cases
@@ -150,11 +150,11 @@ void CheckTable(bool all) {
   add([](Spec& s) { s.philox = true, s.keep = 0x1p-16, s.Sq = 300, s.Skv = 400, s.D = s.Dv = 4; });
   add([](Spec& s) { s.dlogsumexp = true; });
   add([](Spec& s) { s.scale = -0.5; });
-  add([](Spec& s) { s.amplitude = 100.0; });                                    // logits of +-1e4
+  add([](Spec& s) { s.amplitude = 100.0; });  // logits of +-1e4
   add([](Spec& s) { s.amplitude = 100.0, s.scale = -0.25, s.bounds = Bounds::kCausal; });
   add([](Spec& s) { s.amplitude = 20.0, s.cap = 30.0; });
   add([](Spec& s) { s.bias = 24, s.infinite_bias = true; });
-  add([](Spec& s) { s.bias = 8, s.infinite_bias = true; });                     // whole rows of it
+  add([](Spec& s) { s.bias = 8, s.infinite_bias = true; });  // whole rows of it
   add([](Spec& s) { s.bias = 24, s.infinite_bias = true, s.cap = 3.0; });
   add([](Spec& s) { s.alibi = Alibi::kSqrt, s.bounds = Bounds::kCausalEnd; });
   add([](Spec& s) { s.alibi = Alibi::kLinear, s.cap = 4.0, s.slope_axes = 4; });
@@ -193,7 +193,8 @@ void CheckTable(bool all) {
       add([&, D = D, Dv = Dv](Spec& s) { size(s, 2, 150, 6, 3, D, Dv), s.dtype = t, s.bounds = Bounds::kLengths; });
       add([&, D = D, Dv = Dv](Spec& s) { size(s, 16, 40, 1, 1, D, Dv), s.dtype = t, s.layout = 1, s.mask = 24; });
       add([&, D = D, Dv = Dv](Spec& s) {
-        size(s, 1, 300, 5, 1, D, Dv), s.dtype = t, s.bounds = Bounds::kAnything, s.garbage = kNaN, s.layout = D % 2;
+        size(s, 1, 300, 5, 1, D, Dv), s.dtype = t, s.bounds = Bounds::kAnything, s.garbage = kNaN,
+                                      s.layout = static_cast<int>(D % 2);
       });
     }
   }

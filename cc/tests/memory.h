@@ -5,8 +5,8 @@
 #include <unistd.h>
 
 #include <cstdint>
-#include <cstring>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -92,7 +92,9 @@ class KernelMemory {
   static size_t Bytes(int64_t floats) { return (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64; }
   static void Fail() {
     const std::lock_guard<std::mutex> lock(Mutex());
-    if (Countdown() > 0 && --Countdown() == 0) throw std::bad_alloc();
+    if (Countdown() == 0) return;
+    --Countdown();
+    if (Countdown() == 0) throw std::bad_alloc();
   }
   static int64_t& Countdown() {
     static int64_t n = 0;

@@ -31,17 +31,19 @@ class Random {  // splitmix64
     return x;
   }
   template <typename T, size_t n>
-  T Pick(const T (&list)[n]) { return list[Below(static_cast<int64_t>(n))]; }
+  T Pick(const T (&list)[n]) {
+    return list[Below(static_cast<int64_t>(n))];
+  }
 
  private:
   uint64_t state_;
 };
 
 struct Format {
-  int digits;        // of the significand, with the hidden one
-  int lowest;        // exponent of the smallest normal number's leading digit
-  int bits;          // of the significand that are stored
-  double overflow;   // rounds to infinity from here on
+  int digits;       // of the significand, with the hidden one
+  int lowest;       // exponent of the smallest normal number's leading digit
+  int bits;         // of the significand that are stored
+  double overflow;  // rounds to infinity from here on
 };
 inline Format FormatOf(DType t) {
   if (t == DType::kBF16) return {8, -126, 7, 0x1.FFp127};
@@ -62,10 +64,13 @@ inline double Rounded(double x, DType t) {
   return std::nearbyint(x / unit) * unit;
 }
 
+// All bits of the exponent of a 16-bit format: that of infinity and NaN.
+inline int HighestExponent(DType t) { return t == DType::kBF16 ? 0xff : 0x1f; }
+
 // The bits of x, which is a number of that format.
 inline uint16_t Encode16(double x, DType t) {
   const Format f = FormatOf(t);
-  const int exponents = 15 - f.bits, all = (1 << exponents) - 1;
+  const int all = HighestExponent(t);
   const int sign = std::signbit(x) ? 0x8000 : 0;
   if (std::isnan(x)) return static_cast<uint16_t>(sign | all << f.bits | 1 << (f.bits - 1));
   if (std::isinf(x)) return static_cast<uint16_t>(sign | all << f.bits);
@@ -79,7 +84,7 @@ inline uint16_t Encode16(double x, DType t) {
 
 inline double Decode16(uint16_t h, DType t) {
   const Format f = FormatOf(t);
-  const int all = (1 << (15 - f.bits)) - 1, e = (h >> f.bits) & all, significand = h & ((1 << f.bits) - 1);
+  const int all = HighestExponent(t), e = (h >> f.bits) & all, significand = h & ((1 << f.bits) - 1);
   double x = std::ldexp(significand + (e > 0 ? 1 << f.bits : 0), (e > 0 ? e - 1 : 0) + f.lowest - f.bits);
   using Limits = std::numeric_limits<double>;
   if (e == all) x = significand == 0 ? Limits::infinity() : Limits::quiet_NaN();
@@ -89,6 +94,7 @@ inline double Decode16(uint16_t h, DType t) {
 // Philox4x32-10, one counter (Salmon et al., SC'11).
 struct Philox {
   uint32_t word[4];
+
   Philox(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t k0, uint32_t k1) : word{a, b, c, d} {
     for (int round = 0; round < 10; ++round) {
       const uint64_t p = uint64_t{word[0]} * 0xD2511F53u, q = uint64_t{word[2]} * 0xCD9E8D57u;

@@ -74,12 +74,12 @@ double LeastTime(const Fn& fn) {
 // A call of 64 times the entries is planned in 64 times the time, not 4096, and begins a task as soon.
 void CheckPlanning() {
   g_real_memory = true;
-  constexpr int64_t kSmall = 2048, kTimes = 64;
+  constexpr int64_t kSmall = 2048, kTimes = 64, kLarge = kSmall * kTimes;
   const auto own = [](int64_t b) { return b; };
   const auto pairs = [](int64_t b) { return b / 2; };
   const auto one = [](int64_t) { return int64_t{0}; };
   const auto check = [](const Kernels& kernels, const char* name, const auto& bias_of) {
-    ManyEntries small(kSmall, bias_of), large(kSmall * kTimes, bias_of);
+    ManyEntries small(kSmall, bias_of), large(kLarge, bias_of);
     for (const auto& [pass, kernel] :
          {std::pair("forward", kernels.forward), std::pair("backward", kernels.backward)}) {
       const auto time = [&, kernel = kernel](ManyEntries& entries, int64_t tasks) {
@@ -89,7 +89,7 @@ void CheckPlanning() {
       const double few = time(small, 0), many = time(large, 0);
       if (many > 8 * kTimes * few + 1e-3)
         Fail("a plan takes %.3g ms for %lld entries and %.3g ms for %lld", 1e3 * few, static_cast<long long>(kSmall),
-             1e3 * many, static_cast<long long>(kSmall * kTimes));
+             1e3 * many, static_cast<long long>(kLarge));
       if (bias_of(1) == 0) continue;  // one task or few
       constexpr int64_t kTasks = 500;
       const double small_tasks = time(small, kTasks) - few, large_tasks = time(large, kTasks) - many;

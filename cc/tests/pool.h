@@ -14,10 +14,10 @@ namespace jax_fa_test {
 
 enum class Manner {
   kPrompt,
-  kLate,     // begins each closure a moment later
-  kNever,    // runs nothing before Finish
-  kInline,   // runs closures in Schedule, as a pool with a full queue does
-  kThrows,   // refuses all but the first with an exception
+  kLate,    // begins each closure a moment later
+  kNever,   // runs nothing before Finish
+  kInline,  // runs closures in Schedule, as a pool with a full queue does
+  kThrows,  // refuses all but the first with an exception
 };
 
 class FakePool {

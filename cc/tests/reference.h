@@ -128,8 +128,8 @@ class Reference {
     dscale.Resize(p_.dscale.value.size()), dcap.Resize(p_.dcap.value.size());
     const int64_t pairs = p_.B() * p_.N * p_.Sq * p_.Skv;
     const double per_key = Growth(p_.G() * p_.Sq), per_row = Growth(p_.Skv);
-    const double per_bias = Growth(
-        p_.bias_offset ? pairs : pairs / std::max<int64_t>(1, static_cast<int64_t>(dbias.value.size())));
+    const double per_bias =
+        Growth(p_.bias_offset ? pairs : pairs / std::max<int64_t>(1, static_cast<int64_t>(dbias.value.size())));
     ForEachRow([&](int64_t b, int64_t n, int64_t i) {
       Look(b, n, i);
       const int64_t k = n / p_.G();
@@ -166,8 +166,9 @@ class Reference {
         const double ds = x.p * inner * x.slope;
         const double ds_error =
             (x.p * x.error + kTiny) * std::fabs(inner) * x.slope +
-            x.p * kEps * (x.slope * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner)) +
-                          x.slope_error * std::fabs(inner));
+            x.p * kEps *
+                (x.slope * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner)) +
+                 x.slope_error * std::fabs(inner));
         missing -= ds, ds_size += std::fabs(ds);
         for (size_t d = 0; d < largest_key.size() && ds != 0.0; ++d)
           largest_key[d] = std::max(largest_key[d], std::fabs(key[d]));
@@ -200,8 +201,9 @@ class Reference {
           const size_t at = p_.dscale.Index(b, n);
           double dot = 0.0, size = 0.0;
           for (int64_t d = 0; d < p_.D; ++d) dot += q[d] * key[d], size += std::fabs(q[d] * key[d]);
-          dscale.Add(at, ds * dot, (ds_error + kEps * Growth(pairs) * std::fabs(ds)) * std::fabs(dot) +
-                                       kEps * Growth(p_.D) * std::fabs(ds) * size);
+          dscale.Add(at, ds * dot,
+                     (ds_error + kEps * Growth(pairs) * std::fabs(ds)) * std::fabs(dot) +
+                         kEps * Growth(p_.D) * std::fabs(ds) * size);
           dscale.tainted[at] |= tainted;
         }
         if (p_.dcap) {
@@ -209,9 +211,9 @@ class Reference {
           const double before = x.p * inner, by_cap = ByCap(x.u);
           const double by_error = kEps * (2 * std::fabs(x.u) * x.slope * x.before_error / cap + 12 * std::fabs(by_cap) +
                                           8 * std::min(1.0, std::fabs(x.u)));
-          const double before_error = (x.p * x.error + kTiny) * std::fabs(inner) +
-                                      x.p * kEps * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size +
-                                                    4 * std::fabs(inner));
+          const double before_error =
+              (x.p * x.error + kTiny) * std::fabs(inner) +
+              x.p * kEps * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner));
           dcap.Add(at, before * by_cap, before_error * std::fabs(by_cap) + by_error * std::fabs(before));
           dcap.tainted[at] |= tainted;
         }
@@ -229,9 +231,9 @@ class Reference {
     double s, p, keep;          // keep: 0 or 1 / keep_prob
     double slope, slope_error;  // of the soft cap; errors in units of kEps
     double logit_error;
-    double u, before_error;     // before the soft cap: in caps, and its error
-    double error;               // of p, relative, not in units
-    bool hidden;                // by a bias of -inf under a soft cap
+    double u, before_error;  // before the soft cap: in caps, and its error
+    double error;            // of p, relative, not in units
+    bool hidden;             // by a bias of -inf under a soft cap
   };
   struct Row {
     double m, l;

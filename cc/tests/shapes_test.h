@@ -124,7 +124,7 @@ std::string DimsText(const std::vector<int64_t>& dims) {
 
 // Each array with each dim too small, too large or 1, one dim more and one fewer, and of another dtype.
 void CheckWrongArrays(const GivenCall& call) {
-  for (std::vector<Given> GivenCall::*list : {&GivenCall::args, &GivenCall::rets}) {
+  for (std::vector<Given> GivenCall::* list : {&GivenCall::args, &GivenCall::rets}) {
     for (size_t at = 0; at < (call.*list).size(); ++at) {
       const Given& right = (call.*list)[at];
       const auto with = [&](const auto& change, bool sizes) {
@@ -133,8 +133,7 @@ void CheckWrongArrays(const GivenCall& call) {
         change(x);
         // The sizes of a call are those of these: another array does not fit them then.
         const bool source = right.name == "softmax max" || right.name == "key" || right.name == "value";
-        wrong.Refused(sizes && source ? "" : right.name + " is ",
-                      sizes && source ? "; expected " : DimsText(x.dims));
+        wrong.Refused(sizes && source ? "" : right.name + " is ", sizes && source ? "; expected " : DimsText(x.dims));
         wrong.Refused("", "; expected ");
       };
       for (size_t d = 0; d < right.dims.size(); ++d) {
@@ -193,8 +192,8 @@ void CheckShapes() {
                                      std::pair(jax_fa::kSegmentRow, "segment_key is given without segment_row"),
                                      std::pair(jax_fa::kSegmentKey, "segment_row is given without segment_key")})
       wrong([at = i](GivenCall& c) { c.present &= ~(1u << at); }, message, "");
-    for (std::string GivenCall::*axes : {&GivenCall::query_axes, &GivenCall::key_axes, &GivenCall::value_axes,
-                                         &GivenCall::out_axes})
+    for (std::string GivenCall::* axes :
+         {&GivenCall::query_axes, &GivenCall::key_axes, &GivenCall::value_axes, &GivenCall::out_axes})
       for (const char* bad : {"aabcd", "abcdf", "abcd", "abcdef", "", "abcdA"})
         wrong([&](GivenCall& c) { c.*axes = bad; }, "", "must be a permutation");
     wrong([](GivenCall& c) { c.args[1].dims[3] = 3; }, "key is ",

@@ -20,16 +20,16 @@ struct Spec {
   double scale = 0.25, amplitude = 1.0, query_amplitude = 1.0, cap = 0.0, keep = 1.0;
   jax_fa::Alibi alibi = jax_fa::Alibi::kNone;
   int slope_axes = 7, position = kNoAxes;
-  int indexed = kNoAxes;       // bias by index: axes of its offsets; `bias` gives those of the elements
-  bool apart = false;          // ... and each key head has elements of its own
+  int indexed = kNoAxes;  // bias by index: axes of its offsets; `bias` gives those of the elements
+  bool apart = false;     // ... and each key head has elements of its own
   int segments = kNoAxes;
   int scales = kNoAxes, caps = kNoAxes, rates = kNoAxes;  // axes of what is given per head instead
   bool philox = false, bits = false, dlogsumexp = false;
-  int layout = 0;              // 0: B S N D without gaps; else any order, drawn from the seed
-  bool rounding = true;        // of a 16-bit out is saved for the backward
-  double common_key = 0.0;     // a component that all keys share, as large as that
-  double common_logit = 0.0;   // what all logits have in common
-  double garbage = 0.0;        // NaN or infinity: where nobody sees it, and in a few places that are seen
+  int layout = 0;             // 0: B S N D without gaps; else any order, drawn from the seed
+  bool rounding = true;       // of a 16-bit out is saved for the backward
+  double common_key = 0.0;    // a component that all keys share, as large as that
+  double common_logit = 0.0;  // what all logits have in common
+  double garbage = 0.0;       // NaN or infinity: where nobody sees it, and in a few places that are seen
   bool seen_garbage = false;
   uint64_t seed = 1;
 
@@ -37,17 +37,16 @@ struct Spec {
     static const char* const kDTypes[] = {"f32", "bf16", "f16"};
     static const char* const kBounds[] = {"none", "causal", "causal-end", "window", "anything", "lengths", "from"};
     char text[512];
-    std::snprintf(text, sizeof text,
-                  "B=%lldx%lld Sq=%lld Skv=%lld N=%lld K=%lld D=%lld Dv=%lld %s bounds=%s/%d mask=%d bias=%d%s "
-                  "scale=%g amplitude=%g/%g common=%g/%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d per-head=%d/%d/%d "
-                  "dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s seed=%llu",
-                  Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv),
-                  kDTypes[static_cast<int>(dtype)], kBounds[static_cast<int>(bounds)], bound_axes, mask, bias,
-                  infinite_bias ? "(-inf)" : "", scale, amplitude, query_amplitude, common_key,
-                  common_logit, cap, static_cast<int>(alibi), slope_axes, position,
-                  indexed, apart ? "(apart)" : "", segments, scales, caps, rates,
-                  philox ? "philox " : "", bits ? "bits " : "", keep, dlogsumexp, layout, garbage,
-                  seen_garbage ? "(seen)" : "", static_cast<unsigned long long>(seed));
+    std::snprintf(
+        text, sizeof text,
+        "B=%lldx%lld Sq=%lld Skv=%lld N=%lld K=%lld D=%lld Dv=%lld %s bounds=%s/%d mask=%d bias=%d%s "
+        "scale=%g amplitude=%g/%g common=%g/%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d per-head=%d/%d/%d "
+        "dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s seed=%llu",
+        Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv), kDTypes[static_cast<int>(dtype)],
+        kBounds[static_cast<int>(bounds)], bound_axes, mask, bias, infinite_bias ? "(-inf)" : "", scale, amplitude,
+        query_amplitude, common_key, common_logit, cap, static_cast<int>(alibi), slope_axes, position, indexed,
+        apart ? "(apart)" : "", segments, scales, caps, rates, philox ? "philox " : "", bits ? "bits " : "", keep,
+        dlogsumexp, layout, garbage, seen_garbage ? "(seen)" : "", static_cast<unsigned long long>(seed));
     return text;
   }
 
@@ -75,8 +74,7 @@ class Maker {
     MakeMasks();
     if (s_.bias != kNoAxes) {
       if (s_.indexed != kNoAxes) MakeOffsets();
-      p_.bias = Plain(random_.OneIn(2) ? s_.dtype : DType::kF32,
-                      p_.bias_offset ? Elements() : Full(s_.bias, s_.Skv));
+      p_.bias = Plain(random_.OneIn(2) ? s_.dtype : DType::kF32, p_.bias_offset ? Elements() : Full(s_.bias, s_.Skv));
       Draw(p_.bias, 1.0);
       for (double& x : p_.bias.value)
         if (s_.infinite_bias && random_.OneIn(4)) x = -std::numeric_limits<double>::infinity();
@@ -95,9 +93,13 @@ class Maker {
     MakeDropout();
     MakeResults();
     if (s_.garbage != 0.0) Spoil();
-    for (Array* x : {&p_.query, &p_.key, &p_.value, &p_.dout, &p_.dlogsumexp, &p_.lower, &p_.upper, &p_.mask, &p_.bias,
-                     &p_.slopes, &p_.seed, &p_.stream, &p_.drop_bits, &p_.drop_offset, &p_.bias_offset, &p_.position,
-                     &p_.segment_row, &p_.segment_key, &p_.scale_of_head, &p_.cap_of_head, &p_.threshold_of_head})
+    for (Array* x : {&p_.query,         &p_.key,         &p_.value,
+                     &p_.dout,          &p_.dlogsumexp,  &p_.lower,
+                     &p_.upper,         &p_.mask,        &p_.bias,
+                     &p_.slopes,        &p_.seed,        &p_.stream,
+                     &p_.drop_bits,     &p_.drop_offset, &p_.bias_offset,
+                     &p_.position,      &p_.segment_row, &p_.segment_key,
+                     &p_.scale_of_head, &p_.cap_of_head, &p_.threshold_of_head})
       if (*x) x->Write();
   }
 
@@ -267,8 +269,9 @@ class Maker {
       const int64_t rows = p_.drop_offset.dims[kHead] * s_.Sq;
       p_.drop_bits = Pairs(DType::kU8, {s_.B1, random_.OneIn(2) ? s_.B2 : 1, 1, 1, (rows * s_.Skv + 7) / 8 + 1});
       for (int64_t r = 0; r < rows; ++r) {
-        p_.drop_offset.value[static_cast<size_t>(2 * r)] = static_cast<double>(r * s_.Skv / 8);
-        p_.drop_offset.value[static_cast<size_t>(2 * r + 1)] = static_cast<double>(r * s_.Skv % 8);
+        const int64_t bit = r * s_.Skv, byte = bit / 8;
+        p_.drop_offset.value[static_cast<size_t>(2 * r)] = static_cast<double>(byte);
+        p_.drop_offset.value[static_cast<size_t>(2 * r + 1)] = static_cast<double>(bit % 8);
       }
       for (double& x : p_.drop_bits.value)  // each bit kept with probability 3/4
         x = static_cast<double>((random_.Bits() | random_.Bits()) & 255);

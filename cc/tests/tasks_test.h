@@ -92,6 +92,7 @@ void CheckCallsFromThePool() {
     Doing("tasks.h", "calls from the pool itself", text);
     constexpr int kCalls = 200;
     std::vector<std::unique_ptr<Tally>> tallies;
+    tallies.reserve(kCalls);
     for (int i = 0; i < kCalls; ++i) tallies.push_back(std::make_unique<Tally>(static_cast<size_t>(i % 17)));
     std::atomic<int> ended{0};
     {

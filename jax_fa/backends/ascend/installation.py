@@ -73,7 +73,9 @@ def absence() -> str | None:
     """Why this process cannot call CANN at all, in one sentence; None where it can."""
     if native.extension is None:
         return native.absence()
-    has_cann = getattr(native.extension, "has_cann", lambda: True)  # extensions of before this function had it
+    has_cann = getattr(
+        native.extension, "has_cann", lambda: True
+    )  # extensions of before this function had it
     return None if has_cann() else "the native extension was built without the CANN adapter (Linux only)"
 
 
@@ -94,7 +96,9 @@ def emulator_dir() -> str:
     path = Path(__file__).parent.parent.parent / "emulator"
     if not (path / "libopapi.so").exists():
         reason = f"{path} is not there; reinstall with a C++17 compiler at hand"
-        raise RuntimeError(f"the CANN emulator is not installed: {native.absence() if native.missing else reason}")
+        raise RuntimeError(
+            f"the CANN emulator is not installed: {native.absence() if native.missing else reason}"
+        )
     return str(path)
 
 

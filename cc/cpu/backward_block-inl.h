@@ -1,0 +1,199 @@
+// A block of rows of the backward over a block of keys: products, weights, and what they add to dq, dk and dv.
+#pragma once
+
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/backward_balance-inl.h"
+#include "cpu/backward_plan-inl.h"
+#include "cpu/backward_rows-inl.h"
+#include "cpu/backward_sums-inl.h"
+#include "cpu/direct-inl.h"
+#include "cpu/gemm-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/rows-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// Rows [r0, r0 + n) of the query heads of key head k, or keys, as panels. In masked calls those that are not all
+// finite are 0: their NaN is in `inverse`, or masked.
+template <bool kPairs, typename At>
+inline void PackClean(const View& x, bool masked, int64_t n, int64_t width, float* stage, float* panels, const At& at) {
+  PackRows<kPairs>(n, width, stage, panels, [&](int64_t i, float* own) {
+    const Row row = at(i);
+    const auto* elements = ReadRow<kPairs>(x, row.b, row.n, row.i, width, own);
+    if (!masked || ZeroOrNaN(elements, width) == 0.0f) return elements;
+    Fill(own, 0, Units<kPairs>(width), 0.0f);
+    return reinterpret_cast<decltype(elements)>(own);
+  });
+}
+
+// Rows [g0, g0 + rows) of key head k over keys j0 + [0, width), and the tiles of rows to which any of them is visible.
+struct RowBlock {
+  int64_t b, k, g0, rows, j0, width;
+  int64_t count;
+  const RowTile* tiles;
+
+  Row At(const Call& c, int64_t i) const { return RowAt(c, b, k, g0 + i); }
+};
+
+// q and dout of the block, as rows and as panels.
+template <bool kPairs>
+inline void PackQueries(const Call& c, const BackwardScratch<kPairs>& s, const RowBlock& x) {
+  Row from = x.At(c, 0);
+  for (int64_t r = 0; r < x.rows; ++r, from = After(c, from)) {
+    CopyRow<kPairs>(c.query, x.b, from.n, from.i, c.D, s.q + r * s.q_row);
+    CopyRow<kPairs>(c.dout, x.b, from.n, from.i, c.Dv, s.dout + r * s.dout_row);
+  }
+  const auto row_at = [&](int64_t i) { return x.At(c, i); };
+  PackClean<kPairs>(c.query, IsMasked(c), x.rows, c.D, s.stage, s.q_panels, row_at);
+  PackClean<kPairs>(c.dout, IsMasked(c), x.rows, c.Dv, s.stage, s.dout_panels, row_at);
+}
+
+// The products q.k into p and dout.v into ds, of tiles of rows and the panels of keys that are visible to them.
+template <bool kPairs>
+inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const RowBlock& x) {
+  const int64_t depth = Units<kPairs>(c.D), dv_depth = Units<kPairs>(c.Dv);
+  const bool direct = IsDirect(c);
+  if (direct) {
+    int64_t first = x.width, last = 0;
+    for (int64_t t = 0; t < x.count; ++t) {
+      first = x.tiles[t].from < first ? x.tiles[t].from : first;
+      last = x.tiles[t].to > last ? x.tiles[t].to : last;
+    }
+    for (int64_t j = first / kLanes * kLanes; j < last; j += kLanes)
+      DirectDots<kPairs>(c, x.b, x.k, x.rows, s.q, s.q_row, x.j0 + j, x.j0 + last, s.stage, s.p + j, s.s_row);
+  }
+  for (int64_t panel = 0; panel < Panels(x.width); ++panel) {
+    for (int64_t t = 0; t < x.count; ++t) {
+      const RowTile& tile = x.tiles[t];
+      if (tile.to <= panel * kPanel || tile.from >= (panel + 1) * kPanel) continue;
+      const int64_t at = tile.r * s.s_row + panel * kPanel;
+      if (!direct)
+        Gemm<kPairs, false>(tile.n, depth, s.q + tile.r * s.q_row, s.q_row, 1, s.keys_t + panel * depth * kPanel,
+                            s.p + at, s.s_row);
+      Gemm<kPairs, false>(tile.n, dv_depth, s.dout + tile.r * s.dout_row, s.dout_row, 1,
+                          s.values_t + panel * dv_depth * kPanel, s.ds + at, s.s_row);
+    }
+  }
+}
+
+// From products to weights and ds, in columns [0, keys) of p and ds; 0 where no key is visible.
+template <bool kPairs>
+inline void BlockWeights(const Call& c, const BackwardScratch<kPairs>& s, const RowBlock& x, int64_t keys,
+                         const HeadSums& sums) {
+  int64_t done = 0;
+  const auto clear = [&](int64_t to) {  // rows to which none of these keys is visible
+    for (; done < to; ++done) {
+      Fill(s.p + done * s.s_row, 0, keys, 0.0f);
+      Fill(s.ds + done * s.s_row, 0, keys, 0.0f);
+    }
+  };
+  for (int64_t t = 0; t < x.count; ++t) {
+    const RowTile& tile = x.tiles[t];
+    clear(tile.r);
+    const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
+    Row row = x.At(c, tile.r);
+    for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row)) {
+      const int64_t at = x.g0 + r;
+      float *p = s.p + r * s.s_row, *ds = s.ds + r * s.s_row;
+      RowGradients<kPairs>(c, s, row, at, x.j0, Within(s.lo[at], s.hi[at], x.j0, x.width), c0, c1, p, ds, sums);
+      float* const both[] = {p, ds};
+      for (float* y : both) {
+        Fill(y, 0, c0, 0.0f);
+        Fill(y, c1, keys, 0.0f);
+      }
+    }
+    done = tile.r + tile.n;
+  }
+  clear(x.rows);
+}
+
+// Adds to dq what the keys of the block give, a chunk of keys at a time.
+template <bool kPairs>
+inline void QueryGradients(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, const RowBlock& x,
+                           float* dq) {
+  const int64_t per = Unit<kPairs>::kElements;
+  const float* ds_rows = kPairs ? s.ds_rows : s.ds;
+  const int64_t ds_row = kPairs ? s.half_row : s.s_row, key_units = Units<kPairs>(x.width);
+  for (int64_t d = 0; d < Panels(c.D); ++d) {
+    for (int64_t u0 = 0; u0 < key_units; u0 += kChunk) {
+      for (int64_t t = 0; t < x.count; ++t) {
+        const RowTile& tile = x.tiles[t];
+        const int64_t from = tile.from / per > u0 ? tile.from / per : u0, end = Units<kPairs>(tile.to);
+        const int64_t to = end < u0 + kChunk ? end : u0 + kChunk;
+        if (from >= to) continue;
+        Gemm<kPairs, true>(tile.n, to - from, ds_rows + tile.r * ds_row + from, ds_row, 1,
+                           s.keys + (d * key_units + from) * kPanel, dq + (x.g0 + tile.r) * plan.dq_row + d * kPanel,
+                           plan.dq_row);
+      }
+    }
+  }
+}
+
+// dk and dv of a block: tiles of kRows keys, over the rows to which any of them is visible, a chunk of rows at a time.
+template <bool kPairs>
+inline void KeyGradients(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, const RowBlock& x) {
+  constexpr int64_t kMostParts = kMostBackwardKeys / kRows + 1;
+  const int64_t per = Unit<kPairs>::kElements, units = Units<kPairs>(x.rows), parts = (x.width + kRows - 1) / kRows;
+  Range visible_to[kMostParts];  // rows, in units
+  for (int64_t t = 0; t < parts; ++t) {
+    const int64_t a = x.width * t / parts, e = x.width * (t + 1) / parts;
+    visible_to[t] = {units, 0};
+    for (int64_t u = 0; u < x.count; ++u) {
+      const RowTile& tile = x.tiles[u];
+      if (tile.from >= e || tile.to <= a) continue;
+      const int64_t first = tile.r / per;
+      visible_to[t].lo = first < visible_to[t].lo ? first : visible_to[t].lo;
+      visible_to[t].hi = Units<kPairs>(tile.r + tile.n);
+    }
+  }
+  struct Product {
+    const float *weights, *panels;
+    float* sum;
+    int64_t sum_row, panel_count;
+  };
+  const Product products[] = {{s.p, s.dout_panels, s.dv, s.dv_row, Panels(c.Dv)},
+                              {s.ds, s.q_panels, s.dk, plan.dq_row, Panels(c.D)}};
+  const int64_t weights_row = per * s.s_row;  // pairs of rows lie in every second one
+  for (const Product& y : products) {
+    for (int64_t d = 0; d < y.panel_count; ++d) {
+      for (int64_t u0 = 0; u0 < units; u0 += kChunk) {
+        for (int64_t t = 0; t < parts; ++t) {
+          const int64_t a = x.width * t / parts, e = x.width * (t + 1) / parts;
+          const int64_t from = visible_to[t].lo > u0 ? visible_to[t].lo : u0;
+          const int64_t to = visible_to[t].hi < u0 + kChunk ? visible_to[t].hi : u0 + kChunk;
+          if (from >= to) continue;
+          Gemm<kPairs, true>(e - a, to - from, y.weights + from * weights_row + a, 1, weights_row,
+                             y.panels + (d * units + from) * kPanel, y.sum + a * y.sum_row + d * kPanel, y.sum_row);
+        }
+      }
+    }
+  }
+}
+
+// Rows over one block of keys, already packed.
+template <bool kPairs>
+inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, const RowBlock& x,
+                          float* dq, bool one_scale, const HeadSums& sums) {
+  const int64_t keys = RoundUp(x.width, Unit<kPairs>::kElements * kLanes);
+  PackQueries<kPairs>(c, s, x);
+  BlockProducts<kPairs>(c, s, x);
+  float scales[kBackwardRows];
+  if (!one_scale)
+    for (int64_t r = 0; r < x.rows; ++r) scales[r] = ScaleOf(c, x.At(c, r));
+  BlockWeights<kPairs>(c, s, x, keys, sums);
+  if constexpr (kPairs)
+    JoinRows<kPairs>(s, BalanceOf(plan, dq), x.g0, x.rows, x.j0, keys, one_scale ? nullptr : scales);
+  QueryGradients<kPairs>(c, plan, s, x, dq);
+  if (!kPairs && !one_scale) {
+    for (int64_t r = 0; r < x.rows; ++r) {
+      const F f = Set(scales[r]);
+      Combine(keys, s.ds + r * s.s_row, s.ds + r * s.s_row, [&](F y, F) { return y * f; });
+    }
+  }
+  KeyGradients<kPairs>(c, plan, s, x);
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA
