@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -116,15 +116,16 @@ def plot(path: Path, run: Run) -> None:
     size = (max(4.5 * len(directions), 6), 3 * len(kinds) + 0.6)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     grid = figure.subplots(len(kinds), len(directions), squeeze=False, sharey="row")
-    for i, j in np.ndindex(grid.shape):
-        lines = panels.get((kinds[i], directions[j]), {})
-        grid[i, j].set_visible(bool(lines))
-        _draw_panel(grid[i, j], lines)
-        grid[i, j].set_title(f"{directions[j]}: {kinds[i]}", fontsize=9)
+    for axes, (kind, direction) in zip(grid.flat, product(kinds, directions), strict=True):
+        lines = panels.get((kind, direction), {})
+        axes.set_visible(bool(lines))
+        _draw_panel(axes, lines)
+        axes.set_title(f"{direction}: {kind}", fontsize=9)
     for row in grid:
         row[0].set_ylabel("ms")
     for axes in grid[-1]:
         axes.set_xlabel("keys (Skv)")
+    figure.supxlabel("at the end of a line: the exponent with which its time grows", fontsize=8)
     labels = {
         label: handle
         for axes in grid.flat
