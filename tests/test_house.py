@@ -15,7 +15,8 @@ ROOT = Path(jax_fa.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 # Rooms beside the core: backends, CANN, and what builds on the library.
 ROOMS = {"ascend", "backends", "bench", "cann", "demo", "integrations", "mosaic", "testing"}
-LONG_SIGNATURE, SHARED = 10, 8  # parameters
+LONG_SIGNATURE = 10  # parameters
+SHARED = 0.7  # of the parameters of two functions together: more is one signature, spelt twice
 LINES = 60  # of a function
 CORE_FILES = 20
 IMPORT_SECONDS = 0.25  # on top of JAX
@@ -44,7 +45,7 @@ def test_no_long_signature_is_spelt_twice():
     twice = [
         f"{a} and {b} share {len(long[a] & long[b])} parameters"
         for a, b in itertools.combinations(long, 2)
-        if len(long[a] & long[b]) >= SHARED
+        if len(long[a] & long[b]) >= SHARED * len(long[a] | long[b])
     ]
     assert not twice, "\n".join(twice)
 
