@@ -47,7 +47,7 @@ def pairwise(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def spanning(rows: list[dict[str, Any]]) -> int:
     """How many of the first rows hold every value that any row has."""
-    last = {}
+    last: dict[tuple[str, str], int] = {}
     for n, row in enumerate(rows, 1):
         for item in ((name, repr(value)) for name, value in row.items()):
             last.setdefault(item, n)
