@@ -46,38 +46,61 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="samples of each time (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="threads that compile")
     parser.add_argument(
+        "--check-processes",
+        type=int,
+        default=min(12, os.cpu_count() or 1),
+        help="processes that check at the same time: lowering a kernel takes Python seconds (default: %(default)s)",
+    )
+    parser.add_argument(
         "--rehearse", action="store_true", help="everything, tiny and on CPU: no time means anything"
     )
     # For the worker, which the script starts itself.
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", help=argparse.SUPPRESS)
+    parser.add_argument("--nth", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     return parser
 
 
 def _supervise(options: argparse.Namespace) -> int:
     from gpu import record, supervise, work
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
     deadline = time.time() + options.budget_seconds
-    shown = {name: str(value) for name, value in vars(options).items() if name not in ("worker", "deadline")}
+    hidden = ("worker", "deadline", "parts", "nth", "out", "wheels")  # the last two are paths
+    shown = {name: str(value) for name, value in vars(options).items() if name not in hidden}
     results = record.Results(options.out, shown, lambda text: print(text, flush=True))
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / f"{results.date}.err"  # in full what rows say in a line
+    chosen = work.parts(options.check_only, options.tune)
     with tempfile.TemporaryDirectory() as folder:
-        events = Path(folder) / "events"
-        arguments = [*sys.argv[1:], "--worker", str(events), "--deadline", str(deadline)]
 
-        def command(jobs: int) -> list[str]:
-            return [sys.executable, "-P", __file__, *arguments, "--jobs", str(jobs)]
+        def watch(parts: tuple[str, ...], until: float, nth: tuple[int, int]) -> supervise.Watch:
+            place = Path(folder) / f"{parts[0]}{nth[0]}"
+            place.mkdir()
+            arguments = [*sys.argv[1:], "--worker", str(place / "events"), "--deadline", str(until)]
+            arguments += ["--parts", ",".join(parts), "--nth", *map(str, nth)]
 
-        watch = supervise.Watch(command, events, deadline, results.add, jobs=options.jobs, stderr=log)
-        code = watch.run()
+            def command(jobs: int) -> list[str]:
+                return [sys.executable, "-P", __file__, *arguments, "--jobs", str(jobs)]
+
+            jobs = options.jobs if nth[1] == 1 else 1
+            return supervise.Watch(command, place / "events", until, results.add, jobs=jobs, stderr=log)
+
+        code = 0
+        for parts in work.phases(chosen):
+            left = deadline - time.time()
+            until = time.time() + work.phase_seconds(parts, chosen, left)
+            processes = options.check_processes if parts == ("checks",) else 1
+            if left > 0 and code != supervise.NO_DEVICE:
+                watches = [watch(parts, until, (i, processes)) for i in range(processes)]
+                code = supervise.run_together(watches)
         if code == supervise.NO_DEVICE or log.stat().st_size == 0:
             log.unlink()
         if code == supervise.NO_DEVICE:
             print("There is no CUDA device here (--rehearse runs everything on CPU, tiny).")
             return code
-    for part in work.parts(options.check_only, options.tune):
+    for part in chosen:
         if not any(row["part"] == part for row in results.rows):
             results.say(f"{part:9} not reached: the time was over, or the device was lost")
     for tuned, row in record.best_configs(results.rows).items():
@@ -94,10 +117,10 @@ def _supervise(options: argparse.Namespace) -> int:
 
 
 def _work(options: argparse.Namespace) -> int:
-    from gpu import machine, record, supervise, work
+    from gpu import machine, record, supervise
 
     folder = options.worker.parent
-    machine.prepare(options.wheels, folder / "wheels", options.rehearse)
+    machine.prepare(options.wheels, folder / "wheels", options.rehearse, options.nth[1])
     import jax
 
     if not options.rehearse and not _has_cuda(jax):
@@ -113,8 +136,9 @@ def _work(options: argparse.Namespace) -> int:
         most_checks=options.checks,
         rounds=options.rounds,
         folder=folder,
+        nth=tuple(options.nth),
     )
-    parts.run(context, work.parts(options.check_only, options.tune), options.deadline)
+    parts.run(context, tuple(options.parts.split(",")), options.deadline)
     return 0
 
 

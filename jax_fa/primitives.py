@@ -131,14 +131,11 @@ def _batched_operands(problem, operands, at):
 
     where = {name: getattr(at, name) for name in STORED}
     out_at = at.query or 0
-    axes = jax.tree.leaves(at.hints, is_leaf=lambda axis: axis is None)
-    hints: Any
-    tree: Any
-    hints, tree = jax.tree.flatten(operands.hints)
-    hints = (
-        tree.unflatten(front(x, axis) for x, axis in zip(hints, axes, strict=True))
-        if hints
-        else operands.hints
+    hints = jax.tree.map(
+        lambda x, axis: None if x is None else front(x, axis),
+        operands.hints,
+        at.hints,
+        is_leaf=lambda x: x is None,
     )
     return problem.map_front(**where, out=out_at), replace(operands.map(batch), hints=hints), out_at
 

@@ -18,7 +18,7 @@ import test_vmap_subsets as subsets
 import jax_fa
 from jax_fa import flash_attention, flash_attention_score, primitives
 from jax_fa.backends.ascend import installation
-from jax_fa.backends.ascend.request import Translation
+from jax_fa.backends.ascend.translation import Translation
 from jax_fa.call import Call, rounding_unit
 from jax_fa.entry import request_of
 from jax_fa.masks import Causal, CumulativeLengths, SegmentIds

@@ -132,8 +132,8 @@ PROVOKED: dict[str, Callable[..., object]] = {
     "dropout_key must be a single jax.random key; got keys of shape ...": lambda: attend(
         dropout_rate=0.1, dropout_key=KEYS
     ),
-    "implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'; got 'cudnn'": lambda: attend(
-        implementation="cudnn"
+    "implementation must be None, one of 'cpu', 'mosaic', 'ascend', 'xla', or the Options of one of them; got 'cudnn'": lambda: (
+        attend(implementation="cudnn")
     ),
     "implementation='cpu' cannot serve this call on platform 'cpu'. "
     "cpu: serves float32, bfloat16 and float16, not float64": _float64,

@@ -1,5 +1,6 @@
 """Correctness on the device: the tests' table of cases against float64, and what a table of small ones leaves out."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,8 @@ def run(context: Context) -> None:
     found = _jobs(context)
     if context.most_checks is not None:
         found = (job for job, _ in zip(found, range(context.most_checks), strict=False))
+    first, every = context.nth
+    found = itertools.islice(found, first, None, every)
     jobs.run_all(context, "checks", found, group=2 * context.threads)
 
 

@@ -33,6 +33,7 @@ class Context:
     most_checks: int | None
     rounds: int
     folder: Path
+    nth: tuple[int, int] = (0, 1)  # of so many processes that share the checks, which one this is
 
     @property
     def left(self) -> float:

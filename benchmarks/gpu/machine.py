@@ -18,8 +18,11 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "torch", 
 ONLY_IMPORTED = ("xprof", "xprof.cli", "xprof.cli.tools", "tensorboardX")
 
 
-def prepare(wheels: Path | None, unpacked: Path, rehearse: bool) -> None:
-    """Puts the library and wheels on the path. Before JAX is imported."""
+def prepare(wheels: Path | None, unpacked: Path, rehearse: bool, processes: int) -> None:
+    """Puts the library and wheels on the path. Before JAX is imported.
+
+    `processes` share the device's memory.
+    """
     if importlib.util.find_spec("jax_fa") is None:
         sys.path.insert(0, str(ROOT))
     if rehearse:
@@ -27,9 +30,9 @@ def prepare(wheels: Path | None, unpacked: Path, rehearse: bool) -> None:
         fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         os.environ["XLA_FLAGS"] = f"{fast} {os.environ.get('XLA_FLAGS', '')}"
     # PyTorch lives in the same process and needs memory of its own.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.7")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.7 / processes:.3f}")
     folders = (ROOT, ROOT.parent) if wheels is None else (wheels,)
-    for wheel in sorted(path for folder in folders for path in folder.glob("*.whl")):
+    for wheel in sorted(path for folder in folders for path in folder.glob("*.whl") if path.is_file()):
         # Unpacked, since data files and extension modules cannot be used from inside an archive; behind all that is
         # installed, which wins.
         folder = unpacked / wheel.stem
@@ -88,7 +91,7 @@ def _commit() -> str:
     import jax_fa
 
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    if Path(jax_fa.__file__).is_relative_to(ROOT):
+    if Path(jax_fa.__file__).is_relative_to(ROOT) and (ROOT / ".git").exists():
         try:
             found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
             return f"{jax_fa.__version__} at {found.stdout.strip()}"

@@ -7,6 +7,7 @@ whoever watches knows what was running when it died, and loses nothing that was 
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -77,6 +78,7 @@ class Results:
         self._lines: list[str] = []
         self.path: Path | None = None  # known when the device is
         self.rows: list[Row] = []
+        self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
         self._show(text)
@@ -85,6 +87,10 @@ class Results:
             self.path.with_suffix(".txt").write_text("\n".join(self._lines) + "\n", encoding="utf-8")
 
     def add(self, row: Row) -> None:
+        with self._lock:  # several processes are watched at the same time
+            self._add(row)
+
+    def _add(self, row: Row) -> None:
         self.rows.append(row)
         if self.path is None and "device" in row:
             self._folder.mkdir(parents=True, exist_ok=True)

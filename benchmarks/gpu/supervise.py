@@ -5,8 +5,10 @@ of its process with it. Neither may cost the rows behind it, so the device is le
 """
 
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,17 @@ from gpu import record
 NO_DEVICE, RESTART = 2, 75  # exit codes of the worker
 POLL = 0.2
 TIME_IS_OVER = "the time was over"
+
+
+def run_together(watches: "Sequence[Watch]") -> int:
+    """Runs them at the same time; NO_DEVICE if one of them says so, else 0."""
+    with ThreadPoolExecutor(len(watches)) as pool:
+        codes = [pool.submit(watch.run) for watch in watches]
+        try:
+            return max(NO_DEVICE if code.result() == NO_DEVICE else 0 for code in codes)
+        finally:
+            for watch in watches:
+                watch.stop()
 
 
 class Watch:
@@ -41,13 +54,18 @@ class Watch:
         self._command, self._events, self._deadline, self._on_row = command, events, deadline, on_row
         self._jobs, self._stderr, self._grace = jobs, stderr, grace
         self._seen = 0
+        self._stopped = threading.Event()
         self._last: dict[str, Any] = {"part": "machine", "label": "start", "limit": 120.0}
+
+    def stop(self) -> None:
+        """Ends the worker, from another thread."""
+        self._stopped.set()
 
     def run(self) -> int:
         """Returns NO_DEVICE, or 0 when there is nothing left to do, or nothing that can be done."""
-        while self._deadline - time.time() > 0:
+        while self._deadline - time.time() > 0 and not self._stopped.is_set():
             code, why = self._one()
-            if code in (0, NO_DEVICE):
+            if code in (0, NO_DEVICE) or self._stopped.is_set():
                 return code
             if why is None and code == RESTART:
                 continue  # it has written the row itself
@@ -67,7 +85,7 @@ class Watch:
             process = subprocess.Popen(self._command(self._jobs), stdout=stderr, stderr=stderr)
         heard, why = time.time(), None
         try:
-            while process.poll() is None:
+            while process.poll() is None and not self._stopped.is_set():
                 time.sleep(POLL)
                 if self._read():
                     heard = time.time()

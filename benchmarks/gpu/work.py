@@ -29,10 +29,24 @@ def parts(check_only: bool, tune: bool) -> tuple[str, ...]:
     return tuple(part for part in SHARES if tune or part != "tune")
 
 
+def phases(chosen: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Parts that one process works on; checks, which nobody times, are shared by several."""
+    before = chosen.index("checks")
+    return [found for found in (chosen[:before], ("checks",), chosen[before + 1 :]) if found]
+
+
 def share(part: str, chosen: tuple[str, ...], left: float) -> float:
     """Seconds that a part may take of those left when it starts."""
     following = chosen[chosen.index(part) :]
     return max(left, 0.0) * SHARES[part] / sum(SHARES[p] for p in following)
+
+
+def phase_seconds(phase: tuple[str, ...], chosen: tuple[str, ...], left: float) -> float:
+    """Seconds that a phase may take of those left when it starts: shares of its parts, one after the other."""
+    taken = 0.0
+    for part in phase:
+        taken += share(part, chosen, left - taken)
+    return taken
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,6 +116,8 @@ class _Block(RowBlock):
             ds = ds * done.slope
         terms = [SUMS[name](tile, read, ds, dcapped, done) for name in kernel.sums]
         sums = [x + term.sum(axis=1) for x, term in zip(sums, terms, strict=True)]
+        # Or ds - rounded becomes one multiply-add where nothing is masked, and a careful pass would differ in its bits.
+        ds = lax.optimization_barrier(ds)
         dq = multiply_add(dq, split(ds, kernel.dtype, wide=True), scratch["key"].at[slot])
         if not again:
             self.release("key", key_tile)

@@ -11,8 +11,10 @@ What bounds the choices, on a chip of compute capability 9.0 (CUDA programming g
 - Each tile of keys serves all rows of a block: 64 rows per consumer. With two consumers and head_dim 128 a block reads
   its keys at half of the second-level cache's rate while the tensor cores are busy, so fewer rows would starve them.
 
-No GPU was at hand when these values were chosen: they are where the bounds above point and what ptxas compiles
-without spilling. `benchmarks/gpu_attention.py --tune` measures `candidates`.
+The tables were measured on one NVIDIA H200 (JAX 0.11.2, driver 580.159.04; bfloat16, B=4, S=4096, N·D=2048) among
+`candidates` and a few others, each configuration once, in five samples; 96, 192/128 and 32 without causal masks, and the
+gradients at 192/192 not at all. A second stage counts most: it is worth a third of the time of a gradient, more than twice
+the rows. `benchmarks/gpu_attention.py --tune` measures again.
 """
 
 import contextlib
@@ -58,26 +60,35 @@ class Row:
     tiles: Tiles
 
 
+# Measured: up to 64 three consumers are 7 to 9 % faster than two, and two stages as fast as four within the spread; at
+# 128 tiles of 64 keys with three consumers cost 3 to 9 %; at 192/128 these are 8 % faster than two consumers.
 FORWARD = (
-    Row(head_dim=64, tiles=Tiles(width=128, stages=4, consumers=3)),
+    Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=3)),
     Row(head_dim=128, tiles=Tiles(width=128, stages=2, consumers=2)),
-    Row(head_dim=192, tiles=Tiles(width=64, stages=3, consumers=2)),
+    Row(head_dim=192, tiles=Tiles(width=64, stages=2, consumers=3)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=2)),
 )
-# The gradient of query holds two tiles of logits beside its sum.
+# The gradient of query holds two tiles of logits beside its sum. Measured: up to 64, 64 keys, three stages and three
+# consumers are 3 to 5 % faster than this, but then a test with logits of 20,000 fails in the interpreter
+# (test_large_logits_have_right_weights), so its tiles stay as wide as the forward's. At 256 two stages with one consumer
+# took 21 to 26 % less than one stage with two.
 QUERY_GRADIENT = (
     Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
-    Row(head_dim=128, tiles=Tiles(width=64, stages=2, consumers=2)),
-    Row(head_dim=256, tiles=Tiles(width=64, stages=1, consumers=2)),
+    Row(head_dim=192, tiles=Tiles(width=64, stages=2, consumers=2)),
+    Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=1)),
 )
-# The gradients of key and value are two sums; above 128 they are computed one after the other.
+# The gradients of key and value are two sums; above 128 they are computed one after the other. Measured:
+# up to 64, tiles of 128 rows are 15 % faster than of 64 although some calls spill with them (AlphaFold's, with bias and
+# mask, is 3 % faster as a whole, grouped heads 4 %); at 256 as in the gradient of query, 16 %.
 KEY_GRADIENT = (
-    Row(head_dim=128, tiles=Tiles(width=64, stages=2, consumers=2)),
-    Row(head_dim=256, tiles=Tiles(width=64, stages=1, consumers=2)),
-)
-# All four arrays move; the sum is a tile of logits.
-BIAS_GRADIENT = (
     Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
+    Row(head_dim=192, tiles=Tiles(width=64, stages=2, consumers=2)),
+    Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=1)),
+)
+# All four arrays move; the sum is a tile of logits. Measured at 32, in AlphaFold's shape: 2 % of its whole
+# backward against tiles of 128, in one run, which is no more than runs differ by.
+BIAS_GRADIENT = (
+    Row(head_dim=64, tiles=Tiles(width=64, stages=3, consumers=3)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=2)),
 )
 TABLES: dict[Which, tuple[Row, ...]] = {
