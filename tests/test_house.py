@@ -36,15 +36,22 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> frozenset[str]:
     return frozenset(a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)) - {"self", "cls"}
 
 
+def _is_entry(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == "entry" for d in node.decorator_list)
+
+
 def test_no_long_signature_is_spelt_twice():
-    """Pass a `Call` on instead."""
-    long = {name: _parameters(node) for name, node in _functions()}
-    long = {name: parameters for name, parameters in long.items() if len(parameters) >= LONG_SIGNATURE}
-    assert long  # the public functions have them
+    """Pass a `Call` on instead. Two entries may share names: each is what its callers write."""
+    long = {
+        name: (_parameters(node), _is_entry(node))
+        for name, node in _functions()
+        if len(_parameters(node)) >= LONG_SIGNATURE
+    }
+    assert sum(entry for _, entry in long.values()) >= 3  # the public functions have them
     twice = [
-        f"{a} and {b} share {len(long[a] & long[b])} parameters"
+        f"{a} and {b} share {len(long[a][0] & long[b][0])} parameters"
         for a, b in itertools.combinations(long, 2)
-        if len(long[a] & long[b]) >= SHARED
+        if len(long[a][0] & long[b][0]) >= SHARED and not (long[a][1] and long[b][1])
     ]
     assert not twice, "\n".join(twice)
 
