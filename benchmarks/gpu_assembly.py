@@ -28,10 +28,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # the kernels of this checkout, wh
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from gpu import assembler  # noqa: E402
-from jax_fa.mosaic import tuning  # noqa: E402
 
 import jax_fa  # noqa: E402
-from jax_fa import program  # noqa: E402
+from jax_fa.backends.mosaic import tuning  # noqa: E402
+from jax_fa.demo import program  # noqa: E402
 from jax_fa.masks import Causal, Dense, Lengths, SlidingWindow  # noqa: E402
 
 OLDEST = (0, 11)

@@ -150,7 +150,7 @@ def _has_cuda(jax: Any) -> bool:
 
 
 if __name__ == "__main__":
-    # As jax_fa.program ends them; it is not imported here, because the process that watches is to load no JAX.
+    # As jax_fa.demo.program ends them; it is not imported here, because the process that watches is to load no JAX.
     try:
         code = main()
         sys.stdout.flush()

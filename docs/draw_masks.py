@@ -10,9 +10,8 @@ from itertools import groupby
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
-
 import jax_fa
+import numpy as np
 from jax_fa.masks import (
     Band,
     Causal,

@@ -2,8 +2,9 @@
 
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 from jax import export
 
-from jax_fa import api, backends
+import jax_fa
+from jax_fa import backends
+from jax_fa.call import Call
+from jax_fa.entry import request_of
 from jax_fa.testing.cases import Case
 
 OLD_JAX = jax.__version_info__[:2] < (0, 11)
@@ -74,8 +78,9 @@ def operations(text: str) -> Iterator[tuple[str, int]]:
 
 
 def request(case: Case, operands: dict[str, Any] | None = None):
-    """The (problem, operands) of a case, of these operands or its own."""
-    return api.flash_attention_request(
+    """The `jax_fa.call.Call` of a case, of these operands or its own."""
+    return request_of(
+        jax_fa.flash_attention,
         **case.stored_operands() if operands is None else operands,
         **case.arrays(),
         scale=case.scale,
@@ -83,18 +88,24 @@ def request(case: Case, operands: dict[str, Any] | None = None):
         dropout_rate=case.dropout,
         layout=case.layout,
         implementation="mosaic",
-    )
+    ).call
 
 
 def why_not(case: Case, backward: bool = False) -> str | None:
     """What the backend has against a case in the interpreter."""
+    with interpreter():
+        call = abstract(partial(request, case), case.stored_operands())
+        return backends.reasons("cpu", call, "backward" if backward else "forward")["mosaic"]
+
+
+def abstract(make: Callable[..., Call], *args) -> Call:
+    """What a function that makes a call makes of avals: a call of avals."""
     problems = []
 
-    def operands(x):
-        problem, found = request(case, x)
-        problems.append(problem)
-        return found
+    def operands(*args):
+        call = make(*args)
+        problems.append(call.problem)
+        return call.operands
 
-    with interpreter():
-        avals = jax.eval_shape(operands, case.stored_operands())
-        return backends.reasons("cpu", problems[0], avals, backward)["mosaic"]
+    avals = jax.eval_shape(operands, *args)
+    return Call.of(problems[0], avals)

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,9 +282,9 @@ def test_a_file_is_whole_at_any_time(tmp_path):
     program.write(Path(os.devnull), "to a device")
 
 
-@pytest.mark.parametrize("module", ["jax_fa", "jax_fa.bench"])
-def test_output_that_nobody_reads_ends_the_program(module):
-    """`| head` closes the pipe: no traceback."""
+@contextmanager
+def _started(module: str) -> Iterator[subprocess.Popen[str]]:
+    """The program in a process of its own, which has written a line."""
     with subprocess.Popen(
         [sys.executable, "-P", "-m", module, "--quick"],
         stdout=subprocess.PIPE,
@@ -290,6 +292,13 @@ def test_output_that_nobody_reads_ends_the_program(module):
         text=True,
     ) as process:
         process.stdout.readline()
+        yield process
+
+
+@pytest.mark.parametrize("module", ["jax_fa", "jax_fa.bench"])
+def test_output_that_nobody_reads_ends_the_program(module):
+    """`| head` closes the pipe: no traceback."""
+    with _started(module) as process:
         process.stdout.close()
         assert process.wait(timeout=120) == program.NOBODY_READS
         assert "Traceback" not in process.stderr.read()
@@ -297,13 +306,7 @@ def test_output_that_nobody_reads_ends_the_program(module):
 
 @pytest.mark.parametrize("module", ["jax_fa", "jax_fa.bench"])
 def test_an_interrupted_program_ends_without_a_traceback(module):
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", module, "--quick"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        process.stdout.readline()
+    with _started(module) as process:
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)

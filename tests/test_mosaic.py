@@ -14,25 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_fa.mosaic import tuning
-from jax_fa.mosaic.tuning import Tiles
-from jax_fa.problem import DIFFERENTIABLE, rounding_unit
 from mosaic_tools import interpreter, needs_new_jax, request, why_not
 from test_nan import MASKS
 
 import jax_fa
 from jax_fa import masks, primitives
 from jax_fa.attention import attention
+from jax_fa.backends.mosaic import tuning
+from jax_fa.backends.mosaic.tuning import Tiles
+from jax_fa.call import DIFFERENTIABLE, Call, rounding_unit
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import CASES, Case, check, expected
 from jax_fa.testing.spread import pairwise, spanning
 
 pytestmark = needs_new_jax
 SLOW = pytest.mark.slow
-
-# Whether garbage behind a mask is kept out of the results.
-NAN_IS_KEPT_OUT = True
-
 
 # The interpreter compiles dozens of programs for a run, each of which maps memory, which Linux lets a process do 65,530
 # times; beyond, the compiler crashes. So they are dropped after so many tests.
@@ -367,7 +363,7 @@ def test_softmax_statistics(name, interpreted):
     case = next(case for case in TABLE if case.name == name)
 
     def run(x):
-        found = attention(*request(case, x))
+        found = attention(request(case, x))
         return found.softmax_max, found.softmax_sum
 
     want = expected(case)[0]
@@ -435,18 +431,8 @@ def _garbage() -> list:
     ]
 
 
-# The interpreter multiplies by NumPy, which warns of 0 times infinity.
-_kept_out = [
-    pytest.mark.skipif(not NAN_IS_KEPT_OUT, reason="garbage behind a mask is not kept out yet"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
-
-
-def garbage_test(test):
-    """A test of what NaN and infinity do."""
-    for mark in _kept_out:
-        test = mark(test)
-    return test
+# What NaN and infinity do. The interpreter multiplies by NumPy, which warns of 0 times infinity.
+garbage_test = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 @garbage_test
@@ -605,7 +591,8 @@ SLOW_MORE = ("segments by head, bias, window", "scale", "soft cap", "dropout")
 
 def _attend(case: Case, more: dict):
     """(problem, operands) of a case whose operands `more` replaces."""
-    problem, operands = request(case)
+    call = request(case)
+    problem, operands = call.problem, call.operands
     if "scale" in more:
         problem = replace(problem, scale=1.0)
     if "keep_threshold" in more:
@@ -624,7 +611,7 @@ def _results(problem, operands, cotangents, implementation: str) -> dict:
     }
 
     def attend(x):
-        found = attention(problem, replace(operands, **x))
+        found = attention(Call.of(problem, replace(operands, **x)))
         return found.out, found.logsumexp
 
     (out, lse), pullback = jax.vjp(attend, floats)
@@ -692,9 +679,9 @@ def test_more_operands(name, interpreted):
 def test_rounding_is_what_the_output_lost(interpreted):
     """The forward of a derivative knows its output to twice the digits."""
     case = Case(name="rounding", **SMALL_CASE | {"mask": "lengths", "dtype": "float16"})
-    problem, operands = request(case)
-    wanted = replace(problem, saves_rounding=True)
-    out, _, _, rounding = interpreted(lambda x: primitives.forward(wanted, x), operands)
+    call = request(case)
+    wanted = replace(call.problem, saves_rounding=True)
+    out, _, _, rounding = interpreted(lambda x: primitives.forward(wanted, x), call.operands)
     exact = _wide(expected(case)[0].out)
     assert rounding.dtype == out.dtype and rounding.shape == out.shape
     more = _wide(out) + _wide(rounding) * rounding_unit(out.dtype)

@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from jax_fa.mosaic import geometry, operands, tuning
-from jax_fa.mosaic.geometry import Geometry
-from jax_fa.mosaic.operands import RANGE, aligned, aligned_head_dim, aligned_length, visibility
-from jax_fa.mosaic.tuning import ROWS, Tiles
-from jax_fa.mosaic.widths import padded_head_dim, swizzle_elements
-from jax_fa.problem import Operands, Problem, dims
+from mosaic_tools import abstract
 
-from jax_fa import api
+import jax_fa
 from jax_fa.backends import mosaic
+from jax_fa.backends.mosaic import geometry, operands, tuning
+from jax_fa.backends.mosaic.geometry import Geometry
+from jax_fa.backends.mosaic.operands import RANGE, aligned, aligned_head_dim, aligned_length, visibility
+from jax_fa.backends.mosaic.tuning import ROWS, Tiles
+from jax_fa.backends.mosaic.widths import padded_head_dim, swizzle_elements
+from jax_fa.call import Call, Operands, Problem
+from jax_fa.entry import request_of
 
 HEAD_DIMS = (1, 8, 16, 24, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 PAIRS = (*((D, D) for D in HEAD_DIMS), (192, 128), (128, 192), (64, 16), (16, 256), (256, 1))
@@ -171,7 +173,7 @@ def _geometry(*, B=(2,), Sq=65, Skv=100, K=1, G=1, width=64, consumers=1, bias=N
     key = jax.ShapeDtypeStruct((*B, Skv, K, 16), jnp.bfloat16)
     tiles = Tiles(width=width, stages=2, consumers=consumers)
     found = Operands(query=query, key=key, value=key, bias=bias)
-    return Geometry.of(problem, found, dims(problem, found), tiles)
+    return Geometry.of(problem, found, Call.of(problem, found).dims, tiles)
 
 
 def _rows(g: Geometry):
@@ -313,7 +315,6 @@ def test_calls_without_bounds_have_no_ranges():
     assert visibility(g, Operands(query=None, key=None, value=None)) == {}
 
 
-@pytest.mark.skipif(not hasattr(operands, "for_keys"), reason="the gradient has no kernel yet")
 @settings(max_examples=40)
 @given(bounds())
 def test_ranges_of_row_tiles_hold_all_that_sees_a_block_of_keys(case):
@@ -416,12 +417,8 @@ def test_copies_are_announced(lengths, bias, said):
     query = jax.ShapeDtypeStruct((1, Sq, 2, 64), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, Skv, 2, 64), jnp.bfloat16)
     array = None if bias is None else jax.ShapeDtypeStruct(bias, jnp.bfloat16)
-    problems = []
 
     def ask(query, key, value, bias):
-        problem, found = api.flash_attention_request(query, key, value, bias=bias)
-        problems.append(problem)
-        return found
+        return request_of(jax_fa.flash_attention, query, key, value, bias=bias).call
 
-    avals = jax.eval_shape(ask, query, key, key, array)
-    assert mosaic.notes(problems[0], avals) == said
+    assert mosaic.backend.notes(abstract(ask, query, key, key, array)) == said

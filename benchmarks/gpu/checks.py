@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+import jax_fa
 from gpu import jobs, machine, timing
 from gpu.jobs import Context, Job
-from jax_fa import api, backends
+from jax_fa import backends
+from jax_fa.entry import request_of
 from jax_fa.testing import cases, oracle
 from jax_fa.testing.cases import CASES, KINDS, REAL_TILES, Case
 
@@ -98,7 +100,8 @@ def refusal(case: Case, implementation: str, platform: str, backward: bool) -> s
     planned = getattr(backends, "PLANNED", {})
     if implementation not in backends.names():
         return planned.get(implementation, f"there is no backend {implementation!r}")
-    problem, operands = api.flash_attention_request(
+    request = request_of(
+        jax_fa.flash_attention,
         **case.stored_operands(),
         **case.arrays(),
         scale=case.scale,
@@ -108,7 +111,7 @@ def refusal(case: Case, implementation: str, platform: str, backward: bool) -> s
         implementation=implementation,
         return_logsumexp=True,
     )
-    return backends.reasons(platform, problem, operands, backward)[implementation]
+    return backends.reasons(platform, request.call, "backward" if backward else "forward")[implementation]
 
 
 def program(case: Case, implementation: str, backward: bool = True) -> Any:

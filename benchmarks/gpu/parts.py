@@ -143,12 +143,14 @@ _DIRECTIONS = {"forward": "forward", "query_gradient": "backward", "key_gradient
 
 
 def tune(context: Context) -> None:
-    found = _tune_jobs(context, _stub() if context.rehearse else machine.load("jax_fa.mosaic.tuning"))
+    found = _tune_jobs(
+        context, _stub() if context.rehearse else machine.load("jax_fa.backends.mosaic.tuning")
+    )
     jobs.run_all(context, "tune", found, group=2 * context.threads)
 
 
 def _stub() -> tuple[Any, None]:
-    """What `jax_fa.mosaic.tuning` offers, for a rehearsal."""
+    """What `jax_fa.backends.mosaic.tuning` offers, for a rehearsal."""
     from contextlib import nullcontext
     from types import SimpleNamespace
 

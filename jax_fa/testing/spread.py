@@ -15,7 +15,7 @@ def pairwise(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """
     random = np.random.default_rng(0)
     names = list(options)
-    missing = {
+    missing: dict[tuple[tuple[str, int], tuple[str, int]], None] = {
         ((a, i), (b, j)): None
         for a, b in itertools.combinations(names, 2)
         for i in range(len(options[a]))
@@ -28,7 +28,8 @@ def pairwise(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
         return (one, other) if names.index(one[0]) < names.index(other[0]) else (other, one)
 
     while missing:
-        row = dict(min(missing, key=lambda p: uses[p[0]] + uses[p[1]]))
+        first, second = min(missing, key=lambda p: uses[p[0]] + uses[p[1]])
+        row = dict([first, second])
         for name in random.permutation([name for name in names if name not in row]):
             name = str(name)
 
