@@ -98,17 +98,17 @@ def _shape(call: Call, name: str):
 def _abstract_eval(kind, *avals, tree, problem):
     call = tree.unflatten(avals).call(problem)
     rank, query = problem.batch_rank, call.operands.query
-    # out lies like query, with its own order of axes; the statistics are `*B N Sq`.
-    lies = compat.Placement(query, problem.query_axes)
+    # out is placed like query, in its own order of axes; the statistics are `*B N Sq`.
+    placed = compat.Placement(query, problem.query_axes)
     like_out = [problem.out_axes.index(i) for i in range(rank + 3)]
     stats = (*range(rank), rank + 1, rank)
 
     def aval(name):
         shape = _shape(call, name)
         if name in LIKE_OUT:
-            return lies.aval(shape, query.dtype, like_out)
+            return placed.aval(shape, query.dtype, like_out)
         if name in ("m", "l"):
-            return lies.aval(shape, call.acc, stats)
+            return placed.aval(shape, call.acc, stats)
         return getattr(call.operands, name).update(shape=shape)
 
     return [aval(name) for name in kind.results(call)]

@@ -79,7 +79,7 @@ class Call:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.shape.Sq > self.shape.Skv:
-            # Past the keys a row of a window sees nothing, which libraries define differently.
+            # Rows of a window past the keys are fully masked, which libraries define differently.
             raise ValueError(f"a window needs Sq <= Skv; got {self.shape}")
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Call:
 
     @property
     def window(self) -> int | None:
-        """How many keys a row sees, its own position included."""
+        """How many keys are visible to a row, its own position included."""
         return int(self.mask.removeprefix("window:")) if self.mask.startswith("window:") else None
 
     @property

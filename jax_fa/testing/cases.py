@@ -33,7 +33,7 @@ _TO_CANONICAL = _TO_STORED | {"SBND": lambda x: np.moveaxis(x, 0, -3)}
 
 @dataclass(frozen=True)
 class Kind:
-    """A mask: how the library is told, what it means as a boolean array, and at which key position it puts a row."""
+    """A mask: as the library takes it, as a boolean array, and the key position at which it places each row."""
 
     make: Callable[["Case"], Any]
     visible: Callable[["Case"], np.ndarray]
