@@ -33,7 +33,7 @@ from jax_fa.backends.xla import tiling
 from jax_fa.testing import cases
 
 # Read when CANN is first asked for, which importing does not do.
-if native.missing is None:
+if installation.absence() is None:
     os.environ.setdefault(installation.EMULATOR, ascend.emulator_dir())
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Every example compiles: few of them, always the same, and without a clock.

@@ -330,7 +330,7 @@ def test_translations_of_a_backward_have_its_batch():
     one = jax.tree.map(lambda x: x[:1], operands)
     problem = problem.map_front()
     call = Call.of(problem, one, saved)
-    assert Translation(call, None).dims.B == (subsets.SIZE,)
+    assert Translation(call, None).operator_call().B == subsets.SIZE
 
 
 # --- the custom calls check every extent

@@ -791,7 +791,7 @@ ERRORS = [
     ),
     ({"pse_type": 4}, ValueError, "pse_type must be 0, 1, 2 or 3; got 4"),
     ({"inner_precise": 3}, ValueError, "inner_precise must be 0, 1 or 2; got 3"),
-    ({"implementation": "cuda"}, ValueError, "implementation must be None, one of .*; got 'cuda'"),
+    ({"implementation": "cuda"}, ValueError, "implementation must be None or one of .*; got 'cuda'"),
     ({"scale_value": None}, TypeError, "scale_value must be a real number or a scalar array; got None"),
     ({"scale_value": np.inf}, ValueError, "scale_value must be finite; got inf"),
     ({"scale_value": np.float32("nan")}, ValueError, "scale_value must be finite; got nan"),

@@ -139,6 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=_positive, default=7, metavar="N", help="timed calls of each (default: 7)"
     )
+    _add_files(parser)
+    return parser
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write versions and every single time, as they come"
     )
@@ -152,7 +157,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="measure nothing: print what --json wrote. Of several runs without ratios between them",
     )
-    return parser
 
 
 def _listed(read: Callable[[str], Read]) -> Callable[[str], list[Read]]:

@@ -26,6 +26,11 @@ from jax_fa.cann.spec import ALIBI_ROWS, ALIBI_TYPES, PSE_TYPES
 from jax_fa.entry import Terms
 
 
+def check_mode_of_pse(pse, sparse_mode: int) -> None:
+    if sparse_mode in (7, 8) and pse is not None:
+        raise ValueError(f"pse must be None in sparse_mode={sparse_mode}, as in CANN; got an array.")
+
+
 def pse_terms(
     pse, pse_type: int, sparse: MaskArguments, *, scale, dtype, d: Dims, packed: Packed | None
 ) -> Terms:
@@ -36,8 +41,6 @@ def pse_terms(
       sparse: the arguments of the mask.
       dtype: query's. d: the sizes of the call. packed: the sequences in layout TND.
     """
-    if sparse.mode in (7, 8) and pse is not None:
-        raise ValueError(f"pse must be None in sparse_mode={sparse.mode}, as in CANN; got an array.")
     if pse_type not in PSE_TYPES:
         raise ValueError(f"pse_type must be 0, 1, 2 or 3; got {pse_type!r}.")
     if pse is None:

@@ -20,7 +20,7 @@ from jax_fa.cann import spec
 from jax_fa.cann.drop_mask import keep_bits
 from jax_fa.cann.masks import MaskArguments
 from jax_fa.cann.packed import Packed, checked_ends
-from jax_fa.cann.pse import pse_terms
+from jax_fa.cann.pse import check_mode_of_pse, pse_terms
 from jax_fa.indices import list_of_integers
 from jax_fa.softmax import FLT_MAX
 
@@ -154,6 +154,7 @@ def flash_attention_score(
     d, dtype = arrays.dims, arrays.query.dtype
     sequences = _sequences(input_layout, actual_seq_qlen, actual_seq_kvlen, d)
     _check_limits(d, sequences, prefix)
+    check_mode_of_pse(pse, sparse_mode)
     sparse = MaskArguments(
         mode=sparse_mode, pre_tokens=pre_tokens, next_tokens=next_tokens, atten_mask=atten_mask, prefix=prefix
     )

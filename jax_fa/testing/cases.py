@@ -251,7 +251,7 @@ def _batch(case: Case, *values: int) -> np.ndarray:
 
 def _lengths(case: Case, size: int, *values: int) -> np.ndarray:
     """The same, within 0..size."""
-    return np.minimum(_batch(case, *values), size)
+    return np.asarray(np.minimum(_batch(case, *values), size))
 
 
 def _both_lengths(case: Case) -> tuple[np.ndarray, np.ndarray]:
