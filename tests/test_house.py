@@ -37,7 +37,7 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> frozenset[str]:
 
 
 def _is_entry(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any(ast.unparse(d).split(".")[-1] == "entry" for d in node.decorator_list)
+    return any(ast.unparse(decorator).split(".")[-1] == "entry" for decorator in node.decorator_list)
 
 
 def test_no_long_signature_is_spelt_twice():
