@@ -42,11 +42,13 @@ def rows(results: Sequence[Result]) -> None:
 
 def _line(result: Result, first: Result | None) -> str:
     if first is None or result.refused is not None:
-        return f"{result.contestant:13} not served: {result.refused}"
-    ratio = "" if result is first else f"{result.median / first.median:6.2f}x the time of {first.contestant}"
+        return f"{result.implementation:13} not served: {result.refused}"
+    ratio = (
+        "" if result is first else f"{result.median / first.median:6.2f}x the time of {first.implementation}"
+    )
     wrong = "" if result.agrees else f"  MISS: differs by {result.difference:.1e}"
     return (
-        f"{result.contestant:13}{1e3 * result.median:11.3f} ms ±{result.spread:4.0%}"
+        f"{result.implementation:13}{1e3 * result.median:11.3f} ms ±{result.spread:4.0%}"
         f"{result.call.flops / result.median / 1e9:11.1f} GFLOP/s  temp {_mebibytes(result.temp_bytes):>11}"
         f"  {ratio}{wrong}"
     ).rstrip()
@@ -70,7 +72,9 @@ def verdict(results: Sequence[Result]) -> bool:
     """Prints the last line; whether all numbers agree."""
     wrong = [result for result in results if not result.agrees]
     for result in wrong:
-        print(f"MISS: {result.contestant} differs by {result.difference:.1e} (relative L2) in {result.call}")
+        print(
+            f"MISS: {result.implementation} differs by {result.difference:.1e} (relative L2) in {result.call}"
+        )
     if wrong:
         return False
     compared = sum(result.difference is not None for result in results)
@@ -109,7 +113,7 @@ def plot(path: Path, run: Run) -> None:
             call, s = result.call, result.call.shape
             kind = f"{call.mask}, {call.dtype}, B={s.B} N={s.N} K={s.K} D={s.D} Dv={s.Dv}"
             lines = panels.setdefault((kind, call.direction), {})
-            lines.setdefault(result.contestant, []).append((s.Skv, 1e3 * result.median))
+            lines.setdefault(result.implementation, []).append((s.Skv, 1e3 * result.median))
     if not panels:
         raise ValueError("no implementation served any call")
     kinds, directions = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))

@@ -69,8 +69,8 @@ def parse_mask(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
-    """What every contestant of a row computes."""
+class Workload:
+    """What every implementation of a row computes."""
 
     shape: Shape
     mask: str
@@ -111,6 +111,6 @@ class Call:
         return forward * {"forward": 1.0, "backward": 2.5, "both": 3.5}[self.direction]
 
 
-def call_from(record: dict[str, Any]) -> Call:
+def call_from(record: dict[str, Any]) -> Workload:
     """The call of `dataclasses.asdict(call)`."""
-    return Call(**(record | {"shape": Shape(**record["shape"])}))
+    return Workload(**(record | {"shape": Shape(**record["shape"])}))
