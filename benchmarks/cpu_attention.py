@@ -28,12 +28,12 @@ import jax_fa
 from jax_fa import _native
 from jax_fa.demo import program
 from jax_fa.masks import Causal, SlidingWindow
+from jax_fa.testing import timing
 
 # A peer where it is installed.
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 
-# The threads of OpenMP, which PyTorch uses, and of XLA go on spinning for a while after a call.
-PAUSE = 0.05
+PAUSE = 0.05  # seconds before a call, while the threads of the one before go on spinning
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -189,24 +189,26 @@ def fma_peak(dtype: str = "float32") -> float:
         _native.fma_operations(isa, iterations, bf16)
 
     threads = [threading.Thread(target=work) for _ in range(THREADS)]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return THREADS * _native.fma_operations(isa, 1, bf16) * iterations / (time.perf_counter() - start)
+    return THREADS * _native.fma_operations(isa, 1, bf16) * iterations / _together(threads)
 
 
 def read_bandwidth(x: np.ndarray) -> float:
     """Bytes per second that all cores read from memory."""
     parts = np.array_split(x, THREADS)
     threads = [threading.Thread(target=part.max) for part in parts]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return x.nbytes / (time.perf_counter() - start)
+    return x.nbytes / _together(threads)
+
+
+def _together(threads: list[threading.Thread]) -> float:
+    """Seconds until all are done."""
+
+    def run() -> None:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return timing.timed(run)[1]
 
 
 # --- measuring
@@ -228,20 +230,16 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         runs = {name: programs[direction] for name, programs in contestants.items() if direction in programs}
         if not runs:
             continue
-        for run in runs.values():
-            run()
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        peaks, bandwidths = [], []
-        for _ in range(rounds):
-            for name, run in runs.items():
-                time.sleep(PAUSE)
-                start = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - start)
+        peaks: list[float] = []
+        bandwidths: list[float] = []
+
+        def measure_limits(peaks=peaks, bandwidths=bandwidths) -> None:
             time.sleep(PAUSE)
             peaks.append(fma_peak(case.dtype))
             bandwidths.append(read_bandwidth(memory))
-        median = {name: float(np.median(times)) for name, times in seconds.items()}
+
+        seconds = timing.alternate(runs, rounds, pause=PAUSE, after_round=measure_limits)
+        median = {name: timing.median(times) for name, times in seconds.items()}
         flops = case.forward_flops * (1.0 if direction == "forward" else 2.5)
         item = jnp.dtype(case.dtype).itemsize
         read = 2 * case.B * case.keys * (case.K or case.N) * case.D * item
@@ -251,8 +249,8 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
                 "direction": direction,
                 "seconds": median,
                 "gflops": flops / median["cpu"] / 1e9,
-                "of_peak": flops / median["cpu"] / float(np.median(peaks)),
-                "of_bandwidth": read / median["cpu"] / float(np.median(bandwidths)),
+                "of_peak": flops / median["cpu"] / timing.median(peaks),
+                "of_bandwidth": read / median["cpu"] / timing.median(bandwidths),
                 "ratio": {name: median[name] / median["cpu"] for name in median if name != "cpu"},
             }
         )

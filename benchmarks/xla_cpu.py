@@ -8,7 +8,6 @@ Both are compiled, then called in turn within one process; see README.md beside 
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ import numpy as np
 
 import jax_fa
 from jax_fa.demo import program as process
+from jax_fa.testing import timing
 
 OURS, THEIRS = "jax_fa", "jax.nn"
 ATTENTIONS: dict[str, Callable[..., Any]] = {
@@ -66,7 +66,7 @@ class Measured:
 
     @property
     def median(self) -> float:
-        return float(np.median(self.seconds))
+        return timing.median(self.seconds)
 
 
 def programs(case: Case, attention: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -98,22 +98,19 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, Measured]]:
         results[program] = {}
         for name, attention in ATTENTIONS.items():
             function = programs(case, attention)[program]
-            start = time.perf_counter()
-            compiled[name] = jax.jit(function).lower(*arguments).compile()
-            seconds = time.perf_counter() - start
+            compiled[name], seconds = timing.timed(_compile, function, arguments)
             memory = compiled[name].memory_analysis()
             results[program][name] = Measured(
                 compile_seconds=seconds, temporary_bytes=memory.temp_size_in_bytes if memory else 0
             )
-            jax.block_until_ready(compiled[name](*arguments))  # touches its memory for the first time
-        order = list(ATTENTIONS)
-        for _ in range(rounds):
-            for name in order:
-                start = time.perf_counter()
-                jax.block_until_ready(compiled[name](*arguments))
-                results[program][name].seconds.append(time.perf_counter() - start)
-            order.reverse()
+        runs = {name: partial(call, *arguments) for name, call in compiled.items()}
+        for name, taken in timing.alternate(runs, rounds).items():
+            results[program][name].seconds = taken
     return results
+
+
+def _compile(function: Callable[..., Any], arguments: tuple[jax.Array, ...]) -> Any:
+    return jax.jit(function).lower(*arguments).compile()
 
 
 HEADER = (

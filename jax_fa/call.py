@@ -95,7 +95,7 @@ class Operands:
     drop_offset: Any = None  # *#B #N #Sq 2 int32: (byte, bit) of a row's key 0 in drop_bits
     # With it, bias is *#B #N elements, and that of key j is bias[bias_offset + j]. Out of range for masked keys at most.
     bias_offset: Any = None  # *#B #N #Sq int32
-    position: Any = None  # *#B #N #Sq int32: the key position a row stands at, for ALiBi; None: its index
+    position: Any = None  # *#B #N #Sq int32: the key position of a row, for ALiBi; None: its index
     # Key j is visible only if segment_row < 0 (the bounds say it all) or segment_row == segment_key[j].
     segment_row: Any = None  # *#B #N #Sq int32
     segment_key: Any = None  # *#B #N Skv int32

@@ -127,7 +127,7 @@ def interpreted(fn: Callable) -> Callable:
     """A function that runs `fn` through Pallas' interpreter, from wherever it is lowered.
 
     The interpreter's callbacks are an effect, which rules that lower primitives cannot hold: so it runs in a callback
-    of its own, in a thread to which the forced mode must be told anew.
+    of its own, in a thread in which the mode must be forced again.
     """
     from jax.experimental.pallas import mosaic_gpu
 

@@ -98,17 +98,17 @@ def _shape(call: Call, name: str):
 def _abstract_eval(kind, *avals, tree, problem):
     call = tree.unflatten(avals).call(problem)
     rank, query = problem.batch_rank, call.operands.query
-    # out lies like query, with its own order of axes; the statistics are `*B N Sq`.
-    lies = compat.Placement(query, problem.query_axes)
+    # out is placed like query, in its own order of axes; the statistics are `*B N Sq`.
+    placed = compat.Placement(query, problem.query_axes)
     like_out = [problem.out_axes.index(i) for i in range(rank + 3)]
     stats = (*range(rank), rank + 1, rank)
 
     def aval(name):
         shape = _shape(call, name)
         if name in LIKE_OUT:
-            return lies.aval(shape, query.dtype, like_out)
+            return placed.aval(shape, query.dtype, like_out)
         if name in ("m", "l"):
-            return lies.aval(shape, call.acc, stats)
+            return placed.aval(shape, call.acc, stats)
         return getattr(call.operands, name).update(shape=shape)
 
     return [aval(name) for name in kind.results(call)]
@@ -131,14 +131,11 @@ def _batched_operands(problem, operands, at):
 
     where = {name: getattr(at, name) for name in STORED}
     out_at = at.query or 0
-    axes = jax.tree.leaves(at.hints, is_leaf=lambda axis: axis is None)
-    hints: Any
-    tree: Any
-    hints, tree = jax.tree.flatten(operands.hints)
-    hints = (
-        tree.unflatten(front(x, axis) for x, axis in zip(hints, axes, strict=True))
-        if hints
-        else operands.hints
+    hints = jax.tree.map(
+        lambda x, axis: None if x is None else front(x, axis),
+        operands.hints,
+        at.hints,
+        is_leaf=lambda x: x is None,
     )
     return problem.map_front(**where, out=out_at), replace(operands.map(batch), hints=hints), out_at
 

@@ -1,14 +1,19 @@
 """What every test needs: eight CPU devices, strict dtypes, small tiles, the backends that are present."""
 
 import os
+from importlib import metadata
 
 # Read when JAX starts, hence before its import. Compiling takes nearly all the time of the tests, and half of
 # it goes into LLVM's optimizations, which these small arrays do not need; flags that are given come last and win.
-_FLAGS = (
+_FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-)
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+# The older of XLA's two ways of compiling loops takes a third of the time. Newer releases know no such flag.
+if metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 # Pallas' interpreter of GPU kernels has its threads wait for one another in XLA's pool, which has one per core, or
 # per device. For this process alone: those that tests start have pools as they would without it.
 _NPROC = os.environ.get("NPROC")
@@ -28,7 +33,7 @@ from jax_fa.backends.xla import tiling
 from jax_fa.testing import cases
 
 # Read when CANN is first asked for, which importing does not do.
-if native.missing is None:
+if installation.absence() is None:
     os.environ.setdefault(installation.EMULATOR, ascend.emulator_dir())
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Every example compiles: few of them, always the same, and without a clock.
@@ -86,11 +91,13 @@ def small_tiles():
 
 @pytest.fixture
 def real_tiles(small_tiles):
-    """The tiles of the library, for one test."""
-    jax.clear_caches()
+    """The tiles of the library, for one test.
+
+    The default device is part of the keys of JAX's caches, which so keep apart what was traced with other tiles.
+    """
     _set_tiles(_REAL)
-    yield
-    jax.clear_caches()
+    with jax.default_device(jax.devices()[0]):
+        yield
     _set_tiles(_SMALL)
 
 

@@ -1,10 +1,10 @@
 """What the tests of the Mosaic GPU backend share: Pallas' interpreter, lowering for absent GPUs, spreads of options."""
 
-import itertools
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -77,9 +77,9 @@ def operations(text: str) -> Iterator[tuple[str, int]]:
 # --- what the backend says of a case
 
 
-def request(case: Case, operands: dict[str, Any] | None = None, implementation: Any = "mosaic") -> Call:
-    """The call of a case, with these operands or its own."""
-    request = request_of(
+def request(case: Case, operands: dict[str, Any] | None = None) -> Call:
+    """The `jax_fa.call.Call` of a case, of these operands or its own."""
+    return request_of(
         jax_fa.flash_attention,
         **case.stored_operands() if operands is None else operands,
         **case.arrays(),
@@ -87,76 +87,25 @@ def request(case: Case, operands: dict[str, Any] | None = None, implementation: 
         logits_soft_cap=case.soft_cap,
         dropout_rate=case.dropout,
         layout=case.layout,
-        implementation=implementation,
-    )
-    return request.call
+        implementation="mosaic",
+    ).call
 
 
-def abstract(build, *args) -> Call:
-    """The call that `build(*args)` makes, with avals for operands; nothing is computed."""
+def why_not(case: Case, what: str = "forward") -> str | None:
+    """The backend's reason not to serve a case in the interpreter."""
+    with interpreter():
+        call = abstract(partial(request, case), case.stored_operands())
+        return backends.reasons("cpu", call, what)["mosaic"]
+
+
+def abstract(make: Callable[..., Call], *args) -> Call:
+    """What a function that makes a call makes of avals: a call of avals."""
     problems = []
 
     def operands(*args):
-        call = build(*args)
+        call = make(*args)
         problems.append(call.problem)
         return call.operands
 
     avals = jax.eval_shape(operands, *args)
     return Call.of(problems[0], avals)
-
-
-def why_not(case: Case, what: str = "forward", implementation: Any = "mosaic") -> str | None:
-    """The backend's reason not to serve a case in the interpreter."""
-    with interpreter():
-        call = abstract(lambda x: request(case, x, implementation), case.stored_operands())
-        return backends.reasons("cpu", call, what)["mosaic"]
-
-
-# --- spreads
-
-
-def pairwise(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Rows, one value of each option, in which every two values of two options meet; the same at every call.
-
-    Greedy: a row starts with a pair that is missing yet and goes on with what adds most new pairs, so that the first
-    rows have the most of them (`spanning` counts those that hold every value).
-    """
-    random = np.random.default_rng(0)
-    names = list(options)
-    missing = {
-        ((a, i), (b, j)): None
-        for a, b in itertools.combinations(names, 2)
-        for i in range(len(options[a]))
-        for j in range(len(options[b]))
-    }
-    uses = {(name, i): 0 for name in names for i in range(len(options[name]))}
-    rows = []
-
-    def pair(one, other):
-        return (one, other) if names.index(one[0]) < names.index(other[0]) else (other, one)
-
-    while missing:
-        row = dict(min(missing, key=lambda p: uses[p[0]] + uses[p[1]]))
-        for name in random.permutation([name for name in names if name not in row]):
-            name = str(name)
-
-            def worth(i, name=name, row=row):
-                new = sum(pair((name, i), other) in missing for other in row.items())
-                return (new, -uses[name, i])
-
-            row[name] = max(random.permutation(len(options[name])).tolist(), key=worth)
-        for one, other in itertools.combinations(row.items(), 2):
-            missing.pop(pair(one, other), None)
-        for item in row.items():
-            uses[item] += 1
-        rows.append({name: options[name][row[name]] for name in names})
-    return rows
-
-
-def spanning(rows: list[dict[str, Any]]) -> int:
-    """How many of the first rows hold every value that any row has."""
-    last = {}
-    for n, row in enumerate(rows, 1):
-        for item in ((name, repr(value)) for name, value in row.items()):
-            last.setdefault(item, n)
-    return max(last.values())

@@ -3,6 +3,7 @@
 And what the custom calls refuse before CANN is asked.
 """
 
+import itertools
 import re
 from dataclasses import replace
 from functools import partial
@@ -17,16 +18,13 @@ import test_vmap_subsets as subsets
 import jax_fa
 from jax_fa import flash_attention, flash_attention_score, primitives
 from jax_fa.backends.ascend import installation
-from jax_fa.backends.ascend.request import Translation
+from jax_fa.backends.ascend.translation import Translation
 from jax_fa.call import Call, rounding_unit
 from jax_fa.entry import request_of
 from jax_fa.masks import Causal, CumulativeLengths, SegmentIds
-<<<<<<< HEAD
-from jax_fa.problem import rounding_unit
 from jax_fa.testing import cases as common
 from jax_fa.testing import emulator
-=======
->>>>>>> ascend
+from jax_fa.testing.spread import pairwise
 
 if (absent := installation.absence()) is not None:
     pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
@@ -209,11 +207,18 @@ def _pse_of(layout: str, rows: str, rng) -> np.ndarray:
     return np.concatenate([block.reshape(-1) for block in blocks])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", SHAPES)
-@pytest.mark.parametrize(
-    ("pse_type", "scale", "rows"), [(0, 0.25, "full"), (1, 0.25, "full"), (1, 0.0, "full"), (1, -0.5, "row")]
-)
+_PSES = [(0, 0.25, "full"), (1, 0.25, "full"), (1, 0.0, "full"), (1, -0.5, "row")]  # type, scale, rows
+_INFINITE = pairwise({"pse": _PSES, "layout": tuple(SHAPES), "dtype": DTYPES})
+
+
+def _infinite():
+    """By default every two options meet."""
+    for pse, layout, dtype in itertools.product(_PSES, SHAPES, DTYPES):
+        row = {"pse": pse, "layout": layout, "dtype": dtype}
+        yield pytest.param(*pse, layout, dtype, marks=[] if row in _INFINITE else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("pse_type", "scale", "rows", "layout", "dtype"), list(_infinite()))
 def test_a_pse_of_minus_infinity_masks(pse_type, scale, rows, layout, dtype):
     rng = np.random.default_rng(0)
     shape = SHAPES[layout]
@@ -325,7 +330,7 @@ def test_translations_of_a_backward_have_its_batch():
     one = jax.tree.map(lambda x: x[:1], operands)
     problem = problem.map_front()
     call = Call.of(problem, one, saved)
-    assert Translation(call, None).dims.B == (subsets.SIZE,)
+    assert Translation(call, None).operator_call().B == subsets.SIZE
 
 
 # --- the custom calls check every extent

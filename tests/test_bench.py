@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,24 +17,24 @@ import numpy as np
 import pytest
 
 from jax_fa import bench
-from jax_fa.bench import contestants, measure, record, report, shapes
+from jax_fa.bench import implementations, measure, record, report, shapes
 from jax_fa.bench.measure import Result
 from jax_fa.demo import program
 
 TINY = ["--shapes", "B2-S24-N2-K1-D8", "--mask", "causal", "--rounds", "2"]
 
 
-def _call(text="S16-N1-D4", mask="full", dtype="float32", direction="forward") -> shapes.Call:
-    return shapes.Call(shape=shapes.parse_shape(text), mask=mask, dtype=dtype, direction=direction)
+def _call(text="S16-N1-D4", mask="full", dtype="float32", direction="forward") -> shapes.Workload:
+    return shapes.Workload(shape=shapes.parse_shape(text), mask=mask, dtype=dtype, direction=direction)
 
 
-def _program(value: float, ran: list[str] | None = None, name: str = "") -> contestants.Program:
+def _program(value: float, ran: list[str] | None = None, name: str = "") -> implementations.Program:
     def run():
         if ran is not None:
             ran.append(name)
         return value
 
-    return contestants.Program(run=run, arrays=lambda x: [np.full(3, x, np.float32)], temp_bytes=7)
+    return implementations.Program(run=run, arrays=lambda x: [np.full(3, x, np.float32)], temp_bytes=7)
 
 
 # --- shapes
@@ -79,7 +81,7 @@ def test_it_measures_all_that_is_here_and_they_agree(direction, dtype, capsys):
     shown = capsys.readouterr().out
     assert "jax_fa" in shown and "cores" in shown and shown.rstrip().endswith("the same values.")
     lines = [line.split() for line in shown.splitlines() if line.startswith("  ")]
-    assert [line[0] for line in lines] == list(contestants.present())
+    assert [line[0] for line in lines] == list(implementations.present())
     served = [line for line in lines if "not" not in line]
     assert len(served) >= 2 and all("GFLOP/s" in line for line in served)
     # jax.nn refuses float16 under jit on CPU, and says why.
@@ -125,7 +127,7 @@ def test_list(capsys):
 
 def test_wrong_numbers_give_1(monkeypatch, capsys):
     found = {"good": lambda call: _program(1.0), "bad": lambda call: _program(1.1)}
-    monkeypatch.setattr(contestants, "present", lambda: found)
+    monkeypatch.setattr(implementations, "present", lambda: found)
     assert bench.main([*TINY, "--direction", "forward"]) == bench.MISS
     assert "MISS: bad differs by 1.0e-01 (relative L2) in B2-S24-N2-K1-D8" in capsys.readouterr().out
 
@@ -137,10 +139,10 @@ def test_what_counts_as_the_same_numbers(value, agrees):
     assert first.agrees and second.agrees == agrees
 
 
-@pytest.mark.parametrize("size", [8, 2000])  # served by one contestant, and by none
+@pytest.mark.parametrize("size", [8, 2000])  # served by one implementation, and by none
 def test_nothing_compared_is_not_called_agreement(size, capsys):
     arguments = ["--shapes", f"S8-N1-D{size}", "--mask", "full", "--direction", "forward", "--rounds", "1"]
-    name = next(iter(contestants.present()))
+    name = next(iter(implementations.present()))
     assert bench.main([*arguments, "--implementations", name]) == bench.OK
     shown = capsys.readouterr().out
     assert "Values were not compared" in shown and "OK" not in shown
@@ -149,7 +151,7 @@ def test_nothing_compared_is_not_called_agreement(size, capsys):
 # --- measuring
 
 
-def test_contestants_take_turns_in_both_orders():
+def test_implementations_take_turns_in_both_orders():
     ran: list[str] = []
     programs = {name: (lambda call, name=name: _program(1.0, ran, name)) for name in "abc"}
     steps: list[None] = []
@@ -161,7 +163,7 @@ def test_contestants_take_turns_in_both_orders():
 
 def test_one_that_refuses_leaves_the_others():
     def refuses(call):
-        raise contestants.RefusedError("not today")
+        raise implementations.RefusedError("not today")
 
     programs = {"a": refuses, "b": lambda call: _program(1.0)}
     a, b = measure.measure(_call(), programs, rounds=2)
@@ -175,10 +177,10 @@ def test_what_another_library_raises_is_its_refusal(fails_when):
         raise RuntimeError("out of memory\nand a long story")
 
     def prepare():
-        return contestants.Program(run=fails, arrays=lambda x: [], temp_bytes=None)
+        return implementations.Program(run=fails, arrays=lambda x: [], temp_bytes=None)
 
-    with pytest.raises(contestants.RefusedError, match=r"^RuntimeError: out of memory$"):
-        contestants._tried(fails if fails_when == "prepared" else prepare)
+    with pytest.raises(implementations.RefusedError, match=r"^RuntimeError: out of memory$"):
+        implementations._tried(fails if fails_when == "prepared" else prepare)
 
 
 # --- files
@@ -187,9 +189,9 @@ def test_what_another_library_raises_is_its_refusal(fails_when):
 def _results(call=None) -> list[Result]:
     call = call or _call()
     return [
-        Result(contestant="ours", call=call, seconds=[0.5, 0.25, 0.75], temp_bytes=4),
-        Result(contestant="theirs", call=call, seconds=[1.0, 1.0, 1.0], difference=1e-6),
-        Result(contestant="absent", call=call, refused="why not"),
+        Result(implementation="ours", call=call, seconds=[0.5, 0.25, 0.75], temp_bytes=4),
+        Result(implementation="theirs", call=call, seconds=[1.0, 1.0, 1.0], difference=1e-6),
+        Result(implementation="absent", call=call, refused="why not"),
     ]
 
 
@@ -197,7 +199,7 @@ def test_a_file_holds_the_run(tmp_path, capsys):
     path = tmp_path / "run.json"
     assert bench.main([*TINY, "--direction", "forward", "--json", str(path)]) == bench.OK
     run = record.read(path)
-    assert {result.contestant for result in run.results} == set(contestants.present())
+    assert {result.implementation for result in run.results} == set(implementations.present())
     assert all(len(result.seconds) == 2 for result in run.results if result.refused is None)
     assert run.environment["jax_fa"] == bench.record.jax_fa.__version__ and run.environment["cores"] >= 1
     assert json.loads(path.read_text())["schema"] == record.SCHEMA
@@ -224,7 +226,7 @@ def test_no_ratios_between_runs(tmp_path, capsys):
     assert report.NO_RATIOS not in capsys.readouterr().out  # one run, shown twice
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "rows": [{}]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 2, "rows": [{}]}'])
 def test_a_file_of_others_is_refused(text, tmp_path):
     path = tmp_path / "x.json"
     path.write_text(text)
@@ -280,9 +282,9 @@ def test_a_file_is_whole_at_any_time(tmp_path):
     program.write(Path(os.devnull), "to a device")
 
 
-@pytest.mark.parametrize("module", ["jax_fa", "jax_fa.bench"])
-def test_output_that_nobody_reads_ends_the_program(module):
-    """`| head` closes the pipe: no traceback."""
+@contextmanager
+def _started(module: str) -> Iterator[subprocess.Popen[str]]:
+    """The program in a process of its own, which has written a line."""
     with subprocess.Popen(
         [sys.executable, "-P", "-m", module, "--quick"],
         stdout=subprocess.PIPE,
@@ -290,6 +292,13 @@ def test_output_that_nobody_reads_ends_the_program(module):
         text=True,
     ) as process:
         process.stdout.readline()
+        yield process
+
+
+@pytest.mark.parametrize("module", ["jax_fa", "jax_fa.bench"])
+def test_output_that_nobody_reads_ends_the_program(module):
+    """`| head` closes the pipe: no traceback."""
+    with _started(module) as process:
         process.stdout.close()
         assert process.wait(timeout=120) == program.NOBODY_READS
         assert "Traceback" not in process.stderr.read()
@@ -297,13 +306,7 @@ def test_output_that_nobody_reads_ends_the_program(module):
 
 @pytest.mark.parametrize("module", ["jax_fa", "jax_fa.bench"])
 def test_an_interrupted_program_ends_without_a_traceback(module):
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", module, "--quick"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        process.stdout.readline()
+    with _started(module) as process:
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
@@ -383,3 +386,15 @@ def test_rows_do_not_leave_a_bar_behind(monkeypatch):
     before = terminal.getvalue().partition("a row")[0]
     assert "0/2" in before
     assert before.endswith("\r") and before.rstrip("\r").rpartition("\r")[2].strip() == ""
+
+
+def test_files_of_the_first_schema_are_read(tmp_path, capsys):
+    """Which named implementations otherwise."""
+    path = tmp_path / "found.json"
+    assert bench.main([*TINY, "--json", str(path)]) == bench.OK
+    found = json.loads(path.read_text())
+    rows = [
+        {("contestant" if k == "implementation" else k): v for k, v in row.items()} for row in found["rows"]
+    ]
+    path.write_text(json.dumps(found | {"schema": 1, "rows": rows}))
+    assert [r.implementation for r in record.read(path).results] == [row["contestant"] for row in rows]

@@ -17,9 +17,11 @@ from jax_fa import (
     flash_attention_score,
     masks,
 )
-from jax_fa.cann import score
+from jax_fa.backends import native
+from jax_fa.cann import drop_mask
 from jax_fa.entry import request_of
 from jax_fa.testing import cann_oracle as oracle
+from jax_fa.testing.spread import covering, pairwise
 
 FLT_MAX = np.finfo(np.float32).max
 HUGE = 2147483647
@@ -371,6 +373,40 @@ def test_values_statistics_and_gradients(case):
     check(case, run(case))
 
 
+def _features(case: Case) -> dict[str, Any]:
+    """What the portable backend may treat differently."""
+    layout = {"TND": "packed"}.get(case.layout, "dense")
+    pse = case.pse and (min(case.pse[0], 2), case.pse[1].removeprefix("1 "))
+    drop = case.keep_prob not in (None, 1.0)
+    return {
+        "layout": layout,
+        "mode": case.mode,
+        "mask": case.mask,
+        "pse": pse,
+        "drop": drop,
+        "traced": case.traced,
+    }
+
+
+_PORTABLE = covering([_features(case) for case in CASES])
+
+
+def _portable():
+    """By default every two features of the table meet, and all that have drop bits; the rest is slow."""
+    seen: list[dict[str, Any]] = []
+    for case in CASES:
+        features = _features(case)
+        chosen = features["drop"] or (features in _PORTABLE and features not in seen)
+        seen.append(features)
+        yield pytest.param(case, marks=[] if chosen else pytest.mark.slow, id=case.name)
+
+
+@pytest.mark.skipif(native.missing is not None, reason="the table above ran on the portable backend")
+@pytest.mark.parametrize("case", list(_portable()))
+def test_the_portable_backend(case):
+    check(case, run(case, implementation="xla"))
+
+
 @pytest.mark.parametrize(
     ("form", "implementation"),
     [
@@ -462,9 +498,13 @@ def test_preconditions(name, form):
             call(convert(wrong))
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
-@pytest.mark.parametrize("layout", ["BSND", "TND"])
-@pytest.mark.parametrize("pse_type", [0, 1])
+@pytest.mark.parametrize(
+    ("pse_type", "layout", "scale"),
+    [
+        tuple(row.values())
+        for row in pairwise({"pse_type": (0, 1), "layout": ("BSND", "TND"), "scale": (0.0, 0.5, -1.0)})
+    ],
+)
 def test_a_pse_of_minus_infinity_masks(pse_type, layout, scale, backend):
     """Whatever the scale; a row of it is 0, with gradients of 0."""
     q, k = _random(1, 6, 2, 8), _random(1, 7, 2, 8, seed=1)
@@ -691,7 +731,7 @@ def test_bit_positions_beyond_32_bits(columns):
     last = min(2**34 // columns, 2**31) - 1  # of a stream of 2**31 bytes
     rows = [0, 1, 7, 8, last // 3 + 1, last // 2, last]
     first_key = 12345
-    found = score._drop_offset(jnp.asarray(rows, jnp.int32), columns, (0, 3), first_key)
+    found = drop_mask.drop_offset(jnp.asarray(rows, jnp.int32), columns, (0, 3), first_key)
     assert found.dtype == jnp.int32
     assert _positions(found) == [3 + row * columns - first_key for row in rows]
     assert ((np.asarray(found)[..., 1] >= 0) & (np.asarray(found)[..., 1] < 8)).all()
@@ -701,7 +741,7 @@ def test_blocks_before_packed_sequences_beyond_32_bits():
     sq, skv, N = [100_003, 0, 70_001, 5, 33], [50_021, 7, 20_011, 0, 11], 2
     sizes = [N * a * b for a, b in zip(sq, skv, strict=True)]
     assert sum(sizes) > 2**32
-    found = score._blocks_before(jnp.asarray(sq, jnp.int32), jnp.asarray(skv, jnp.int32), N)
+    found = drop_mask.blocks_before(jnp.asarray(sq, jnp.int32), jnp.asarray(skv, jnp.int32), N)
     assert _positions(np.stack(found, axis=-1)) == [sum(sizes[:b]) for b in range(len(sizes))]
 
 
@@ -752,12 +792,12 @@ ERRORS = [
     ({"pse_type": 4}, ValueError, "pse_type must be 0, 1, 2 or 3; got 4"),
     ({"inner_precise": 3}, ValueError, "inner_precise must be 0, 1 or 2; got 3"),
     ({"implementation": "cuda"}, ValueError, "implementation must be None or one of .*; got 'cuda'"),
-    ({"scale_value": None}, TypeError, "scale_value must be a number; got None"),
+    ({"scale_value": None}, TypeError, "scale_value must be a real number or a scalar array; got None"),
     ({"scale_value": np.inf}, ValueError, "scale_value must be finite; got inf"),
     ({"scale_value": np.float32("nan")}, ValueError, "scale_value must be finite; got nan"),
-    ({"scale_value": "0.5"}, TypeError, "scale_value must be a number; got '0.5'"),
-    ({"scale_value": True}, TypeError, "scale_value must be a number; got True"),
-    ({"scale_value": 1j}, TypeError, "scale_value must be a number; got 1j"),
+    ({"scale_value": "0.5"}, TypeError, "scale_value must be a real number or a scalar array; got '0.5'"),
+    ({"scale_value": True}, TypeError, "scale_value must be a real number or a scalar array; got True"),
+    ({"scale_value": 1j}, TypeError, "scale_value must be a real number or a scalar array; got 1j"),
     ({"scale_value": np.ones(2)}, ValueError, r"scale_value must be a scalar; got shape \(2,\)"),
     # shapes and dtypes
     ({"head_num": 2.5}, TypeError, "head_num must be an int; got 2.5"),
@@ -1104,7 +1144,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("given", "kind", "text"), ERRORS, ids=range(len(ERRORS)))
-def test_errors(given, kind, text):
+def test_errors(given, kind, text, no_type_checker):
     with pytest.raises(kind, match=text):
         _request(**given)
 

@@ -9,8 +9,10 @@ import jax_fa
 from jax_fa import masks
 from jax_fa.attention import attention
 from jax_fa.entry import request_of
+from jax_fa.primitives import fwd_p
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, CASES, REAL_TILES, check, expected
+from jax_fa.testing.programs import equations
 
 
 def _run(case, backend):
@@ -21,7 +23,7 @@ def _run(case, backend):
 
 def _once(case):
     """Without a derivative only 16-bit forwards are programs of their own; test_grad.py checks the results of all."""
-    alone = case.dtype in ("bfloat16", "float16") or case.feature
+    alone = case.dtype in ("bfloat16", "float16")
     return pytest.param(case, marks=[] if alone else pytest.mark.slow, id=str(case))
 
 
@@ -32,6 +34,38 @@ def test_output_and_logsumexp(case, backend):
     # Fully masked rows are 0 exactly.
     unseen = np.moveaxis(expected(case)[0].l == 0, -1, -2)
     assert not case.canonical(out)[unseen].any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_derivative_changes_no_forward(case):
+    """But for 16-bit dtypes, where it saves what rounding took."""
+
+    def forwards(run, *arguments):
+        programs = equations(jax.make_jaxpr(run)(*arguments))
+        return [(str(e.params), [v.aval for v in e.invars]) for e in programs if e.primitive is fwd_p]
+
+    with case.context():
+        x, (dout, dlse) = case.stored_operands(), case.cotangents()
+        (alone,) = forwards(case.flash_attention, x)
+        (derived,) = forwards(case.gradient, x, case.stored(dout), dlse)
+    assert (alone == derived) == (case.dtype not in ("bfloat16", "float16"))
+
+
+def test_the_tiles_of_the_library_make_other_programs(request):
+    """Else tests of them would run what was compiled with small ones."""
+    case = BY_NAME["mask-causal"]
+
+    @jax.jit
+    def run(x):
+        return case.flash_attention(x, implementation="xla")
+
+    def text():
+        return run.lower(case.stored_operands()).as_text()
+
+    small = text()
+    assert text() == small
+    request.getfixturevalue("real_tiles")
+    assert text() != small
 
 
 @pytest.mark.parametrize("case", REAL_TILES, ids=str)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic_tools import interpreter, needs_new_jax, pairwise, request, spanning, why_not
+from mosaic_tools import interpreter, needs_new_jax, request, why_not
 from test_nan import MASKS
 
 import jax_fa
@@ -23,6 +23,7 @@ from jax_fa.backends.mosaic import Options, Tiles, tuning
 from jax_fa.call import DIFFERENTIABLE, Call, rounding_unit
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import CASES, Case, check, expected
+from jax_fa.testing.spread import pairwise, spanning
 
 pytestmark = needs_new_jax
 SLOW = pytest.mark.slow

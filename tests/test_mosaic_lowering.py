@@ -1,8 +1,10 @@
 """The Mosaic GPU backend lowered for GPUs that are not there: what becomes a kernel, what runs around it, and where.
 
-Nothing runs here. Options are combined so that every two values of two options meet.
+Nothing runs here. Options are combined so that every two of them meet.
 """
 
+import itertools
+import re
 from dataclasses import dataclass, replace
 
 import jax
@@ -10,17 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from mosaic_tools import (
-    REFUSED,
-    TARGET,
-    abstract,
-    gpu,
-    lowered,
-    needs_new_jax,
-    operations,
-    pairwise,
-    spanning,
-)
+from mosaic_tools import REFUSED, TARGET, abstract, gpu, lowered, needs_new_jax, operations
 
 import jax_fa
 from jax_fa.attention import attention
@@ -28,6 +20,7 @@ from jax_fa.backends import mosaic
 from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem
 from jax_fa.entry import request_of
 from jax_fa.masks import Causal, Lengths, SlidingWindow
+from jax_fa.testing.spread import pairwise, spanning
 
 B, N, K = 2, 4, 2
 LENGTHS = ((2048, 2016), (1000, 1008), (1, 2048))
@@ -59,9 +52,6 @@ FEATURES = {
     ),
 }
 SQUARE = ("bias-tile", "bias-tile-16-bits", "mask-tile", "everything")  # an operand is Sq x Skv itself
-# Of each kind one: as they are, with kernels of their own for dk and dv, padded, and with values of another width.
-KINDS = ((64, 64), (256, 256), (72, 72), (192, 128))
-HEAD_DIMS = (*((D, D) for D in (8, 16, 24, 32, 40, 64, 80, 96, 128, 160, 192)), (64, 16), (5, 7))
 
 
 def _key():
@@ -69,8 +59,8 @@ def _key():
 
 
 @dataclass(frozen=True, kw_only=True)
-class Avals:
-    """A call by avals."""
+class Asked:
+    """A call as its caller writes it, by avals."""
 
     feature: str = "plain"
     head_dims: tuple[int, int] = (64, 64)
@@ -111,9 +101,6 @@ class Avals:
         results, pullback = jax.vjp(lambda x: self.attend(x | others), given)
         return results, pullback(jax.tree.map(jnp.ones_like, results))
 
-    def request(self, operands: dict) -> Call:
-        return request_of(jax_fa.flash_attention, **operands, **self.static()).call
-
     def explain(self, **options):
         return jax_fa.explain(
             **self.operands(), **self.static() | options, entry="flash_attention", platforms=("cuda",)
@@ -149,29 +136,56 @@ MOVING = (
 )
 OPTIONS = {
     "feature": tuple(FEATURES),
-    "head_dims": KINDS,
     "dtype": ("bfloat16", "float16"),
     "layout": ("BSND", "BNSD", "SBND"),
     "lengths": LENGTHS,
     "implementation": ("mosaic", None),
 }
-_ROWS = pairwise(OPTIONS)
-COVER = tuple(Avals(**row) for row in _ROWS)
-# In the first ones every value appears. The backward takes several times as long to lower as the forward.
-FIRST = COVER[: spanning(_ROWS)]
-PLAIN = tuple(Avals(head_dims=dims, lengths=LENGTHS[1], implementation="mosaic") for dims in HEAD_DIMS)
+# Head dims that the kernels treat alike: read as they lie in tiles of 64 or less, wider ones, what is copied first,
+# and values of another width.
+ALIKE = {
+    "narrow": ((8, 8), (16, 16), (32, 32), (64, 64)),
+    "wide": ((80, 80), (96, 96), (128, 128), (160, 160), (192, 192), (256, 256)),
+    "copied": ((24, 24), (40, 40), (72, 72), (5, 7)),
+    "unequal": ((192, 128), (64, 16)),
+}
+
+
+def _spread() -> tuple[Asked, ...]:
+    """Every two options meet; the head dims that are alike take turns."""
+    turns = {kind: itertools.cycle(head_dims) for kind, head_dims in ALIKE.items()}
+    rows = pairwise(OPTIONS | {"head_dims": tuple(ALIKE)})
+    return tuple(Asked(**row | {"head_dims": next(turns[row["head_dims"]])}) for row in rows)
+
+
+SPREAD = _spread()
+FIRST = spanning([vars(call) for call in SPREAD])  # that many hold every option
+LONG = ("dropout", "everything")  # features whose kernels of the backward take many seconds to lower
+
+
+def _calls(slow) -> list:
+    """The spread; of it, calls are slow for which `slow(index, call)` is true."""
+    marks = [pytest.mark.slow if slow(i, call) else () for i, call in enumerate(SPREAD)]
+    return [pytest.param(call, id=str(call), marks=mark) for call, mark in zip(SPREAD, marks, strict=True)]
 
 
 @needs_new_jax
-@pytest.mark.parametrize("call", (*COVER, *PLAIN), ids=str)
+@pytest.mark.parametrize("call", _calls(lambda i, call: i >= FIRST and call.feature not in LONG))
 def test_forward(call):
+    """By default every option appears: the programs of gradients have forwards in them, too."""
     module = lowered(call.attend, call.operands()).mlir_module()
     assert module.count(f"@{TARGET}") == 1
     call.check(module)
 
 
+def _abstract(asked: Asked) -> Call:
+    return abstract(
+        lambda x: request_of(jax_fa.flash_attention, **x, **asked.static()).call, asked.operands()
+    )
+
+
 @needs_new_jax
-@pytest.mark.parametrize("call", (*FIRST, *PLAIN), ids=str)
+@pytest.mark.parametrize("call", _calls(lambda i, call: call.feature in LONG))
 def test_gradient(call):
     module = lowered(call.gradient, call.operands()).mlir_module()
     assert module.count(f"@{TARGET}") >= 3  # forward, dq, dkv
@@ -201,27 +215,26 @@ def _segments(heads: int, S: int) -> dict:
     ("feature", "extra"),
     [
         ("slopes", _segments(1, 1024)),
-        ("slopes", _segments(N, 1024)),
+        pytest.param("slopes", _segments(N, 1024), marks=pytest.mark.slow),
         ("bias-per-row", {"scale": _float(1, N), "soft_cap": _float(B, N)}),
-        ("dropout", {"keep_threshold": _float(1, N, dtype=jnp.uint32)}),
+        pytest.param("dropout", {"keep_threshold": _float(1, N, dtype=jnp.uint32)}, marks=pytest.mark.slow),
     ],
     ids=["segments", "segments-by-head", "scale-soft-cap", "dropout"],
 )
 def test_operands_that_masks_and_traced_arguments_make(feature, extra):
     S = 1024
-    call = Avals(lengths=(S, S), feature=feature, implementation="mosaic")
-    found = abstract(call.request, call.operands())
+    call = Asked(lengths=(S, S), feature=feature, implementation="mosaic")
+    found = _abstract(call)
+    avals = replace(found.operands, **extra)
 
     def gradient(operands):
-        floats = {name: x for name, x in operands.present().items() if name in DIFFERENTIABLE}
-
-        def attend(x):
-            return attention(Call.of(found.problem, replace(operands, **x))).out
-
-        out, pullback = jax.vjp(attend, floats)
+        floats = {name: x for name, x in operands.items() if name in DIFFERENTIABLE and x is not None}
+        out, pullback = jax.vjp(
+            lambda x: attention(Call.of(found.problem, replace(operands, **x))).out, floats
+        )
         return out, pullback(out)
 
-    module = lowered(gradient, replace(found.operands, **extra)).mlir_module()
+    module = lowered(gradient, avals).mlir_module()
     assert module.count(f"@{TARGET}") == 3
     call.check(module)
 
@@ -253,7 +266,7 @@ OTHERS = {
 @needs_new_jax
 @pytest.mark.parametrize("kind", HOPPER)
 def test_hopper_gpus_are_served(kind):
-    call = Avals()
+    call = Asked()
     with gpu(kind):
         found = call.explain()
     assert found.chosen == {"cuda": "mosaic"}
@@ -264,13 +277,13 @@ def test_hopper_gpus_are_served(kind):
 @pytest.mark.parametrize("kind", OTHERS, ids=str)
 def test_other_gpus_get_the_portable_backend(kind):
     """By default, and `explain` says why; where this backend is asked for, the error says it."""
-    call = Avals()
+    call = Asked()
     with gpu(kind):
         found = call.explain()
     assert found.chosen == {"cuda": "xla"} and found.reasons["cuda"]["mosaic"] == OTHERS[kind]
-    assert f"mosaic  {OTHERS[kind]}" in str(found)
+    assert re.search(rf"mosaic +{re.escape(OTHERS[kind])}", str(found))
     assert TARGET not in lowered(call.attend, call.operands(), kind=kind).mlir_module()
-    asked = Avals(implementation="mosaic")
+    asked = Asked(implementation="mosaic")
     with pytest.raises(NotImplementedError) as error:
         lowered(asked.attend, asked.operands(), kind=kind)
     assert OTHERS[kind] in str(error.value)
@@ -279,7 +292,7 @@ def test_other_gpus_get_the_portable_backend(kind):
 @needs_new_jax
 def test_one_program_for_two_platforms():
     """The kernel for GPUs, another backend on CPU, where the program runs after a round trip through bytes."""
-    call = Avals(lengths=(64, 72), feature="causal")
+    call = Asked(lengths=(64, 72), feature="causal")
     program = lowered(call.attend, call.operands(), platforms=("cpu", "cuda"))
     assert TARGET in program.mlir_module()
     random = np.random.default_rng(0)
@@ -296,7 +309,7 @@ def test_one_program_for_two_platforms():
 @needs_new_jax
 def test_programs_differ_by_device():
     """One function, lowered for one GPU after another: nothing is kept from before."""
-    call = Avals()
+    call = Asked()
     kinds = ("NVIDIA H200", "NVIDIA A100-SXM4-40GB", "NVIDIA H200", None)
     fn = jax.jit(call.attend)
     found = []
@@ -362,7 +375,7 @@ def _drop_mask(x, bits):
         (
             _too_large,
             [_X],
-            "the tiles given for forward (width=256, stages=4, consumers=2) need 284672 bytes of shared memory for this "
+            "the tiles given for forward (width=256, stages=4, consumers=2) need 301056 bytes of shared memory for this "
             "call; there are 232448.",
         ),
     ],

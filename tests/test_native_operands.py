@@ -12,7 +12,7 @@ import pytest
 
 import jax_fa
 from jax_fa.backends import cpu, native, xla
-from jax_fa.call import Operands, Problem, Saved
+from jax_fa.call import Call, Operands, Problem, Saved
 
 if native.missing is not None:
     pytest.skip(f"needs the native extension: {native.missing}", allow_module_level=True)

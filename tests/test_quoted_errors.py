@@ -34,17 +34,17 @@ def _float64():
 
 
 def _without_extension(monkeypatch, source: bool):
-    monkeypatch.setattr(cpu, "missing", "no such file")
+    monkeypatch.setattr(native, "missing", "no such file")
     monkeypatch.setattr(native, "_is_source_tree", lambda: source)
     jax.jit(lambda x: attend(x, x, x, implementation="cpu")).lower(X)
 
 
 def _without_backward(monkeypatch):
-    real = cpu.why_not
+    real = cpu.backend.why_not
     monkeypatch.setattr(
-        cpu,
+        cpu.backend,
         "why_not",
-        lambda *args, backward, **more: "no" if backward else real(*args, backward=False, **more),
+        lambda *args, what, **more: "no" if what == "backward" else real(*args, what=what, **more),
     )
     jax.grad(lambda x: attend(x, X, X, implementation="cpu").sum())(X)
 

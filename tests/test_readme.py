@@ -1,4 +1,4 @@
-"""The README and the documents are true: their examples run, and the README gives the two commands."""
+"""README and documentation are true: their examples run, and the README gives the two commands."""
 
 import os
 import re
@@ -7,17 +7,17 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
 from jax_fa import bench, demo
-from jax_fa.backends import cpu as native
+from jax_fa.backends import native
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def _blocks(language: str, document: Path = README) -> list[tuple[int, str]]:
@@ -75,7 +75,7 @@ def test_examples_run(document, tmp_path):
     assert done.returncode == 0, done.stderr
     if document == README:
         best = "cpu" if native.missing is None else "xla"
-        assert f"cpu: {best}" in done.stdout  # explain's table
+        assert re.search(rf"^ +cpu +{best}", done.stdout, re.MULTILINE)  # explain's table
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "benchmarks/README.md"], ids=lambda path: path.name)
@@ -123,9 +123,26 @@ def test_every_notebook_is_listed():
 
 
 def test_examples_show_every_entry():
-    shown = "".join(block for _, block in _blocks("python"))
-    for entry in ("dot_product_attention", "flash_attention", "flash_attention_score", "explain"):
-        assert f"jax_fa.{entry}(" in shown
+    def shown(document):
+        return "".join(block for _, block in _blocks("python", document))
+
+    for entry in ("dot_product_attention", "flash_attention", "explain"):
+        assert f"jax_fa.{entry}(" in shown(README)
+    assert "jax_fa.flash_attention_score(" in shown(ROOT / "docs/migrate-torch-npu.md")
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").split()) <= 800
+
+
+def test_pictures_are_those_of_the_masks():
+    """`python -P docs/draw_masks.py` draws them anew."""
+    spec = spec_from_file_location("draw_masks", ROOT / "docs/draw_masks.py")
+    assert spec is not None and spec.loader is not None
+    drawing = module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    for name, text in drawing.pictures().items():
+        assert (ROOT / "docs/images" / name).read_text(encoding="utf-8") == text, name
 
 
 def test_two_commands():

@@ -20,6 +20,7 @@ import numpy as np
 from gpu import contestants, jobs, machine, work
 from gpu.contestants import Inputs, Program
 from gpu.jobs import Context, Job
+from jax_fa.testing import timing
 
 # Seconds per call, the share of them spent enqueuing, and seconds by the device's own clock or None.
 Samples = tuple[list[float], list[float], list[float | None]]
@@ -157,9 +158,8 @@ def _samples(
             found[name] = count
         else:
             found[name], counts[name] = ([], [], []), count
-    order = list(counts)
-    for _ in range(context.rounds):
-        for name in order:
+    for names in timing.turns(list(counts), context.rounds):
+        for name in names:
             samples = found[name]
             if isinstance(samples, Exception):
                 continue
@@ -172,7 +172,6 @@ def _samples(
             seconds.append(one[0])
             enqueued.append(one[1])
             by_events.append(one[2])
-        order.reverse()
     return found
 
 
@@ -208,7 +207,7 @@ def summary(
     seconds: list[float], enqueued: list[float], by_events: list[float | None], flops: float
 ) -> dict[str, Any]:
     return spread_of(seconds) | {
-        "tflops": flops / float(np.median(seconds)) / 1e12,
+        "tflops": flops / timing.median(seconds) / 1e12,
         "host_bound": bool(np.median(enqueued) > 0.8),
         "event_milliseconds": [None if x is None else 1e3 * x for x in by_events],
     }
@@ -216,10 +215,9 @@ def summary(
 
 def spread_of(seconds: list[float]) -> dict[str, Any]:
     """The median, and half the distance of the quartiles relative to it."""
-    low, median, high = np.percentile(seconds, [25, 50, 75])
     return {
-        "milliseconds": float(1e3 * median),
-        "spread": float((high - low) / 2 / median),
+        "milliseconds": 1e3 * timing.median(seconds),
+        "spread": timing.spread(seconds),
         "samples": list(map(float, seconds)),
     }
 
@@ -299,7 +297,7 @@ def _limits(context: Context) -> Iterator[Job]:
             call=lambda i: compiled(*arguments), wait=jax.block_until_ready, arrays=jax.tree.leaves
         )
         sample(program, 5)
-        return float(np.median([sample(program, 10)[0] for _ in range(context.rounds)]))
+        return timing.median([sample(program, 10)[0] for _ in range(context.rounds)])
 
     def run_product(found: list[Any]) -> tuple[str, dict[str, Any]]:
         random = [contestants.normal(jax.random.key(i), matrix) for i in range(2)]

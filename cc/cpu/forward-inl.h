@@ -178,7 +178,7 @@ class SharedBlocks {
         size_(plan.keys_size + plan.values_size + plan.key_block),
         count_(c.B * c.K * plan.key_blocks),
         memory_(plan.shared ? count_ * (size_ + 1) : 0),
-        marked_(memory_.get() + count_ * size_) {}
+        marked_(plan.shared ? memory_.get() + count_ * size_ : nullptr) {}
 
   void Pack(const Call& c, const Runner& runner) const {
     Run(runner, count_, [&](int64_t index) {

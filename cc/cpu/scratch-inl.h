@@ -34,12 +34,11 @@ class Arena {
     const int64_t size = count * static_cast<int64_t>(sizeof(T) / 4);
     const int64_t next = used_ + (size + kAlign - 1) / kAlign * kAlign + kGap;
     float* const part = memory_ == nullptr ? nullptr : memory_ + used_;
-    if (part != nullptr) {
-      if (next > end_) __builtin_trap();  // laid out in another way than counted
+    if (part != nullptr && next > end_) __builtin_trap();  // laid out in another way than counted
 #if defined(JAX_FA_ASAN)
+    if (part != nullptr)
       __asan_poison_memory_region(part + size, sizeof(float) * static_cast<size_t>(next - used_ - size));
 #endif
-    }
     used_ = next;
     return reinterpret_cast<T*>(part);
   }

@@ -283,7 +283,7 @@ class FlushSubnormals {
 };
 
 void CheckConversions(int64_t count) {
-  Doing("convert.h", "", "");
+  Doing("convert-inl.h", "", "");
   for (DType t : {DType::kBF16, DType::kF16}) {
     const bool half = t == DType::kF16;
     const char* name = half ? "f16" : "bf16";

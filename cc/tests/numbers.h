@@ -93,7 +93,7 @@ inline double Decode16(uint16_t h, DType t) {
 
 // Philox4x32-10, one counter (Salmon et al., SC'11).
 struct Philox {
-  uint32_t word[4];
+  uint32_t word[4];  // NOLINT(modernize-use-default-member-init): it has no default
 
   Philox(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t k0, uint32_t k1) : word{a, b, c, d} {
     for (int round = 0; round < 10; ++round) {

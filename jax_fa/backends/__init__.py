@@ -122,7 +122,9 @@ def chosen(implementation: Implementation) -> tuple[str | None, Any]:
         name, options = getattr(type(implementation), "backend", None), implementation
     if name in names():
         return name, options
-    allowed = f"None, one of {', '.join(map(repr, names()))}, or the Options of one of them"
+    allowed = f"None or one of {', '.join(map(repr, names()))}"
+    if not isinstance(implementation, str):
+        allowed += ", or the Options of one of them"
     advice = _ADVICE.get(implementation, "") if isinstance(implementation, str) else ""
     if isinstance(implementation, type) and getattr(implementation, "backend", None) in names():
         advice = f" Pass an object of this class: {implementation.__name__}(...)."

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import jax
 
-from jax_fa.bench import contestants, measure, record, report, shapes
+from jax_fa.bench import implementations, measure, record, report, shapes
 from jax_fa.demo import program
 
 OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
@@ -61,21 +61,21 @@ def _written(option: str, path: Path, writing: Callable[[Path], None]) -> bool:
 
 def _chosen(names: list[str] | None) -> dict[str, Callable]:
     """The implementations asked for, or all that are here."""
-    present = contestants.present()
+    present = implementations.present()
     if names is None:
         return present
     for name in names:
-        if name in contestants.PEERS and name not in present:
+        if name in implementations.PEERS and name not in present:
             raise ValueError(f"--implementations: {name} is not here: not installed, or of another platform")
         if name not in present:
             raise ValueError(f"--implementations must be among {', '.join(present)}; got {name!r}")
     return {name: present[name] for name in names}
 
 
-def _calls(options: argparse.Namespace) -> list[shapes.Call]:
+def _calls(options: argparse.Namespace) -> list[shapes.Workload]:
     default = shapes.QUICK if options.quick else shapes.DEFAULT
     return [
-        shapes.Call(shape=shape, mask=mask, dtype=dtype, direction=direction)
+        shapes.Workload(shape=shape, mask=mask, dtype=dtype, direction=direction)
         for dtype in options.dtype
         for mask in options.mask
         for direction in options.direction
@@ -139,6 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=_positive, default=7, metavar="N", help="timed calls of each (default: 7)"
     )
+    _add_files(parser)
+    return parser
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write versions and every single time, as they come"
     )
@@ -152,7 +157,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="measure nothing: print what --json wrote. Of several runs without ratios between them",
     )
-    return parser
 
 
 def _listed(read: Callable[[str], Read]) -> Callable[[str], list[Read]]:

@@ -1,41 +1,39 @@
-"""How it is measured: all contestants of a call in one process, called in turn."""
+"""How it is measured: all implementations of a call in one process, called in turn."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from jax_fa.bench.contestants import Program, RefusedError
-from jax_fa.bench.shapes import Call
+from jax_fa.bench.implementations import Program, RefusedError
+from jax_fa.bench.shapes import Workload
+from jax_fa.testing import timing
 
-# The threads of OpenMP, which PyTorch uses, spin for a while after a call and would slow down the next one.
-PAUSE = 0.05
-# Largest difference of two contestants, relative L2, that is put down to rounding.
+PAUSE = 0.05  # seconds before a call, while the threads of the one before go on spinning
+# Largest difference of two implementations, relative L2, that is put down to rounding.
 # (GPUs may round the operands of float32 products to TF32.)
 TOLERANCE = {"float32": 5e-3, "bfloat16": 3e-2, "float16": 1e-2}
 
 
 @dataclass(kw_only=True)
 class Result:
-    """What one contestant did in one call."""
+    """What one implementation did in one call."""
 
-    contestant: str
-    call: Call
+    implementation: str
+    call: Workload
     seconds: list[float] = field(default_factory=list)  # every call that counts
     temp_bytes: int | None = None
     refused: str | None = None  # why there is nothing to measure
-    difference: float | None = None  # from the first contestant, relative L2, the worst of all arrays
+    difference: float | None = None  # from the first implementation, relative L2, the worst of all arrays
 
     @property
     def median(self) -> float:
-        return float(np.median(self.seconds))
+        return timing.median(self.seconds)
 
     @property
     def spread(self) -> float:
         """Half the distance of the quartiles, relative to the median."""
-        low, high = np.percentile(self.seconds, [25, 75])
-        return float((high - low) / 2 / self.median)
+        return timing.spread(self.seconds)
 
     @property
     def agrees(self) -> bool:
@@ -44,8 +42,8 @@ class Result:
 
 
 def measure(
-    call: Call,
-    contestants: dict[str, Callable[[Call], Program]],
+    call: Workload,
+    implementations: dict[str, Callable[[Workload], Program]],
     rounds: int,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Result]:
@@ -55,8 +53,8 @@ def measure(
     that is compared is not timed: it is the one that touches memory for the first time.
     """
     results, programs = {}, {}
-    for name, prepare in contestants.items():
-        results[name] = Result(contestant=name, call=call)
+    for name, prepare in implementations.items():
+        results[name] = Result(implementation=name, call=call)
         try:
             programs[name] = prepare(call)
         except RefusedError as why:
@@ -71,15 +69,10 @@ def measure(
             first = arrays
         else:
             results[name].difference = _difference(arrays, first)
-    order = list(programs)
-    for _ in range(rounds):
-        for name in order:
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            programs[name].run()
-            results[name].seconds.append(time.perf_counter() - start)
-        order.reverse()
-        progress()
+    runs = {name: program.run for name, program in programs.items()}
+    seconds = timing.alternate(runs, rounds, warm_up=0, pause=PAUSE, after_round=progress)
+    for name in seconds:
+        results[name].seconds = seconds[name]
     return list(results.values())
 
 

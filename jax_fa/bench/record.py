@@ -19,7 +19,7 @@ from jax_fa.bench.measure import Result
 from jax_fa.bench.shapes import call_from
 from jax_fa.demo import program
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +74,20 @@ def write(run: Run, path: Path) -> None:
     program.write(path, json.dumps(head | {"complete": run.complete, "rows": rows}, indent=1) + "\n")
 
 
+def _result(row: dict[str, Any]) -> Result:
+    row = row | {"call": call_from(row["call"])}
+    if "contestant" in row:  # schema 1
+        row["implementation"] = row.pop("contestant")
+    return Result(**row)
+
+
 def read(path: Path) -> Run:
     """Raises ValueError where the file is none of ours."""
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(text, dict) or text.get("schema") != SCHEMA:
+        if not isinstance(text, dict) or text.get("schema") not in (1, SCHEMA):
             raise ValueError(f"schema must be {SCHEMA}")
-        results = [Result(**(row | {"call": call_from(row["call"])})) for row in text["rows"]]
+        results = [_result(row) for row in text["rows"]]
         return Run(
             id=text["run"],
             date=text["date"],

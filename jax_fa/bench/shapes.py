@@ -69,8 +69,8 @@ def parse_mask(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
-    """What every contestant of a row computes."""
+class Workload:
+    """What every implementation of a row computes."""
 
     shape: Shape
     mask: str
@@ -79,7 +79,7 @@ class Call:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.shape.Sq > self.shape.Skv:
-            # Past the keys a row of a window sees nothing, which libraries define differently.
+            # Rows of a window past the keys are fully masked, which libraries define differently.
             raise ValueError(f"a window needs Sq <= Skv; got {self.shape}")
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Call:
 
     @property
     def window(self) -> int | None:
-        """How many keys a row sees, its own position included."""
+        """How many keys are visible to a row, its own position included."""
         return int(self.mask.removeprefix("window:")) if self.mask.startswith("window:") else None
 
     @property
@@ -111,6 +111,6 @@ class Call:
         return forward * {"forward": 1.0, "backward": 2.5, "both": 3.5}[self.direction]
 
 
-def call_from(record: dict[str, Any]) -> Call:
+def call_from(record: dict[str, Any]) -> Workload:
     """The call of `dataclasses.asdict(call)`."""
-    return Call(**(record | {"shape": Shape(**record["shape"])}))
+    return Workload(**(record | {"shape": Shape(**record["shape"])}))

@@ -1,23 +1,8 @@
-"""CANN's sparse modes as masks.
+"""CANN's sparse modes as masks. The table of the modes is in `spec`.
 
-`d = Skv - Sq`; in layout TND every letter is that of one sequence.
+A compressed mask adds nothing to its mode: it is optional, checked where it is given, and then not read.
 
-    mode  key j is visible to row i where                   atten_mask
-    0     i - pre <= j <= i + next, and not masked          full (optional)
-    1     not masked                                        full (optional)
-    2     j <= i                                            compressed (optional)
-    3     j <= i + d                                        compressed (optional)
-    4     i + d - pre <= j <= i + d + next                  compressed (optional)
-    5     j <= i + d or j < prefix[b], and not masked       full (optional); not TND
-    6     j <= i + d or j < prefix[b]                       compressed with prefix (optional)
-    7     j <= i + d, in the last sequence j <= i + d + next    compressed (optional); TND only
-    8     j <= i, in the first sequence j <= i + d + next       compressed (optional); TND only
-
-(Last and first of the sequences that have rows.) A mask of 1 masks a key. A compressed mask says nothing that
-the mode does not say, so it is checked and then not read.
-
-Source: aclnnFlashAttentionScoreV2, sparseMode; ops-transformer `docs/context` on sparse modes and
-`op_host` tiling for what is refused.
+Source: as of `spec`; ops-transformer `op_host` tiling for what is refused.
 """
 
 from dataclasses import dataclass
@@ -30,14 +15,13 @@ from jax_fa import indices, masks
 from jax_fa.call import Dims
 from jax_fa.cann import spec
 from jax_fa.cann.packed import Packed
-from jax_fa.cann.spec import UNBOUNDED
 from jax_fa.indices import known, list_of_integers
 from jax_fa.masks import Mask
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparse:
-    """The arguments that say which keys are visible to a row."""
+class MaskArguments:
+    """The arguments of `flash_attention_score` that say which keys are visible to a row."""
 
     mode: int
     pre_tokens: int | np.integer
@@ -85,7 +69,7 @@ class Sparse:
                 raise TypeError(f"{name} must be an int; got {value!r}.")
         pre, following = int(self.pre_tokens), int(self.next_tokens)
         problem = None
-        if self.mode not in (0, 4):
+        if self.mode not in spec.TOKEN_MODES:
             if self.mode == 7 and following > 0:
                 problem = "next_tokens must be at most 0"
         elif packed is not None:
@@ -162,7 +146,7 @@ class Sparse:
 
     def _structure(self, d: Dims, prefix) -> Mask | None:
         """The mask of a call that is not packed, without atten_mask."""
-        if self.mode in (0, 4):
+        if self.mode in spec.TOKEN_MODES:
             return self._tokens("top-left" if self.mode == 0 else "bottom-right", d)
         if self.mode in spec.PREFIX_MODES:
             return masks.Prefix(prefix, "bottom-right")
@@ -170,7 +154,7 @@ class Sparse:
 
     def _tokens(self, align: masks.Align, d: Dims) -> masks.Band | None:
         # Counts that reach past every corner bound nothing, and None costs nothing.
-        far = d.Sq + d.Skv if _numbers(d) else UNBOUNDED
+        far = d.Sq + d.Skv if _numbers(d) else spec.UNBOUNDED
         left, right = (None if n >= far else int(n) for n in (self.pre_tokens, self.next_tokens))
         return None if left is None and right is None else masks.Band(left, right, align)
 
@@ -238,8 +222,8 @@ class Sparse:
             )
         values = known(mask)
         if values is not None and not np.array_equal(values.reshape(pattern.shape) != 0, pattern != 0):
-            top = "np.triu(np.ones((2048, 2048)), 1)"
-            below = ", with 1024 rows below it that are 0 on the left half and 1 on the right,"
+            top = f"np.triu(np.ones(({spec.MASK_SIDE}, {spec.MASK_SIDE})), 1)"
+            below = f", with {spec.PREFIX_ROWS} rows below it that are 0 on the left half and 1 on the right,"
             raise ValueError(
                 f"atten_mask must be {top}{below if self.mode == 6 else ''} in sparse_mode={self.mode}; got "
                 "another pattern. A mask of your own goes with sparse_mode=0 or 1; the compressed one may be "

@@ -6,8 +6,8 @@
     type 3   x = scale * s - slope * sqrt(|j - i|)
 
 Everything here is plain JAX above the custom derivative, so pse has a gradient in every type and shape.
-Nothing is spread out to Sq x Skv: in every stored form the elements that one row reads for consecutive keys lie one
-after another, so a row needs only the place of its key 0 (`bias_offset`), or its slope and its own position.
+Nothing is expanded to Sq x Skv: in every stored form the elements that one row reads for consecutive keys are
+contiguous, so a row needs only the index of its key 0 (`bias_offset`), or its slope and its own position.
 
 Source: aclnnFlashAttentionScoreV2, realShiftOptional and pseType; ops-transformer `op_kernel/arch22/pse.h`.
 """
@@ -20,34 +20,47 @@ import numpy as np
 
 from jax_fa import arguments
 from jax_fa.call import Dims
+from jax_fa.cann.masks import MaskArguments
 from jax_fa.cann.packed import Packed
-from jax_fa.cann.spec import ALIBI_ROWS
+from jax_fa.cann.spec import ALIBI_ROWS, ALIBI_TYPES, PSE_TYPES
 from jax_fa.entry import Terms
 
 
-def terms(pse, pse_type: int, *, scale, dtype, d: Dims, packed: Packed | None, causal: bool) -> Terms:
+def check_mode_of_pse(pse, sparse_mode: int) -> None:
+    if sparse_mode in (7, 8) and pse is not None:
+        raise ValueError(f"pse must be None in sparse_mode={sparse_mode}, as in CANN; got an array.")
+
+
+def pse_terms(
+    pse, pse_type: int, sparse: MaskArguments, *, scale, dtype, d: Dims, packed: Packed | None
+) -> Terms:
     """Checks pse and turns it into terms of the logits.
 
     Args:
-      pse: see `flash_attention_score`. pse_type: 0 to 3. scale: the factor of type 1.
+      pse, pse_type, scale: see `flash_attention_score`.
+      sparse: the arguments of the mask.
       dtype: query's. d: the sizes of the call. packed: the sequences in layout TND.
-      causal: keys after its own position are masked for every row; an ALiBi table is defined for the others only.
     """
-    if pse_type not in (0, 1, 2, 3):
+    if pse_type not in PSE_TYPES:
         raise ValueError(f"pse_type must be 0, 1, 2 or 3; got {pse_type!r}.")
     if pse is None:
-        if pse_type in (2, 3):
+        if pse_type in ALIBI_TYPES:
             raise ValueError(f"pse must hold the ALiBi slopes when pse_type={pse_type}; got None.")
         return Terms()
     if not hasattr(pse, "dtype") or isinstance(pse, jax.ShapeDtypeStruct):
         pse = arguments.array("pse", pse)
-    wanted = jnp.dtype(dtype if pse_type in (0, 1) else np.float32)
+    wanted = jnp.dtype(np.float32 if pse_type in ALIBI_TYPES else dtype)
     if pse.dtype != wanted:
-        owner = "query's dtype " if pse_type in (0, 1) else ""
+        owner = "" if pse_type in ALIBI_TYPES else "query's dtype "
         raise TypeError(f"pse must have {owner}{wanted} when pse_type={pse_type}; got {pse.dtype}.")
     pse = jnp.asarray(pse)
-    if pse_type in (2, 3):
-        return _slopes(pse, pse_type, d, packed)
+    if pse_type in ALIBI_TYPES:
+        form = _slopes(pse, pse_type, d, packed)
+        if sparse.mode == 6 and packed is not None and form.position is None:
+            # The band whose offset extends causal to a prefix there does not move the rows.
+            form = form._replace(position=jnp.arange(d.Sq, dtype=jnp.int32)[None])
+        return form
+    causal = sparse.causal()
     form = _dense(pse, d, causal) if packed is None else _packed(pse, d, packed, causal)
     if form.bias is None or pse_type == 0 or (isinstance(scale, (int, float)) and scale == 1):
         return form
@@ -61,7 +74,7 @@ def _scaled(pse, scale):
 
 
 def _slopes(slopes, pse_type: int, d: Dims, packed: Packed | None) -> Terms:
-    kind = "linear" if pse_type == 2 else "sqrt"
+    kind = ALIBI_TYPES[pse_type]
     count = d.B[0] if packed is None else packed.count
     if slopes.shape not in ((d.N,), (count, d.N)):
         raise ValueError(
@@ -108,6 +121,7 @@ def _dense(pse, d: Dims, causal: bool):
 
 
 def _check_causal(pse, causal: bool) -> None:
+    """An ALiBi table has no values for keys after a row's own position: they must be masked for every row."""
     if not causal:
         raise ValueError(
             f"pse of shape {pse.shape} is an ALiBi table, which defines keys up to a row's own position: it "

@@ -1,8 +1,8 @@
 """The public entry with CANN's conventions: `flash_attention_score`.
 
 Names, layouts and rules are those of `aclnnFlashAttentionScore` (and of torch_npu's `npu_fusion_attention`).
-This file turns them into a `Call`; `masks` holds the sparse modes, `pse` the positional shift, `packed` the arithmetic
-of layout TND, `spec` the constants.
+This file turns them into a `Call`; `masks` holds the sparse modes, `pse` the positional shift, `drop_mask` the keep
+bits, `packed` the arithmetic of layout TND, `spec` the constants.
 """
 
 import math
@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Float32, Int32
+from jaxtyping import Array, ArrayLike, Float, Float32
 
 from jax_fa import backends, entry
 from jax_fa.arguments import array, choice, integer, shown
 from jax_fa.call import Axes, Dims
-from jax_fa.cann import pse as positional
 from jax_fa.cann import spec
-from jax_fa.cann.masks import Sparse
+from jax_fa.cann.drop_mask import keep_bits
+from jax_fa.cann.masks import MaskArguments
 from jax_fa.cann.packed import Packed, checked_ends
+from jax_fa.cann.pse import check_mode_of_pse, pse_terms
 from jax_fa.indices import list_of_integers
 from jax_fa.softmax import FLT_MAX
 
@@ -147,40 +148,22 @@ def flash_attention_score(
     documentation; stats of TND as with softmaxOutLayout "same_as_input".
     """
     backends.chosen(implementation)
-    choice("input_layout", input_layout, _LAYOUTS)
-    for name, x in (("inner_precise", inner_precise), ("sparse_mode", sparse_mode), ("pse_type", pse_type)):
-        integer(name, x)
-    if inner_precise not in (0, 1, 2):
-        raise ValueError(f"inner_precise must be 0, 1 or 2; got {inner_precise!r}.")
+    _check_choices(input_layout, inner_precise, sparse_mode, pse_type)
     scale_value = entry.finite_scale("scale_value", scale_value)
     arrays = _arrays(query, key, value, input_layout, head_num)
-    d = arrays.dims
+    d, dtype = arrays.dims, arrays.query.dtype
     sequences = _sequences(input_layout, actual_seq_qlen, actual_seq_kvlen, d)
     _check_limits(d, sequences, prefix)
-    if sparse_mode in (7, 8) and pse is not None:
-        raise ValueError(f"pse must be None in sparse_mode={sparse_mode}, as in CANN; got an array.")
-    sparse = Sparse(
+    check_mode_of_pse(pse, sparse_mode)
+    sparse = MaskArguments(
         mode=sparse_mode, pre_tokens=pre_tokens, next_tokens=next_tokens, atten_mask=atten_mask, prefix=prefix
     )
-    mask = sparse.mask(d, sequences)
-    terms = positional.terms(
-        pse,
-        pse_type,
-        scale=scale_value,
-        dtype=arrays.query.dtype,
-        d=d,
-        packed=sequences,
-        causal=sparse.causal(),
-    )
-    if terms.alibi and sparse_mode == 6 and sequences is not None and terms.position is None:
-        # What extends causal to a prefix there is the band's offset, which does not move the rows.
-        terms = terms._replace(position=jnp.arange(d.Sq, dtype=jnp.int32)[None])
     call = entry.build(
         arrays,
-        mask=mask,
-        terms=terms,
+        mask=sparse.mask(d, sequences),
+        terms=pse_terms(pse, pse_type, sparse, scale=scale_value, dtype=dtype, d=d, packed=sequences),
         scale=scale_value,
-        dropped=_dropout(drop_mask, keep_prob, d, sequences),
+        dropped=keep_bits(drop_mask, keep_prob, d, sequences),
         implementation=implementation,
         hints=_own_form(sparse, pse, pse_type, d, sequences),
     )
@@ -198,7 +181,9 @@ def flash_attention_score(
 # --- the call in CANN's terms, for the Ascend backend
 
 
-def _own_form(sparse: Sparse, pse, pse_type: int, d: Dims, sequences: Packed | None) -> spec.Arguments | None:
+def _own_form(
+    sparse: MaskArguments, pse, pse_type: int, d: Dims, sequences: Packed | None
+) -> spec.Arguments | None:
     """Nothing where CANN's host integers are arrays here."""
     given = [sparse.prefix] if sequences is None else [sparse.prefix, sequences.query, sequences.key]
     if any(hasattr(x, "shape") for x in given):
@@ -225,7 +210,15 @@ def _own_form(sparse: Sparse, pse, pse_type: int, d: Dims, sequences: Packed | N
     )
 
 
-# --- shapes
+# --- checks and shapes
+
+
+def _check_choices(input_layout, inner_precise, sparse_mode, pse_type) -> None:
+    choice("input_layout", input_layout, _LAYOUTS)
+    for name, x in (("inner_precise", inner_precise), ("sparse_mode", sparse_mode), ("pse_type", pse_type)):
+        integer(name, x)
+    if inner_precise not in (0, 1, 2):
+        raise ValueError(f"inner_precise must be 0, 1 or 2; got {inner_precise!r}.")
 
 
 def _arrays(query, key, value, input_layout: str, head_num) -> entry.Arrays:
@@ -319,71 +312,6 @@ def _sequences(input_layout: str, query_ends, key_ends, d: Dims) -> Packed | Non
     query = checked_ends("actual_seq_qlen", query, d.Sq, "query's T")
     key = checked_ends("actual_seq_kvlen", key, d.Skv, "key's T")
     return Packed(query, key, d.Sq, d.Skv)
-
-
-# --- dropout
-
-
-def _dropout(drop_mask, keep_prob, d: Dims, sequences: Packed | None) -> entry.Dropout:
-    """The user's bytes as they are, and where each row's bits begin."""
-    number = isinstance(keep_prob, (int, float, np.number)) and not isinstance(keep_prob, bool)
-    if not number or not 0 < keep_prob <= 1:
-        raise ValueError(f"keep_prob must be a Python number in (0, 1]; got {shown(keep_prob)}.")
-    if drop_mask is None:
-        if keep_prob < 1:
-            raise ValueError(
-                f"drop_mask must be given when keep_prob is below 1 (it is {keep_prob}); got None."
-            )
-        return entry.Dropout(keep_prob=1.0)
-    if not hasattr(drop_mask, "dtype"):
-        drop_mask = np.asarray(drop_mask)
-    if drop_mask.dtype != np.uint8:
-        raise TypeError(f"drop_mask must have dtype uint8; got {drop_mask.dtype}.")
-    lengths = None if sequences is None else sequences.lengths()
-    products = [math.prod((*d.B, d.Sq, d.Skv))] if sequences is None else []
-    if lengths is not None:
-        products = [int(sq) * int(skv) for sq, skv in zip(*lengths, strict=True)]
-    needed = -(-d.N * sum(products) // 8)
-    have = math.prod(drop_mask.shape)
-    if have < needed:
-        raise ValueError(f"drop_mask must have at least {needed} bytes, one bit per weight; got {have}.")
-    if max(have, math.prod((*d.B, d.N, d.Sq))) >= 2**31:
-        raise ValueError(f"drop_mask and B*N*Sq must stay below 2**31 bytes and rows; got {have} bytes.")
-    bits = jnp.asarray(drop_mask).reshape((1,) * len(d.B) + (have,))
-    offset = _dense_drop_offset(d) if sequences is None else _packed_drop_offset(d, sequences)
-    bits = bits if have else jnp.zeros((*bits.shape[:-1], 1), jnp.uint8)
-    return entry.Dropout(keep_prob=float(keep_prob), bits=bits, offset=offset)
-
-
-def _drop_offset(row, columns, before=(0, 0), first_key=0) -> Int32[Array, "... 2"]:
-    """Where key 0 of a row has its bit: (byte, bit 0..7) of position `before + row * columns - first_key`.
-
-    Positions pass 2**31 long before bytes do. With row = 8 a + c a row begins after a * columns whole bytes
-    and c * columns bits, so 32-bit arithmetic is enough. `before` is a pair (bytes, bits).
-    """
-    bit = before[1] + (row & 7) * columns - first_key
-    return jnp.stack([before[0] + (row >> 3) * columns + (bit >> 3), bit & 7], axis=-1)
-
-
-def _dense_drop_offset(d: Dims) -> Int32[Array, "B N Sq 2"]:
-    rows = jnp.arange(math.prod((*d.B, d.N, d.Sq)), dtype=jnp.int32)
-    return _drop_offset(rows.reshape(*d.B, d.N, d.Sq), d.Skv)
-
-
-def _packed_drop_offset(d: Dims, sequences: Packed) -> Int32[Array, "N T 2"]:
-    """Rows of blocks [N, Sq_b, Skv_b]. Keys are numbered along T: key 0 lies first_key bits before a row."""
-    rows = sequences.rows()
-    bytes_before, bits_before = _blocks_before(*sequences.sizes(), d.N)
-    before = bytes_before[rows.sequence], bits_before[rows.sequence]
-    heads = jnp.arange(d.N, dtype=jnp.int32)[:, None]
-    return _drop_offset(heads * rows.sq + rows.position, rows.skv, before, rows.first_key)
-
-
-def _blocks_before(sq, skv, N: int):
-    """(bytes, bits) of all blocks [N, sq_b, skv_b] in front of each sequence's."""
-    size = _drop_offset(N * sq, skv)
-    before = jnp.cumsum(size, axis=0, dtype=jnp.int32) - size
-    return before[..., 0] + (before[..., 1] >> 3), before[..., 1] & 7
 
 
 # --- statistics

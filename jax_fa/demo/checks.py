@@ -115,7 +115,7 @@ def _arrays(case: Case) -> dict[str, Any]:
     mask = None
     if case.mask is not None:
         mask = random.random(case.mask) < 0.7
-        mask[..., 0] = True  # jax.nn gives a mean, not 0, to a row that sees nothing
+        mask[..., 0] = True  # jax.nn gives a mean, not 0, to a fully masked row
     return {
         "query": normal(B, Sq, N, D),
         "key": normal(B, Skv, K, D),
@@ -149,7 +149,7 @@ def _run(case: Case, attention: Callable[..., Any], *, query, key, value, bias, 
 
 
 def _visible(case: Case, mask) -> np.ndarray:
-    """Which key each row sees, `B N Sq Skv`, by the definitions."""
+    """Which keys are visible to each row, `B N Sq Skv`, by the definitions."""
     i, j = np.arange(case.Sq)[:, None], np.arange(case.Skv)
     visible = np.ones((case.B, case.N, case.Sq, case.Skv), bool)
     if mask is not None:
@@ -167,7 +167,7 @@ def _visible(case: Case, mask) -> np.ndarray:
 
 
 def _float64(case: Case, *, query, key, value, bias, mask, dout):
-    """(out, lse, gradients) in plain float64 NumPy; lse is NaN where a row sees nothing."""
+    """(out, lse, gradients) in plain float64 NumPy; lse is NaN for fully masked rows."""
     G = case.N // case.K
     q, do = (x.astype(np.float64) for x in (query, dout))
     k, v = (x.astype(np.float64).repeat(G, axis=2) for x in (key, value))

@@ -1,6 +1,5 @@
 """Trains one model with several attentions at once, a step of each in turn: noise hits all alike."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.demo import gpt
+from jax_fa.testing import timing
 
 # Largest difference of two loss curves, in nats, that is put down to rounding, which training amplifies from
 # step to step. Seen on CPU within 150 steps: 1e-6 in float32 (GPUs may round its products to fewer bits) and
@@ -31,7 +31,7 @@ class Run:
     @property
     def step_seconds(self) -> float:
         """The median; the first step, which also touches its memory for the first time, does not count."""
-        return float(np.median(self.seconds[1:] or self.seconds))
+        return timing.median(self.seconds[1:] or self.seconds)
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,21 @@ def run(
     tokens = jax.ShapeDtypeStruct((config.batch, config.seq_len + 1), jnp.int32)
     for name, attention in attentions.items():
         states[name] = gpt.init(config)
-        start = time.perf_counter()
         step = jax.jit(partial(gpt.train_step, config, attention), donate_argnums=0)
-        steps[name] = step.lower(states[name], tokens).compile()
+        steps[name], seconds = timing.timed(_compile, step, states[name], tokens)
         runs[name] = Run(
-            compile_seconds=time.perf_counter() - start,
+            compile_seconds=seconds,
             step_bytes=_temporary_bytes(steps[name]),
             attention_bytes=_temporary_bytes(_compile_attention(config, attention)),
         )
-    order = list(attentions)
-    for done, batch in enumerate(gpt.batches(config), 1):
-        for name in order:
-            start = time.perf_counter()
-            states[name], loss = jax.block_until_ready(steps[name](states[name], batch))
-            runs[name].seconds.append(time.perf_counter() - start)
+    batches = gpt.batches(config)
+    for done, (batch, names) in enumerate(
+        zip(batches, timing.turns(attentions, config.steps), strict=True), 1
+    ):
+        for name in names:
+            (states[name], loss), seconds = timing.timed(steps[name], states[name], batch)
+            runs[name].seconds.append(seconds)
             runs[name].losses.append(float(loss))
-        order.reverse()
         progress(done, runs)
     return runs
 
@@ -87,11 +86,15 @@ def operands(config: gpt.Config) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
+def _compile(function, *arguments):
+    return function.lower(*arguments).compile()
+
+
 def _compile_attention(config: gpt.Config, attention: Callable[..., Any]):
     def total(*qkv):
         return attention(*qkv, is_causal=True).astype(jnp.float32).sum()
 
-    return jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*operands(config)).compile()
+    return _compile(jax.jit(jax.grad(total, argnums=(0, 1, 2))), *operands(config))
 
 
 def _temporary_bytes(compiled) -> int | None:

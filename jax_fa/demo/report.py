@@ -13,6 +13,7 @@ import jaxlib
 
 import jax_fa
 from jax_fa.demo.checks import Case, Result
+from jax_fa.demo.colours import colour
 from jax_fa.demo.gpt import Config
 from jax_fa.demo.race import Agreement, Run
 
@@ -139,8 +140,8 @@ def plot(path: Path, config: Config, runs: dict[str, Run]) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, seconds = figure.subplots(1, 2)
     for (name, run), style in zip(runs.items(), ("-", "--"), strict=True):
-        loss.plot(range(1, len(run.losses) + 1), run.losses, style, label=name)
-        seconds.plot(range(1, len(run.seconds) + 1), run.seconds, ".", label=name)
+        loss.plot(range(1, len(run.losses) + 1), run.losses, style, label=name, color=colour(name))
+        seconds.plot(range(1, len(run.seconds) + 1), run.seconds, ".", label=name, color=colour(name))
     loss.set(xlabel="step", ylabel="loss (nats per character)", title="Loss")
     title = f"{config.batch} x {config.seq_len} characters, {config.dtype.name}"
     seconds.set(xlabel="step", ylabel="seconds", title=f"Time of a step ({title})", ylim=(0, None))

@@ -103,13 +103,7 @@ def attention_fn(
     _check_decoding(_options, query, key)
     arguments.number("dropout_rate", dropout_rate, "a number in [0, 1)")
     dropping = not deterministic and dropout_rate > 0.0
-    if dropping and dropout_rng is None:
-        raise ValueError(
-            f"dropout_rng must be a jax.random key where deterministic is false and dropout_rate={dropout_rate}; "
-            "got None."
-        )
-    if dropout_rng is not None:
-        arguments.random_key("dropout_rng", dropout_rng)
+    _check_rng(dropping, dropout_rng, dropout_rate)
     call = entry.request_of(
         api.flash_attention,
         query,
@@ -129,6 +123,16 @@ def attention_fn(
         streams = jnp.zeros((1,) * (query.ndim - 2) + (2,), jnp.uint32)
         call = call.replace(operands=replace(call.operands, dropout_stream=streams))
     return attention(call).out
+
+
+def _check_rng(dropping: bool, dropout_rng, dropout_rate: float) -> None:
+    if dropping and dropout_rng is None:
+        raise ValueError(
+            f"dropout_rng must be a jax.random key where deterministic is false and dropout_rate={dropout_rate}; "
+            "got None."
+        )
+    if dropout_rng is not None:
+        arguments.random_key("dropout_rng", dropout_rng)
 
 
 def make_attention_fn(

@@ -1,7 +1,7 @@
 """Attention masks: structured ones are two rows of integers, `lower[i] <= j < upper[i]` (see `base`).
 
 Alignment of two sequences of lengths sq and skv: `"top-left"` counts rows from the first key on (as `jax.nn` does),
-`"bottom-right"` lets the last row meet the last key (as FlashAttention does). Where `Lengths` are given, the lengths
+`"bottom-right"` aligns the last row with the last key (as FlashAttention does). Where `Lengths` are given, the lengths
 that align are those.
 
 Python ints and tuples of them are static: they are part of the compiled program, and backends whose masks are host

@@ -31,7 +31,7 @@ class _Packed(Mask):
             self.within.check(batch, heads, sq, skv)
 
     def placement(self, rows: Rows) -> Placement:
-        # A row of self-attention stands at its own key; `within` counts from the same corner either way.
+        # The position of a row of self-attention is that of its own key; `within` counts from the same corner either way.
         within = Placement() if self.within is None else self.within.placement(rows) or Placement()
         binds = self.within is not None
         still = is_int(within.offset) and within.offset == 0

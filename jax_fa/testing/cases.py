@@ -33,7 +33,7 @@ _TO_CANONICAL = _TO_STORED | {"SBND": lambda x: np.moveaxis(x, 0, -3)}
 
 @dataclass(frozen=True)
 class Kind:
-    """A mask: how the library is told, what it means as a boolean array, and at which key position it puts a row."""
+    """A mask: as the library takes it, as a boolean array, and the key position at which it places each row."""
 
     make: Callable[["Case"], Any]
     visible: Callable[["Case"], np.ndarray]
@@ -249,12 +249,12 @@ def _batch(case: Case, *values: int) -> np.ndarray:
     return np.resize(np.array(values, np.int32), case.B)
 
 
-def _lengths(case: Case, size: int, *values: int) -> np.ndarray:
+def _lengths(case: Case, size: int, *values: int) -> Any:
     """The same, within 0..size."""
-    return np.minimum(_batch(case, *values), size)
+    return np.asarray(np.minimum(_batch(case, *values), size))
 
 
-def _both_lengths(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def _both_lengths(case: Case) -> tuple[Any, Any]:
     return _lengths(case, case.Sq, 30, 17), _lengths(case, case.Skv, 45, 11)
 
 

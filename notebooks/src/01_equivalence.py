@@ -1,8 +1,8 @@
 # %% [markdown]
-# # The same numbers as `jax.nn`, and how exact they are
+# # The same values as `jax.nn`, and how accurate they are
 #
-# `jax_fa` computes the same attention as `jax.nn.dot_product_attention`, in another order. This notebook measures what
-# that does to the numbers: outputs, log-sum-exp, softmax statistics and every gradient, for each dtype, mask kind and
+# `jax_fa` computes the same attention as `jax.nn.dot_product_attention`, in another order. This notebook measures
+# the effect on outputs, log-sum-exp, softmax statistics and every gradient, for each dtype, mask kind and
 # backend, against the definition in float64.
 #
 # The rule that is asserted throughout: **our error is at most twice that of `jax.nn` in the same dtype, plus 4 eps.**
@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import jax_fa
+from jax_fa.demo.colours import colour
 from jax_fa.masks import Causal, CumulativeLengths, Dense, Lengths, Prefix, SlidingWindow
 
 jax.config.update("jax_enable_x64", True)
@@ -31,7 +32,7 @@ print(jax_fa.explain(call, call, call, platforms=("cpu",)))
 
 # %% [markdown]
 # The backends that are measured: the portable one in plain JAX, and the native CPU kernels where they are installed.
-# `implementation=None` takes the best one, and gives its very bits.
+# `implementation=None` takes the best one, bit for bit.
 
 # %%
 reasons = jax_fa.explain(call, call, call, platforms=("cpu",)).reasons["cpu"]
@@ -75,9 +76,9 @@ for arguments in CALLS:
 # %% [markdown]
 # ## 2. The definition, in float64
 #
-# What everything below is measured against: whole matrices in NumPy, by the formulas. A gradient that is a sum with
-# much cancellation (that of ALiBi slopes, or of a bias that broadcasts) is known only as well as its terms are, so
-# errors of these are taken relative to the sum of the terms' absolute values, for all implementations alike.
+# The reference for everything below: whole matrices in NumPy, by the formulas. A gradient that is a sum with much
+# cancellation (that of ALiBi slopes, or of a bias that broadcasts) is only as accurate as its terms, so its error is
+# taken relative to the sum of the terms' absolute values, for all implementations alike.
 
 
 # %%
@@ -135,9 +136,9 @@ def sum_to(y, shape):
 # %% [markdown]
 # ## 3. The cases
 #
-# Every mask kind, once as the object that `jax_fa` takes and once as the boolean matrix of its definition, which the
-# definition above and `jax.nn` get. Heads are grouped, 4 on 2, unless said otherwise. The causal case is long
-# enough that every backend works in several tiles. Four of the cases are run in all four dtypes.
+# Every mask kind, as the object that `jax_fa` takes and as a boolean matrix for the definition above and `jax.nn`. There
+# are 4 query heads on 2 key heads unless stated otherwise. The causal case is long enough for several tiles on every
+# backend. Four of the cases run in all four dtypes.
 
 
 # %%
@@ -159,7 +160,7 @@ class Case:
     D: int = field(default=32, init=False)
 
     def arrays(self, dtype):
-        """Operands and the cotangent of the output; the operands hold the dtype's own numbers."""
+        """Operands and the cotangent of the output; the operands are exactly representable in the dtype."""
         random = np.random.default_rng(len(self.name))
 
         def normal(*shape):
@@ -176,14 +177,14 @@ class Case:
         if self.slopes:
             wide = np.float64 if dtype == np.float64 else np.float32
             operands["slopes"] = (2.0 ** -np.arange(1, self.N + 1)).astype(wide)
-        # Rows that see nothing are the subject of section 7: here no gradient comes from them.
+        # Fully masked rows are the subject of section 7: here no gradient comes from them.
         return operands, np.where(self.seen()[..., None], dout.transpose(0, 2, 1, 3), 0).transpose(0, 2, 1, 3)
 
     def matrix(self):
         return np.broadcast_to(self.visible, (self.B, self.N, self.S, self.S))
 
     def seen(self):
-        """Which rows see a key, (B, N, S)."""
+        """Which rows have a visible key, (B, N, S)."""
         return self.matrix().any(axis=-1)
 
 
@@ -281,8 +282,8 @@ def jax_nn(case, operands, dout):
 # ## 4. Errors against float64
 #
 # All errors are in units of the input dtype's eps, relative to the size of the tensor (its root mean square). float64
-# is computed in float64 throughout by the portable backend; the native kernels leave it to that one, and say so when
-# asked by name.
+# is computed in float64 throughout by the portable backend; the native kernels do not serve it, and say so when
+# requested by name.
 
 # %%
 FLOOR = 4.0  # eps
@@ -308,7 +309,7 @@ def measure(case, dtype, by, results, wanted, sizes):
     for tensor, result in results.items():
         error, size = np.asarray(result, np.float64) - wanted[tensor], sizes[tensor]
         assert error.shape == wanted[tensor].shape
-        if tensor in ("out", "logsumexp", "max", "sum"):  # rows that see nothing: section 7
+        if tensor in ("out", "logsumexp", "max", "sum"):  # fully masked rows: section 7
             rows = np.broadcast_to(case.seen(), (case.B, case.N, case.S))
             rows = rows.transpose(0, 2, 1) if tensor == "out" else rows
             error, size = error[rows], size[rows]
@@ -344,8 +345,8 @@ print(f"{len(measured)} tensors measured")
 
 # %% [markdown]
 # Now the rule, for each tensor of each case: at most twice jax.nn's error plus 4 eps, in relative L2 and in the
-# largest element's error relative to the largest value. float64 has a sharper one,
-# since jax.nn takes its softmax in float32: ours is within 64 eps of float64.
+# largest element's error relative to the largest value. For float64 the rule is stricter, since jax.nn computes its
+# softmax in float32: ours is within 64 eps of float64.
 
 # %%
 naive = {(m.case, m.dtype, m.tensor): m for m in measured if m.by == "jax.nn"}
@@ -370,13 +371,12 @@ for dtype in DTYPES:
 # the solid line, which is the rule. (float64 is left out: there jax.nn errs 10^8 times as much.)
 
 # %%
-COLOURS = {"cpu": "#24608f", "xla": "#d98324", "jax.nn": "#555555"}
 fig, axes = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained", sharey=True)
 line = np.logspace(-4, 2)
 for ax, dtype in zip(axes, DTYPES[1:], strict=True):
     for name in BACKENDS:
         shown = [(b.overall, a.overall) for a, b in pairs if (a.dtype, a.by) == (dtype, name)]
-        ax.scatter(*np.transpose(shown), s=12, color=COLOURS[name], label=f"jax_fa, {name}", alpha=0.7)
+        ax.scatter(*np.transpose(shown), s=12, color=colour(name), label=f"jax_fa, {name}", alpha=0.7)
     ax.plot(line, line, linestyle="--", color="black", linewidth=0.8)
     ax.plot(line, 2 * line + FLOOR, color="black", linewidth=0.8)
     ax.set(xscale="log", yscale="log", xlim=(1e-2, 30), ylim=(1e-4, 80))
@@ -407,7 +407,7 @@ for row, dtype in zip(axes, DTYPES, strict=True):
             ]
             if found:
                 values = np.sort(np.concatenate(found))
-                ax.plot(values, np.linspace(0, 1, len(values)), color=COLOURS[by], label=by, linewidth=1.2)
+                ax.plot(values, np.linspace(0, 1, len(values)), color=colour(by), label=by, linewidth=1.2)
         ax.set(xscale="log", xlim=(1e-3, 1e10) if dtype == "float64" else (1e-4, 30))
         ax.tick_params(labelsize=7)
         if dtype == DTYPES[0]:
@@ -421,7 +421,7 @@ plt.show()
 # ## 5. Softmax statistics
 #
 # `flash_attention_score` returns each row's maximum and sum, in float32 for every dtype, in eight equal lanes. The
-# yardstick is a float32 softmax over the whole matrix. Their `max + log(sum)` is the log-sum-exp.
+# reference is a float32 softmax over the whole matrix. Their `max + log(sum)` is the log-sum-exp.
 
 
 # %%
@@ -473,7 +473,7 @@ for case in CASES:
             continue
         operands, dout = case.arrays(jnp.dtype(dtype))
         wanted, sizes = exact(**operands, visible=case.matrix(), dout=dout)
-        # In eps of float32, whatever the operands: they are exact numbers, and the statistics are float32.
+        # In eps of float32, whatever the operands: these are exact, and the statistics are float32.
         measure(case, "float32", "plain", plain_statistics(case, operands), wanted, sizes)
         for name in BACKENDS:
             found = statistics(case, operands, name)
@@ -497,8 +497,8 @@ for tensor in ("max", "sum"):
 # %% [markdown]
 # ## 6. A gradient that jax.nn does not have
 #
-# The log-sum-exp of `flash_attention` is differentiable. Held against the definition with a random gradient `dlse`
-# besides `dout`: relative errors in eps of float32.
+# The log-sum-exp of `flash_attention` is differentiable. Compared with the definition for random cotangents `dout` and
+# `dlse`: relative errors in eps of float32.
 
 # %%
 case = CASES[5]
@@ -522,10 +522,10 @@ for name in BACKENDS:
 assert np.linalg.norm(wanted["query"] - without["query"]) > 0.1 * np.linalg.norm(without["query"])
 
 # %% [markdown]
-# ## 7. Different on purpose: a row that sees no key
+# ## 7. Different on purpose: fully masked rows
 #
-# The softmax over nothing is not defined. jax.nn gives such a row the mean of all values, hidden ones too, and sends
-# gradients from it into every one of them. `jax_fa` gives 0, gradients of 0 and a log-sum-exp of `-FLT_MAX`.
+# The softmax over an empty set is not defined. jax.nn returns the mean of all values for a fully masked row, and sends
+# gradients into all of them. `jax_fa` returns 0, gradients of 0 and a log-sum-exp of `-FLT_MAX`.
 
 # %%
 empty = np.broadcast_to(j <= i, (1, 1, S, S)).copy()
@@ -541,7 +541,7 @@ def gradients(function):
 
 out, found = gradients(lambda *x: jax.nn.dot_product_attention(*x, mask=jnp.asarray(empty)))
 assert jnp.allclose(out[:, 7], v.mean(axis=1), atol=1e-6)
-assert jnp.abs(found[2]).min() > 0  # every value gets a gradient from a row that sees none of them
+assert jnp.abs(found[2]).min() > 0  # every value gets a gradient from a fully masked row
 print(f"jax.nn     : row 7 is {out[0, 7, 0, :3]}, |dvalue| up to {jnp.abs(found[2]).max():.4f}")
 for name in BACKENDS:
     call = {"mask": jnp.asarray(empty), "implementation": name}
@@ -555,8 +555,8 @@ for name in BACKENDS:
 # %% [markdown]
 # ## 8. Different on purpose: NaN in the padding
 #
-# Buffers are padded, and padding may hold anything. Multiplying by a weight of 0 keeps a NaN alive; `jax_fa` does not
-# multiply what a row does not see. Output and gradients are, bit for bit, those of clean padding.
+# Padding may hold anything. A weight of 0 times NaN is NaN; in `jax_fa` NaN in masked positions does not propagate.
+# Output and gradients are, bit for bit, those of clean padding.
 
 # %%
 lengths = jnp.array([100], jnp.int32)
@@ -590,7 +590,7 @@ for name in BACKENDS:
     print(f"{'jax_fa, ' + name:12} {broken(found)}")
 
 # %% [markdown]
-# A NaN that a row does see reaches it, as it should.
+# NaN in a visible position propagates, as it should.
 
 # %%
 for name in BACKENDS:

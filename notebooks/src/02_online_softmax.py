@@ -2,14 +2,14 @@
 # # The online softmax, step by step
 #
 # FlashAttention computes `softmax(scale * q k^T) v` exactly, without holding the `Sq x Skv` logits: the keys come in
-# tiles, and three small things are kept per row. Here is the algorithm in small NumPy, first forward, then backward.
-# Every step is held against the plain softmax, and the end against `jax_fa`.
+# tiles, and only a maximum, a sum and an output are kept per row. Here is the algorithm in NumPy, forward and backward.
+# Every step is compared with the plain softmax, and the result with `jax_fa`.
 #
 # The steps are those of
 # - Milakov and Gimelshein 2018, [arXiv:1805.02867](https://arxiv.org/abs/1805.02867): maximum and sum in one pass;
 # - Dao et al. 2022, [arXiv:2205.14135](https://arxiv.org/abs/2205.14135): attention in tiles, and its backward;
 # - Dao 2023, [arXiv:2307.08691](https://arxiv.org/abs/2307.08691): the division moved to the end;
-# - the description of `aclnnFlashAttentionScore` in CANN's operator documents, which calls a tile of keys `SkvSplit`
+# - the description of `aclnnFlashAttentionScore` in CANN's operator documentation, which calls a tile of keys `SkvSplit`
 #   and the factor between two tiles `exp[i]`.
 
 # %%
@@ -62,10 +62,15 @@ print(f"row 0: max {M[0]:.3f}, sum {L[0]:.3f}, log-sum-exp {M[0] + np.log(L[0]):
 # %% [markdown]
 # ## 2. Maximum and sum in one pass
 #
-# Read a row's logits one at a time. When a new maximum comes, what was summed so far was measured from the old one,
-# and one factor puts that right, the *refresh* $e^{m_{i-1} - m_i}$:
+# Read a row's logits one at a time. At a new maximum, the sum so far is relative to the old one, and one factor
+# rescales it, the *refresh* $e^{m_{i-1} - m_i}$:
 #
-# $$m_i = \max(m_{i-1}, x_i), \qquad l_i = l_{i-1}\, e^{m_{i-1} - m_i} + e^{x_i - m_i}$$
+# $$
+# \begin{aligned}
+# m_i &= \max(m_{i-1}, x_i) \\
+# l_i &= l_{i-1}\, e^{m_{i-1} - m_i} + e^{x_i - m_i}
+# \end{aligned}
+# $$
 
 # %%
 row = SCALE * k @ q[0]
@@ -83,14 +88,14 @@ print(f"sum {l:.6f} (plain {L[0]:.6f}); without the refresh it would be {no_refr
 # ## 3. Attention in tiles
 #
 # The same with a tile of keys in place of one logit, and the unnormalized output `acc` refreshed like the sum. In
-# CANN's words: the first tile's product `P V` is stored as it is; from the second on, the product so far is
+# CANN's terms: the first tile's product `P V` is stored as it is; from the second on, the product so far is
 # multiplied (Mul) by $exp[i] = e^{max_{i-1} - max_i}$ and the tile's product is added (Add); the division by the sum
-# is moved behind the loop, to just before the output is written.
+# is moved after the loop, to just before the output is written.
 
 
 # %%
 def update(state, k_tile, v_tile, q=q):
-    """Takes one tile of keys into (m, l, acc); also returns what happened, for the pictures."""
+    """Takes one tile of keys into (m, l, acc); also returns the intermediate results, for the figures."""
     m, l, acc = state
     x = SCALE * q @ k_tile.T
     m_new = np.maximum(m, x.max(axis=1))
@@ -110,7 +115,7 @@ for first in range(0, Skv, TILE):
     state, step = update(state, k[tile], v[tile])
     steps.append((state, step))
 
-    # The invariant: after each tile the state is the plain softmax over the keys seen so far.
+    # The invariant: after each tile the state is the plain softmax over the keys visited so far.
     m, l, acc = state
     out_seen, m_seen, l_seen, _ = plain(q, k[: tile.stop], v[: tile.stop])
     assert close(m, m_seen) and close(l, l_seen) and close(acc / l[:, None], out_seen)
@@ -121,8 +126,8 @@ assert close(acc / l[:, None], OUT) and close(m, M) and close(l, L)
 print(f"{len(steps)} tiles of {TILE} keys; out differs by at most {np.abs(acc / l[:, None] - OUT).max():.1e}")
 
 # %% [markdown]
-# What the state looks like, tile by tile. A row with a refresh of 1 met no new maximum; one near 0 met a logit far
-# above all before, and what was summed before hardly counts any more. The first tile has nothing to refresh.
+# The state, tile by tile. A row with a refresh of 1 has no new maximum; a refresh near 0 means a logit far above all
+# earlier ones, so that the earlier sum hardly counts any more. The first tile has nothing to refresh.
 
 # %%
 fig, axes = plt.subplots(3, len(steps), figsize=(8.6, 6.2), layout="constrained")
@@ -150,8 +155,8 @@ assert close(p, np.exp(SCALE * q @ k.T - M[:, None]))  # the last picture is the
 plt.show()
 
 # %% [markdown]
-# The running maximum only grows. The running sum may fall, where a refresh is small; their combination, the running
-# log-sum-exp, grows with every key.
+# The running maximum never decreases. The running sum may decrease, where a refresh is small; the running log-sum-exp
+# increases with every key.
 
 # %%
 running_m = np.stack([m for (m, _, _), _ in steps])
@@ -171,7 +176,7 @@ curves = (
 for ax, (title, values) in zip(axes, curves, strict=True):
     for i in shown:
         ax.plot(np.arange(len(steps)), values[:, i], marker="o", markersize=4, label=f"row {i}")
-    ax.set(xlabel="tiles seen", xticks=range(len(steps)), xticklabels=range(1, len(steps) + 1))
+    ax.set(xlabel="tiles visited", xticks=range(len(steps)), xticklabels=range(1, len(steps) + 1))
     ax.set_title(title, fontsize=10)
 axes[0].legend(fontsize=8, ncols=2, loc=(0.3, 0.57))
 plt.show()
@@ -179,7 +184,7 @@ plt.show()
 # %% [markdown]
 # ## 4. Partial results merge in any order
 #
-# The state over a set of keys does not depend on how it was reached, and two states over disjoint sets merge. So tiles
+# The state over a set of keys does not depend on the order of the keys, and two states over disjoint sets merge. So tiles
 # may be visited in any order, and keys may be split over cores or devices. Dividing by the sum once at the end, instead
 # of keeping the output normalized after every tile, changes nothing but the work.
 
@@ -208,13 +213,13 @@ assert close(normalized, OUT)
 print(f"divisions: {len(parts) * Sq * D} if normalized after every tile, {Sq * D} at the end")
 
 # %% [markdown]
-# ## 5. Tiles that a mask hides are never visited
+# ## 5. Masked tiles are never visited
 #
-# With the causal mask of the bottom right corner row `i` sees the keys `j <= i + Skv - Sq`. The loop runs over the
-# tiles that some row of a block can see, and masks by element only where a tile is cut.
+# With the bottom-right causal mask the keys `j <= i + Skv - Sq` are visible to row `i`. The loop visits the tiles with
+# a visible key, and masks single elements only in tiles that the mask cuts.
 #
-# A row may see nothing at all. Starting from a maximum of `-FLT_MAX` instead of `-inf` keeps `exp(-inf - m)` at 0, with
-# no NaN and no special case: the sum stays 0, and only the division has to look.
+# A row may be fully masked. Starting from a maximum of `-FLT_MAX` instead of `-inf` keeps `exp(-inf - m)` at 0, with no
+# NaN and no special case: the sum stays 0, and only the division must check for it.
 
 # %%
 FLT_MAX = float(np.finfo(np.float32).max)
@@ -252,15 +257,20 @@ some_empty = CAUSAL.copy()
 some_empty[5] = False
 out, m, l, _ = tiled(q, k, v, some_empty)
 assert not out[5].any() and m[5] == -FLT_MAX and l[5] == 0 and np.isfinite(out).all()
-print(f"{len(visited)} of {Sq // TILE * Skv // TILE} tiles visited; a row that sees nothing gives 0")
+print(f"{len(visited)} of {Sq // TILE * Skv // TILE} tiles visited; a fully masked row gives 0")
 
 # %% [markdown]
-# ## 6. Backward: the weights come back from maximum and sum
+# ## 6. Backward: the weights are recomputed from maximum and sum
 #
-# Nothing of size `Sq x Skv` was kept, so the backward computes the logits again. With `m` and `l` saved, the weights of
-# a tile follow at once, $P = e^{x - m} / l$, with no second online pass. Then, for the gradient `dO` of the output:
+# Nothing of size `Sq x Skv` was saved, so the backward computes the logits again. With `m` and `l` saved, the weights of
+# a tile follow at once, $P = e^{x - m} / l$, with no second online pass. Then, for the cotangent `dO` of the output:
 #
-# $$dV = P^T dO, \quad dP = dO\, V^T, \quad dS = P \circ (dP - \delta), \quad dQ = s\, dS\, K, \quad dK = s\, dS^T Q$$
+# $$
+# \begin{aligned}
+# dV &= P^T dO & dP &= dO\, V^T & dS &= P \circ (dP - \delta) \\
+# dQ &= s\, dS\, K & dK &= s\, dS^T Q
+# \end{aligned}
+# $$
 #
 # $\delta$ is the row sum of $P \circ dP$ over *all* keys, which no single tile has. But $\sum_j P_{ij}\, dO_i \cdot V_j =
 # dO_i \cdot O_i$, so it is known before the loop: $\delta$ = rowsum($dO \circ O$).
@@ -298,7 +308,7 @@ def backward(q, k, v, visible, m, l, delta, dout, tile=TILE):
 gradients = backward(q, k, v, CAUSAL, m, l, delta, dout)
 
 # %% [markdown]
-# Held against a difference quotient of the plain softmax, and against JAX's own derivative of it.
+# Compared with a difference quotient of the plain softmax, and with JAX's own derivative of it.
 
 
 # %%
@@ -326,7 +336,7 @@ for ax, (title, values, colours) in zip(axes, pictures, strict=True):
 plt.show()
 
 # %% [markdown]
-# The log-sum-exp has a gradient too: it depends on the logits by $P$, so a gradient `dlse` of it turns $\delta$ into
+# The log-sum-exp has a gradient too. Its derivative by the logits is $P$, so a cotangent `dlse` turns $\delta$ into
 # $\delta - dlse$, and nothing else changes.
 
 # %%
@@ -334,10 +344,10 @@ dlse = random.standard_normal(Sq)
 with_lse = backward(q, k, v, CAUSAL, m, l, delta - dlse, dout)
 
 # %% [markdown]
-# ## 7. The same numbers from `jax_fa`
+# ## 7. The same values from `jax_fa`
 #
 # `flash_attention` in float64 gives the output, the log-sum-exp and every gradient of the loop above, and
-# `flash_attention_score` (CANN's contract, float32, statistics in eight equal lanes) the maximum and the sum.
+# `flash_attention_score` (CANN's API, float32, statistics in eight equal lanes) the maximum and the sum.
 
 # %%
 mask = Causal("bottom-right")
@@ -379,7 +389,7 @@ print("out, log-sum-exp and gradients agree in float64; out, softmax_max and sof
 # ## 8. How exact is it? Error and the number of tiles
 #
 # More tiles mean more refreshes, and each may round. In float32, over 4096 keys cut into 1 to 4096 tiles, against
-# float64: the number of tiles hardly matters, and what there is to see comes from adding 4096 terms one by one.
+# float64: the number of tiles hardly matters; most of the error comes from adding 4096 terms one by one.
 # A refresh other than 1 (exactly 1 is free of rounding) happens only at a new maximum, and in a random row the t-th
 # tile brings one with probability 1/t: about ln(tiles) times.
 
@@ -436,17 +446,17 @@ print("out   :", *(f"{e:.2f}" for e in errors[:, 0]), "eps")
 # %% [markdown]
 # ## 9. Which tiles each sparse mode of CANN visits
 #
-# A structured mask is two integers per row: row `i` sees `lower[i] <= j < upper[i]`. A tile is *hidden* (never visited),
-# *full* (no masking by element) or *partial*. The pictures show what the op does, not what it is meant to do: with a
-# query of 0 all visible keys weigh the same, and with the identity as values the output shows these weights. They are
-# held against the table of the modes, written out in NumPy.
+# A structured mask is two integers per row: the keys `lower[i] <= j < upper[i]` are visible to row `i`. A tile is *masked*
+# (never visited), *full* (no masking by element) or *partial*. The figures show what the operation does, not what it is
+# meant to do: with a query of 0 all visible keys have the same weight, and with the identity as values the output is the
+# weights. They are compared with the table of the modes, written out in NumPy.
 #
-# `d = Skv - Sq`; modes 7 and 8 are for packed sequences (layout TND), where every letter is that of one sequence.
+# `d = Skv - Sq`; modes 7 and 8 are for packed sequences (layout TND), where every length is that of one sequence.
 
 
 # %%
 def probe(Sq, Skv, **arguments):
-    """Which keys each row sees, boolean Sq x Skv, as flash_attention_score shows it."""
+    """Which keys are visible to each row, boolean Sq x Skv, by the output of flash_attention_score."""
     packed = arguments.get("input_layout") == "TND"
     query, key, value = np.zeros((Sq, 1, Skv)), np.zeros((Skv, 1, Skv)), np.eye(Skv)[:, None]
     operands = [jnp.asarray(x if packed else x[None], jnp.float32) for x in (query, key, value)]
@@ -455,7 +465,7 @@ def probe(Sq, Skv, **arguments):
     weights = np.asarray(weights).reshape(Sq, Skv)
     visible = weights > 0
     count = visible.sum(axis=1, keepdims=True)
-    assert close(weights, visible / np.maximum(count, 1), 1e-6)  # uniform over what is seen
+    assert close(weights, visible / np.maximum(count, 1), 1e-6)  # uniform over the visible keys
     return visible
 
 
@@ -475,7 +485,7 @@ def packed(within):
     return visible
 
 
-hidden = ((i // 8 + j // 8) % 3 == 1) | ((i % 8 > 4) & (j // 16 == 2))  # a mask of one's own, 1 = masked
+hidden = ((i // 8 + j // 8) % 3 == 1) | ((i % 8 > 4) & (j // 16 == 2))  # a mask of the caller's, 1 = masked
 own = {"atten_mask": jnp.asarray(hidden)}
 tnd = {
     "input_layout": "TND",
@@ -531,15 +541,15 @@ def intervals(visible):
 
 
 def kinds(visible, tile=8):
-    """Each tile as 0 hidden, 1 partial, 2 full."""
+    """Each tile as 0 masked, 1 partial, 2 full."""
     cut = visible.reshape(visible.shape[0] // tile, tile, visible.shape[1] // tile, tile)
     return cut.any(axis=(1, 3)).astype(int) + cut.all(axis=(1, 3))
 
 
-# Hidden tile; hidden and visible keys of a partial one; full tile.
+# Masked tile; masked and visible keys of a partial one; full tile.
 colours = ListedColormap(["#e9e9e9", "#fbe3c4", "#7fb2d9", "#24608f"])
 fig, axes = plt.subplots(3, 4, figsize=(9.4, 6.6), layout="constrained")
-print(f"{'mode':26} hidden partial full tiles")
+print(f"{'mode':26} masked partial full tiles")
 for ax, (title, arguments, _) in zip(axes.flat, MODES, strict=False):
     visible = seen[title]
     kind = kinds(visible)
@@ -562,7 +572,7 @@ for ax, (title, arguments, _) in zip(axes.flat, MODES, strict=False):
     print(f"{title:26} {counts[0]:6} {counts[1]:7} {counts[2]:4}")
 legend = axes.flat[-1]
 legend.axis("off")
-for n, text in enumerate(("hidden: not visited", "partial, key hidden", "partial, key seen", "full")):
+for n, text in enumerate(("masked: not visited", "partial, key masked", "partial, key visible", "full")):
     legend.scatter([], [], marker="s", s=60, color=colours(n), label=text)
 legend.plot([], [], color="#b5341f", linewidth=1, label="lower, upper of a row")
 legend.legend(loc="center", fontsize=9, frameon=False)
@@ -571,11 +581,11 @@ fig.supylabel("rows, 5 tiles of 8", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# The red lines are all that a structured mask is. Modes 0, 1 and 5 with an `atten_mask` of one's own have no such
-# lines: what a full mask hides is known only once it is read, so its hidden tiles save nothing but are shown as well.
-# A band that moves with the sequences (modes 7 and 8) is an interval like any other.
+# The red lines are the whole structured mask. Modes 0, 1 and 5 with a full `atten_mask` have no such lines: its values are
+# known only once it is read, so its masked tiles save no time, although they are shown. A band that moves with the
+# sequences (modes 7 and 8) is an interval like any other.
 #
-# Rows that see nothing are 0, as in section 5: mode 3 with more rows than keys has them.
+# Fully masked rows are 0, as in section 5: mode 3 with more rows than keys has them.
 
 # %%
 tall = probe(24, 16, sparse_mode=3)

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Speed and memory against sequence length
 #
-# Attention takes time that grows with the square of the length, whoever computes it. Memory is another matter: what
-# `jax.nn.dot_product_attention` needs on CPU grows with the square too, what `jax_fa` needs with the length. And a mask
-# that hides half of the pairs, or all but a window, can save time, if the implementation skips what it hides.
+# The time of attention grows with the square of the length in every implementation. The memory of
+# `jax.nn.dot_product_attention` on CPU does so too; that of `jax_fa` grows with the length. A causal mask or a sliding
+# window saves time, if the implementation skips masked tiles.
 #
 # This notebook measures both on the machine that runs it, with the pieces of `python -m jax_fa.bench`.
 
@@ -17,17 +17,17 @@ import numpy as np
 
 import jax_fa
 from jax_fa.bench import contestants, measure, record, shapes
+from jax_fa.demo.colours import colour
 
 LENGTHS = (256, 512, 1024, 2048)
-COLOURS = {"cpu": "#24608f", "xla": "#d98324", "jax.nn": "#555555", "torch": "#a33b3b"}
 present = contestants.present()
-print("contestants:", ", ".join(present))
+print("implementations:", ", ".join(present))
 for name, value in record.environment().items():
     print(f"{name}: {value}")
 assert {"xla", "jax.nn"} <= present.keys()
 
 # %% [markdown]
-# What would run where, and why not something else:
+# Which backend runs, and why not the others:
 
 # %%
 x = jax.ShapeDtypeStruct((1, 1024, 4, 64), np.float32)
@@ -37,16 +37,16 @@ chosen = jax_fa.explain(x, x, x, platforms=("cpu",)).chosen["cpu"]
 # %% [markdown]
 # ## Measuring
 #
-# All contestants of a call are compiled, must compute the same numbers, and are then called in turn, in an order that is
-# reversed from round to round: whatever else the machine does hits all alike. Times are medians. The memory is what
-# XLA sets aside besides arguments and results; it is known exactly, without running anything. (PyTorch does not tell.)
+# All implementations of a call are compiled, must compute the same values, and are then called in turn, in an order that
+# is reversed from round to round, so that other work on the machine affects all alike. Times are medians. Memory is what
+# XLA allocates besides arguments and results; it is known exactly, without a run. (PyTorch does not report it.)
 
 # %%
 ROUNDS = 4
 
 
 def run(mask, direction, lengths=LENGTHS, names=tuple(present)):
-    """{contestant: [result for each length]}"""
+    """{implementation: [result for each length]}"""
     found = {name: [] for name in names}
     for length in lengths:
         shape = shapes.parse_shape(f"S{length}-N4-D64")
@@ -73,9 +73,9 @@ def draw(ax, results, value, title, ylabel):
         lengths = [result.call.shape.Sq for result in of_length]
         values = [value(result) for result in of_length]
         if None in values or 0 in values:
-            continue  # nobody tells, or nothing is needed
+            continue  # not reported, or nothing is needed
         label = f"{name}, slope {slope(lengths, values):.2f}"
-        ax.loglog(lengths, values, "o-", color=COLOURS.get(name), label=label, markersize=4)
+        ax.loglog(lengths, values, "o-", color=colour(name), label=label, markersize=4)
     finish(ax, title, LENGTHS)
     ax.set_ylabel(ylabel)
 
@@ -94,8 +94,8 @@ draw(axes[1], training, lambda r: 1e3 * r.median, "forward and backward", "ms")
 plt.show()
 
 # %% [markdown]
-# The slopes, over the last three lengths, tend to 2 as calls become long enough for their overhead not to count: the
-# square of the length, for everyone. The lines differ in height.
+# The slopes, over the last three lengths, tend to 2 as calls become long enough for their overhead not to matter: the
+# square of the length, for every implementation. The lines differ in height.
 
 # %%
 for results, what in ((forward, "forward"), (training, "forward and backward")):
@@ -107,8 +107,8 @@ for results, what in ((forward, "forward"), (training, "forward and backward")):
 # ## Memory
 #
 # The slopes of the temporary memory: 2 for jax.nn, which holds the logits of every pair, and 1 at most for `jax_fa`. The
-# portable backend holds a tile, however long the sequence; for the native kernels it is two statistics per row. (What
-# these take while they run is bounded, and is not XLA's to count: see the documents.)
+# portable backend holds a tile, however long the sequence; for the native kernels it is two statistics per row. (The
+# scratch of the kernels is bounded, and XLA does not count it: see the documentation.)
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
@@ -117,12 +117,12 @@ draw(axes[1], training, lambda r: r.temp_bytes and r.temp_bytes / 2**20, "forwar
 plt.show()
 
 # %%
-# Only compiled, so for lengths that nobody has to wait for.
+# Only compiled and not run, so lengths may be long.
 LONG = (2048, 4096, 8192)
 
 
 def temporary_bytes(name, length):
-    """What XLA sets aside for forward and backward."""
+    """What XLA allocates for forward and backward."""
 
     def both(dout, *qkv):
         if name == "jax.nn":
@@ -150,12 +150,12 @@ if "cpu" in present:
 # %% [markdown]
 # ## What a mask saves
 #
-# The same with a causal mask, and with a window of 128 keys. `jax_fa` never visits a tile that no row sees: the causal mask
+# The same with a causal mask, and with a window of 128 keys. `jax_fa` never visits a masked tile: the causal mask
 # takes about half the time of no mask, and the window's time grows with the length only. jax.nn computes all pairs and
-# then hides.
+# then masks.
 #
 # Times of different masks are compared here, so all masks and lengths are called in turn, and the fastest call of each
-# counts: a machine that does other things as well makes calls slower, never faster.
+# counts: other work on the machine makes calls slower, never faster.
 
 # %%
 MASKS = {"full": "#24608f", "causal": "#d98324", "window:128": "#3f8f5a"}
@@ -181,12 +181,12 @@ for _ in range(ROUNDS + 2):
 
 fig, axes = plt.subplots(1, len(names), figsize=(9, 3.2), layout="constrained", sharey=True)
 for ax, name in zip(axes, names, strict=True):
-    for mask, colour in MASKS.items():
+    for mask, shade in MASKS.items():
         lengths, times = zip(
             *((n, 1e3 * t) for (x, y, n), t in seconds.items() if (x, y) == (name, mask)), strict=True
         )
         label = f"{mask}, slope {slope(lengths, times):.2f}"
-        ax.loglog(lengths, times, "o-", color=colour, label=label, markersize=4)
+        ax.loglog(lengths, times, "o-", color=shade, label=label, markersize=4)
     finish(ax, name, (512, 1024, 2048, 4096))
 axes[0].set_ylabel("ms, forward")
 plt.show()

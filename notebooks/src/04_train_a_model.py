@@ -15,10 +15,12 @@ import numpy as np
 import optax
 from flax import nnx
 
+import jax_fa
+from jax_fa.demo.colours import colour
 from jax_fa.integrations.flax import make_attention_fn
 from jax_fa.masks import Causal
 
-# The text that every Python brings along: its language reference.
+# A text that comes with every Python: its language reference.
 topics = pydoc_data.topics.topics
 text = "\n\n".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")
 characters = np.frombuffer(text, np.uint8).astype(np.int32)
@@ -64,8 +66,8 @@ class GPT(nnx.Module):
 
 
 # %% [markdown]
-# Flax's attention gets the causal mask as an array of S×S. Ours gets it as an object, which the kernel knows how to skip
-# tiles with. (`attention_fn=jax_fa.integrations.flax.attention_fn` takes the array too, if you prefer to change nothing
+# Flax's attention gets the causal mask as an S×S array. Ours gets it as an object, with which the kernel skips masked
+# tiles. (`attention_fn=jax_fa.integrations.flax.attention_fn` accepts the array too, if you prefer to change nothing
 # else.)
 
 # %%
@@ -130,11 +132,11 @@ print(f"temporary memory of a step: {', '.join(f'{name} {size:.0f} MiB' for name
 assert memory[FLASH] < 0.75 * memory[STOCK]
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", width_ratios=(2, 1))
-axes[0].plot(losses[STOCK], label=STOCK, color="#555555", linewidth=3, alpha=0.5)
-axes[0].plot(losses[FLASH], "--", label=FLASH, color="#24608f")
+axes[0].plot(losses[STOCK], label=STOCK, color=colour(STOCK), linewidth=3, alpha=0.5)
+axes[0].plot(losses[FLASH], "--", label=FLASH, color=colour(FLASH))
 axes[0].set(xlabel="step", ylabel="loss, nats per character")
 axes[0].legend()
-axes[1].bar(memory.keys(), memory.values(), color=["#555555", "#24608f"])
+axes[1].bar(memory.keys(), memory.values(), color=[colour(name) for name in memory])
 axes[1].set(ylabel="temporary memory of a step, MiB")
 plt.show()
 
@@ -142,15 +144,15 @@ plt.show()
 # ## Rematerialization that leaves attention alone
 #
 # `jax.checkpoint` saves memory by computing a block's forward again in the backward. With attention that is a bad trade:
-# it is the dearest part, and what its backward needs is small, the output and two numbers per row. `jax_fa` gives these
-# names, `"flash_attention_out"` and `"flash_attention_stats"`, and a policy can keep them:
+# it is the most expensive part, and its backward needs little: the output and two scalars per row. They have checkpoint
+# names, `jax_fa.OUT_NAME` and `jax_fa.STATS_NAME`, so a policy can keep them:
 
 # %%
-keep = jax.checkpoint_policies.save_only_these_names("flash_attention_out", "flash_attention_stats")
+keep = jax.checkpoint_policies.save_only_these_names(jax_fa.OUT_NAME, jax_fa.STATS_NAME)
 
 
 def count(jaxpr, name):
-    """How often a primitive stands in a jaxpr, inner ones included."""
+    """How often a primitive occurs in a jaxpr, inner ones included."""
     found = 0
     for equation in jaxpr.eqns:
         found += equation.primitive.name == name
@@ -191,9 +193,9 @@ for name in POLICIES:
     assert all(jax.tree.leaves(same))
 
 # %% [markdown]
-# ## What it has learnt
+# ## A sample
 #
-# A hundred steps of a tiny model: the look of the text, not its sense.
+# After a hundred steps a tiny model has learnt the look of the text, not its meaning.
 
 # %%
 model = nnx.merge(models[FLASH][0], states[FLASH][0])

@@ -16,13 +16,13 @@
 # | `padding_mask` | – | CANN does not support it |
 # | `atten_mask` | the same | 1 = masked; not needed in modes 2, 3, 4, 6, 7 and 8 |
 # | `scale` | **`scale_value`** | both are 1.0 by default |
-# | `keep_prob` | the same, and **`drop_mask`** | the mask is an argument, nothing is drawn inside |
+# | `keep_prob` | the same, and **`drop_mask`** | the mask is an argument; nothing is drawn inside |
 # | `pre_tockens`, `next_tockens` (v2: `pre_tokens`, ...) | **`pre_tokens`, `next_tokens`** | unbounded: 2147483647 |
-# | `inner_precise` | the same | rows without a key are always as with 2 |
+# | `inner_precise` | the same | fully masked rows are always as with 2 |
 # | `prefix`, `sparse_mode` | the same | |
 # | `actual_seq_qlen`, `actual_seq_kvlen` | the same | cumulative |
 # | `gen_mask_parallel`, `sync` | – | about drawing the dropout mask |
-# | v2: `query_rope`, `key_rope`, `q_start_idx`, `kv_start_idx`; newer: `sink` | – | not offered |
+# | v2: `query_rope`, `key_rope`, `q_start_idx`, `kv_start_idx`; newer: `sink` | – | not supported |
 # | result `[0]` | `.attention_out` | |
 # | results `[1]`, `[2]` | `.softmax_max`, `.softmax_sum` | TND: see section 2 |
 # | results `[3]` to `[6]`: `softmax_out`, `seed`, `offset`, `numels` | – | empty, and about the dropout mask |
@@ -63,7 +63,7 @@ emulator.jaxFaEmulatorLog.restype = ctypes.c_char_p
 
 
 def asked():
-    """The calls that CANN got since the last time, as the emulator saw them."""
+    """The calls that the emulator has received since the last time."""
     calls = json.loads(emulator.jaxFaEmulatorLog())
     emulator.jaxFaEmulatorReset()
     return calls
@@ -79,20 +79,20 @@ def score(*args, **kwargs):
 # ## 1. A stand-in for torch_npu
 #
 # So that the calls below can run side by side, here is `torch_npu.npu_fusion_attention` in NumPy and float64, written
-# from its documents and the public sources: its arguments, its seven results. It is what everything is held against,
+# from its documentation and public sources: its arguments, its seven results. It is the reference for everything below
 # and shares no code with the library. (`pse_type` is v2's. `keep`, as zeros and ones, stands for the mask that
 # torch_npu draws.) First the masks and the formula, for one sequence:
 
 
 # %%
-def sees(mode, sq, skv, mask, pre, following, prefix, first, last):
-    """Which keys each row sees. The table of sparse modes; d is the distance of the corners."""
+def visible_keys(mode, sq, skv, mask, pre, following, prefix, first, last):
+    """Which keys are visible to each row: the table of sparse modes; d is Skv - Sq."""
     i, j, d = np.arange(sq)[:, None], np.arange(skv), skv - sq
-    if mask is None:  # then CANN looks at nothing else
+    if mask is None:  # then CANN ignores the mode
         return np.ones((sq, skv), bool)
     own = (
         np.asarray(mask)[..., :sq, :skv] == 0
-    )  # a mask of one's own, in modes 0, 1 and 5; TND: for the longest
+    )  # the caller's mask, in modes 0, 1 and 5; TND: for the longest
     return {
         0: lambda: own & (i - pre <= j) & (j <= i + following),
         1: lambda: own,
@@ -120,7 +120,7 @@ def attend(q, k, v, visible, pse, pse_type, scale, weight, dy):
         x = s * scale - pse[:, None, None] * (away if pse_type == 2 else np.sqrt(away))
     m = np.max(x, axis=-1, where=visible, initial=-FLT_MAX)
     e = np.where(visible, np.exp(np.where(visible, x - m[..., None], 0)), 0)
-    l = np.where(e.sum(axis=-1) == 0, FLT_MAX, e.sum(axis=-1))  # marks of a row that sees no key
+    l = np.where(e.sum(axis=-1) == 0, FLT_MAX, e.sum(axis=-1))  # FLT_MAX marks a fully masked row
     p = e / l[..., None]
     out = (weight * p) @ v
     dy = np.zeros_like(out) if dy is None else dy
@@ -132,7 +132,7 @@ def attend(q, k, v, visible, pse, pse_type, scale, weight, dy):
 
 
 # %% [markdown]
-# Then the layouts, and the whole call. A layout only says in which order the numbers are stored.
+# Then the layouts, and the whole call. A layout is only the order in which elements are stored.
 
 
 # %%
@@ -178,7 +178,7 @@ def run(query, key, value, head_num, input_layout, pse=None, atten_mask=None, sc
             weight, bits = np.split(bits, [N * sq * skv])
             weight = weight.reshape(N, sq, skv) / keep_prob
         band = pre_tockens, next_tockens, None if prefix is None else prefix[b]
-        visible = sees(sparse_mode, sq, skv, mask, *band, b == 0, b == len(q) - 1)
+        visible = visible_keys(sparse_mode, sq, skv, mask, *band, b == 0, b == len(q) - 1)
         shift = None if shift is None else np.asarray(shift, np.float64)
         found.append(attend(q[b], k[b], v[b], visible, shift, pse_type, scale, weight, dy[b]))
     return list(zip(*found, strict=True))
@@ -187,7 +187,7 @@ def run(query, key, value, head_num, input_layout, pse=None, atten_mask=None, sc
 def npu_fusion_attention(query, key, value, head_num, input_layout, padding_mask=None, inner_precise=0,
                          gen_mask_parallel=True, sync=False, **more):  # fmt: skip
     out, *statistics = run(query, key, value, head_num, input_layout, **more)[:3]
-    # Eight equal numbers each. TND: shape (T, N, 8), but in memory sequence after sequence of (N, S, 8).
+    # Eight equal lanes each. TND: shape (T, N, 8), but in memory sequence after sequence of (N, S, 8).
     if input_layout == "TND":
         m, l = (np.concatenate([part.reshape(-1, head_num) for part in x]) for x in statistics)
     else:
@@ -208,7 +208,7 @@ torch_npu = SimpleNamespace(
 
 
 def close(ours, theirs, tolerance=2e-6):
-    """Asserts equality up to `tolerance`, relative to the largest number; returns the difference."""
+    """Asserts equality up to `tolerance`, relative to the largest value; returns the difference."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     np.testing.assert_array_equal(np.abs(ours) == FLT_MAX, np.abs(theirs) == FLT_MAX)
@@ -219,8 +219,8 @@ def close(ours, theirs, tolerance=2e-6):
 
 
 # %% [markdown]
-# The table's left column is torch_npu's schema, its right column our signature. `twin` is the table as a function: the
-# whole port of a call. That names and defaults match is checked here.
+# The table's left column is torch_npu's schema, its right column our signature. `twin` is the table as a function: it
+# ports a call. That names and defaults match is checked here.
 
 # %%
 SCHEMA = """Tensor query, Tensor key, Tensor value, int head_num, str input_layout, Tensor? pse=None,
@@ -229,11 +229,11 @@ int next_tockens=2147483647, int inner_precise=0, int[]? prefix=None, int[]? act
 int[]? actual_seq_kvlen=None, int sparse_mode=0, bool gen_mask_parallel=True, bool sync=False"""
 RENAMED = {"scale": "scale_value", "pre_tockens": "pre_tokens", "next_tockens": "next_tokens"}
 GONE = {"padding_mask", "gen_mask_parallel", "sync"}
-OURS_ONLY = {"drop_mask", "pse_type", "implementation", "max_work"}
+OURS_ONLY = {"drop_mask", "pse_type", "implementation"}
 
 
 def twin(call):
-    """torch_npu's keywords in our words."""
+    """The keywords of torch_npu as ours."""
     ours = {RENAMED.get(name, name): value for name, value in call.items() if name not in GONE}
     if "keep" in ours:  # section 5
         ours["drop_mask"] = np.packbits(np.ravel(ours.pop("keep")), bitorder="little")
@@ -252,7 +252,7 @@ print("same names and defaults:", ", ".join(twin(theirs)))
 # ## 2. A first call, and every layout
 #
 # Two batch entries, 24 rows, 32 keys, 4 query heads on 2 key heads, values narrower than keys; causal from the bottom
-# right corner. The call as it stands in a model for torch_npu, and its twin:
+# right corner. The call in a model for torch_npu, and its equivalent:
 
 # %%
 B, SQ, SKV, N, K, D, DV = 2, 24, 32, 4, 2, 16, 8
@@ -342,9 +342,9 @@ assert ours.softmax_max.shape == (SQ, N, 8)
 # %% [markdown]
 # ## 3. Sparse modes
 #
-# Every mode as a torch_npu call with the mask it needs there, and as ours: with that mask, and, in the modes where it
-# says nothing that the mode does not say, without it. A query of 0 weighs all visible keys the same, and the identity
-# as values shows these weights, so a result is a picture of what the rows see. It is held against the table in `sees`.
+# Every mode as a torch_npu call with the mask that it needs there, and as ours: with that mask, and without it in the modes
+# where it is redundant. With a query of 0 all visible keys have the same weight, and with the identity as values the output
+# is the weights, so a result is a picture of the visible keys. It is compared with the table in `visible_keys`.
 
 # %%
 lengths = (6, 8, 10), (9, 10, 13)  # three packed sequences: rows, keys
@@ -387,11 +387,11 @@ for ax, (mode, title, arguments) in zip(axes.flat, MODES, strict=True):
     ax.set_title(f"{mode} {title}", fontsize=10)
     ax.set_xlabel(f"CANN got mode {call['sparseMode']}, mask {shape}", fontsize=8)
     ax.set(xticks=[], yticks=[])
-fig.supylabel("24 rows; 32 keys to the right; blue: seen", fontsize=9)
+fig.supylabel("24 rows; 32 keys to the right; blue: visible", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Two things to know. In torch_npu a mode without its mask is no mode at all; here it holds.
+# Two things to know. torch_npu ignores a mode without its mask; here the mode holds.
 
 # %%
 bsnd = {"head_num": N, "input_layout": "BSND", "scale": SCALE}
@@ -400,9 +400,9 @@ close(ignored, score(q, k, v, **twin(bsnd)).attention_out)  # as if it were not 
 assert np.abs(score(q, k, v, **twin(bsnd), sparse_mode=3).attention_out - ignored).max() > 0.1
 
 # %% [markdown]
-# And a row that sees no key (mode 3 with more rows than keys, say) is 0, with CANN's marks in the statistics,
-# `-FLT_MAX` and `+FLT_MAX`, whatever `inner_precise` says. CANN is asked with `inner_precise=2`, without
-# which such a row may hold a mean of values. `max + log(sum)` is the log-sum-exp, -FLT_MAX for such rows.
+# And a fully masked row (in mode 3 with more rows than keys, for example) is 0, with CANN's marks in the statistics,
+# `-FLT_MAX` and `+FLT_MAX`, for every `inner_precise`. CANN is called with `inner_precise=2`, without which such a row may
+# hold a mean of values. `max + log(sum)` is the log-sum-exp, -FLT_MAX for such rows.
 
 # %%
 tall = jnp.concatenate([q, q], axis=1)  # 48 rows, 32 keys: rows 0 to 15 see nothing
@@ -443,7 +443,7 @@ out = torch_npu.npu_fusion_attention(*x, **one, pse=whole, atten_mask=C)[0]
 close(score(*x, **one, pse=whole[:, :, -1024:]).attention_out, out)
 
 # %% [markdown]
-# What a pse adds to the logits, read off the op with the probe of section 3. Types 0 and 1 get the same matrix, and the
+# What a pse adds to the logits, measured with the probe of section 3. Types 0 and 1 get the same matrix, and the
 # scale is 1/4; the slopes are 1/4 in type 2 and 1 in type 3.
 
 # %%
@@ -574,10 +574,10 @@ assert abs(quotient / norm - 1) < 1e-5
 print(f"|gradient|^2 = {norm:.4f}, difference quotient along it {quotient:.4f}")
 
 # %% [markdown]
-# ## 7. What CANN would be asked
+# ## 7. Costs, before anything runs
 #
-# `explain` takes the arguments of a call, arrays or their shapes, and runs nothing. Its notes say what costs more than
-# one might think. Calls of a real size:
+# `explain` takes the arguments of a call, arrays or their shapes, and runs nothing. Its notes name hidden costs. Calls of a
+# real size:
 
 # %%
 x, y = (jax.ShapeDtypeStruct((2, 4096, heads * 128), jnp.bfloat16) for heads in (16, 4))
@@ -601,7 +601,7 @@ for arguments, expected in CALLS:
 # %% [markdown]
 # ## 8. Pitfalls
 #
-# What is wrong is refused, with what to do:
+# Errors say what is wrong and what to do:
 
 
 # %%
@@ -632,7 +632,7 @@ close(
 )
 
 # %% [markdown]
-# What is not wrong by itself cannot be refused. Each of these is a silent difference if overlooked:
+# These are valid calls, so nothing raises. Each is a silent difference if overlooked:
 
 # %%
 # 1. The scale is 1.0 by default, as in torch_npu; flash_attention has 1 / sqrt(D).
@@ -640,7 +640,7 @@ plain = jax_fa.flash_attention(q, k, v)
 close(score(q, k, v, **twin(bsnd)).attention_out, plain)
 assert np.abs(score(q, k, v, head_num=N, input_layout="BSND").attention_out - plain).max() > 0.1
 
-# 2. Polarity: 1 hides in atten_mask; True shows in the masks of the other entries.
+# 2. Polarity: 1 is masked in atten_mask; True is visible in the masks of the other entries.
 hides = score(q, k, v, **twin(bsnd), sparse_mode=1, atten_mask=own).attention_out
 close(hides, jax_fa.flash_attention(q, k, v, mask=jnp.asarray(~own)))
 
@@ -661,4 +661,4 @@ x, packed = (q[0], k[0, :SQ], v[0, :SQ]), {"head_num": N, "input_layout": "TND"}
 for given, rows in (((5, 24), 24), ((5, 19), 19)):
     out = score(*x, **packed, actual_seq_qlen=given, actual_seq_kvlen=given).attention_out
     assert out[:rows].any(axis=(1, 2)).all() and not out[rows:].any()
-print("all as said")
+print("all as described")

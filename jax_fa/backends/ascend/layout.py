@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_fa.call import Axes, Dims, Operands, Problem, Shape, canonical_shape, stored_shape
+from jax_fa.call import STORED, Axes, Call, Shape, stored_shape
 
 LAYOUTS = ("BSND", "BNSD", "SBH")  # preferred first
 
@@ -24,57 +24,52 @@ def _order(layout: str, rank: int) -> Axes:
     }[layout]
 
 
-def _fits(layout: str, axes: Axes, shape: Shape) -> bool:
-    """Whether an array of canonical shape `shape`, stored in the order `axes`, is the layout after a reshape."""
-    stored = sorted(range(len(axes)), key=lambda dim: axes[dim])
-    long = [dim for dim in stored if shape[dim] != 1]
+def canonical_shape(call: Call, name: str) -> Shape:
+    """Of query, key, value or out, with every batch dim in full."""
+    d = call.dims
+    S, N, D = {
+        "query": (d.Sq, d.N, d.D),
+        "key": (d.Skv, d.K, d.D),
+        "value": (d.Skv, d.K, d.Dv),
+        "out": (d.Sq, d.N, d.Dv),
+    }[name]
+    return (*d.B, S, N, D)
+
+
+def fits(call: Call, name: str, layout: str) -> bool:
+    """Whether query, key, value or out, as stored, is the layout after a reshape."""
+    axes, shape = call.problem.axes(name), canonical_shape(call, name)
+    long = [dim for dim in _stored(axes) if shape[dim] != 1]
     return long == [dim for dim in _order(layout, len(axes) - 3) if shape[dim] != 1]
 
 
-def _fitting(problem: Problem, d: Dims, layout: str) -> list[bool]:
-    """Of query, key, value and out, which are stored in the layout."""
-    shapes = {
-        "query": (*d.B, d.Sq, d.N, d.D),
-        "key": (*d.B, d.Skv, d.K, d.D),
-        "value": (*d.B, d.Skv, d.K, d.Dv),
-        "out": (*d.B, d.Sq, d.N, d.Dv),
-    }
-    return [_fits(layout, problem.axes(name), shape) for name, shape in shapes.items()]
+def _stored(axes: Axes) -> list[int]:
+    """Canonical dims in the order in which an array is stored."""
+    return sorted(range(len(axes)), key=lambda dim: axes[dim])
 
 
-def choose(problem: Problem, d: Dims) -> str:
+def choose(call: Call) -> str:
     """The layout that most of query, key, value and out are stored in."""
-    return max(LAYOUTS, key=lambda layout: sum(_fitting(problem, d, layout)))
+    return max(LAYOUTS, key=lambda layout: sum(fits(call, name, layout) for name in (*STORED, "out")))
 
 
-def fits_all(problem: Problem, d: Dims, layout: str) -> bool:
-    return all(_fitting(problem, d, layout))
-
-
-def full(problem: Problem, operands: Operands, name: str, d: Dims) -> Shape:
-    """The canonical shape of query, key or value with every batch dim in full."""
-    x, axes = getattr(operands, name), problem.axes(name)
-    return (*d.B, *canonical_shape(x.shape, axes)[len(d.B) :])
-
-
-def to_layout(x, axes: Axes, layout: str, shape: Shape):
-    """A stored array in the layout, its batch dims broadcast to those of the canonical `shape`, as one dim."""
+def to_layout(call: Call, name: str, x, layout: str):
+    """An array stored as query, key, value or out, in the layout: its batch dims in full, as one dim."""
+    axes, shape = call.problem.axes(name), canonical_shape(call, name)
     x = jnp.broadcast_to(x, stored_shape(shape, axes))
-    rank = len(axes) - 3
-    order = _order(layout, rank)
-    if not _fits(layout, axes, shape):
-        x = x.transpose([axes[dim] for dim in order])
-    return x.reshape(layout_shape(layout, math.prod(shape[:rank]), *shape[rank:]))
+    rank = len(call.dims.B)
+    if not fits(call, name, layout):
+        x = x.transpose([axes[dim] for dim in _order(layout, rank)])
+    return x.reshape(layout_shape(layout, math.prod(call.dims.B), *shape[rank:]))
 
 
-def from_layout(x, axes: Axes, layout: str, shape: Shape):
+def from_layout(call: Call, name: str, x, layout: str):
     """The inverse of `to_layout`."""
-    if _fits(layout, axes, shape):
+    axes, shape = call.problem.axes(name), canonical_shape(call, name)
+    if fits(call, name, layout):
         return x.reshape(stored_shape(shape, axes))
-    order = _order(layout, len(axes) - 3)
-    x = x.reshape([shape[dim] for dim in order])
-    stored = sorted(range(len(axes)), key=lambda dim: axes[dim])
-    return x.transpose([order.index(dim) for dim in stored])
+    order = _order(layout, len(call.dims.B))
+    return x.reshape([shape[dim] for dim in order]).transpose([order.index(dim) for dim in _stored(axes)])
 
 
 def layout_shape(layout: str, B: int, S: int, N: int, D: int) -> tuple[int, ...]:
@@ -87,7 +82,7 @@ def layout_shape(layout: str, B: int, S: int, N: int, D: int) -> tuple[int, ...]
 
 
 def cut(x, layout: str, letter: str, start: int, stop: int, width: int = 1):
-    """Entries start..stop of the axis B, S or N (`width`: of H, the numbers per head)."""
+    """Entries start..stop of the axis B, S or N (`width`: of H, the elements per head)."""
     axis = layout.replace("T", "S").find(letter)
     if axis < 0:  # N is part of H
         axis, start, stop = layout.index("H"), start * width, stop * width
@@ -105,7 +100,7 @@ def join(parts: list, layout: str, letter: str):
 
 
 def widen(x, layout: str, heads: int, width: int):
-    """Zeros after the numbers of each head, up to `width`."""
+    """Zeros after the elements of each head, up to `width`."""
     if layout == "SBH":
         x = x.reshape(*x.shape[:2], heads, -1)
     if x.shape[-1] < width:
@@ -114,7 +109,7 @@ def widen(x, layout: str, heads: int, width: int):
 
 
 def narrow(x, layout: str, heads: int, width: int):
-    """The first `width` numbers of each head."""
+    """The first `width` elements of each head."""
     if layout == "SBH":
         x = x.reshape(*x.shape[:2], heads, -1)
     x = x[..., :width]
@@ -122,7 +117,7 @@ def narrow(x, layout: str, heads: int, width: int):
 
 
 def append(x, layout: str, heads: int, columns):
-    """The numbers of each head followed by `columns`, whose last axis goes through them: `... heads c`."""
+    """The elements of each head followed by `columns`, whose last axis goes through them: `... heads c`."""
     if layout == "SBH":
         x = x.reshape(*x.shape[:2], heads, -1)
     x = jnp.concatenate([x, columns.astype(x.dtype)], axis=-1)

@@ -1,11 +1,11 @@
-"""Layout TND: which rows go to CANN, and the two orders in which it stores their statistics."""
+"""Layout TND: which rows CANN computes, and the two orders in which it stores their statistics."""
 
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa.backends.ascend.modes import Sparse
+from jax_fa.backends.ascend.sparse_modes import SparseMode
 
 Ends = tuple[int, ...]
 
@@ -14,7 +14,7 @@ Ends = tuple[int, ...]
 class Sequences:
     """The sequences of one call.
 
-    `rows` are the ranges of the caller's rows that go to CANN: not those past the last end, and not those of
+    `rows` are the ranges of the caller's rows that CANN computes: not those past the last end, and not those of
     sequences without keys, which the causal modes refuse.
     """
 
@@ -22,10 +22,10 @@ class Sequences:
     kv_ends: Ends
     rows: tuple[tuple[int, int], ...]
     entries: tuple[int, ...] | None  # the sequences that go, if not all
-    sparse: Sparse
+    sparse: SparseMode
 
     @classmethod
-    def of(cls, q_ends: Ends, kv_ends: Ends, sparse: Sparse) -> "Sequences":
+    def of(cls, q_ends: Ends, kv_ends: Ends, sparse: SparseMode) -> "Sequences":
         sq, skv = np.diff(q_ends, prepend=0), np.diff(kv_ends, prepend=0)
         going = np.ones(len(q_ends), bool) if sparse.mode < 2 else (sq == 0) | (skv > 0)
         if going.all():
@@ -37,7 +37,7 @@ class Sequences:
         if apart is not None:
             special = int(np.flatnonzero(apart)[-1 if sparse.mode == 7 else 0])
             if special not in entries:  # no other sequence has its band
-                sparse = Sparse(mode=3 if sparse.mode == 7 else 2)
+                sparse = SparseMode(mode=3 if sparse.mode == 7 else 2)
         ends = (np.cumsum(x[going]).tolist() for x in (sq, skv))
         q, kv = (tuple(int(n) for n in e) for e in ends)
         return cls(q, kv, rows, entries, replace(sparse, prefix=prefix))
@@ -45,6 +45,17 @@ class Sequences:
     def longest(self) -> tuple[int, int]:
         sq, skv = (int(np.diff(ends, prepend=0).max()) for ends in (self.q_ends, self.kv_ends))
         return sq, skv
+
+    def mask(self, given, left: int | None, right: int | None):
+        """True = masked, for the longest sequences: a mask (or None) and a band from the top left."""
+        rows, keys = self.longest()
+        masked = jnp.zeros((rows, keys), bool) if given is None else given
+        i, j = jnp.arange(rows, dtype=jnp.int32)[:, None], jnp.arange(keys, dtype=jnp.int32)
+        if left is not None:
+            masked = masked | (j < i - min(left, rows))
+        if right is not None:
+            masked = masked | (j > i + min(right, keys))
+        return masked
 
     def take_rows(self, x):
         """The rows that go, of an array `T ...`."""

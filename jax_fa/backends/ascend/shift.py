@@ -1,9 +1,9 @@
-"""pse as CANN takes it: what is added to the logits, with a finite number where it is -inf.
+"""pse as CANN takes it: what is added to the logits, with a finite value where it is -inf.
 
 A pse of -inf masks its key. CANN's online softmax computes exp(-inf - -inf) where it meets a block of keys that are
-all masked so: NaN, for the whole row, and in the backward for the keys of the whole sequence. A finite number that
-is far below every logit masks as well, except in rows without any other key. These are found by their maximum, which
-is then that number: in float16, which has none that callers do not mask with themselves, by reading the bias.
+all masked so: NaN, for the whole row, and in the backward for the keys of the whole sequence. A finite value far below
+every logit masks as well, except in rows without any other key. Such rows are found by their maximum, which is that
+value; in float16, whose lowest values are masks of the callers' too, by reading the bias.
 """
 
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-# What -inf becomes as a logit. Finite biases may be lower (callers mask with the lowest number of their dtype, which
-# masks nothing in a row of nothing else), but do not lie near it.
+# What -inf becomes as a logit. Finite biases may be lower (callers mask with the lowest value of their dtype, which
+# masks nothing in a row without other keys), but do not lie near it.
 _MASKED = 2.0**126
 
 
 class Shift(NamedTuple):
-    """pse and its type, and the logit of the keys that it masks; None where that tells them from no others."""
+    """pse and its type, and the logit of the keys that it masks; None where other keys may have it too."""
 
     pse: Any = None
     pse_type: int = 1

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.backends.ascend import layout as layouts
-from jax_fa.backends.ascend.drop import Part, Piece
-from jax_fa.backends.ascend.modes import Sparse
-from jax_fa.backends.ascend.request import Request
+from jax_fa.backends.ascend.keep_bits import Part, PartOf
+from jax_fa.backends.ascend.operator_call import OperatorCall, Residuals
 from jax_fa.backends.ascend.sequences import Sequences
+from jax_fa.backends.ascend.sparse_modes import FULL_MASK
 from jax_fa.cann import spec
 
-_ROWS = 128  # rows are split in multiples of this: whole blocks of the operator
 Range = tuple[int, int]
 
 
@@ -28,76 +27,89 @@ def ranges(size: int, most: int) -> list[Range]:
 
 
 class Grid:
-    """The pieces of a request: ranges of batch entries (TND: sequences), of key heads, of rows."""
+    """The pieces of an operator call: ranges of batch entries (TND: sequences), of key heads, of rows."""
 
-    def __init__(self, r: Request, max_work: int | None) -> None:
-        self.request = r
-        self.heads, self.rows = [(0, r.K)], [(0, r.Sq)]
-        if r.sequences is not None:
-            self.batch = _sequence_groups(r, r.sequences, max_work)
+    def __init__(self, op: OperatorCall, max_work: int | None) -> None:
+        self.whole = op
+        self.heads, self.rows = [(0, op.K)], [(0, op.Sq)]
+        if op.sequences is not None:
+            self.batch = _sequence_groups(op, op.sequences, max_work)
             return
-        self.batch = [(0, r.B)]
-        group = r.N // r.K
-        row = r.Skv * (r.D + r.Dv) * group
-        most = spec.MAX_HEADS // group
+        self.batch = [(0, op.B)]
+        row = op.Skv * (op.D + op.Dv) * op.G  # the work of one row of the heads that share a key head
+        most = spec.MAX_HEADS // op.G
         if max_work is not None:
-            entry = row * r.Sq * r.K
-            self.batch = ranges(r.B, max_work // entry)
+            entry = row * op.Sq * op.K
+            self.batch = ranges(op.B, max_work // entry)
             if entry > max_work:
-                most = min(most, max_work // (row * r.Sq))
-        self.heads = ranges(r.K, most)
-        if max_work is not None and row * r.Sq > max_work and _rows_may_split(r):
-            self.rows = ranges(r.Sq, max(_ROWS, max_work // row // _ROWS * _ROWS))
+                most = min(most, max_work // (row * op.Sq))
+        self.heads = ranges(op.K, most)
+        if max_work is not None and row * op.Sq > max_work and _rows_may_split(op):
+            blocks = max(1, max_work // row // spec.ROW_BLOCK)
+            self.rows = ranges(op.Sq, blocks * spec.ROW_BLOCK)
 
     def __len__(self) -> int:
         return len(self.batch) * len(self.heads) * len(self.rows)
 
-    def piece(self, batch: Range, heads: Range, rows: Range) -> Request:
-        r = self.request
-        if r.sequences is not None:
-            return _group(r, r.sequences, batch)
-        group = r.N // r.K
-        part = Part(*batch, heads[0] * group, heads[1] * group, *rows)
-        if part == Part(0, r.B, 0, r.N, 0, r.Sq):
-            return r
-        sparse, mask, count = r.sparse, _cut_full(r.mask, part), rows[1] - rows[0]
-        if rows != (0, r.Sq):
-            piece = sparse.rows(rows[0], count, r.Sq, r.Skv)
-            if piece is None:  # a band that these rows see nothing of
-                mask, piece = jnp.ones((1, 1, count, r.Skv), bool), Sparse(mode=1, hides=True, full=True)
+    def piece(self, batch: Range, heads: Range, rows: Range) -> OperatorCall:
+        op = self.whole
+        if op.sequences is not None:
+            return _group(op, op.sequences, batch)
+        part = self._part(batch, heads, rows)
+        if part == Part.whole(op.B, op.N, op.Sq):
+            return op
+        sparse, mask, count = op.sparse, _cut_full(op.mask, part), rows[1] - rows[0]
+        if rows != (0, op.Sq):
+            piece = sparse.rows(rows[0], count, op.Sq, op.Skv)
+            if piece is None:  # the band masks all keys of these rows
+                mask, piece = jnp.ones((1, 1, count, op.Skv), bool), FULL_MASK
             sparse = piece
         return replace(
-            r,
+            op,
             B=batch[1] - batch[0],
             N=part.n1 - part.n0,
             K=heads[1] - heads[0],
             Sq=count,
-            query=self.cut_query(r.query, part, r.D),
-            key=self.cut_key(r.key, part, r.D),
-            value=self.cut_key(r.value, part, r.Dv),
+            query=self._cut_rows(op.query, part, op.D),
+            key=self._cut_keys(op.key, part, op.D),
+            value=self._cut_keys(op.value, part, op.Dv),
             sparse=replace(sparse, prefix=sparse.prefix[batch[0] : batch[1]]),
             mask=mask,
-            pse=_cut_pse(r.pse, r, part),
-            keep=None if r.keep is None else Piece(r.keep, part),
+            pse=_cut_pse(op.pse, op, part),
+            keep=None if op.keep is None else PartOf(op.keep, part),
         )
 
-    def cut_query(self, x, part: Part, width: int):
-        """The piece of query, out or their gradients."""
-        layout = self.request.layout
+    def residuals(self, saved: Residuals, batch: Range, heads: Range, rows: Range) -> Residuals:
+        """Those of the piece."""
+        op = self.whole
+        if op.sequences is not None:
+            at = slice(*rows_of(op.sequences, batch))
+            return Residuals(*(x[at] for x in saved))
+        part = self._part(batch, heads, rows)
+        out, dout = (self._cut_rows(x, part, op.Dv) for x in (saved.out, saved.dout))
+        stats = slice(part.b0, part.b1), slice(part.n0, part.n1), slice(part.r0, part.r1)
+        return Residuals(out, saved.m[stats], saved.l[stats], dout)
+
+    def _part(self, batch: Range, heads: Range, rows: Range) -> Part:
+        return Part(*batch, heads[0] * self.whole.G, heads[1] * self.whole.G, *rows)
+
+    def _cut_rows(self, x, part: Part, width: int):
+        """The piece of query, or of what is like out; `width` elements per head."""
+        layout = self.whole.layout
         x = layouts.cut(x, layout, "B", part.b0, part.b1)
         x = layouts.cut(x, layout, "N", part.n0, part.n1, width)
         return layouts.cut(x, layout, "S", part.r0, part.r1)
 
-    def cut_key(self, x, part: Part, width: int):
-        layout, group = self.request.layout, self.request.N // self.request.K
+    def _cut_keys(self, x, part: Part, width: int):
+        layout, G = self.whole.layout, self.whole.G
         x = layouts.cut(x, layout, "B", part.b0, part.b1)
-        return layouts.cut(x, layout, "N", part.n0 // group, part.n1 // group, width)
+        return layouts.cut(x, layout, "N", part.n0 // G, part.n1 // G, width)
 
 
-def _rows_may_split(r: Request) -> bool:
-    """Not where the mode or pse speaks of whole sequences."""
-    structured = r.pse is not None and (r.pse.ndim < 4 or r.pse.shape[2] not in (1, r.Sq))
-    return not structured and r.sparse.mode != 6
+def _rows_may_split(op: OperatorCall) -> bool:
+    """Not where the mode or pse is about whole sequences."""
+    structured = op.pse is not None and (op.pse.ndim < 4 or op.pse.shape[2] not in (1, op.Sq))
+    return not structured and op.sparse.mode != 6
 
 
 def _cut_full(x, part: Part):
@@ -110,9 +122,9 @@ def _cut_full(x, part: Part):
     return x
 
 
-def _cut_pse(pse, r: Request, part: Part):
+def _cut_pse(pse, op: OperatorCall, part: Part):
     if pse is None or pse.ndim == 4:
-        table = pse is not None and pse.shape[2] == spec.ALIBI_ROWS and r.Sq > spec.ALIBI_ROWS
+        table = pse is not None and pse.shape[2] == spec.ALIBI_ROWS and op.Sq > spec.ALIBI_ROWS
         return _cut_full(pse, part._replace(r0=0, r1=spec.ALIBI_ROWS) if table else part)
     heads = slice(part.n0, part.n1)
     return pse[heads] if pse.ndim == 1 else pse[part.b0 : part.b1, heads]
@@ -121,18 +133,18 @@ def _cut_pse(pse, r: Request, part: Part):
 # --- layout TND: groups of sequences
 
 
-def _sequence_groups(r: Request, s: Sequences, max_work: int | None) -> list[Range]:
+def _sequence_groups(op: OperatorCall, s: Sequences, max_work: int | None) -> list[Range]:
     """Not split where pse, the mask or the keep bits are stored for all sequences together."""
-    if max_work is None or r.pse is not None or r.keep is not None or r.sparse.full:
-        return [(0, r.B)]
+    if max_work is None or op.pse is not None or op.keep is not None or op.sparse.full:
+        return [(0, op.B)]
     sq, skv = (np.diff(ends, prepend=0).astype(object) for ends in (s.q_ends, s.kv_ends))
     found, start, total = [], 0, 0
-    for b, work in enumerate(sq * skv * (r.N * (r.D + r.Dv))):
+    for b, work in enumerate(sq * skv * (op.N * (op.D + op.Dv))):
         if b > start and total + work > max_work:
             found.append((start, b))
             start, total = b, 0
         total += work
-    return [*found, (start, r.B)]
+    return [*found, (start, op.B)]
 
 
 def rows_of(s: Sequences, batch: Range) -> Range:
@@ -143,12 +155,12 @@ def keys_of(s: Sequences, batch: Range) -> Range:
     return (0, *s.kv_ends)[batch[0]], (0, *s.kv_ends)[batch[1]]
 
 
-def _group(r: Request, s: Sequences, batch: Range) -> Request:
-    if batch == (0, r.B):
-        return r
+def _group(op: OperatorCall, s: Sequences, batch: Range) -> OperatorCall:
+    if batch == (0, op.B):
+        return op
     (q0, q1), (k0, k1) = rows_of(s, batch), keys_of(s, batch)
     inside = slice(*batch)
-    sparse = replace(r.sparse, prefix=r.sparse.prefix[inside])
+    sparse = replace(op.sparse, prefix=op.sparse.prefix[inside])
     with_rows = np.flatnonzero(np.diff(s.q_ends, prepend=0))
     special = with_rows[-1 if sparse.mode == 7 else 0] if with_rows.size else -1
     if sparse.mode in (7, 8) and not batch[0] <= special < batch[1]:
@@ -160,13 +172,13 @@ def _group(r: Request, s: Sequences, batch: Range) -> Request:
         sparse=sparse,
     )
     return replace(
-        r,
+        op,
         B=batch[1] - batch[0],
         Sq=q1 - q0,
         Skv=k1 - k0,
-        query=r.query[q0:q1],
-        key=r.key[k0:k1],
-        value=r.value[k0:k1],
+        query=op.query[q0:q1],
+        key=op.key[k0:k1],
+        value=op.value[k0:k1],
         sparse=sparse,
         sequences=sequences,
     )

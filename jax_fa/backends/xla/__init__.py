@@ -1,7 +1,7 @@
 """The portable backend: blocked attention in plain JAX, on every platform.
 
-It is the meaning of the op: loops over row tiles and, inside, over those key tiles that some row of the
-tile can see. No array of Sq x Skv exists; the largest temporary is one tile of logits for all heads.
+It is the meaning of the op: loops over row tiles and, inside, over those key tiles with a key that is visible
+to some row of the tile. No array of Sq x Skv exists; the largest temporary is one tile of logits for all heads.
 
 Forward, per row tile (Dao et al. 2022, arXiv:2205.14135, algorithm 1; Dao 2023, arXiv:2307.08691):
     s = cap(scale q k^T + bias),  m = max s,  l = sum exp(s - m),  out = sum keep exp(s - m) v / (keep_prob l)

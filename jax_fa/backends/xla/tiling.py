@@ -39,7 +39,7 @@ def loop(bounds: tuple[Any, Any], body, carry):
 
 
 def key_ranges(call: Canonical, rows: Axis, keys: Axis):
-    """A function of a row tile: the first and one past the last key tile that some row of it can see."""
+    """A function of a row tile: the first key tile with a key visible to some row of it, and one past the last."""
     lower, upper = call.lower, call.upper
     if (lower is None and upper is None) or keys.tile == keys.size:
         return lambda t: (0, keys.count)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_fa import dropout
-from jax_fa.call import Dims, Operands, Problem
+from jax_fa.call import Call
 
 
 class Part(NamedTuple):
@@ -24,9 +24,13 @@ class Part(NamedTuple):
     r0: int
     r1: int
 
+    @classmethod
+    def whole(cls, B: int, N: int, Sq: int) -> "Part":
+        return cls(0, B, 0, N, 0, Sq)
+
 
 @runtime_checkable
-class Keep(Protocol):
+class KeepBits(Protocol):
     """Where keep bits come from."""
 
     def packed(self, part: Part) -> Any:
@@ -38,15 +42,14 @@ _AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
-class Stored:
+class Given:
     """Bits that the caller packed."""
 
     bytes: Any  # uint8, one dim
     shape: tuple[int, int, int, int]  # B N Sq Skv
 
     def packed(self, part: Part):
-        B, N, Sq, _ = self.shape
-        if part == Part(0, B, 0, N, 0, Sq):
+        if part == Part.whole(*self.shape[:3]):
             return self.bytes
         total = math.prod(self.shape)
         bits = jnp.unpackbits(self.bytes[: -(-total // 8)], bitorder="little")[:total].reshape(self.shape)
@@ -55,8 +58,8 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """The caller's bits of layout TND, as they are."""
+class GivenSequences:
+    """The caller's bits of layout TND, as they are: such a call is not split."""
 
     bytes: Any
 
@@ -65,10 +68,10 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The bits of one piece of a call."""
+class PartOf:
+    """The bits of one part of a call, which is a call itself."""
 
-    whole: Keep
+    whole: KeepBits
     part: Part
 
     def packed(self, part: Part):
@@ -79,13 +82,10 @@ class Piece:
 class Drawn:
     """Bits from the operands, drawn or looked up as every backend does."""
 
-    problem: Problem
-    operands: Operands
-    dims: Dims
+    call: Call
 
     def packed(self, part: Part):
-        d = self.dims
-        columns, rows = d.Skv, part.r1 - part.r0
+        columns, rows = self.call.dims.Skv, part.r1 - part.r0
         b, n = jnp.meshgrid(
             jnp.arange(part.b0, part.b1, dtype=jnp.int32),
             jnp.arange(part.n0, part.n1, dtype=jnp.int32),
@@ -105,11 +105,12 @@ class Drawn:
 
     def _head(self, b, n, rows):
         """Keep bits `rows Skv` of batch entry b, head n."""
-        x, d, found = self.operands, self.dims, None
+        x, d = self.call.operands, self.call.dims
+        found = None
         if x.dropout_seed is not None:
             seed, stream = self._at(x.dropout_seed, b), self._at(x.dropout_stream, b, n)
             limit = x.keep_threshold
-            limit = dropout.threshold(self.problem.keep_prob) if limit is None else self._at(limit, b, n)
+            limit = dropout.threshold(self.call.problem.keep_prob) if limit is None else self._at(limit, b, n)
             found = dropout.keep_tile(seed, stream, rows, jnp.int32(0), d.Skv, limit)
         if x.drop_bits is not None:
             offset = self._at(x.drop_offset, b, n)
@@ -121,9 +122,10 @@ class Drawn:
 
     def _at(self, x, b, n=None):
         """Entry b (of all batch dims flattened) and head n of an operand `*#B ...` or `*#B #N ...`."""
-        rank = len(self.dims.B)
+        B = self.call.dims.B
+        rank = len(B)
         if math.prod(x.shape[:rank]) == 1:
             x = x.reshape(x.shape[rank:])
         else:
-            x = jnp.broadcast_to(x, (*self.dims.B, *x.shape[rank:])).reshape(-1, *x.shape[rank:])[b]
+            x = jnp.broadcast_to(x, (*B, *x.shape[rank:])).reshape(-1, *x.shape[rank:])[b]
         return x if n is None else x[0] if x.shape[0] == 1 else x[n]

@@ -13,7 +13,7 @@ import numpy as np
 
 import jax_fa
 from jax_fa import backends
-from jax_fa.bench.shapes import Call
+from jax_fa.bench.shapes import Workload
 from jax_fa.explanation import here
 from jax_fa.masks import Causal, Mask, SlidingWindow
 
@@ -22,7 +22,7 @@ PEERS = ("jax.nn", "jax.nn cudnn", "torch")
 
 @dataclass(frozen=True)
 class Program:
-    """One contestant's way to compute a call."""
+    """One implementation's way to compute a call."""
 
     run: Callable[[], Any]  # computes, waits, and returns what was computed
     arrays: Callable[[Any], list[np.ndarray]]  # results of run, as BSND float32: the output, or the gradients
@@ -30,17 +30,17 @@ class Program:
 
 
 class RefusedError(Exception):
-    """A contestant cannot serve a call; the message says why."""
+    """An implementation cannot serve a call; the message says why."""
 
 
-def present() -> dict[str, Callable[[Call], Program]]:
-    """Every contestant of this machine's default device, by name: ours, best first, and then the others."""
-    ours: dict[str, Callable[[Call], Program]] = {
+def present() -> dict[str, Callable[[Workload], Program]]:
+    """Every implementation of this machine's default device, by name: ours, best first, and then the others."""
+    ours: dict[str, Callable[[Workload], Program]] = {
         backend.name: partial(_ours, backend.name)
         for backend in backends.every()
         if backend.platforms is None or here() in backend.platforms
     }
-    theirs: dict[str, Callable[[Call], Program]] = {"jax.nn": partial(_jax_nn, None)}
+    theirs: dict[str, Callable[[Workload], Program]] = {"jax.nn": partial(_jax_nn, None)}
     if jax.default_backend() == "gpu":
         theirs["jax.nn cudnn"] = partial(_jax_nn, "cudnn")
     if importlib.util.find_spec("torch") is not None:
@@ -48,8 +48,8 @@ def present() -> dict[str, Callable[[Call], Program]]:
     return ours | theirs
 
 
-def operands(call: Call) -> dict[str, np.ndarray]:
-    """Random query, key, value and cotangent, float32, BSND: the same for every contestant."""
+def operands(call: Workload) -> dict[str, np.ndarray]:
+    """Random query, key, value and cotangent, float32, BSND: the same for every implementation."""
     random, s = np.random.default_rng(0), call.shape
     shapes = {
         "query": (s.B, s.Sq, s.N, s.D),
@@ -60,7 +60,7 @@ def operands(call: Call) -> dict[str, np.ndarray]:
     return {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
-def _ours(implementation: str, call: Call) -> Program:
+def _ours(implementation: str, call: Workload) -> Program:
     mask: Mask | None = None
     if call.window is not None:
         mask = SlidingWindow(left=call.window - 1, right=0)
@@ -73,7 +73,7 @@ def _ours(implementation: str, call: Call) -> Program:
         raise RefusedError(str(error)) from error
 
 
-def _jax_nn(implementation: str | None, call: Call) -> Program:
+def _jax_nn(implementation: str | None, call: Workload) -> Program:
     if call.shape.D != call.shape.Dv:
         raise RefusedError("jax.nn wants Dv = D")
     window = None if call.window is None else (call.window - 1, 0)
@@ -96,7 +96,7 @@ def _tried(prepare: Callable[[], Program]) -> Program:
     return program
 
 
-def _jax(call: Call, attention: Callable[..., Any]) -> Program:
+def _jax(call: Workload, attention: Callable[..., Any]) -> Program:
     a = {name: jnp.asarray(x, call.dtype) for name, x in operands(call).items()}
     qkv, dout = (a["query"], a["key"], a["value"]), a["dout"]
     arguments: tuple[Any, ...]
@@ -126,7 +126,7 @@ def _jax(call: Call, attention: Callable[..., Any]) -> Program:
     )
 
 
-def _torch(call: Call) -> Program:
+def _torch(call: Workload) -> Program:
     """PyTorch's scaled_dot_product_attention, in its best layout: contiguous BNSD."""
     if call.window is not None:
         raise RefusedError("torch has no sliding window without an S×S mask")
@@ -137,7 +137,7 @@ def _torch(call: Call) -> Program:
     return _tried(lambda: _torch_program(call, torch, on_gpu))
 
 
-def _torch_program(call: Call, torch: Any, on_gpu: bool) -> Program:
+def _torch_program(call: Workload, torch: Any, on_gpu: bool) -> Program:
     device = "cuda" if on_gpu else "cpu"
 
     def tensor(x):
