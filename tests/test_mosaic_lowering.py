@@ -375,7 +375,7 @@ def _drop_mask(x, bits):
         (
             _too_large,
             [_X],
-            "the tiles given for forward (width=256, stages=4, consumers=2) need 301056 bytes of shared memory for this "
+            "the tiles given for forward (width=256, stages=4, consumers=2) need 284672 bytes of shared memory for this "
             "call; there are 232448.",
         ),
     ],
