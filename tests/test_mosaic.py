@@ -572,7 +572,7 @@ MORE = {
         ),
     ),
 }
-SLOW_MORE = ("segments by head, bias, window", "scale", "soft cap", "dropout")
+SLOW_MORE = ("segments by head, bias, window", "positions", "scale", "soft cap", "dropout")  # "all" has each of them
 
 
 def _attend(case: Case, more: dict) -> Call:

@@ -20,7 +20,7 @@ from jax_fa.backends.mosaic.gradient import GradientBlock
 from jax_fa.backends.mosaic.inputs import RANGE, Inputs
 from jax_fa.backends.mosaic.keys import KeyBlock, KeyKernel
 from jax_fa.backends.mosaic.logits import COLUMN, ROW, WGMMA, Read, Tile
-from jax_fa.backends.mosaic.memory import arrive_if, hidden, registers
+from jax_fa.backends.mosaic.memory import arrive_if, opaque, registers
 from jax_fa.backends.mosaic.operands import RowStatistics, aligned, cut, for_keys
 from jax_fa.backends.mosaic.products import one_product
 from jax_fa.backends.mosaic.tuning import ROWS, Tiles
@@ -188,7 +188,7 @@ class DkvBlock(GradientBlock, KeyBlock):
                 scalars=self.load_scalars(warpgroup, i),
                 warpgroup=warpgroup,
                 row_tile=row_tile,
-                slot=hidden(0),
+                slot=opaque(0),
                 bounded=True,
                 again=True,
             )

@@ -23,7 +23,7 @@ from jax_fa.backends.mosaic.geometry import Geometry
 from jax_fa.backends.mosaic.gradient import GradientBlock, ScoreGradient
 from jax_fa.backends.mosaic.inputs import Inputs
 from jax_fa.backends.mosaic.logits import ROW, WGMMA, Logits, Read, Tile
-from jax_fa.backends.mosaic.memory import hidden
+from jax_fa.backends.mosaic.memory import opaque
 from jax_fa.backends.mosaic.operands import RowStatistics, aligned, cut, for_rows
 from jax_fa.backends.mosaic.products import split
 from jax_fa.backends.mosaic.rows import RowBlock, RowKernel
@@ -103,7 +103,7 @@ class DqBlock(GradientBlock, RowBlock):
         """One tile of keys; `again`: it is in slot 0 already."""
         kernel, smem = self.kernel, self.smem
         dq, *sums = carry
-        slot = hidden(0) if again else self.slot(key_tile)
+        slot = opaque(0) if again else self.slot(key_tile)
         # Visible keys that are not finite have made the log-sum-exp of their rows NaN: no need of the NaN marker.
         tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, slot, rows, again=False)
         if not again:

@@ -21,7 +21,7 @@ from jax_fa.backends.mosaic import logits
 from jax_fa.backends.mosaic.geometry import Geometry
 from jax_fa.backends.mosaic.inputs import Inputs
 from jax_fa.backends.mosaic.logits import ROW, WGMMA
-from jax_fa.backends.mosaic.memory import hidden, swizzled
+from jax_fa.backends.mosaic.memory import opaque, swizzled
 from jax_fa.backends.mosaic.operands import aligned_head_dim, aligned_length, cut, for_rows
 from jax_fa.backends.mosaic.products import one_product, split
 from jax_fa.backends.mosaic.rows import RowBlock, RowKernel
@@ -92,7 +92,7 @@ class ForwardBlock(RowBlock):
         """One tile of keys; `again`: it is in slot 0 already, and consumers take no turns."""
         kernel, smem = self.kernel, self.smem
         acc, m, l = carry
-        slot = hidden(0) if again else self.slot(key_tile)
+        slot = opaque(0) if again else self.slot(key_tile)
 
         query, key = smem.query.at[warpgroup], smem.key.tile.at[slot]
         s = one_product(query, key, lambda: None if again else self._pass_turn(warpgroup))

@@ -16,7 +16,7 @@ from jax_fa.backends.mosaic.tuning import ROWS, Tiles
 from jax_fa.call import Axes, Call, Dims, Problem
 
 LOG2E = math.log2(math.e)
-# Heads are packed in numbers that leave whole groups of 8 rows, the unit of swizzled shared memory.
+# At most so many heads are packed: they leave whole groups of 8 rows, the unit of swizzled shared memory.
 MAX_PACK = ROWS // 8
 # Keys and values that blocks running at the same time should share in the second-level cache (50 MB on an H100).
 CACHE_BYTES = 24 * 2**20

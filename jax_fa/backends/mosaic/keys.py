@@ -19,7 +19,7 @@ from jax_fa.backends.mosaic.geometry import Geometry, clip_index, tile_at
 from jax_fa.backends.mosaic.inputs import BY_HEAD, BY_KEY, BY_ROW, BY_TILE, RANGE, Inputs
 from jax_fa.backends.mosaic.launch import Block, Kernel
 from jax_fa.backends.mosaic.logits import ROW
-from jax_fa.backends.mosaic.memory import Ring, atom_of, hidden, span, swizzled, wait_if
+from jax_fa.backends.mosaic.memory import Ring, atom_of, opaque, span, swizzled, wait_if
 from jax_fa.backends.mosaic.tuning import ROWS
 from jax_fa.call import Axes
 
@@ -192,7 +192,7 @@ class KeyBlock(Block):
         def load_again(i, row_tile, count):
             wait_if(count > 0, smem.again_read)
             for name in self.kernel.moving():
-                self._load(name, i, row_tile, hidden(0), smem.again_here)
+                self._load(name, i, row_tile, opaque(0), smem.again_here)
             return count + 1
 
         self.over_rows(load, jnp.int32(0))

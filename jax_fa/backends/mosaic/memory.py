@@ -50,10 +50,10 @@ def span(start, size: int, multiple: int = 1):
 
     A start that JAX knows it would check against the array's size, so it does not get to know any.
     """
-    return pl.ds(pl.multiple_of(hidden(start), multiple), size)
+    return pl.ds(pl.multiple_of(opaque(start), multiple), size)
 
 
-def hidden(x):
+def opaque(x):
     """An integer that JAX does not see through, known or not."""
     return lax.optimization_barrier(jnp.int32(x)) if isinstance(x, int) else x
 

@@ -118,8 +118,8 @@ def why_not(
     which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int = 0, vectors: int = 4
 ) -> str | None:
     """None, or why a kernel cannot take these tiles; the arguments as in `tiles_for`."""
-    given = f"the tiles given for {which} ({tiles.width=}, {tiles.stages=}, {tiles.consumers=})"
-    given = given.replace("tiles.", "")
+    sizes = f"width={tiles.width}, stages={tiles.stages}, consumers={tiles.consumers}"
+    given = f"the tiles given for {which} ({sizes})"
     needed = smem_bytes(which, tiles, D, Dv, element_bytes, vectors)
     if needed > SMEM_BYTES:
         return f"{given} need {needed} bytes of shared memory for this call; there are {SMEM_BYTES}"
