@@ -9,7 +9,6 @@ compiler. Exits with 0, 1 if a kernel spills registers or is not assembled, 2 if
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -30,8 +29,10 @@ import jax.numpy as jnp  # noqa: E402
 from gpu import assembler  # noqa: E402
 
 import jax_fa  # noqa: E402
-from jax_fa.backends.mosaic import tuning  # noqa: E402
+from jax_fa.backends.mosaic import choice, tuning  # noqa: E402
+from jax_fa.call import Call  # noqa: E402
 from jax_fa.demo import program  # noqa: E402
+from jax_fa.entry import request_of  # noqa: E402
 from jax_fa.masks import Causal, Dense, Lengths, SlidingWindow  # noqa: E402
 
 OLDEST = (0, 11)
@@ -42,10 +43,10 @@ DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "scale")
 BETWEEN = ((32, 32), (80, 80), (96, 96), (160, 160), (192, 128), (128, 256), (16, 64))
 # Kernels that share the tiles of another.
 TILES_OF = {
-    "forward_rounding": "forward",  # the forward of a derivative
-    "key_value_gradient": "key_gradient",
-    "value_gradient": "key_gradient",
-}
+    "forward_rounding": "forward",
+    "dk": "dkv",
+    "dv": "dkv",
+}  # the first is the forward of a derivative
 FEW = ("full", "causal", "bias", "everything")
 
 
@@ -115,7 +116,7 @@ class Case:
     dtype: str
     name: str  # of the feature
     feature: Feature
-    tiles: tuple[str, Any] | None = None  # a kernel and the tiles it has to take
+    tiles: tuple[tuning.Which, tuning.Tiles] | None = None  # a kernel and the tiles it has to take
 
     def __str__(self) -> str:
         return f"D={self.D} Dv={self.Dv} {self.dtype} {self.name}"
@@ -168,21 +169,38 @@ def lowered(case: Case) -> tuple[dict[str, bytes], dict[str, str], dict[str, Any
     """(serialized modules by kernel, reasons by direction that has none, tiles by kernel)."""
     refused: dict[str, str] = {}
     modules: dict[str, bytes] = {}
-    with _recorded(case.tiles) as tiles:
-        for direction in ("backward", "forward"):
-            try:
-                modules |= _modules(_program(case, direction), case.arrays(), direction)
-            except NotImplementedError as error:
-                refused[direction] = str(error).rpartition("mosaic: ")[2]
-    return modules, refused, tiles
+    for direction in ("backward", "forward"):
+        try:
+            modules |= _modules(_program(case, direction), case.arrays(), direction)
+        except NotImplementedError as error:
+            refused[direction] = str(error).rpartition("mosaic: ")[2]
+    return modules, refused, _tiles(case)
+
+
+def _arguments(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `flash_attention`."""
+    implementation = "mosaic" if case.tiles is None else jax_fa.mosaic.Options(tiles=dict([case.tiles]))
+    stored = ("query", "key", "value")
+    options = case.feature.options({name: x for name, x in arrays.items() if name not in stored})
+    return {name: arrays[name] for name in stored} | options | {"implementation": implementation}
+
+
+def _tiles(case: Case) -> dict[str, Any]:
+    """Of every kernel that has any for this call."""
+    calls: list[Call] = []
+
+    def build(arrays: dict[str, Any]) -> Any:
+        calls.append(request_of(jax_fa.flash_attention, **_arguments(case, arrays)).call)
+        return calls[-1].operands
+
+    operands = jax.eval_shape(build, case.arrays())
+    call = Call.of(calls[0].problem, operands)
+    return {which: choice.tiles_of(which, call) for which in tuning.TABLES if not choice.why_not(which, call)}
 
 
 def _program(case: Case, direction: str) -> Callable[[dict[str, Any]], Any]:
     def forward(differentiable: dict[str, Any], others: dict[str, Any]) -> Any:
-        laid = [differentiable[name] for name in ("query", "key", "value")]
-        given = {name: x for name, x in differentiable.items() if name not in ("query", "key", "value")}
-        options = case.feature.options(given | others)
-        return jax_fa.flash_attention(*laid, **options, implementation="mosaic", return_logsumexp=True)
+        return jax_fa.flash_attention(**_arguments(case, differentiable | others), return_logsumexp=True)
 
     def program(arrays: dict[str, Any]) -> Any:
         differentiable = {name: x for name, x in arrays.items() if name in DIFFERENTIABLE}
@@ -210,24 +228,6 @@ def _name(module: bytes, i: int) -> str:
     """A kernel's name stands in its module, as `jax_fa_forward_mosaic_gpu`."""
     found = re.search(rb"jax_fa_(\w+?)_mosaic_gpu", module)
     return found[1].decode() if found else f"kernel {i}"
-
-
-@contextlib.contextmanager
-def _recorded(forced: tuple[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Which tiles each kernel takes; `forced` has one take others."""
-    found: dict[str, Any] = {}
-    original = tuning.tiles_for
-
-    def tiles_for(which: Any, *args: Any, **options: Any) -> Any:
-        found[which] = original(which, *args, **options)
-        return found[which]
-
-    tuning.tiles_for = tiles_for
-    try:
-        with tuning.overridden(*forced) if forced else contextlib.nullcontext():  # type: ignore[arg-type]
-            yield found
-    finally:
-        tuning.tiles_for = original
 
 
 # --- the report

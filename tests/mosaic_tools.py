@@ -77,7 +77,7 @@ def operations(text: str) -> Iterator[tuple[str, int]]:
 # --- what the backend says of a case
 
 
-def request(case: Case, operands: dict[str, Any] | None = None):
+def request(case: Case, operands: dict[str, Any] | None = None) -> Call:
     """The `jax_fa.call.Call` of a case, of these operands or its own."""
     return request_of(
         jax_fa.flash_attention,
@@ -91,11 +91,11 @@ def request(case: Case, operands: dict[str, Any] | None = None):
     ).call
 
 
-def why_not(case: Case, backward: bool = False) -> str | None:
-    """What the backend has against a case in the interpreter."""
+def why_not(case: Case, what: str = "forward") -> str | None:
+    """The backend's reason not to serve a case in the interpreter."""
     with interpreter():
         call = abstract(partial(request, case), case.stored_operands())
-        return backends.reasons("cpu", call, "backward" if backward else "forward")["mosaic"]
+        return backends.reasons("cpu", call, what)["mosaic"]
 
 
 def abstract(make: Callable[..., Call], *args) -> Call:

@@ -6,7 +6,6 @@ A run takes seconds, so most of both are slow tests.
 """
 
 import itertools
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,8 +19,7 @@ from test_nan import MASKS
 import jax_fa
 from jax_fa import masks, primitives
 from jax_fa.attention import attention
-from jax_fa.backends.mosaic import tuning
-from jax_fa.backends.mosaic.tuning import Tiles
+from jax_fa.backends.mosaic import Options, Tiles, tuning
 from jax_fa.call import DIFFERENTIABLE, Call, rounding_unit
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import CASES, Case, check, expected
@@ -29,6 +27,7 @@ from jax_fa.testing.spread import pairwise, spanning
 
 pytestmark = needs_new_jax
 SLOW = pytest.mark.slow
+
 
 # The interpreter compiles dozens of programs for a run, each of which maps memory, which Linux lets a process do 65,530
 # times; beyond, the compiler crashes. So they are dropped after so many tests.
@@ -105,6 +104,7 @@ FORWARD_ONLY = (
 
 def test_what_is_refused():
     assert {case.name: why for case in TABLE if (why := why_not(case)) is not None} == REFUSED
+    assert all(why_not(case, "backward") is None for case in SERVED)
 
 
 # --- combinations
@@ -133,16 +133,15 @@ class Combination(Case):
         dense = masks.as_mask(self._dense())
         return dense if found is None else masks.as_mask(found) & dense
 
-    def tuned(self) -> ExitStack:
-        """Has all kernels take its tiles, where they fit into shared memory."""
-        stack = ExitStack()
-        if self.tiles is not None:
-            width, stages, consumers = self.tiles
-            tiles = Tiles(width=width, stages=stages, consumers=consumers)
-            for which in tuning.TABLES:
-                if tuning.smem_bytes(which, tiles, self.D, self.Dv, element_bytes=5) <= tuning.SMEM_BYTES:
-                    stack.enter_context(tuning.overridden(which, tiles))
-        return stack
+    @property
+    def implementation(self) -> str | Options:
+        """With its tiles for all kernels in which they fit into shared memory."""
+        if self.tiles is None:
+            return "mosaic"
+        width, stages, consumers = self.tiles
+        tiles = Tiles(width=width, stages=stages, consumers=consumers)
+        fitting = [w for w in tuning.TABLES if tuning.why_not(w, tiles, self.D, self.Dv, 5, 8) is None]
+        return Options(tiles=dict.fromkeys(fitting, tiles))
 
 
 _HEADS = (
@@ -270,38 +269,30 @@ def _params(names: tuple[str, ...], combinations: tuple[Case, ...]) -> list:
     ]
 
 
-def _tuned(case: Case) -> ExitStack:
-    return case.tuned() if isinstance(case, Combination) else ExitStack()
+def _implementation(case: Case) -> str | Options:
+    return case.implementation if isinstance(case, Combination) else "mosaic"
 
 
 @pytest.mark.parametrize("case", _params(FORWARD_ONLY, LARGE))
 def test_output_and_logsumexp(case, interpreted):
-    with _tuned(case):
-        out, lse = interpreted(
-            lambda x: case.flash_attention(x, implementation="mosaic"), case.stored_operands()
-        )
+    out, lse = interpreted(
+        lambda x: case.flash_attention(x, implementation=_implementation(case)), case.stored_operands()
+    )
     check(case, out, lse)
-    # Rows that see nothing are 0 exactly.
+    # Fully masked rows are 0 exactly.
     unseen = np.moveaxis(expected(case)[0].l == 0, -1, -2)
     assert not case.canonical(out)[unseen].any()
 
 
-def _skip_without_gradient(case: Case) -> None:
-    if (why := why_not(case, backward=True)) is not None:
-        pytest.skip(why)
-
-
 @pytest.mark.parametrize("case", _params(WITH_GRADIENTS, SMALL))
 def test_gradients(case, interpreted):
-    _skip_without_gradient(case)
     dout, dlse = case.cotangents()
-    with _tuned(case):
-        (out, lse), gradients = interpreted(
-            lambda *args: case.gradient(*args, implementation="mosaic"),
-            case.stored_operands(),
-            case.stored(dout),
-            dlse,
-        )
+    (out, lse), gradients = interpreted(
+        lambda *args: case.gradient(*args, implementation=_implementation(case)),
+        case.stored_operands(),
+        case.stored(dout),
+        dlse,
+    )
     check(case, out, lse, gradients)
 
 
@@ -333,8 +324,7 @@ def test_dropout_bits_are_those_of_dropout_mask(tiles, interpreted):
     x = case.operands()
     named = np.broadcast_to(np.eye(case.Skv, case.Dv)[:, None], x["value"].shape)
     x = x | {"query": np.zeros_like(x["query"]), "value": case.cast(named)}
-    with case.tuned():
-        out, _ = interpreted(lambda x: case.flash_attention(x, implementation="mosaic"), x)
+    out, _ = interpreted(lambda x: case.flash_attention(x, implementation=case.implementation), x)
     found = np.moveaxis(np.asarray(out) != 0, -2, -3)[..., : case.Skv]
     np.testing.assert_array_equal(found, _keep_bits(case))
 
@@ -343,23 +333,21 @@ def test_dropout_bits_are_those_of_dropout_mask(tiles, interpreted):
 def test_dropout_bits_of_the_gradient_of_value(tiles, interpreted):
     """Likewise, with cotangents that name their row and head."""
     case = _keep_case(tiles)
-    _skip_without_gradient(case)
     x = case.operands() | {"query": np.zeros_like(case.operands()["query"])}
     dout, dlse = case.cotangents()
     group = case.N // case.K
     named = np.eye(group * case.Sq, case.Dv).reshape(group, case.Sq, case.Dv).swapaxes(0, 1)
     named = case.cast(np.broadcast_to(np.tile(named, (1, case.K, 1)), dout.shape))
-    with case.tuned():
-        _, gradients = interpreted(
-            lambda *args: case.gradient(*args, implementation="mosaic"), x, named, np.zeros_like(dlse)
-        )
+    _, gradients = interpreted(
+        lambda *args: case.gradient(*args, implementation=case.implementation), x, named, np.zeros_like(dlse)
+    )
     found = np.asarray(gradients["value"])[..., : group * case.Sq] != 0  # B Skv K (group Sq)
     np.testing.assert_array_equal(np.moveaxis(found, 1, -1).reshape(case.full), _keep_bits(case))
 
 
 @pytest.mark.parametrize("name", ["soft-cap", "mask-lengths"])
 def test_softmax_statistics(name, interpreted):
-    """m and l are taken after scale, bias, cap and mask, before dropout; (-FLT_MAX, 0) where nothing is seen."""
+    """m and l are taken after scale, bias, cap and mask, before dropout; (-FLT_MAX, 0) in fully masked rows."""
     case = next(case for case in TABLE if case.name == name)
 
     def run(x):
@@ -378,12 +366,9 @@ def test_two_runs_are_bitwise_equal(interpreted):
     options = {"mask": "causal_bottom", "bias": "NQK", "dtype": "bfloat16"}
     case = Case(name="twice", B=(1,), Sq=40, Skv=70, N=2, K=1, **options)
     dout, dlse = case.cotangents()
-    gradient = why_not(case, backward=True) is None
 
     def run(x):
-        if gradient:
-            return case.gradient(x, dout, dlse, implementation="mosaic")
-        return case.flash_attention(x, implementation="mosaic")
+        return case.gradient(x, dout, dlse, implementation="mosaic")
 
     first, second = (jax.tree.leaves(interpreted(run, case.stored_operands())) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -422,39 +407,41 @@ def _root(slopes, S: int) -> np.ndarray:
 
 
 def _garbage() -> list:
-    """Every mask and filling of test_nan.py; two run by default."""
-    quick = (("lengths", np.nan), ("dense", np.inf))
+    """Every mask and filling of test_nan.py, and a soft cap, whose slope is NaN there; three run by default."""
+    quick = (("lengths", np.nan, None), ("dense", np.inf, None), ("dense", np.nan, 2.0))
+    fillings = ((np.nan, None), (np.inf, None), (-np.inf, None), (np.nan, 2.0))
     return [
-        pytest.param(mask, x, id=f"{mask}-{x}", marks=() if (mask, x) in quick else pytest.mark.slow)
+        pytest.param(
+            mask,
+            x,
+            cap,
+            id=f"{mask}-{x}{'-soft-cap' if cap else ''}",
+            marks=() if (mask, x, cap) in quick else pytest.mark.slow,
+        )
         for mask in MASKS
-        for x in (np.nan, np.inf, -np.inf)
+        for x, cap in fillings
     ]
 
 
-# What NaN and infinity do. The interpreter multiplies by NumPy, which warns of 0 times infinity.
+# The interpreter multiplies by NumPy, which warns of 0 times infinity.
 garbage_test = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 @garbage_test
-@pytest.mark.parametrize(("mask", "garbage"), _garbage())
-def test_what_is_masked_does_not_leak(mask, garbage, interpreted):
-    """Garbage in keys and rows that nothing sees, and in the bias wherever it is masked, changes no bit."""
-    case = Case(name=f"nan-{mask}", mask=mask, bias="BNQK", dtype="bfloat16")
+@pytest.mark.parametrize(("mask", "garbage", "soft_cap"), _garbage())
+def test_what_is_masked_does_not_leak(mask, garbage, soft_cap, interpreted):
+    """Garbage in keys and rows that are masked throughout, and in the bias wherever it is masked, changes no bit."""
+    case = Case(name=f"nan-{mask}", mask=mask, bias="BNQK", dtype="bfloat16", soft_cap=soft_cap)
     visible = np.broadcast_to(case.visible(), case.full)
     group = visible.reshape(*case.B, case.K, -1, case.Sq, case.Skv)
     keys = ~np.moveaxis(group.any(axis=(-3, -2)), -1, -2)  # B Skv K
     rows = ~np.moveaxis(visible.any(axis=-1), -1, -2)  # B Sq N
-    gradient = why_not(case, backward=True) is None
     dout, dlse = case.cotangents()
 
-    def fill(x, hidden, filling):
-        return case.cast(np.where(hidden, np.float32(filling), x.astype(np.float32)))
+    def fill(x, masked, filling):
+        return case.cast(np.where(masked, np.float32(filling), x.astype(np.float32)))
 
     def run(x, dout, dlse):
-        if not gradient:
-            return dict(
-                zip(("out", "lse"), case.flash_attention(x, implementation="mosaic"), strict=True)
-            ), {}
         (out, lse), gradients = case.gradient(x, dout, dlse, implementation="mosaic")
         return {"out": out, "lse": lse}, gradients
 
@@ -472,16 +459,15 @@ def test_what_is_masked_does_not_leak(mask, garbage, interpreted):
     for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
         assert np.isfinite(np.asarray(a, np.float32)).all()
         np.testing.assert_array_equal(b, a)
-    if gradient:
-        found = dirty[1]
-        assert not found["key"][keys].any() and not found["value"][keys].any()
-        assert not found["query"][rows].any() and not found["bias"][~visible].any()
+    found = dirty[1]
+    assert not found["key"][keys].any() and not found["value"][keys].any()
+    assert not found["query"][rows].any() and not found["bias"][~visible].any()
 
 
 @garbage_test
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_what_is_visible_shows(where, interpreted):
-    """A NaN turns those rows into NaN that see it, and changes no bit of the others."""
+    """A NaN turns those rows into NaN to which it is visible, and changes no bit of the others."""
     case = Case(name="nan-causal", mask="causal", dtype="bfloat16")
     b, at, head = 1, 20, 1
     x = case.operands()
@@ -586,29 +572,25 @@ MORE = {
         ),
     ),
 }
-SLOW_MORE = ("segments by head, bias, window", "scale", "soft cap", "dropout")
+SLOW_MORE = ("segments by head, bias, window", "positions", "scale", "soft cap", "dropout")  # "all" has each of them
 
 
-def _attend(case: Case, more: dict):
-    """(problem, operands) of a case whose operands `more` replaces."""
+def _attend(case: Case, more: dict) -> Call:
+    """The call of a case whose operands `more` replaces."""
     call = request(case)
-    problem, operands = call.problem, call.operands
+    problem = replace(call.problem, logsumexp=True)
     if "scale" in more:
         problem = replace(problem, scale=1.0)
     if "keep_threshold" in more:
         problem = replace(problem, keep_prob=1.0)
-    operands = replace(operands, **{name: jnp.asarray(x) for name, x in more.items()})
-    return replace(problem, logsumexp=True), operands
+    operands = replace(call.operands, **{name: jnp.asarray(x) for name, x in more.items()})
+    return call.replace(problem=problem, operands=operands)
 
 
 def _results(problem, operands, cotangents, implementation: str) -> dict:
     """out, log-sum-exp and every gradient, by name."""
     problem = replace(problem, implementation=implementation)
-    floats = {
-        name: x
-        for name, x in operands.items()
-        if name in DIFFERENTIABLE and getattr(operands, name) is not None
-    }
+    floats = {name: x for name, x in operands.present().items() if name in DIFFERENTIABLE}
 
     def attend(x):
         found = attention(Call.of(problem, replace(operands, **x)))
@@ -651,7 +633,8 @@ def test_more_operands(name, interpreted):
     """Forward and every gradient against the portable backend."""
     options, more = MORE[name]
     case = Case(name=f"more-{name}", **SMALL_CASE | options)
-    problem, operands = _attend(case, more(case))
+    call = _attend(case, more(case))
+    problem, operands = call.problem, call.operands
 
     def run(operands, implementation):
         return _results(problem, operands, _cotangents, implementation)

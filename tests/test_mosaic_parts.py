@@ -13,9 +13,10 @@ from mosaic_tools import abstract
 
 import jax_fa
 from jax_fa.backends import mosaic
-from jax_fa.backends.mosaic import geometry, operands, tuning
+from jax_fa.backends.mosaic import Options, choice, geometry, inputs, operands, tuning
 from jax_fa.backends.mosaic.geometry import Geometry
-from jax_fa.backends.mosaic.operands import RANGE, aligned, aligned_head_dim, aligned_length, visibility
+from jax_fa.backends.mosaic.inputs import RANGE
+from jax_fa.backends.mosaic.operands import aligned, aligned_head_dim, aligned_length, visibility
 from jax_fa.backends.mosaic.tuning import ROWS, Tiles
 from jax_fa.backends.mosaic.widths import padded_head_dim, swizzle_elements
 from jax_fa.call import Call, Operands, Problem
@@ -77,23 +78,71 @@ def test_candidates_fit(which, D, Dv):
     assert all(_fits(which, tiles, D, Dv) for tiles in found)
 
 
-def test_overridden_tiles_are_taken_and_given_back():
-    """Also where overrides nest, and where an exception leaves them."""
-    first, second = Tiles(width=192, stages=1, consumers=1), Tiles(width=64, stages=3, consumers=3)
+@pytest.mark.parametrize(("D", "Dv"), PAIRS)
+@pytest.mark.parametrize("which", tuning.TABLES)
+def test_tiles_of_the_tables_would_be_taken_as_options(which, D, Dv):
+    for tiles in (tuning.tiles_for(which, D, Dv, rows=4096, width=4096), *tuning.candidates(which, D, Dv)):
+        assert tuning.why_not(which, tiles, D, Dv) is None
 
-    def taken(which):
-        return tuning.tiles_for(which, 64, 64, rows=4096, width=4096)
 
-    before = {which: taken(which) for which in tuning.TABLES}
-    with tuning.overridden("forward", first):
-        assert taken("forward") == first
-        with pytest.raises(KeyError), tuning.overridden("forward", second):
-            with tuning.overridden("key_gradient", second):
-                assert taken("forward") == taken("key_gradient") == second
-            assert taken("key_gradient") == before["key_gradient"]
-            raise KeyError
-        assert taken("forward") == first
-    assert {which: taken(which) for which in tuning.TABLES} == before
+def _call(options: Options | None, D: int = 64, bias: bool = False) -> Call:
+    x = jax.ShapeDtypeStruct((1, 4096, 2, D), jnp.bfloat16)
+    logits = jax.ShapeDtypeStruct((1, 2, 4096, 4096), jnp.float32) if bias else None
+
+    def ask(query, key, value, bias):
+        return request_of(
+            jax_fa.flash_attention, query, key, value, bias=bias, implementation=options or "mosaic"
+        ).call
+
+    return abstract(ask, x, x, x, logits)
+
+
+def test_tiles_of_options_are_taken():
+    """For the kernels they name; the others keep those of the tables."""
+    tiles = Tiles(width=192, stages=1, consumers=1)
+    given, plain = _call(Options(tiles={"forward": tiles, "dkv": tiles})), _call(None)
+    for which in tuning.TABLES:
+        table = choice.tiles_of(which, plain)
+        assert choice.tiles_of(which, given) == (tiles if which in ("forward", "dkv") else table)
+        assert table != tiles
+
+
+@pytest.mark.parametrize(
+    ("which", "sizes", "D", "bias", "reason"),
+    [
+        ("forward", (128, 2, 3), 64, False, None),
+        (
+            "forward",
+            (256, 4, 2),
+            128,
+            False,
+            "the tiles given for forward (width=256, stages=4, consumers=2) need 563200 bytes of shared memory for this "
+            "call; there are 232448",
+        ),
+        (
+            "dbias",
+            (128, 1, 3),
+            64,
+            True,
+            "the tiles given for dbias (width=128, stages=1, consumers=3) need 284672 bytes of shared memory for this "
+            "call; there are 232448",
+        ),
+        (
+            "forward",
+            (64, 1, 3),
+            256,
+            False,
+            "the tiles given for forward (width=64, stages=1, consumers=3) need more than 160 registers a thread for this "
+            "head_dim; there are 160",
+        ),
+    ],
+)
+def test_tiles_of_options_that_do_not_fit(which, sizes, D, bias, reason):
+    width, stages, consumers = sizes
+    tiles = Tiles(width=width, stages=stages, consumers=consumers)
+    call = _call(Options(tiles={which: tiles}), D, bias)
+    assert choice.why_not(which, call) == reason
+    assert all(choice.why_not(other, call) is None for other in tuning.TABLES if other != which)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +222,7 @@ def _geometry(*, B=(2,), Sq=65, Skv=100, K=1, G=1, width=64, consumers=1, bias=N
     key = jax.ShapeDtypeStruct((*B, Skv, K, 16), jnp.bfloat16)
     tiles = Tiles(width=width, stages=2, consumers=consumers)
     found = Operands(query=query, key=key, value=key, bias=bias)
-    return Geometry.of(problem, found, Call.of(problem, found).dims, tiles)
+    return Geometry.of(Call.of(problem, found), tiles)
 
 
 def _rows(g: Geometry):
@@ -274,8 +323,22 @@ def _visible(g: Geometry, given) -> np.ndarray:
     return np.broadcast_to(inside & given.get("mask", True), (*d.B, d.N, d.Sq, d.Skv))
 
 
-def _bounded(given) -> Operands:
-    return Operands(query=None, key=None, value=None, **{name: jnp.asarray(a) for name, a in given.items()})
+def _like(g: Geometry, **given) -> Call:
+    """A call of the sizes of `g`, with these operands."""
+    d = g.dims
+    query = jnp.zeros((*d.B, d.Sq, d.N, d.D), jnp.bfloat16)
+    key = jnp.zeros((*d.B, d.Skv, d.K, d.D), jnp.bfloat16)
+    return Call.of(g.problem, Operands(query=query, key=key, value=key, **given))
+
+
+def _bounded(g: Geometry, given) -> Call:
+    return _like(g, **{name: jnp.asarray(a) for name, a in given.items()})
+
+
+def _statistics(g: Geometry) -> operands.RowStatistics:
+    d = g.dims
+    ones, dout = jnp.ones((*d.B, d.N, d.Sq), jnp.float32), jnp.zeros((*d.B, d.Sq, d.N, d.Dv), jnp.bfloat16)
+    return operands.RowStatistics(dout=dout, maximum=ones, inverse=ones, delta=ones)
 
 
 @settings(max_examples=40)
@@ -285,7 +348,8 @@ def test_ranges_of_tiles_hold_all_that_is_visible(case):
     sizes, given = case
     g = _geometry(**sizes)
     d, width = g.dims, g.tiles.width
-    found, visible, j = visibility(g, _bounded(given)), _visible(g, given), np.arange(d.Skv)
+    found = visibility(g, _bounded(g, given).operands)
+    visible, j = _visible(g, given), np.arange(d.Skv)
     ranges = np.broadcast_to(found["ranges"], (*d.B, g.units, g.row_tiles, len(RANGE)))
     for where in np.ndindex(*d.B, g.units, g.row_tiles):
         *batch, unit, tile = where
@@ -312,7 +376,7 @@ def test_ranges_of_tiles_hold_all_that_is_visible(case):
 
 def test_calls_without_bounds_have_no_ranges():
     g = _geometry(G=2)
-    assert visibility(g, Operands(query=None, key=None, value=None)) == {}
+    assert visibility(g, _like(g).operands) == {}
 
 
 @settings(max_examples=40)
@@ -322,11 +386,9 @@ def test_ranges_of_row_tiles_hold_all_that_sees_a_block_of_keys(case):
     sizes, given = case
     g = _geometry(**sizes)
     d, width, keys = g.dims, g.tiles.width, ROWS * g.tiles.consumers
-    numbers = jnp.ones((*d.B, d.N, d.Sq), jnp.float32)
-    saved = operands.RowStatistics(dout=None, maximum=numbers, inverse=numbers, delta=numbers)
-    found, visible = operands.for_keys(g, _bounded(given), saved), _visible(g, given)
+    found, visible = operands.for_keys(g, _bounded(g, given), _statistics(g)), _visible(g, given)
     blocks, row_tiles = -(-d.Skv // keys), -(-d.Sq // width)
-    ranges = np.broadcast_to(found["ranges"], (*d.B, d.N, blocks, len(RANGE)))
+    ranges = np.broadcast_to(found.ranges, (*d.B, d.N, blocks, len(RANGE)))
     for where in np.ndindex(*d.B, d.N, blocks):
         *before, block = where
         first, inner_first, inner_last, last = ranges[where]
@@ -334,14 +396,15 @@ def test_ranges_of_row_tiles_hold_all_that_sees_a_block_of_keys(case):
         seen = visible[tuple(before)][:, block * keys : (block + 1) * keys]
         assert not seen[: first * width].any() and not seen[last * width :].any()
         assert seen[inner_first * width : inner_last * width].all()
-    rows = {name: np.asarray(found[name])[..., : d.Sq, None] for name in ("lower", "upper") if name in found}
+    rows = {name: np.asarray(getattr(found, name)) for name in found.present(("lower", "upper"))}
+    rows = {name: x[..., : d.Sq, None] for name, x in rows.items()}
     j = np.arange(d.Skv)
     again = (rows.get("lower", 0) <= j) & (j < rows["upper"])
     np.testing.assert_array_equal(np.broadcast_to(again, visible.shape), visible)
     # Rows that do not exist have no visible key and no weight.
-    assert not np.asarray(found["upper"])[..., d.Sq :].any()
+    assert not np.asarray(found.upper)[..., d.Sq :].any()
     for name, empty in operands.RowStatistics.EMPTY.items():
-        assert (np.asarray(found[name])[..., d.Sq :] == np.float32(empty)).all()
+        assert (np.asarray(getattr(found, name))[..., d.Sq :] == np.float32(empty)).all()
 
 
 def test_tiles_that_compare_segments_are_not_whole():
@@ -350,18 +413,10 @@ def test_tiles_that_compare_segments_are_not_whole():
     g = _geometry(**sizes)
     row = np.full((1, 200), -1, np.int32)
     row[0, 70] = 3
-    given = Operands(
-        query=None,
-        key=None,
-        value=None,
-        segment_row=jnp.asarray(row),
-        segment_key=jnp.zeros((1, 256), jnp.int32),
-    )
-    ranges = np.asarray(visibility(g, given)["ranges"])[0]
+    given = _like(g, segment_row=jnp.asarray(row), segment_key=jnp.zeros((1, 256), jnp.int32))
+    ranges = np.asarray(visibility(g, given.operands)["ranges"])[0]
     np.testing.assert_array_equal(ranges, [[0, 0, 4, 4], [0, 0, 0, 4], [0, 0, 4, 4], [0, 0, 4, 4]])
-    numbers = jnp.ones((1, 200), jnp.float32)
-    saved = operands.RowStatistics(dout=None, maximum=numbers, inverse=numbers, delta=numbers)
-    by_block = np.asarray(operands.for_keys(g, given, saved)["ranges"])[0]
+    by_block = np.asarray(operands.for_keys(g, given, _statistics(g)).ranges)[0]
     np.testing.assert_array_equal(by_block, 4 * [[0, 0, 1, 4]])
 
 
@@ -378,17 +433,13 @@ def test_shared_memory_is_counted_for_every_vector(bias, more):
     extra = {"lower": rows, "upper": rows, "segment_row": rows, "segment_key": keys, "position": rows}
     extra |= {"mask": jnp.ones((1, 1, 40, 1), bool)}
     scalars = {"alibi_slopes": jnp.ones((1, 2, 1)), "scale": jnp.ones((1, 2)), "soft_cap": jnp.ones((1, 2))}
-    given = Operands(
-        query=None, key=None, value=None, bias=bias, **scalars, **{name: extra[name] for name in more}
-    )
-    numbers = jnp.ones((1, 2, 40), jnp.float32)
-    saved = operands.RowStatistics(dout=None, maximum=numbers, inverse=numbers, delta=numbers)
-    by_row, by_key = operands.by_rows(g, given), operands.for_keys(g, given, saved)
-    per_key = sum(name in operands.BY_KEY for name in by_row)
-    per_row = sum(name in operands.BY_ROW and name not in operands.BY_HEAD for name in by_key)
-    assert mosaic._vectors("forward", given) == per_key
-    assert mosaic._vectors("query_gradient", given) == per_key + 1
-    assert mosaic._vectors("key_gradient", given) == per_row
+    given = _like(g, bias=bias, **scalars, **{name: extra[name] for name in more})
+    by_row, by_key = operands.for_rows(g, given), operands.for_keys(g, given, _statistics(g))
+    per_key = len(by_row.present(inputs.BY_KEY))
+    per_row = len(by_key.present(name for name in inputs.BY_ROW if name not in inputs.BY_HEAD))
+    assert choice.vectors("forward", given.operands) == per_key
+    assert choice.vectors("dq", given.operands) == per_key + 1
+    assert choice.vectors("dkv", given.operands) == per_row
 
 
 @pytest.mark.parametrize(

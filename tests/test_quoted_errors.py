@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 import jax_fa
-from jax_fa.backends import cpu, mosaic, native
+from jax_fa.backends import cpu, native
+from jax_fa.backends.mosaic import device
 from jax_fa.masks import Causal, Lengths
 from jax_fa.testing import emulator
 
@@ -64,13 +65,13 @@ def _unknown_gpu(monkeypatch):
 
 def _ampere(monkeypatch):
     _new_jax(monkeypatch)
-    monkeypatch.setattr(mosaic.compat, "compute_capability", lambda: "8.0")
+    monkeypatch.setattr(device, "compute_capability", lambda: "8.0")
     _on_cuda()
 
 
 def _float32_on_hopper(monkeypatch):
     _new_jax(monkeypatch)
-    monkeypatch.setattr(mosaic.compat, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(device, "compute_capability", lambda: "9.0")
     _on_cuda(jnp.ones((1, 9, 2, 16)))
 
 

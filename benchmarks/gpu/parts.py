@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax_fa
 from gpu import checks, contestants, jobs, machine, timing, work
 from gpu.jobs import Context, Job
+from jax_fa.backends.mosaic import tuning as mosaic_tuning
 from jax_fa.demo import gpt, race
 
 HEAD_DIMS = ((128, 128), (64, 64), (256, 256), (192, 128), (96, 96), (32, 32))
@@ -139,54 +140,54 @@ def _training_row(
 
 # --- tuning
 
-_DIRECTIONS = {"forward": "forward", "query_gradient": "backward", "key_gradient": "backward"}
+_KERNELS = ("forward", "dq", "dkv")
+
+
+class Tuning(NamedTuple):
+    candidates: Callable[[Any, int, int], list[Any]]  # configurations of a kernel, for head_dims D and Dv
+    implementation: Callable[[Any, Any], Any]  # what has a kernel take a configuration
 
 
 def tune(context: Context) -> None:
-    found = _tune_jobs(
-        context, _stub() if context.rehearse else machine.load("jax_fa.backends.mosaic.tuning")
-    )
-    jobs.run_all(context, "tune", found, group=2 * context.threads)
+    tuning = _stub(context) if context.rehearse else Tuning(mosaic_tuning.candidates, _options)
+    jobs.run_all(context, "tune", _tune_jobs(context, tuning), group=2 * context.threads)
 
 
-def _stub() -> tuple[Any, None]:
-    """What `jax_fa.backends.mosaic.tuning` offers, for a rehearsal."""
-    from contextlib import nullcontext
-    from types import SimpleNamespace
+def _options(which: Any, config: Any) -> Any:
+    return jax_fa.mosaic.Options(tiles={which: config})
+
+
+def _stub(context: Context) -> Tuning:
+    """For a rehearsal, on CPU."""
 
     def candidates(which: str, D: int, Dv: int) -> list[str]:
         return ["a", "b"] if which == "forward" and D == HEAD_DIMS[0][0] else []
 
-    return SimpleNamespace(candidates=candidates, overridden=lambda which, config: nullcontext()), None
+    return Tuning(candidates, lambda which, config: context.implementation)
 
 
-def _tune_jobs(context: Context, loaded: tuple[Any, str | None]) -> Iterator[Job]:
-    tuning, why = loaded
-    if tuning is None:
-        context.events.row("tune", "all", "skip", why=why)
-        return
+def _tune_jobs(context: Context, tuning: Tuning) -> Iterator[Job]:
     for D, Dv in HEAD_DIMS:
-        for which in _DIRECTIONS:
+        for which in _KERNELS:
             for causal in (False, True):
                 for config in tuning.candidates(which, D, Dv):
-                    yield _tune_job(context, tuning, which, (D, Dv), causal, config)
+                    implementation = tuning.implementation(which, config)
+                    yield _tune_job(context, implementation, which, (D, Dv), causal, config)
 
 
 def _tune_job(
-    context: Context, tuning: Any, which: str, dims: tuple[int, int], causal: bool, config: Any
+    context: Context, implementation: Any, which: str, dims: tuple[int, int], causal: bool, config: Any
 ) -> Job:
     tuned = f"{which} D={dims[0]} Dv={dims[1]} {'causal' if causal else 'full'}"
     B, S, N = (1, 64, 2) if context.rehearse else (4, 4096, max(1, work.WIDTH // dims[0]))
-    forward, pull, avals = _tune_programs(context.implementation, which, (B, S, N, *dims), causal)
+    forward, pull, avals = _tune_programs(implementation, which, (B, S, N, *dims), causal)
     lowered: list[Any] = []
 
     def prepare() -> list[Callable[[], Any]]:
-        jax.clear_caches()  # a configuration is read while tracing
-        with tuning.overridden(which, config):
-            lowered.append(forward.lower(*avals[:3]))
-            if pull is not None:
-                saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered[0].out_info)
-                lowered.append(pull.lower(saved, avals[3]))
+        lowered.append(forward.lower(*avals[:3]))
+        if pull is not None:
+            saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered[0].out_info)
+            lowered.append(pull.lower(saved, avals[3]))
         return [one.compile for one in lowered]
 
     def run(found: list[Any]) -> tuple[str, dict[str, Any]]:
@@ -209,7 +210,7 @@ def _tune_job(
 
 
 def _tune_programs(
-    implementation: str, which: str, sizes: tuple[int, ...], causal: bool
+    implementation: Any, which: str, sizes: tuple[int, ...], causal: bool
 ) -> tuple[Any, Any, list[jax.ShapeDtypeStruct]]:
     """(forward, pullback or None, types of query, key, value and cotangent).
 
@@ -221,7 +222,7 @@ def _tune_programs(
     types = [jax.ShapeDtypeStruct((B, S, N, size), jnp.bfloat16) for size in (D, D, Dv, Dv)]
     if which == "forward":
         return jax.jit(lambda q, k, v: attention(q, k, v)), None, types
-    kept = slice(0, 1) if which == "query_gradient" else slice(1, 3)
+    kept = slice(0, 1) if which == "dq" else slice(1, 3)
     residuals = jax.jit(lambda q, k, v: jax.vjp(attention, q, k, v)[1])
     return residuals, jax.jit(lambda pullback, dout: pullback(dout)[kept]), types
 

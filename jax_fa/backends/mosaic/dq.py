@@ -1,9 +1,6 @@
-"""The gradient of query, of a tile of rows per thread block, and what is summed over keys: gradients of row numbers.
+"""dq, of a tile of rows per thread block, and sums over keys: gradients of operands with one scalar per row.
 
-    p = exp(s - m) / l,  dp = keep / keep_prob (dout v^T),  ds = p (dp - delta) ds/d(logits),  dq = scale ds k
-
-with delta = rowsum(dout out) - dlogsumexp (Dao 2023, arXiv:2307.08691). The two products of a tile are issued together;
-the exponentials run beside the second.
+    dq = scale ds k,  with ds as in gradient.py
 
 A row of ds sums to 0 (to dlogsumexp): what all its keys have in common, say a bias of their projection, cancels in dq.
 Rounded to 16 bits, ds would not sum to 0, so a second product takes what rounding took; and delta would be off by as
@@ -12,6 +9,7 @@ sum of ds alone would be cheaper, but it needs a key that stands for the row's v
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,48 +20,66 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa.backends.mosaic import logits
 from jax_fa.backends.mosaic.geometry import Geometry
-from jax_fa.backends.mosaic.logits import ROW, WGMMA
-from jax_fa.backends.mosaic.memory import MOST_TOGETHER, hidden, multiply_add, split, two_products
-from jax_fa.backends.mosaic.operands import RowStatistics, aligned, by_rows, cut, stored
+from jax_fa.backends.mosaic.gradient import GradientBlock, ScoreGradient
+from jax_fa.backends.mosaic.inputs import Inputs
+from jax_fa.backends.mosaic.logits import ROW, WGMMA, Logits, Read, Tile
+from jax_fa.backends.mosaic.memory import opaque
+from jax_fa.backends.mosaic.operands import RowStatistics, aligned, cut, for_rows
+from jax_fa.backends.mosaic.products import split
 from jax_fa.backends.mosaic.rows import RowBlock, RowKernel
 from jax_fa.backends.mosaic.tuning import ROWS, Tiles
-from jax_fa.call import Dims, Operands, Problem, stored_shape
+from jax_fa.call import Call, stored_shape
 
-# What is summed over keys, by the operand of one scalar per row that it is the gradient of.
-SUMS: dict[str, Callable[..., Any]] = {
-    "bias_rows": lambda tile, read, ds, dcapped, done: ds,
-    "slopes": lambda tile, read, ds, dcapped, done: -ds * logits.distance(tile, read),
-    # Products of masked keys may be anything; their ds is 0.
-    "scale": lambda tile, read, ds, dcapped, done: _times(ds, done.product),
-    "soft_cap": lambda tile, read, ds, dcapped, done: _times(dcapped, done.cap_slope),
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """dq as query is stored, with all batch dims; and sums over keys, in packed order."""
+
+    query: Any
+    bias_rows: Any = None
+    slopes: Any = None
+    scale: Any = None
+    soft_cap: Any = None
+
+
+def _times(gradient, x):
+    """Products and soft caps of masked keys may be anything; their gradients are 0."""
+    return jnp.where(gradient == 0.0, 0.0, gradient * x)
+
+
+def _by_soft_cap(tile: Tile, read: Read, found: ScoreGradient, done: Logits):
+    by_capped = found.by_capped
+    if done.visible is not None:
+        by_capped = jnp.where(done.visible, by_capped, 0.0)
+    return _times(by_capped, done.cap_slope)
+
+
+# The term of each sum over keys, by the operand that it is the gradient of.
+SUMS: dict[str, Callable[[Tile, Read, ScoreGradient, Logits], Any]] = {
+    "bias_rows": lambda tile, read, found, done: found.ds,
+    "slopes": lambda tile, read, found, done: -found.ds * logits.distance(tile, read),
+    "scale": lambda tile, read, found, done: _times(found.ds, done.product),
+    "soft_cap": _by_soft_cap,
 }
 
 
-def _times(ds, x):
-    return jnp.where(ds == 0.0, 0.0, ds * x)
-
-
-def query_gradient(
-    problem: Problem, operands: Operands, d: Dims, saved: RowStatistics, tiles: Tiles
-) -> dict[str, jax.Array]:
-    """The gradient of query, stored as query is with all batch dims, and `*B N Sq` sums over keys by name (SUMS)."""
-    g = Geometry.of(problem, operands, d, tiles)
-    arrays = {
-        **stored(problem, operands, saved),
-        **by_rows(g, operands, saved),
-    }
-    kernel = _QueryGradient(g, arrays)
-    full = stored_shape((*d.B, d.Sq, d.N, d.D), problem.query_axes)
-    padded = jax.eval_shape(lambda: aligned(jnp.zeros(full, operands.query.dtype), problem.query_axes))
+def dq(call: Call, saved: RowStatistics, tiles: Tiles) -> Results:
+    """The gradient of query, and `*B N Sq` sums over keys."""
+    axes, d = call.problem.query_axes, call.dims
+    g = Geometry.of(call, tiles)
+    kernel = DqKernel(g, for_rows(g, call, saved))
+    full = stored_shape((*d.B, d.Sq, d.N, d.D), axes)
     stats = jax.ShapeDtypeStruct(g.packed_shape, jnp.float32)
-    results: dict[str, Any] = {"query": jax.ShapeDtypeStruct(padded.shape, padded.dtype)}
-    results |= dict.fromkeys(kernel.sums, stats)
-    found = kernel.call("query_gradient", results)
-    return {"query": cut(found["query"], full)} | {name: g.unpack(found[name]) for name in kernel.sums}
+    query = jax.eval_shape(lambda: aligned(jnp.zeros(full, call.dtype), axes))
+    found = kernel.launch("dq", Results(query=query, **dict.fromkeys(kernel.sums, stats)))
+    sums = {name: g.unpack(getattr(found, name)) for name in kernel.sums}
+    return replace(found, query=cut(found.query, full), **sums)
 
 
-class _Block(RowBlock):
-    kernel: "_QueryGradient"
+class DqBlock(GradientBlock, RowBlock):
+    kernel: "DqKernel"
+    cleaned = "key"
 
     def start(self):
         kernel = self.kernel
@@ -72,85 +88,68 @@ class _Block(RowBlock):
             *(plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW) for _ in kernel.sums),
         )
 
-    def consume(self, warpgroup, *outs) -> None:
+    def consume(self, warpgroup, results: Results) -> None:
         rows = self.load_rows(warpgroup)
-        plgpu.barrier_wait(self.scratch["rows_here"].at[warpgroup])
+        plgpu.barrier_wait(self.smem.rows_here.at[warpgroup])
 
         def step(key_tile, carry, bounded=True, again=False):
             return self._step(warpgroup, key_tile, carry, rows, bounded, again)
 
         carry = self.sweep(step)
         carry = self.sweep_again(warpgroup, partial(step, again=True), carry)
-        self._store(warpgroup, carry, rows, *outs)
+        self._store(warpgroup, carry, rows, results)
 
-    def _step(self, warpgroup, key_tile, carry, rows, bounded: bool, again: bool):
+    def _step(self, warpgroup, key_tile, carry, rows: Inputs, bounded: bool, again: bool):
         """One tile of keys; `again`: it is in slot 0 already."""
-        kernel, scratch = self.kernel, self.scratch
+        kernel, smem = self.kernel, self.smem
         dq, *sums = carry
-        slot = hidden(0) if again else self.slot(key_tile)
-        # Visible keys that are not finite have made their rows' log-sum-exp NaN: no need of poison.
+        slot = opaque(0) if again else self.slot(key_tile)
+        # Visible keys that are not finite have made the log-sum-exp of their rows NaN: no need of the NaN marker.
         tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, slot, rows, again=False)
         if not again:
-            plgpu.barrier_wait(scratch["key_here"].at[slot])
-            plgpu.barrier_wait(scratch["value_here"].at[slot])
-
-        def weights(s):
-            done = logits.finish(tile, s, read, kernel.plain, bounded)
-            return logits.weights(tile, done, rows["maximum"], kernel.plain), done.without_x()
-
-        # p is yet to be divided by l, which dp and delta are in its place.
-        (p, done), dp = two_products(
-            (scratch["query"].at[warpgroup], scratch["key"].at[slot]),
-            (scratch["dout"].at[warpgroup], scratch["value"].at[slot]),
-            weights,
-            together=kernel.D <= MOST_TOGETHER,
-        )
+            plgpu.barrier_wait(smem.key.here.at[slot])
+            plgpu.barrier_wait(smem.value.here.at[slot])
+        first = (smem.query.at[warpgroup], smem.key.tile.at[slot])
+        second = (smem.dout.at[warpgroup], smem.value.tile.at[slot])
+        p, done, dp = self.recomputed(first, second, tile, read, bounded)
         if not again:
             self.release("value", key_tile)
         dp = logits.kept(tile, logits.keep(tile, read), dp, read)
-        ds = p * (dp * tile.rows(rows["inverse"]) - tile.rows(rows["delta"] * rows["inverse"]))
-        if done.visible is not None:
-            ds = jnp.where(done.visible, ds, 0.0)  # dp may be anything where values are hidden
-        dcapped = ds
-        if done.slope is not None:
-            ds = ds * done.slope
-        terms = [SUMS[name](tile, read, ds, dcapped, done) for name in kernel.sums]
+        found = self.score_gradient(tile, read, p, done, dp)
+        terms = [SUMS[name](tile, read, found, done) for name in kernel.sums]
         sums = [x + term.sum(axis=1) for x, term in zip(sums, terms, strict=True)]
-        # Or ds - rounded becomes one multiply-add where nothing is masked, and a careful pass would differ in its bits.
-        ds = lax.optimization_barrier(ds)
-        dq = multiply_add(dq, split(ds, kernel.dtype, wide=True), scratch["key"].at[slot])
+        # Or ds - rounded becomes one multiply-add where nothing is masked, and a second pass would differ in its bits.
+        ds = lax.optimization_barrier(found.ds)
+        dq = self.multiply_add(dq, split(ds, kernel.dtype, wide=True), smem.key.tile.at[slot])
         if not again:
             self.release("key", key_tile)
         return dq, *sums
 
-    def _store(self, warpgroup, carry, rows, out, *sums_out) -> None:
+    def _store(self, warpgroup, carry, rows: Inputs, results: Results) -> None:
         kernel = self.kernel
         dq, *sums = carry
-        staged = self.scratch["query"].at[warpgroup]
+        staged = self.smem.query.at[warpgroup]
         scale = jnp.float32(kernel.problem.scale)
-        if "scale" in rows:
-            scale = lax.broadcast_in_dim(rows["scale"], dq.shape, [0])
+        if rows.scale is not None:
+            scale = lax.broadcast_in_dim(rows.scale, dq.shape, [0])
         staged[...] = (dq * scale).astype(kernel.dtype)
         for i, x in enumerate(sums):
-            self.scratch["sums"][i, warpgroup] = x
+            self.smem.sums[i, warpgroup] = x
         plgpu.commit_smem()
-        self.store_rows(warpgroup, staged, out, kernel.problem.query_axes, kernel.D)
-        for i, target in enumerate(sums_out):
-            self.store_numbers(warpgroup, self.scratch["sums"].at[i, warpgroup], target)
+        self.store_rows(warpgroup, staged, results.query, kernel.problem.query_axes, kernel.D)
+        for i, name in enumerate(kernel.sums):
+            self.store_vector(warpgroup, self.smem.sums.at[i, warpgroup], getattr(results, name))
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
 
 
-class _QueryGradient(RowKernel):
-    block = _Block
+class DqKernel(RowKernel):
+    block = DqBlock
 
     @property
-    def sums(self) -> list[str]:
-        """Sums over keys that somebody wants."""
-        return [name for name in SUMS if name in self.arrays]
-
-    def cleaned(self):
-        return "key"
+    def sums(self) -> tuple[str, ...]:
+        """Sums over keys that are wanted."""
+        return self.inputs.present(SUMS)
 
     def staying(self):
         return {
@@ -158,8 +157,7 @@ class _QueryGradient(RowKernel):
             "dout": (self.problem.out_axes, self.Dv),
         }
 
-    def scratch(self):
-        found = super().scratch()
-        if self.sums:
-            found["sums"] = plgpu.SMEM((len(self.sums), self.tiles.consumers, ROWS), jnp.float32)
-        return found
+    def smem(self):
+        n = len(self.sums)
+        sums = plgpu.SMEM((n, self.tiles.consumers, ROWS), jnp.float32) if n else None
+        return self.row_smem(sums=sums)

@@ -2,11 +2,14 @@
 
     s = q k^T,  m' = max(m, s),  p = exp(s - m'),  l = l exp(m - m') + sum p,  acc = acc exp(m - m') + p v
 
-(Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608.) Consumers take turns at the tensor cores, so that
-one's exponentials run beside another's products: a turn is the product p v of one tile and then q k^T of the next.
+(Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608.) Ping-pong scheduling: consumers take turns at the
+tensor cores, so that one's exponentials run beside another's products; a turn is the product p v of one tile and then
+q k^T of the next.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,54 +19,61 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa.backends.mosaic import logits
 from jax_fa.backends.mosaic.geometry import Geometry
+from jax_fa.backends.mosaic.inputs import Inputs
 from jax_fa.backends.mosaic.logits import ROW, WGMMA
-from jax_fa.backends.mosaic.memory import hidden, multiply_add, one_product, split, swizzled
-from jax_fa.backends.mosaic.operands import aligned_head_dim, aligned_length, by_rows, cut, stored
+from jax_fa.backends.mosaic.memory import opaque, swizzled
+from jax_fa.backends.mosaic.operands import aligned_head_dim, aligned_length, cut, for_rows
+from jax_fa.backends.mosaic.products import one_product, split
 from jax_fa.backends.mosaic.rows import RowBlock, RowKernel
 from jax_fa.backends.mosaic.tuning import ROWS, Tiles
 from jax_fa.call import Call, rounding_unit, stored_shape
 from jax_fa.softmax import FLT_MAX
 
 
-def forward(call: Call, tiles: Tiles):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    out: Any
+    m: Any
+    l: Any
+    rounding: Any = None
+
+
+def forward(call: Call, tiles: Tiles) -> tuple[Any, ...]:
     """(out, softmax max, softmax sum) and, if the problem says so, rounding, as a backend returns them."""
-    problem, operands = call.problem, call.operands
-    g = Geometry.of(problem, operands, call.dims, tiles)
-    arrays = {
-        **stored(problem, operands),
-        **by_rows(g, operands),
-    }
-    d = g.dims
+    problem, d = call.problem, call.dims
+    g = Geometry.of(call, tiles)
     shape = stored_shape((*d.B, aligned_length(d.Sq), d.N, aligned_head_dim(d.Dv)), problem.out_axes)
     stats = jax.ShapeDtypeStruct(g.packed_shape, jnp.float32)
-    out = jax.ShapeDtypeStruct(shape, operands.query.dtype)
-    results = {"out": out, "m": stats, "l": stats, **({"rounding": out} if problem.saves_rounding else {})}
+    out = jax.ShapeDtypeStruct(shape, call.dtype)
+    results = Results(out=out, m=stats, l=stats, rounding=out if problem.saves_rounding else None)
     name = "forward_rounding" if problem.saves_rounding else "forward"  # each is a kernel of its own
-    found = _Forward(g, arrays).call(name, results)
-    return tuple(g.unpack(x) if name in ("m", "l") else cut(x, call.out_shape) for name, x in found.items())
+    found = ForwardKernel(g, for_rows(g, call)).launch(name, results)
+    narrow = cut(found.out, call.out_shape), g.unpack(found.m), g.unpack(found.l)
+    return narrow if found.rounding is None else (*narrow, cut(found.rounding, call.out_shape))
 
 
-class _Block(RowBlock):
-    kernel: "_Forward"
+class ForwardBlock(RowBlock):
+    kernel: "ForwardKernel"
+    cleaned = "value"
 
     def start(self):
+        lowest = logits.start_of_maximum(self.kernel.plain)
         return (
             plgpu.layout_cast(jnp.zeros((ROWS, self.kernel.Dv), jnp.float32), WGMMA),
-            plgpu.layout_cast(
-                jnp.full((ROWS,), logits.start_of_maximum(self.kernel.plain), jnp.float32), ROW
-            ),
+            plgpu.layout_cast(jnp.full((ROWS,), lowest, jnp.float32), ROW),
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
         )
 
-    def consume(self, warpgroup, *outs) -> None:
+    def consume(self, warpgroup, results: Results) -> None:
         t = self.tiles
         rows = self.load_rows(warpgroup)
-        plgpu.barrier_wait(self.scratch["rows_here"].at[warpgroup])
+        plgpu.barrier_wait(self.smem.rows_here.at[warpgroup])
         some = self.ranges["first"] < self.ranges["last"]
 
         @pl.when(some)
         def _():
-            plgpu.barrier_wait(self.scratch["key_here"].at[0])
+            plgpu.barrier_wait(self.smem.key.here.at[0])
             pl.when(warpgroup > 0)(lambda: self._wait_turn(warpgroup))
 
         def step(key_tile, carry, bounded=True, again=False):
@@ -76,15 +86,15 @@ class _Block(RowBlock):
             self._pass_turn(warpgroup)
 
         carry = self.sweep_again(warpgroup, partial(step, again=True), carry)
-        self._store(warpgroup, carry, rows, *outs)
+        self._store(warpgroup, carry, rows, results)
 
-    def _step(self, warpgroup, key_tile, carry, rows, bounded: bool, again: bool):
-        """One tile of keys; `again`: it is in slot 0 already, and nobody takes turns."""
-        kernel, scratch = self.kernel, self.scratch
+    def _step(self, warpgroup, key_tile, carry, rows: Inputs, bounded: bool, again: bool):
+        """One tile of keys; `again`: it is in slot 0 already, and consumers take no turns."""
+        kernel, smem = self.kernel, self.smem
         acc, m, l = carry
-        slot = hidden(0) if again else self.slot(key_tile)
+        slot = opaque(0) if again else self.slot(key_tile)
 
-        query, key = scratch["query"].at[warpgroup], scratch["key"].at[slot]
+        query, key = smem.query.at[warpgroup], smem.key.tile.at[slot]
         s = one_product(query, key, lambda: None if again else self._pass_turn(warpgroup))
         tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, slot, rows, again)
         done = logits.finish(tile, s, read, kernel.plain, bounded)
@@ -99,81 +109,74 @@ class _Block(RowBlock):
         keep = logits.keep(tile, read)
         if keep is not None:
             p = jnp.where(keep, p, 0.0)
-        # Under differentiation out is what delta is made of, hence wide: see query_gradient.py.
+        # Under differentiation out is what delta is made of, hence wide: see dq.py.
         parts = split(p, kernel.dtype, wide=kernel.problem.saves_rounding)
         acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
         acc, parts, m_new, l = lax.optimization_barrier((acc, parts, m_new, l))
 
         if again:
-            return multiply_add(acc, parts, scratch["value"].at[slot]), m_new, l
-        plgpu.barrier_wait(scratch["value_here"].at[slot])
+            return self.multiply_add(acc, parts, smem.value.tile.at[slot]), m_new, l
+        plgpu.barrier_wait(smem.value.here.at[slot])
         self._wait_turn(warpgroup)
 
         def wait_for_keys():
             @pl.when(key_tile + 1 < self.ranges["last"])
             def _():
-                plgpu.barrier_wait(scratch["key_here"].at[self.slot(key_tile + 1)])
+                plgpu.barrier_wait(smem.key.here.at[self.slot(key_tile + 1)])
 
-        acc = multiply_add(acc, parts, scratch["value"].at[slot], wait_for_keys)
+        acc = self.multiply_add(acc, parts, smem.value.tile.at[slot], wait_for_keys)
         self.release("value", key_tile)
         return acc, m_new, l
 
     def _wait_turn(self, warpgroup) -> None:
         if self.tiles.consumers > 1:
-            plgpu.barrier_wait(self.scratch["turn"].at[warpgroup])
+            plgpu.barrier_wait(self.smem.turn.at[warpgroup])
 
     def _pass_turn(self, warpgroup) -> None:
         if self.tiles.consumers > 1:
-            plgpu.barrier_arrive(self.scratch["turn"].at[lax.rem(warpgroup + 1, self.tiles.consumers)])
+            plgpu.barrier_arrive(self.smem.turn.at[lax.rem(warpgroup + 1, self.tiles.consumers)])
 
-    def _store(self, warpgroup, carry, rows, out, m_out, l_out, rounding_out=None) -> None:
+    def _store(self, warpgroup, carry, rows: Inputs, results: Results) -> None:
         kernel = self.kernel
         acc, m, l = carry
         empty = l == 0.0
-        keep_inverse = rows.get("keep_inverse", jnp.float32(1 / kernel.problem.keep_prob))
+        keep_inverse = rows.keep_inverse
+        if keep_inverse is None:
+            keep_inverse = jnp.float32(1 / kernel.problem.keep_prob)
         inverse = jnp.where(empty, 0.0, keep_inverse / jnp.where(empty, 1.0, l))
         acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-        staged = self.scratch["query" if kernel.out_in_query else "result"].at[warpgroup]
-        stats = self.scratch["stats"]
+        staged = (self.smem.query if self.smem.result is None else self.smem.result).at[warpgroup]
+        stats = self.smem.stats
         narrow = acc.astype(kernel.dtype)
         staged[...] = narrow
         stats[0, warpgroup] = jnp.where(empty, -FLT_MAX, m)
         stats[1, warpgroup] = l
         plgpu.commit_smem()
-        self.store_rows(warpgroup, staged, out, kernel.problem.out_axes, kernel.Dv)
-        self.store_numbers(warpgroup, stats.at[0, warpgroup], m_out)
-        self.store_numbers(warpgroup, stats.at[1, warpgroup], l_out)
+        self.store_rows(warpgroup, staged, results.out, kernel.problem.out_axes, kernel.Dv)
+        self.store_vector(warpgroup, stats.at[0, warpgroup], results.m)
+        self.store_vector(warpgroup, stats.at[1, warpgroup], results.l)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
-        if rounding_out is not None:  # through the memory that out has left
+        if results.rounding is not None:  # through the memory that out has left
             lost = (acc - narrow.astype(jnp.float32)) * jnp.float32(1 / rounding_unit(kernel.dtype))
             staged[...] = lost.astype(kernel.dtype)
             plgpu.commit_smem()
-            self.store_rows(warpgroup, staged, rounding_out, kernel.problem.out_axes, kernel.Dv)
+            self.store_rows(warpgroup, staged, results.rounding, kernel.problem.out_axes, kernel.Dv)
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(0)
 
 
-class _Forward(RowKernel):
-    block = _Block
-
-    @property
-    def out_in_query(self) -> bool:
-        """Whether out leaves through the query's memory."""
-        return self.D == self.Dv
-
-    def cleaned(self):
-        return "value"
+class ForwardKernel(RowKernel):
+    block = ForwardBlock
 
     def staying(self):
         return {"query": (self.problem.query_axes, self.D)}
 
-    def scratch(self):
+    def smem(self):
         t = self.tiles
-        found = super().scratch() | {
-            "stats": plgpu.SMEM((2, t.consumers, ROWS), jnp.float32),
-            "turn": plgpu.Barrier(num_barriers=t.consumers),
-        }
-        if not self.out_in_query:
-            found["result"] = swizzled((t.consumers, ROWS, self.Dv), self.dtype)
-        return found
+        result = None if self.D == self.Dv else swizzled((t.consumers, ROWS, self.Dv), self.dtype)
+        return self.row_smem(
+            stats=plgpu.SMEM((2, t.consumers, ROWS), jnp.float32),
+            turn=plgpu.Barrier(num_barriers=t.consumers),
+            result=result,
+        )

@@ -1,7 +1,7 @@
 """How the rows, heads and batch entries of a call are dealt out to thread blocks, and where its arrays lie.
 
 Rows of a tile are *packed*: a warpgroup's 64 rows are `heads` query heads that share a key head, times 64 / heads
-positions, so that a tile of keys serves them all. What has one number per row (bounds, statistics, ...) travels in that
+positions, so that a tile of keys serves them all. What has one scalar per row (bounds, statistics, ...) is in that
 order, `*#B #units rows` with one unit per pack of heads; `pack` and `unpack` translate. These arrays are O(N Sq).
 """
 
@@ -13,19 +13,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fa.backends.mosaic.tuning import ROWS, Tiles
-from jax_fa.call import Axes, Dims, Operands, Problem
+from jax_fa.call import Axes, Call, Dims, Problem
 
 LOG2E = math.log2(math.e)
-# Heads are packed in numbers that leave whole groups of 8 rows, the unit of swizzled shared memory.
+# At most so many heads are packed: they leave whole groups of 8 rows, the unit of swizzled shared memory.
 MAX_PACK = ROWS // 8
 # Keys and values that blocks running at the same time should share in the second-level cache (50 MB on an H100).
 CACHE_BYTES = 24 * 2**20
 
 
-def is_plain(problem: Problem, operands: Operands) -> bool:
+def is_plain(call: Call) -> bool:
     """Whether logits are products times a static scale, and no more."""
+    operands = call.operands
     shaped = (operands.bias, operands.alibi_slopes, operands.scale, operands.soft_cap)
-    return problem.logits_soft_cap is None and all(x is None for x in shaped)
+    return call.problem.logits_soft_cap is None and all(x is None for x in shaped)
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Geometry:
     plain: bool  # see is_plain
 
     @classmethod
-    def of(cls, problem: Problem, operands: Operands, d: Dims, tiles: Tiles, pack: bool = True) -> "Geometry":
-        """`d`: the sizes of the call; a derivative's batch may be larger than that of its operands."""
+    def of(cls, call: Call, tiles: Tiles, pack: bool = True) -> "Geometry":
+        operands, d = call.operands, call.dims
         # One scalar per head and key, the same for all rows, is one vector per tile only where the tile has one head.
         apart = any(
             x is not None and x.shape[-3] > 1 and x.shape[-2] == 1 and x.shape[-1] > 1
@@ -48,7 +49,7 @@ class Geometry:
         )
         apart |= operands.segment_key is not None and operands.segment_key.shape[-2] > 1
         heads = 1 if apart or not pack else math.gcd(d.G, MAX_PACK)
-        return cls(problem, d, tiles, heads, is_plain(problem, operands))
+        return cls(call.problem, d, tiles, heads, is_plain(call))
 
     @property
     def positions(self) -> int:
@@ -79,7 +80,7 @@ class Geometry:
     def key_head(self, unit):
         return lax.div(unit, self.dims.G // self.heads)
 
-    # --- numbers per row
+    # --- one scalar per row
 
     def pack(self, x: jax.Array, fill=0) -> jax.Array:
         """An array `*#B #N Sq` in the order of the kernels, `*#B #units rows`; rows that do not exist get `fill`."""

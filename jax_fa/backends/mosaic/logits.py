@@ -6,7 +6,7 @@ Everything here is elementwise, so a thread keeps to its own registers.
 Exponentials are base 2, as the hardware has them. Where nothing is done to the product but scaling by a static factor,
 exp(scale x - m) is exp2(x c - m log2(e)) with c = scale log2(e): one multiply-add per element. Everywhere else it is
 exp2((x - m) log2(e)), which stays right where logits are as large as float32 goes. The forward and the gradients round
-these numbers alike (m is what the forward returns, in nats), so that both have the same weights.
+these exponents alike (m is what the forward returns, in nats), so that both have the same weights.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def unit_of(problem: Problem, plain: bool) -> float:
 
 
 def start_of_maximum(plain: bool) -> float:
-    """Finite, also times log2(e) where that is a number of its own: a row without a visible key gives exp2(-inf)."""
+    """Finite, also times log2(e) (see `in_exponent`): a row without a visible key gives exp2(-inf)."""
     return -FLT_MAX / 2 if plain else -FLT_MAX
 
 
@@ -105,7 +105,7 @@ def weights(tile: Tile, done: Logits, maximum, plain: bool):
 def finish(tile: Tile, s, read: Read, plain: bool, bounded: bool) -> Logits:
     """Scale, bias, slopes, soft cap and masks. `bounded`: for some row not all keys may be visible.
 
-    `poison`, a number per key, is added to what is visible: NaN where a key's value is not finite.
+    `nan_marker`, one scalar per key, is added to what is visible: NaN where a key's value is not finite.
     """
     problem = tile.problem
     product, slope, cap_slope = s, None, None
@@ -116,8 +116,8 @@ def finish(tile: Tile, s, read: Read, plain: bool, bounded: bool) -> Logits:
     if not plain:
         s = _add(tile, s, read)
         s, slope, cap_slope = _capped(tile, s, read)
-    if (poison := read("poison")) is not None:
-        s = s + tile.keys(poison)
+    if (nan_marker := read("nan_marker")) is not None:
+        s = s + tile.keys(nan_marker)
     visible = _visible(tile, read, bounded)
     if visible is not None:
         s = jnp.where(visible, s, -jnp.inf)
@@ -197,7 +197,7 @@ def keep(tile: Tile, read: Read):
         return None
     limit = read("keep_limit")
     limit = jnp.uint32(dropout.threshold(tile.problem.keep_prob)) if limit is None else tile.rows(limit)
-    return (_numbers_by_row if tile.row_axis == 0 else _numbers_by_key)(tile, read, seed) < limit
+    return (_random_by_row if tile.row_axis == 0 else _random_by_key)(tile, read, seed) < limit
 
 
 def kept(tile: Tile, keep, x, read: Read):
@@ -225,8 +225,8 @@ def _half(word, odd):
     return jnp.where(odd, lax.shift_right_logical(word, jnp.uint32(16)), word & jnp.uint32(0xFFFF))
 
 
-def _numbers_by_row(tile: Tile, read: Read, seed):
-    """A counter yields 8 numbers, for columns 8 apart that one thread holds. So they are drawn for 8 columns of each
+def _random_by_row(tile: Tile, read: Read, seed):
+    """A counter yields 8 random numbers, for columns 8 apart that one thread holds. So they are drawn for 8 columns of each
     block of 32 and unfolded: two registers of a thread compute each counter, and all its words are used."""
     rows, columns = tile.shape
     part = (rows, SPAN)
@@ -243,7 +243,7 @@ def _numbers_by_row(tile: Tile, read: Read, seed):
     return jnp.concatenate(pieces, axis=1)
 
 
-def _numbers_by_key(tile: Tile, read: Read, seed):
+def _random_by_key(tile: Tile, read: Read, seed):
     """The same for a tile `keys x rows`, where a thread holds too few keys to share counters: each element its own.
     Eight rows at a time, or the words of a whole tile would want all registers at once."""
     keys, rows = tile.shape

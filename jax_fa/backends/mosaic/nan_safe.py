@@ -1,10 +1,10 @@
-"""Keeps what is masked from being heard, whatever it holds: 0 * NaN is NaN in a matrix product.
+"""Keeps NaN and infinity in masked positions from propagating: 0 * NaN is NaN in a matrix product.
 
 Padding often holds NaN or infinity. A kernel's second product sums over keys (or rows) that have weight 0, so a
-non-finite number there would spoil the sum. Looking for one in every tile would cost each call; so the sums are looked
-at once, when they are done, and only a block whose sums are not finite goes over its tiles again, carefully: one
-tile at a time, in which non-finite numbers are replaced by 0 first and, where they belong to a row of their own, made
-to show in the logits of those that see them. Where masks hide nothing, there is nothing to keep out.
+non-finite value there would spoil the sum. Looking for one in every tile would cost each call; so the sums are looked
+at once, when they are done, and only a block whose sums are not finite goes over its tiles again: one tile at a time,
+in which non-finite values are replaced by 0 first and, where they belong to a visible key, made to show in the logits
+of its rows by a NaN marker. Calls in which nothing may be masked need none of this.
 """
 
 from typing import Any
@@ -12,45 +12,46 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_fa.backends.mosaic.inputs import Inputs
 from jax_fa.backends.mosaic.logits import WGMMA
 from jax_fa.backends.mosaic.memory import registers
 
 CHUNK = 64  # rows and columns that are looked at together
 
 
-def hides(arrays) -> bool:
-    """Whether some row may not see some key."""
-    return any(name in arrays for name in ("ranges", "mask_keys", "mask_tile"))
+def may_mask(inputs: Inputs) -> bool:
+    """Whether some key may be masked for some row."""
+    return any(x is not None for x in (inputs.ranges, inputs.mask_keys, inputs.mask_tile))
 
 
-def scratch(consumers: int, width: int, copies: int) -> dict[str, Any]:
-    """For the second pass; `copies`: how many bring a tile."""
+def smem(consumers: int, width: int, copies: int) -> dict[str, Any]:
+    """The fields that a second pass takes in a kernel's shared memory; `copies`: TMA copies of a tile."""
     return {
         "votes": plgpu.SMEM((consumers,), jnp.int32),
         "voted": plgpu.Barrier(num_arrivals=consumers),
-        "poison": plgpu.SMEM((width,), jnp.float32),
-        "careful_here": plgpu.Barrier(num_arrivals=copies),
-        "careful_read": plgpu.Barrier(num_arrivals=consumers),
+        "nan_marker": plgpu.SMEM((width,), jnp.float32),
+        "again_here": plgpu.Barrier(num_arrivals=copies),
+        "again_read": plgpu.Barrier(num_arrivals=consumers),
         "cleaned": plgpu.Barrier(),
     }
 
 
-def vote(memory, warpgroup, *sums) -> None:
-    """Says whether this consumer's sums, `64 x columns` each, are finite."""
+def vote(smem: Any, warpgroup, *sums) -> None:
+    """Tells the block whether this consumer's sums, `64 x columns` each, are finite."""
     nothing = sum((x * 0.0).sum(axis=1) for x in sums)  # NaN for a row that is not
-    memory["votes"][warpgroup] = jnp.max(jnp.where(nothing == 0.0, 0, 1))
+    smem.votes[warpgroup] = jnp.max(jnp.where(nothing == 0.0, 0, 1))
     plgpu.commit_smem()
-    plgpu.barrier_arrive(memory["voted"])
+    plgpu.barrier_arrive(smem.voted)
 
 
-def again(memory, consumers: int):
+def again(smem: Any, consumers: int):
     """Whether the block has to go over its tiles again: for every warpgroup of it to ask, once."""
-    plgpu.barrier_wait(memory["voted"])
-    return sum(memory["votes"][i] for i in range(consumers)) > 0
+    plgpu.barrier_wait(smem.voted)
+    return sum(smem.votes[i] for i in range(consumers)) > 0
 
 
-def clean(tile, poison=None) -> None:
-    """Replaces what is not finite in a tile of shared memory by 0; `poison` gets NaN for its rows, 0 for others."""
+def clean(tile, nan_marker=None) -> None:
+    """Replaces non-finite values in a tile of shared memory by 0; `nan_marker` gets NaN for its rows, 0 for others."""
     rows, columns = tile.shape
     step = min(CHUNK, columns)
     for row in range(0, rows, CHUNK):
@@ -62,5 +63,5 @@ def clean(tile, poison=None) -> None:
             part[...] = jnp.where(nothing == 0.0, x, jnp.zeros_like(x))
             nothing = nothing.sum(axis=1)
             found = nothing if found is None else found + nothing
-        if poison is not None:
-            poison[row : row + CHUNK] = found
+        if nan_marker is not None:
+            nan_marker[row : row + CHUNK] = found

@@ -12,6 +12,9 @@ from jax_fa.backends.mosaic.tuning import Tiles, Which
 class Options:
     """`implementation=jax_fa.mosaic.Options(...)`: the backend by name, and the tiles of its kernels.
 
+    A call for which these tiles are too large (for shared memory, or at its head_dim for the registers) is refused as
+    any that the backend cannot serve: `explain` says why.
+
     Args:
       tiles: for some of the kernels ("forward", "dq", "dkv", "dbias") the tiles to take in place of the table's.
 

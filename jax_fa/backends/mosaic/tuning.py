@@ -17,17 +17,16 @@ gradients at 192/192 not at all. A second stage counts most: it is worth a third
 the rows. `benchmarks/gpu_attention.py --tune` measures again.
 """
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from jax_fa.backends.mosaic.widths import padded_head_dim
 
-Which = Literal["forward", "query_gradient", "key_gradient", "bias_gradient"]
+Which = Literal["forward", "dq", "dkv", "dbias"]
 
 SMEM_BYTES = 227 * 1024
-SMEM_RESERVE = 6 * 1024  # barriers, sums, what a careful pass and the compiler's reductions keep
+SMEM_RESERVE = 6 * 1024  # barriers, sums, what a NaN-safe pass and the compiler's reductions keep
 SMEM_UNIT = 1024  # what every array in shared memory begins at a multiple of
 ROWS = 64  # rows of one warpgroup's matrix product
 
@@ -68,34 +67,34 @@ FORWARD = (
     Row(head_dim=192, tiles=Tiles(width=64, stages=2, consumers=3)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=2)),
 )
-# The gradient of query holds two tiles of logits beside its sum. Measured: up to 64, 64 keys, three stages and three
-# consumers are 3 to 5 % faster than this, but then a test with logits of 20,000 fails in the interpreter
-# (test_large_logits_have_right_weights), so its tiles stay as wide as the forward's. At 256 two stages with one consumer
-# took 21 to 26 % less than one stage with two.
-QUERY_GRADIENT = (
+# dq holds two tiles of logits beside its sum. Measured: up to 64, 64 keys, three stages and three consumers are 3 to 5 %
+# faster than this, but then a test with logits of 20,000 fails in the interpreter (test_large_logits_have_right_weights),
+# so its tiles stay as wide as the forward's. At 256 two stages with one consumer took 21 to 26 % less than one stage with
+# two.
+DQ = (
     Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
     Row(head_dim=192, tiles=Tiles(width=64, stages=2, consumers=2)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=1)),
 )
-# The gradients of key and value are two sums; above 128 they are computed one after the other. Measured:
+# dk and dv are two sums; above 128 they are computed one after the other. Measured:
 # up to 64, tiles of 128 rows are 15 % faster than of 64 although some calls spill with them (AlphaFold's, with bias and
-# mask, is 3 % faster as a whole, grouped heads 4 %); at 256 as in the gradient of query, 16 %.
-KEY_GRADIENT = (
+# mask, is 3 % faster as a whole, grouped heads 4 %); at 256 as for dq, 16 %.
+DKV = (
     Row(head_dim=64, tiles=Tiles(width=128, stages=2, consumers=2)),
     Row(head_dim=192, tiles=Tiles(width=64, stages=2, consumers=2)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=1)),
 )
 # All four arrays move; the sum is a tile of logits. Measured at 32, in AlphaFold's shape: 2 % of its whole
 # backward against tiles of 128, in one run, which is no more than runs differ by.
-BIAS_GRADIENT = (
+DBIAS = (
     Row(head_dim=64, tiles=Tiles(width=64, stages=3, consumers=3)),
     Row(head_dim=256, tiles=Tiles(width=64, stages=2, consumers=2)),
 )
 TABLES: dict[Which, tuple[Row, ...]] = {
     "forward": FORWARD,
-    "query_gradient": QUERY_GRADIENT,
-    "key_gradient": KEY_GRADIENT,
-    "bias_gradient": BIAS_GRADIENT,
+    "dq": DQ,
+    "dkv": DKV,
+    "dbias": DBIAS,
 }
 MAX_HEAD_DIM = FORWARD[-1].head_dim
 
@@ -108,11 +107,34 @@ def smem_bytes(which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int =
     staying = rows * (D + Dv) * 2
     if which == "forward":
         staying = rows * (D if D == Dv else D + Dv) * 2
-    if which == "bias_gradient":
+    if which == "dbias":
         moving += tiles.stages * rows * (D + Dv) * 2
         staying = rows * tiles.width * 4
     vector = -(-tiles.stages * tiles.width * 4 // SMEM_UNIT) * SMEM_UNIT
     return moving + staying + vectors * vector + SMEM_RESERVE
+
+
+def why_not(
+    which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int = 0, vectors: int = 4
+) -> str | None:
+    """None, or why a kernel cannot take these tiles; the arguments as in `tiles_for`."""
+    sizes = f"width={tiles.width}, stages={tiles.stages}, consumers={tiles.consumers}"
+    given = f"the tiles given for {which} ({sizes})"
+    needed = smem_bytes(which, tiles, D, Dv, element_bytes, vectors)
+    if needed > SMEM_BYTES:
+        return f"{given} need {needed} bytes of shared memory for this call; there are {SMEM_BYTES}"
+    # The least that a thread holds at any time: its sums and one tile of logits.
+    registers, there = (_sum_columns(which, D, Dv) + tiles.width) // 2, Tiles.REGISTERS[tiles.consumers][0]
+    if registers >= there:
+        return f"{given} need more than {registers} registers a thread for this head_dim; there are {there}"
+    return None
+
+
+def _sum_columns(which: Which, D: int, Dv: int) -> int:
+    """Columns of the sums that a consumer holds in registers; that of dbias is a tile of logits, counted as such."""
+    D, Dv = padded_head_dim(D), padded_head_dim(Dv)
+    together = max(D, Dv) if max(D, Dv) > 128 else D + Dv
+    return {"forward": Dv, "dq": D, "dkv": together, "dbias": 64}[which]
 
 
 def tiles_for(
@@ -128,8 +150,6 @@ def tiles_for(
       element_bytes: bytes of bias and mask per logit, which come with every tile.
       vectors: arrays of one scalar per key (or row) that moves, which come with every tile too.
     """
-    if which in _overridden:
-        return _overridden[which]
     tiles = next((row.tiles for row in TABLES[which] if max(D, Dv) <= row.head_dim), None)
     if tiles is None:
         return None
@@ -152,12 +172,7 @@ def _shrinking(tiles: Tiles) -> Iterator[Tiles]:
 def candidates(which: Which, D: int, Dv: int) -> list[Tiles]:
     """Tiles worth measuring: those that fit, and whose sums and logits fit the registers."""
     found: list[Tiles] = []
-    sums = {
-        "forward": Dv,
-        "query_gradient": D,
-        "key_gradient": max(D, Dv) if max(D, Dv) > 128 else D + Dv,
-        "bias_gradient": 64,  # a tile of logits, which the table counts with the others
-    }[which]
+    sums = _sum_columns(which, D, Dv)
     for consumers in (2, 3, 1):
         if consumers == 1 and found:  # half the rows for every tile that moves: only where no more fit
             break
@@ -167,21 +182,6 @@ def candidates(which: Which, D: int, Dv: int) -> list[Tiles]:
             for stages in (1, 2, 3, 4):
                 tiles = Tiles(width=width, stages=stages, consumers=consumers)
                 fits = smem_bytes(which, tiles, D, Dv) <= SMEM_BYTES
-                if fits and (padded_head_dim(sums) + logits) / 2 + 24 <= registers:
+                if fits and (sums + logits) / 2 + 24 <= registers:
                     found.append(tiles)
     return found
-
-
-_overridden: dict[Which, Tiles] = {}
-
-
-@contextlib.contextmanager
-def overridden(which: Which, tiles: Tiles) -> Iterator[None]:
-    """Has calls that are lowered inside take these tiles: for measurements. Functions that are compiled stay as they are."""
-    before = dict(_overridden)
-    _overridden[which] = tiles
-    try:
-        yield
-    finally:
-        _overridden.clear()
-        _overridden.update(before)

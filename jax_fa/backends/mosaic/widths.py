@@ -11,5 +11,5 @@ def padded_head_dim(D: int) -> int:
 
 
 def swizzle_elements(columns: int) -> int:
-    """Elements of the widest swizzle atom that divides a row of 16-bit numbers: 64, 32 or 16."""
+    """Elements of the widest swizzle atom that divides a row of 16-bit values: 64, 32 or 16."""
     return math.gcd(columns, 64)
