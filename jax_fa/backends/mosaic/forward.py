@@ -102,7 +102,10 @@ class ForwardBlock(RowBlock):
             self.release("key", key_tile)
 
         m_new = jnp.maximum(m, done.x.max(axis=1) * jnp.float32(logits.unit_of(kernel.problem, kernel.plain)))
-        before, after = (logits.in_exponent(x, kernel.plain) for x in (m, m_new))
+        # Rounded, as the gradients read them: joined with the subtraction into one multiply-add, keys of tiles before a
+        # new maximum would get other weights than those after it.
+        exponents = tuple(logits.in_exponent(x, kernel.plain) for x in (m, m_new))
+        before, after = lax.optimization_barrier(exponents)
         rescale = logits.rescale(before, after, kernel.plain)
         p = logits.weights(tile, done, after, kernel.plain)
         l = l * rescale + p.sum(axis=1)
