@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import jax_fa
-from jax_fa.bench import contestants, measure, record, shapes
+from jax_fa.bench import implementations, measure, record, shapes
 from jax_fa.demo.colours import colour
 
 LENGTHS = (256, 512, 1024, 2048)
-present = contestants.present()
+present = implementations.present()
 print("implementations:", ", ".join(present))
 for name, value in record.environment().items():
     print(f"{name}: {value}")
@@ -50,11 +50,11 @@ def run(mask, direction, lengths=LENGTHS, names=tuple(present)):
     found = {name: [] for name in names}
     for length in lengths:
         shape = shapes.parse_shape(f"S{length}-N4-D64")
-        call = shapes.Call(shape=shape, mask=mask, dtype="float32", direction=direction)
+        call = shapes.Workload(shape=shape, mask=mask, dtype="float32", direction=direction)
         for result in measure.measure(call, {name: present[name] for name in names}, ROUNDS):
-            assert result.agrees, f"{result.contestant} computes something else"
+            assert result.agrees, f"{result.implementation} computes something else"
             if result.refused is None:
-                found[result.contestant].append(result)
+                found[result.implementation].append(result)
     return {name: results for name, results in found.items() if results}
 
 
@@ -168,7 +168,7 @@ for name in names:
                 mask == "window:128" and name != "jax.nn"
             ):  # the others take their time there
                 shape = shapes.parse_shape(f"S{length}-N4-D64")
-                call = shapes.Call(shape=shape, mask=mask, dtype="float32", direction="forward")
+                call = shapes.Workload(shape=shape, mask=mask, dtype="float32", direction="forward")
                 programs[name, mask, length] = present[name](call)
                 programs[name, mask, length].run()  # touches memory for the first time, and does not count
 seconds = dict.fromkeys(programs, np.inf)
