@@ -121,6 +121,7 @@ _WINDOW = "mask=jax_fa.masks.SlidingWindow(left, right)"
 _SCALES = dict.fromkeys(("softmax_scale", "sm_scale", "scale_value"), "scale")
 _CAPS = dict.fromkeys(("softcap", "soft_cap", "logit_soft_cap", "attn_logits_soft_cap"), "logits_soft_cap")
 _DROPOUT = {"dropout_p": "dropout_rate", "dropout_rng": "dropout_key", "dropout_seed": "dropout_key"}
+_MAX_WORK = {"max_work": "implementation=jax_fa.ascend.Options(max_work=...)"}
 _MASKS = dict.fromkeys(
     ("attn_mask", "attention_mask", "atten_mask"), "mask (boolean, True = visible) or bias"
 )
@@ -151,6 +152,7 @@ _ADVICE: dict[str, dict[str, str]] = {
         "return_residual": "return_logsumexp",
         "return_lse": "return_logsumexp",
         "input_layout": "layout",
+        **_MAX_WORK,
     },
     "flash_attention_score": {
         "scale": "scale_value",
@@ -159,6 +161,7 @@ _ADVICE: dict[str, dict[str, str]] = {
         "bias": "pse",
         "dropout_rate": "keep_prob and drop_mask",
         "layout": "input_layout",
+        **_MAX_WORK,
         "causal": "sparse_mode=2",
         "is_causal": "sparse_mode=2",
         "padding_mask": "None of it: CANN has reserved it",

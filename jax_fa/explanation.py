@@ -5,6 +5,7 @@ single call of an entry, and reads no argument itself.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ class Explanation:
       backward: for each platform the backend of the gradient, or None.
       computes_in: for each platform the precision of the chosen backend, or None.
       notes: for each platform what the chosen backend gets from elsewhere, or what costs more than one might think.
-      source: the line of the program that made the call, "file:line (function)".
+      source: the line of the program that made the call, "file:line (function)"; "the function itself" where what is
+        explained is an entry.
       times: how often it runs, as far as the lengths of the scans around it say.
     """
 
@@ -206,13 +208,10 @@ def _walk(jaxpr: Jaxpr, times: int, outside: Sequence[compat.Frame] = ()) -> Ite
 
 
 def _source(frames: list[compat.Frame]) -> str:
-    """The line that called into this package, inside of what is explained; else the one that called `explain`."""
-    explaining = next((i for i, frame in enumerate(frames) if frame.file == __file__), len(frames))
-    ours = [i for i, frame in enumerate(frames) if frame.file.startswith(_OURS)]
-    called = max((i for i in ours if i < explaining), default=-1) + 1
-    if called == explaining:
-        called = max(ours, default=-1) + 1
-    return "{}:{} ({})".format(*frames[called]) if called < len(frames) else "unknown"
+    """The line that called into this package, inside of what is explained."""
+    inside = list(itertools.takewhile(lambda frame: frame.file != __file__, frames))
+    called = max((i for i, frame in enumerate(inside) if frame.file.startswith(_OURS)), default=-1) + 1
+    return "{}:{} ({})".format(*inside[called]) if called < len(inside) else "the function itself"
 
 
 def _is_jaxpr(x) -> bool:

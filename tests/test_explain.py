@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -209,6 +210,11 @@ def test_a_function_with_options_and_a_tree_of_arguments():
     (told,) = jax_fa.explain(model, {"scale": jnp.bfloat16(2)}, x, causal=True, name="this", platforms="tpu")
     assert told.dtype == "bfloat16" and told.chosen == {"tpu": "xla"} and "(_attend)" in told.source
     assert "forward: B=(1,)" in str(told)
+
+
+def test_an_entry_as_the_function():
+    (told,) = jax_fa.explain(partial(jax_fa.flash_attention, mask=Causal()), X, X, X, platforms="cpu")
+    assert told.source == "the function itself" == jax_fa.explain(X, X, X, platforms="cpu").source
 
 
 def test_entry_is_not_for_functions():
