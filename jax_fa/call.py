@@ -79,11 +79,11 @@ class Problem:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Operands:
-    """The arrays of a call. An absent operand is None."""
+    """The arrays of a call, or their gradients. An absent one is None."""
 
-    query: Any  # *#B Sq N D, in the order of query_axes
-    key: Any  # *#B Skv K D
-    value: Any  # *#B Skv K Dv
+    query: Any = None  # *#B Sq N D, in the order of query_axes
+    key: Any = None  # *#B Skv K D
+    value: Any = None  # *#B Skv K Dv
     bias: Any = None  # *#B #N #Sq #Skv, any float dtype, added after scaling; see bias_offset
     mask: Any = None  # *#B #N #Sq #Skv bool, True = visible
     lower: Any = None  # *#B #N #Sq int32: key j is visible only if lower <= j; None: 0
@@ -222,10 +222,9 @@ class Call:
         """With `saved` for a derivative."""
         return cls(problem, operands, _dims(problem, operands, saved))
 
-    def replace(self, **changes: Any) -> "Call":
+    def replace(self, *, problem: Problem | None = None, operands: Operands | None = None) -> "Call":
         """The call with another problem or other operands. Its batch stays, also where only saved arrays have it."""
-        problem = changes.get("problem", self.problem)
-        operands = changes.get("operands", self.operands)
+        problem, operands = problem or self.problem, operands or self.operands
         return Call(problem, operands, replace(_dims(problem, operands, None), B=self.dims.B))
 
     def without_hints(self) -> "Call":
@@ -272,7 +271,7 @@ class Call:
 
     def gradients(self, found: dict[str, Any]) -> Operands:
         """Gradients by name, as stored, summed over the dims in which their operands broadcast, in their dtypes."""
-        summed: dict[str, Any] = dict.fromkeys(STORED)
+        summed: dict[str, Any] = {}
         for name in self.gradient_names:
             operand = getattr(self.operands, name)
             x = sum_to(found[name], self.gradient_shape(name), accumulator_dtype(operand.dtype))

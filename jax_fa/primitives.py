@@ -78,7 +78,7 @@ def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
     """Binds the backward: gradients of the differentiable operands that are present."""
     found = _bind(bwd_p, problem, compat.vary_alike(Inputs(operands=operands, saved=saved)))
     names = [name for name in DIFFERENTIABLE if getattr(operands, name) is not None]
-    return Operands(**dict.fromkeys(STORED) | dict(zip(names, found, strict=True)))
+    return Operands(**dict(zip(names, found, strict=True)))
 
 
 def _bind(primitive, problem: Problem, inputs: Inputs) -> list[Any]:

@@ -13,7 +13,7 @@ import pytest
 import jax_fa
 from jax_fa import demo
 from jax_fa.backends import native
-from jax_fa.demo import baseline, checks, gpt, program, race
+from jax_fa.demo import baseline, checks, comparison, gpt, program
 
 BEST = "cpu" if native.missing is None else "xla"
 TINY = ["--quick", "--steps", "3", "--seq-len", "96"]
@@ -83,7 +83,7 @@ def test_nan_is_a_miss():
     bad = checks.Errors(float("nan"), 0.0, 0.0)
     good = checks.Errors(1.0, 1.0, 1.0)
     assert not checks.Result(case=checks.Case(name=""), ours=bad, jax_nn=good).ok
-    assert not race.Agreement(float("nan"), 1.0).ok
+    assert not comparison.Agreement(float("nan"), 1.0).ok
 
 
 def test_cases_have_names_of_their_own():
@@ -116,7 +116,7 @@ def test_a_wrong_case_gives_1(one_case, capsys, monkeypatch):
 
 
 def test_losses_that_differ_give_1(one_case, capsys, monkeypatch):
-    monkeypatch.setattr(race, "TOLERANCE", {"float32": -1.0})
+    monkeypatch.setattr(comparison, "TOLERANCE", {"float32": -1.0})
     assert demo.main(TINY) == 1
     out = capsys.readouterr().out
     assert "MISS: curves differ" in out
@@ -201,7 +201,7 @@ def test_help_tells_the_exit_codes():
 
 def test_progress_on_a_terminal_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    run = race.Run(step_bytes=None, attention_bytes=None, compile_seconds=1.0, losses=[2.5])
+    run = comparison.Run(step_bytes=None, attention_bytes=None, compile_seconds=1.0, losses=[2.5])
     update = demo.report.progress(2)
     update(1, {"a": run})
     update(2, {"a": run})

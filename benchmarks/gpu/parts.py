@@ -12,7 +12,7 @@ import jax_fa
 from gpu import checks, contestants, jobs, machine, timing, work
 from gpu.jobs import Context, Job
 from jax_fa.backends.mosaic import tuning as mosaic_tuning
-from jax_fa.demo import gpt, race
+from jax_fa.demo import comparison, gpt
 
 HEAD_DIMS = ((128, 128), (64, 64), (256, 256), (192, 128), (96, 96), (32, 32))
 
@@ -83,7 +83,7 @@ def _training_job(context: Context) -> Job:
             else:
                 usable[name] = attention
         beat()
-        runs = race.run(config, usable, beat)
+        runs = comparison.run(config, usable, beat)
         for name, result in runs.items():
             found[name] = _step(result)
         return _training_row(config, found, runs)
@@ -111,7 +111,7 @@ def _try(config: gpt.Config, attention: Callable[..., Any]) -> None:
     jax.block_until_ready(jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v))
 
 
-def _step(result: race.Run) -> dict[str, Any]:
+def _step(result: comparison.Run) -> dict[str, Any]:
     return timing.spread_of(result.seconds[1:]) | {
         "temp_bytes": result.step_bytes,
         "last_loss": result.losses[-1],
@@ -119,7 +119,7 @@ def _step(result: race.Run) -> dict[str, Any]:
 
 
 def _training_row(
-    config: gpt.Config, found: dict[str, Any], runs: dict[str, race.Run]
+    config: gpt.Config, found: dict[str, Any], runs: dict[str, comparison.Run]
 ) -> tuple[str, dict[str, Any]]:
     row: dict[str, Any] = {"contestants": found, "ratio": None, "best_peer": None}
     peers = [name for name in runs if name != "jax_fa"]
@@ -132,7 +132,7 @@ def _training_row(
         "best_peer": best,
         "ratio": found[best]["milliseconds"] / found["jax_fa"]["milliseconds"],
     }
-    agreement = race.agreement(config, runs["jax_fa"], runs[best])
+    agreement = comparison.agreement(config, runs["jax_fa"], runs[best])
     if not agreement.ok:
         return "FAIL", row | {"why": f"losses differ by {agreement.difference:.3g} from {best}"}
     return "ok", row

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_fa
-from jax_fa.demo import baseline, checks, gpt, program, race, report
+from jax_fa.demo import baseline, checks, comparison, gpt, program, report
 
 DTYPES = ("float32", "bfloat16", "float16")
 OK, MISS = 0, 1  # bad arguments exit with 2, from argparse
@@ -38,10 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.append(checks.check(case, ours))
         report.check(results[-1])
 
-    report.race_header(config)
-    runs = race.run(config, {"jax_fa": ours, "jax.nn": baseline.attention}, report.progress(config.steps))
-    agreement = race.agreement(config, *runs.values())
-    report.race(runs, agreement)
+    report.comparison_header(config)
+    runs = comparison.run(
+        config, {"jax_fa": ours, "jax.nn": baseline.attention}, report.progress(config.steps)
+    )
+    agreement = comparison.agreement(config, *runs.values())
+    report.comparison(runs, agreement)
     written = True
     if options.plot:
         written = program.write_or_report(
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(config: gpt.Config, implementation: str | None) -> jax_fa.Explanation:
     """What would run the model's attention here. Raises NotImplementedError where nothing can."""
-    query, key, value = race.operands(config)
+    query, key, value = comparison.operands(config)
 
     def ask(platforms: tuple[str, ...] | None = None) -> jax_fa.Explanation:
         call: dict[str, Any] = {"is_causal": True, "implementation": implementation, "platforms": platforms}

@@ -14,8 +14,8 @@ import jaxlib
 import jax_fa
 from jax_fa.demo.checks import Case, Result
 from jax_fa.demo.colours import colour
+from jax_fa.demo.comparison import Agreement, Run
 from jax_fa.demo.gpt import Config
-from jax_fa.demo.race import Agreement, Run
 
 
 def _title(text: str) -> None:
@@ -55,7 +55,7 @@ def check(result: Result) -> None:
     print(f"{case.name:42}{case.dtype:10}{errors} {'ok' if result.ok else 'MISS'}", flush=True)
 
 
-def race_header(config: Config) -> None:
+def comparison_header(config: Config) -> None:
     _title(
         f"Training a GPT on Python's documentation, with each attention in turn: {config.steps} steps of "
         f"{config.batch} x {config.seq_len} characters, {config.layers} layers, {config.heads} heads on "
@@ -82,22 +82,24 @@ def progress(steps: int) -> Callable[[int, dict[str, Run]], None]:
     return update
 
 
-def race(runs: dict[str, Run], agreement: Agreement) -> None:
+def comparison(runs: dict[str, Run], agreement: Agreement) -> None:
     """The table of both runs, and how ours compares."""
     ours, theirs = runs.values()
     print()
-    _race_row("", list(runs), "")
-    _race_row("last loss", [f"{run.losses[-1]:.4f}" for run in runs.values()], _curves(agreement))
+    _comparison_row("", list(runs), "")
+    _comparison_row("last loss", [f"{run.losses[-1]:.4f}" for run in runs.values()], _curves(agreement))
     for label, name, show in (
         ("time of a step (median)", "step_seconds", _seconds),
         ("temporary memory of a step", "step_bytes", _mebibytes),
         ("... of attention alone", "attention_bytes", _mebibytes),
         ("compile time of a step", "compile_seconds", _seconds),
     ):
-        _race_row(label, [show(getattr(run, name)) for run in runs.values()], _ratio(ours, theirs, name))
+        _comparison_row(
+            label, [show(getattr(run, name)) for run in runs.values()], _ratio(ours, theirs, name)
+        )
 
 
-def _race_row(label: str, values: Sequence[str], comment: str) -> None:
+def _comparison_row(label: str, values: Sequence[str], comment: str) -> None:
     line = f"  {label:28}" + "".join(f"{value:>12}" for value in values) + f"   {comment}"
     print(line.rstrip())
 
