@@ -216,18 +216,20 @@ def _together(threads: list[threading.Thread]) -> float:
 
 def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     """One row per direction: medians of everything compared, called in turn."""
-    contestants = {"cpu": _jax_programs(case, _ours(case, "cpu"))}
+    programs_by_name = {"cpu": _jax_programs(case, _ours(case, "cpu"))}
     if case.peers:
-        contestants["xla"] = _jax_programs(case, _ours(case, "xla"))
+        programs_by_name["xla"] = _jax_programs(case, _ours(case, "xla"))
         theirs = partial(jax.nn.dot_product_attention, is_causal=case.mask == "causal")
         if case.dtype != "float16":  # XLA's CPU compiler refuses jax.nn's float16 products
-            contestants["jax.nn"] = _jax_programs(case, theirs)
+            programs_by_name["jax.nn"] = _jax_programs(case, theirs)
         if torch is not None:
-            contestants["torch"] = _torch_programs(case)
+            programs_by_name["torch"] = _torch_programs(case)
     memory = np.ones(2**26, np.float32)
     rows = []
     for direction in ("forward", "backward"):
-        runs = {name: programs[direction] for name, programs in contestants.items() if direction in programs}
+        runs = {
+            name: programs[direction] for name, programs in programs_by_name.items() if direction in programs
+        }
         if not runs:
             continue
         peaks: list[float] = []
@@ -274,7 +276,7 @@ def _check(parser: argparse.ArgumentParser, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--rounds", type=int, default=7, help="calls of each contestant (default: %(default)s)"
+        "--rounds", type=int, default=7, help="calls of each implementation (default: %(default)s)"
     )
     parser.add_argument("--only", default="", help="only cases whose line contains this text")
     parser.add_argument("--json", type=Path, help="also write all figures to this file, as they come")
