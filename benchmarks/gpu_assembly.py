@@ -24,16 +24,16 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the CUDA plugin is for its compiler only
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the kernels of this checkout, whatever is installed
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from gpu import assembler  # noqa: E402
+import jax
+import jax.numpy as jnp
+from gpu import assembler
 
-import jax_fa  # noqa: E402
-from jax_fa.backends.mosaic import choice, tuning  # noqa: E402
-from jax_fa.call import Call  # noqa: E402
-from jax_fa.demo import program  # noqa: E402
-from jax_fa.entry import request_of  # noqa: E402
-from jax_fa.masks import Causal, Dense, Lengths, SlidingWindow  # noqa: E402
+import jax_fa
+from jax_fa.backends.mosaic import choice, tuning
+from jax_fa.call import Call
+from jax_fa.demo import program
+from jax_fa.entry import request_of
+from jax_fa.masks import Causal, Dense, Lengths, SlidingWindow
 
 OLDEST = (0, 11)
 DEVICE = "NVIDIA H200"

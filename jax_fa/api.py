@@ -100,7 +100,7 @@ def dot_product_attention(
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
     """
-    backends.chosen(implementation)
+    backend = backends.chosen(implementation)
     arguments.flag("return_residual", return_residual)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     given = [arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
@@ -127,7 +127,7 @@ def dot_product_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropped=entry.Dropout(dropout_rate, dropout_key),
-        implementation=implementation,
+        backend=backend,
     )
     shape, dtype = given[0].shape, given[0].dtype
 
@@ -279,7 +279,7 @@ def flash_attention(
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
     """
-    backends.chosen(implementation)
+    backend = backends.chosen(implementation)
     arguments.flag("return_logsumexp", return_logsumexp)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     q, k, v = (arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
@@ -295,7 +295,7 @@ def flash_attention(
         logits_soft_cap=logits_soft_cap,
         dropped=entry.Dropout(dropout_rate, dropout_key),
         logsumexp=bool(return_logsumexp),
-        implementation=implementation,
+        backend=backend,
     )
 
     def finish(result):

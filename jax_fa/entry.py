@@ -15,7 +15,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jax_fa import arguments, backends, compat, dropout, masks
+from jax_fa import arguments, compat, dropout, masks
 from jax_fa.attention import Attention, attention
 from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
@@ -52,6 +52,7 @@ def entry(build: Callable[P, Request[R]]) -> Callable[P, R]:
         with compat.allow_promotion():
             return request.finish(result)
 
+    # (mypy knows no attributes of functions.)
     run.request = build  # type: ignore[attr-defined]
     returned = typing.get_args(signature.return_annotation)[0]
     run.__signature__ = signature.replace(return_annotation=returned)  # type: ignore[attr-defined]
@@ -116,16 +117,16 @@ def build(
     logits_soft_cap=None,
     dropped: Dropout = _NO_DROPOUT,
     logsumexp: bool = False,
-    implementation: backends.Implementation = None,
+    backend: tuple[str | None, Any] = (None, None),
     hints: Any = None,
 ) -> Call:
-    """The call of these arguments, which are checked against each other.
+    """The call of these arguments, which are checked against each other; `backend` is what `backends.chosen` gives.
 
     Scalars that are traced become operands, those that are known belong to the program.
     """
     d, axes = arrays.dims, arrays.axes
     rank, acc = len(d.B), accumulator_dtype(computed_dtype(arrays.query.dtype))
-    name, options = backends.chosen(implementation)
+    name, options = backend
     scale, soft_cap = _scale(scale, d.D), _soft_cap(logits_soft_cap)
     seeds = _Seeds.of(dropped, d)
     keep_prob = dropped.keep_prob

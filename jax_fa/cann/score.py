@@ -147,7 +147,7 @@ def flash_attention_score(
     Source: aclnnFlashAttentionScoreV2 and aclnnFlashAttentionVarLenScoreV4 in the CANN operator library's
     documentation; stats of TND as with softmaxOutLayout "same_as_input".
     """
-    backends.chosen(implementation)
+    backend = backends.chosen(implementation)
     _check_choices(input_layout, inner_precise, sparse_mode, pse_type)
     scale_value = entry.finite_scale("scale_value", scale_value)
     arrays = _arrays(query, key, value, input_layout, head_num)
@@ -164,7 +164,7 @@ def flash_attention_score(
         terms=pse_terms(pse, pse_type, sparse, scale=scale_value, dtype=dtype, d=d, packed=sequences),
         scale=scale_value,
         dropped=keep_bits(drop_mask, keep_prob, d, sequences),
-        implementation=implementation,
+        backend=backend,
         hints=_own_form(sparse, pse, pse_type, d, sequences),
     )
 

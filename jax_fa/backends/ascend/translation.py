@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -121,12 +121,17 @@ class Translation:
 
     # --- the mask
 
+    @property
+    def _mask(self) -> masks.Mask | None:
+        """The static mask. `Problem` lies below the masks and holds it as any hashable object."""
+        return cast(masks.Mask | None, self.call.problem.mask)
+
     @cached_property
     def sparse(self) -> SparseMode:
         """The sparse mode of a call that is not packed."""
         d, given = self.call.dims, self.given
         if given is None:
-            return sparse_modes.of_mask(self.call.problem.mask, d)  # type: ignore[arg-type]
+            return sparse_modes.of_mask(self._mask, d)
         if given.actual_seq_qlen is not None:  # packed, but not for layout TND
             return sparse_modes.FULL_MASK
         return sparse_modes.of_arguments(given, d, own_mask=self.call.operands.mask is not None)
@@ -166,9 +171,9 @@ class Translation:
     @property
     def _packed_mask_kind(self) -> masks.CumulativeLengths | None:
         """The sequences of the mask, alone or with a dense mask beside them."""
-        if self.call.problem.mask is None:
+        if self._mask is None:
             return None
-        members = masks.members(self.call.problem.mask)  # type: ignore[arg-type]
+        members = masks.members(self._mask)
         packed = [m for m in members if isinstance(m, masks.CumulativeLengths)]
         others = [m for m in members if isinstance(m, masks.Dense)]
         return packed[0] if len(packed) == 1 and len(packed) + len(others) == len(members) else None
@@ -178,7 +183,9 @@ class Translation:
         if self.given is not None:
             own_mask = self.call.operands.mask is not None
             return sparse_modes.of_packed_arguments(self.given, self.call.dims, pairs, own_mask)
-        return sparse_modes.of_packed(self._packed_mask_kind.within, pairs)  # type: ignore[union-attr]
+        kind = self._packed_mask_kind
+        assert kind is not None  # it is where the ends came from
+        return sparse_modes.of_packed(kind.within, pairs)
 
     def _packed_mask(self, sequences: Sequences):
         """The mask of the longest sequences where one serves all, else of all rows and keys."""
@@ -194,8 +201,9 @@ class Translation:
         if self.given is not None:
             tokens = self.given.pre_tokens, self.given.next_tokens
             return tokens if self.given.sparse_mode == 0 else (None, None)
-        within = self._packed_mask_kind.within  # type: ignore[union-attr]
-        if not isinstance(within, masks.Band):
+        kind = self._packed_mask_kind
+        within = None if kind is None else kind.within
+        if within is None:
             return None, None
         left, right = (None if n is None else int(n) for n in (within.left, within.right))
         return left, right
