@@ -66,6 +66,13 @@ struct Call {
   // must be zero when the kernel starts, unless WritesAllBias.
   View dout, dlogsumexp, dquery, dkey, dvalue, dbias, dslopes, dscale, dsoft_cap;
 
+  // Derivatives along tangents: those of the operands, each with the operand's dims (batch dims may broadcast where the
+  // operand's do not, and the other way round); absent where zero. Of the second, the tangents of the cotangents too.
+  View query_tangent, key_tangent, value_tangent, bias_tangent, slopes_tangent, scale_tangent, soft_cap_tangent;
+  View dout_tangent, dlogsumexp_tangent;
+  // Results: the tangents of out and log-sum-exp; of the second, the gradients by dout and dlogsumexp, the same formulas.
+  View out_tangent, logsumexp_tangent;
+
   JAX_FA_INLINE int64_t G() const { return N / K; }
 };
 

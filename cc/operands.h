@@ -96,7 +96,7 @@ constexpr Differentiable kDifferentiable[] = {
 // The arrays that follow the operands of the backward, in their order; some of them are the results of the forward.
 // `name`: the field of Python's Saved. `text`: what messages call it. `like_out`: of the shape and dtype of out, else a
 // float per row. `bit`: that of `saved` where it may be absent, else 0.
-enum Saved : uint32_t { kRounding = 1, kLogSumExp = 2 };
+enum Saved : uint32_t { kRounding = 1, kLogSumExp = 2, kOutTangent = 4, kLogSumExpTangent = 8 };
 struct SavedArray {
   const char *name, *text;
   View Call::* view;
@@ -112,6 +112,9 @@ constexpr SavedArray kSavedArrays[] = {
     {"dout", "the cotangent of out", &Call::dout, true, false, 0},
     {"rounding", "rounding", &Call::rounding, true, true, kRounding},
     {"dlogsumexp", "the cotangent of log-sum-exp", &Call::dlogsumexp, false, false, kLogSumExp},
+    {"dout_tangent", "the tangent of out's cotangent", &Call::dout_tangent, true, false, kOutTangent},
+    {"dlogsumexp_tangent", "the tangent of log-sum-exp's cotangent", &Call::dlogsumexp_tangent, false, false,
+     kLogSumExpTangent},
 };
 
 }  // namespace jax_fa

@@ -39,6 +39,8 @@ class Problem:
     mask: Hashable = None
     # Gradients keep the first `mapped` batch dims in full, also where the operand has size 1: vmap added them.
     mapped: int = 0
+    # Which gradients a derivative gives, by the names of operands and, of the second, "dout" and "dlogsumexp"; None: all.
+    gradients: tuple[str, ...] | None = None
     # The forward also returns what rounding took from the output (see `Saved`): for a derivative in 16 bits.
     saves_rounding: bool = False
     # With bias_offset: no two key heads (of any batch entries) read the same element of bias.
@@ -127,19 +129,31 @@ DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What the backward has besides the operands: results of the forward, and the cotangents."""
+    """What a derivative has besides the operands: results of the forward and, where it takes them, the cotangents.
+
+    Batch dims may have size 1 where those of the call do not: what vmap did not map.
+    """
 
     out: Any  # in the order of out_axes
-    m: Any  # softmax max, *B N Sq
-    l: Any  # softmax sum, *B N Sq
-    dout: Any  # like out
+    m: Any  # softmax max, *#B N Sq
+    l: Any  # softmax sum, *#B N Sq
+    dout: Any = None  # like out
     # Like out, in 16-bit calls: the output without rounding is out + rounding * rounding_unit. The backward
     # subtracts delta = rowsum(dout * output) from numbers of delta's size, so that the digits beyond 16 bits count.
     rounding: Any = None
-    dlogsumexp: Any = None  # *B N Sq
+    dlogsumexp: Any = None  # *#B N Sq
+    # The second takes tangents of the cotangents, too.
+    dout_tangent: Any = None
+    dlogsumexp_tangent: Any = None
+
+    def present(self) -> dict[str, Any]:
+        """The arrays that are given."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in found.items() if x is not None}
 
 
-LIKE_OUT = ("out", "dout", "rounding")  # fields of Saved in the order of out_axes; the rest are statistics
+# Fields of Saved in the order of out_axes; the rest are statistics.
+LIKE_OUT = ("out", "dout", "rounding", "dout_tangent")
 
 
 def rounding_unit(dtype: Any) -> float:
@@ -187,14 +201,16 @@ def stored_shape(shape: tuple[Any, ...], axes: Axes) -> tuple[Any, ...]:
     return tuple(shape[axes.index(i)] for i in range(len(axes)))
 
 
-def _dims(problem: Problem, operands: Operands, saved: Saved | None) -> Dims:
-    """Reads the sizes off the arrays (or avals)."""
+def _dims(problem: Problem, operands: Operands, *others: "Saved | Operands | None") -> Dims:
+    """Reads the sizes off the arrays (or avals); `others` as under vmap the cotangents or tangents alone may be mapped."""
     rank = problem.batch_rank
     q, k, v = (canonical_shape(getattr(operands, name).shape, problem.axes(name)) for name in STORED)
-    batches = [q[:rank], k[:rank], v[:rank]]
-    batches += [x.shape[:rank] for name, x in operands.present().items() if name not in STORED]
-    if saved is not None:  # under vmap, what it has mapped may be the cotangents alone
-        batches.append(saved.m.shape[:rank])
+    batches = [
+        canonical_shape(x.shape, problem.axes(name))[:rank] if name in (*STORED, *LIKE_OUT) else x.shape[:rank]
+        for given in (operands, *others)
+        if given is not None
+        for name, x in given.present().items()
+    ]
     B = tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*batches, strict=True))
     return Dims(B, q[rank], k[rank], q[rank + 1], k[rank + 1], q[rank + 2], v[rank + 2])
 
@@ -218,14 +234,14 @@ class Call:
     dims: Dims
 
     @classmethod
-    def of(cls, problem: Problem, operands: Operands, saved: Saved | None = None) -> "Call":
-        """With `saved` for a derivative."""
-        return cls(problem, operands, _dims(problem, operands, saved))
+    def of(cls, problem: Problem, operands: Operands, *others: Saved | Operands | None) -> "Call":
+        """`others`: what is saved and tangents, for a derivative."""
+        return cls(problem, operands, _dims(problem, operands, *others))
 
     def replace(self, *, problem: Problem | None = None, operands: Operands | None = None) -> "Call":
         """The call with another problem or other operands. Its batch stays, also where only saved arrays have it."""
         problem, operands = problem or self.problem, operands or self.operands
-        return Call(problem, operands, replace(_dims(problem, operands, None), B=self.dims.B))
+        return Call(problem, operands, replace(_dims(problem, operands), B=self.dims.B))
 
     def without_hints(self) -> "Call":
         return replace(self, operands=replace(self.operands, hints=None))
@@ -258,7 +274,9 @@ class Call:
 
     @property
     def gradient_names(self) -> list[str]:
-        return [name for name in DIFFERENTIABLE if getattr(self.operands, name) is not None]
+        """The operands whose gradients are wanted."""
+        wanted = DIFFERENTIABLE if self.problem.gradients is None else self.problem.gradients
+        return [name for name in DIFFERENTIABLE if name in wanted and getattr(self.operands, name) is not None]
 
     def gradient_shape(self, name: str) -> Shape:
         """The gradient has its operand's shape, but keeps in full the batch dims that vmap added."""
