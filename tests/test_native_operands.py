@@ -70,14 +70,14 @@ def _results(operands: Operands) -> dict[str, jax.ShapeDtypeStruct]:
 def _forward(operands: Operands, outs: Any = (OUT, STATS, STATS)) -> Any:
     present, arrays = cpu._arrays(operands)
     call = jax.ffi.ffi_call("jax_fa_cpu_forward", outs)
-    return jax.block_until_ready(call(*arrays, problem=cpu._attribute(PROBLEM, present, ())))
+    return jax.block_until_ready(call(*arrays, problem=cpu._attribute(PROBLEM, present, 0)))
 
 
 def _backward(operands: Operands, saved: dict[str, Any], results: dict[str, Any]) -> Any:
     present, arrays = cpu._arrays(operands)
     call = jax.ffi.ffi_call("jax_fa_cpu_backward", list(results.values()))
     given = [jnp.ones(x.shape, x.dtype) for x in saved.values()]
-    return jax.block_until_ready(call(*arrays, *given, problem=cpu._attribute(PROBLEM, present, ())))
+    return jax.block_until_ready(call(*arrays, *given, problem=cpu._attribute(PROBLEM, present, 0)))
 
 
 @dataclass(frozen=True, kw_only=True)
