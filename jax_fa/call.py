@@ -206,7 +206,9 @@ def _dims(problem: Problem, operands: Operands, *others: "Saved | Operands | Non
     rank = problem.batch_rank
     q, k, v = (canonical_shape(getattr(operands, name).shape, problem.axes(name)) for name in STORED)
     batches = [
-        canonical_shape(x.shape, problem.axes(name))[:rank] if name in (*STORED, *LIKE_OUT) else x.shape[:rank]
+        canonical_shape(x.shape, problem.axes(name))[:rank]
+        if name in (*STORED, *LIKE_OUT)
+        else x.shape[:rank]
         for given in (operands, *others)
         if given is not None
         for name, x in given.present().items()
@@ -276,7 +278,9 @@ class Call:
     def gradient_names(self) -> list[str]:
         """The operands whose gradients are wanted."""
         wanted = DIFFERENTIABLE if self.problem.gradients is None else self.problem.gradients
-        return [name for name in DIFFERENTIABLE if name in wanted and getattr(self.operands, name) is not None]
+        return [
+            name for name in DIFFERENTIABLE if name in wanted and getattr(self.operands, name) is not None
+        ]
 
     def gradient_shape(self, name: str) -> Shape:
         """The gradient has its operand's shape, but keeps in full the batch dims that vmap added."""
