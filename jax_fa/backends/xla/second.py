@@ -85,21 +85,27 @@ class _Sums:
 
     def _row_sums(self, row: Row, each) -> _RowSums:
         """What all pairs of a row have in common, with a loop of its own if it takes tangents of operands."""
-        call, saved, move_logits = self.call, self.tiles.saved, self.moved.move_logits
+        call, saved = self.call, self.tiles.saved
+        by_logits = self.moved.move_logits
+        of_logits = bool(call.wanted - {"value"})  # what else is wanted does not take sigma
+        by_value = of_logits and self.moved.value is not None
         zeros = jnp.zeros((*call.B, call.dims.K, call.dims.G, self.tiles.rows.tile), call.acc)
         tau = sigma = None
 
         def add(pairs: _Pairs, carry):
             tau, sigma = carry
-            if move_logits:
+            if by_logits:
                 tau = tau + jnp.sum(pairs.p * pairs.tangent.s, axis=-1)
+            if by_logits and of_logits:
                 sigma = sigma + jnp.sum(pairs.ds * pairs.tangent.s, axis=-1)
-            if self.moved.value is not None:
+            if by_value:
                 sigma = sigma + jnp.sum(pairs.p * pairs.dp_by_value, axis=-1)
             return tau, sigma
 
-        if move_logits or self.moved.value is not None:
-            tau, sigma = each(add, (zeros if move_logits else None, zeros))
+        if by_logits or by_value:
+            tau, sigma = each(add, (zeros if by_logits else None, zeros))
+        if not of_logits:
+            return _RowSums(tau, None)
         if saved.dout_tangent is not None:  # the sum of p times what it adds to U
             sigma = _plus(sigma, jnp.sum(row.given.dout_tangent.astype(call.acc) * row.out, axis=-1))
         if tau is not None and saved.dlogsumexp is not None:
