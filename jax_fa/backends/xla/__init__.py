@@ -24,6 +24,8 @@ from jax_fa.backends.xla.backward import backward
 from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.backends.xla.forward import forward
 from jax_fa.backends.xla.padding import Padding
+from jax_fa.backends.xla.second import second
+from jax_fa.backends.xla.tangent import jvp, second_tangent, tangent
 from jax_fa.call import Call, Operands, Saved
 
 
@@ -43,18 +45,47 @@ class Xla:
 
     def forward(self, call: Call) -> tuple[Any, ...]:
         padding = Padding(call)
-        if not padding.extra:
-            return forward(Canonical(call))
-        results = forward(Canonical(padding.padded()))
         shapes = (call.out_shape, call.stats_shape, call.stats_shape, call.out_shape)
-        return tuple(padding.cut(x, shape) for x, shape in zip(results, shapes, strict=False))
+        return padding.cut_all(forward(Canonical(padding.padded())), shapes)
 
     def backward(self, call: Call, saved: Saved) -> Operands:
         padding = Padding(call)
-        if not padding.extra:
-            return backward(Canonical(call), saved)
-        padded = backward(Canonical(padding.padded()), padding.saved(saved))
-        return padded.map(lambda name, x: padding.cut(x, call.gradient_shape(name)))
+        return padding.cut_gradients(backward(Canonical(padding.padded()), padding.saved(saved)))
+
+    def tangent(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Any, Any]:
+        padding = Padding(call)
+        args = padding.tangents(tangents), padding.saved(saved)
+        return padding.cut_all(
+            tangent(Canonical(padding.padded()), *args), (call.out_shape, call.stats_shape)
+        )
+
+    def jvp(self, call: Call, tangents: Operands) -> tuple[Any, ...]:
+        padding = Padding(call)
+        results = jvp(Canonical(padding.padded()), padding.tangents(tangents))
+        # out, m, l, perhaps rounding; the tangents of out and of the log-sum-exp
+        rounding = [call.out_shape] if call.problem.saves_rounding else []
+        shapes = (
+            call.out_shape,
+            call.stats_shape,
+            call.stats_shape,
+            *rounding,
+            call.out_shape,
+            call.stats_shape,
+        )
+        return padding.cut_all(results, shapes)
+
+    def second(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Operands, Any, Any]:
+        padding = Padding(call)
+        args = padding.tangents(tangents), padding.saved(saved)
+        gradients, *others = second(Canonical(padding.padded()), *args)
+        return padding.cut_gradients(gradients), *padding.cut_all(others, (call.out_shape, call.stats_shape))
+
+    def second_tangent(
+        self, call: Call, tangents: Operands, others: Operands, saved: Saved
+    ) -> tuple[Any, Any]:
+        padding = Padding(call)
+        args = padding.tangents(tangents), padding.tangents(others), padding.saved(saved)
+        return padding.cut_all(second_tangent(padding.padded(), *args), (call.out_shape, call.stats_shape))
 
 
 backend = Xla()
