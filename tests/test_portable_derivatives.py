@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jax_fa
+from jax_fa import masks
 from jax_fa.backends.xla import backend
 from jax_fa.call import (
     DIFFERENTIABLE,
@@ -26,7 +27,7 @@ from jax_fa.call import (
 )
 from jax_fa.entry import request_of
 from jax_fa.testing import oracle
-from jax_fa.testing.cases import CASES, FEATURES, Case
+from jax_fa.testing.cases import CASES, FEATURES, REAL_TILES, Case
 from jax_fa.testing.programs import primitives
 
 FLT_MAX = oracle.FLT_MAX
@@ -643,3 +644,97 @@ def test_third_order(lengths):
         found, want = ours(subject.moving), automatic(subject.moving, moves, others, third, cotangents)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         _close(x, y, y, "third order", 1e-10)
+
+
+# --- sizes
+
+
+def _all_of(x, moves, others, cotangents, cotangent_moves, **options):
+    """Every derivative of a call with these arguments, whose sizes may be symbolic."""
+    call = request_of(jax_fa.flash_attention, **x, **options, return_logsumexp=True).call
+    call = call.replace(problem=replace(call.problem, mask=None))
+    # (Slopes and the bias have leading dims in a call.)
+    moves, others = (
+        Operands(**{n: a.reshape(getattr(call.operands, n).shape) for n, a in m.items()})
+        for m in (moves, others)
+    )
+    forward, saved = _saved(call, cotangents, cotangent_moves)
+    gradients, *both = backend.second(call, moves, saved)
+    return {
+        "forward": forward,
+        "backward": backend.backward(call, saved).present(),
+        "tangent": backend.tangent(call, moves, saved),
+        "jvp": backend.jvp(call, moves),
+        "second": (gradients.present(), both),
+        "second_tangent": backend.second_tangent(call, moves, others, saved),
+    }
+
+
+def _random_arguments(Sq, Skv, N=4, K=2, D=16):
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return random.standard_normal(shape)
+
+    def operands():
+        return {
+            "query": normal(1, Sq, N, D),
+            "key": normal(1, Skv, K, D),
+            "value": normal(1, Skv, K, D),
+            "bias": normal(N, 1, Skv),
+            "alibi_slopes": normal(N),
+        }
+
+    x, moves, others = operands(), operands(), operands()
+    x["bias"] += 800  # exp of it is infinite
+    cotangents = [(normal(1, Sq, N, D), normal(1, N, Sq)) for _ in range(2)]
+    return x, moves, others, *cotangents
+
+
+@pytest.mark.parametrize("sizes", [pytest.param("a, 40", marks=pytest.mark.slow), "a, b"])
+def test_symbolic_lengths(sizes):
+    """One exported program for all lengths, which are padded inside; what is added changes nothing."""
+    run = jax.jit(partial(_all_of, dropout_rate=0.2, dropout_key=jax.random.key(0)))
+    symbols = dict(zip("ab", jax.export.symbolic_shape("a, b"), strict=True))
+    Sq, Skv = (symbols[n] if n in symbols else int(n) for n in sizes.split(", "))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct([{37: Sq, 40: Skv}.get(n, n) for n in x.shape], x.dtype),
+        _random_arguments(37, 40),
+    )
+    with jax.enable_x64(True):
+        exported = jax.export.export(run)(*shapes)
+        for lengths in (37, 40), (16, 70) if sizes == "a, b" else (3, 40):
+            arguments = _random_arguments(*lengths)
+            found, want = exported.call(*arguments), run(*arguments)
+            for (path, x), y in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(want), strict=True):
+                _close(x, y, y, str(path), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["real-causal", "real-bias"])
+def test_the_tiles_of_the_library(name, real_tiles):
+    """Several tiles, the last ones ragged."""
+    (case,) = (case for case in REAL_TILES if case.name == name)
+    _check(_subject(case))
+
+
+@pytest.mark.parametrize("method", ["tangent", "jvp", "second", "second_tangent"])
+def test_memory_is_linear_in_the_length(method, real_tiles):
+    """Twice the length needs at most about twice the memory. Nothing runs: XLA plans memory."""
+
+    def temporary(length: int) -> int:
+        def normal(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        q, kv, stats = normal(1, length, 4, 32), normal(1, length, 2, 32), normal(1, 4, length)
+        x = {"query": q, "key": kv, "value": kv, "alibi_slopes": normal(4), "bias": normal(4, 1, length)}
+
+        def run(*arguments):
+            return _all_of(*arguments, mask=masks.Causal())[method]
+
+        lowered = jax.jit(run).lower(x, x, x, (q, stats), (q, stats))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(2048), temporary(4096)
+    assert long <= 2.2 * short + 2**20
+    # Bytes: half of the logits of all heads. (The second derivative has two dozen arrays of each tile.)
+    assert long < 2 * 4 * 4096 * 4096

@@ -101,7 +101,8 @@ def second_tangent(call: Call, tangents: Operands, others: Operands, saved: Save
 
 def _alike(x, tangent) -> tuple[Any, Any]:
     """Both with the batch dims of both."""
-    return tuple(jnp.broadcast_arrays(x, tangent))
+    x, tangent = jnp.broadcast_arrays(x, tangent)
+    return x, tangent
 
 
 class _Sum(NamedTuple):
@@ -133,7 +134,8 @@ class _Fused:
         )
         part = (*call.B, d.K, d.G, rows.tile)
         zeros = jnp.zeros((*part, d.Dv), call.acc)
-        start = _Sum(*softmax.start(part, call.acc), zeros, zeros, zeros[..., 0])
+        m_tile, l_tile = softmax.start(part, call.acc)
+        start = _Sum(m_tile, l_tile, zeros, zeros, zeros[..., 0])
         total = loop(key_range, lambda u, carry: self._key_tile((q, q_tangent), t, u, carry), start)
         outs = put(call, outs, normalized(call, total.out, total.l), rows, t)
         (moved,) = put(call, (moved,), normalized(call, total.moved, total.l), rows, t)
@@ -153,7 +155,8 @@ class _Fused:
             )
         )
         visible, keep = tile.visible(), tile.keep()
-        marker, moved_marker = None, 0
+        marker: Any = None
+        moved_marker: Any = 0
         if visible is not None:
             marker, v = nan_unless_finite(v), finite(v)
             if v_tangent is not None:
