@@ -87,15 +87,14 @@ def second_tangent(call: Call, tangents: Operands, others: Operands, saved: Save
     saved = Saved(out=exact_out(canonical, saved.out, saved.rounding), m=saved.m, l=saved.l)
     dout, dlogsumexp = tangent(canonical, others, saved, call.acc)
     moving = {name: _alike(getattr(call.operands, name), x) for name, x in others.present().items()}
-    moving["out"], moving["m"] = _alike(saved.out, dout), _alike(saved.m, dlogsumexp)
 
-    def along(moved: dict[str, Any]):
-        kept = Saved(out=moved.pop("out"), m=moved.pop("m"), l=saved.l)
-        operands = replace(call.operands, **moved)
-        return tangent(Canonical(call.replace(operands=operands)), tangents, kept, call.acc)
+    def along(operands: dict[str, Any], out, m):
+        moved = Canonical(call.replace(operands=replace(call.operands, **operands)))
+        return tangent(moved, tangents, Saved(out=out, m=m, l=saved.l), call.acc)
 
-    at, to = ({name: pair[i] for name, pair in moving.items()} for i in range(2))
-    _, (out, logsumexp) = jax.jvp(along, (at,), (to,))
+    results = zip(_alike(saved.out, dout), _alike(saved.m, dlogsumexp), strict=True)
+    at, to = (({name: x[i] for name, x in moving.items()}, *pair) for i, pair in enumerate(results))
+    _, (out, logsumexp) = jax.jvp(along, at, to)
     return out.astype(call.dtype), logsumexp
 
 
