@@ -86,6 +86,16 @@ inline float SumOver(int64_t from, int64_t to, const Fn& f) {
   return Sum(a + b);
 }
 
+// NaN if one of the keys j0 + v is visible to the row and marked, else 0.
+inline float VisibleMarks(const Call& c, const Row& row, int64_t j0, Range v, const float* marker, float* tmp) {
+  float sum = 0.0f;
+  if (v.Empty()) return sum;
+  __builtin_memcpy(tmp + v.lo, marker + v.lo, sizeof(float) * static_cast<size_t>(v.hi - v.lo));
+  MaskOut(c, row, j0, v.lo, v.hi, 0.0f, tmp);
+  for (int64_t j = v.lo; j < v.hi; ++j) sum += tmp[j];
+  return sum;
+}
+
 // Turns row `at` of products with keys j0 + [c0, c1), of which v are visible, into weights w, and its tangents into
 // w (T - center).
 inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScratch& s, const TangentBlock& block,
@@ -95,9 +105,8 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
   const SoftCapRows cap_rows{plan.logits ? s.by_x : nullptr, c.soft_cap_tangent ? s.by_cap : nullptr};
   const float scale = RowLogits(c, row, j0, v, c0, c1, block.nan_marker, cap_rows, s.tmp, x);
   if (plan.logits) {
-    if (block.tangent_marker != nullptr)
-      Combine(v.hi - v.lo, t + v.lo, block.tangent_marker + v.lo, [](F y, F more) { return y + more; });
     ToTangentsOfLogits(c, row, j0, v, c0, c1, s.by_x, s.by_cap, t);
+    ClearByLogits(c, c0, c1, x, t);
   }
   float *m = s.m + at, *l = s.l + at, *moved = s.moved + at, *center = s.center + at;
   if (c.with_forward) {
@@ -119,6 +128,7 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
     });
   }
   *l += sum;
+  if (block.tangent_marker != nullptr) *moved += VisibleMarks(c, row, j0, v, block.tangent_marker, s.tmp);
   if (c.seed || c.drop_bits) {
     Drop(c, row, j0, v.lo, v.hi, x);
     if (plan.logits) Combine(c1 - c0, t + c0, x + c0, [](F y, F w) { return Select(IsZero(w), w, y); });
@@ -204,11 +214,12 @@ inline void FinishTangentRow(const Call& c, const TangentPlan& plan, const Tange
   const float moved = none ? 0.0f : s.moved[at] / l;  // the log-sum-exp, against the center
   float factor = none ? 0.0f : 1.0f / (l * KeepProbOf(c, row));
   const F minus = Set(-moved);
+  const bool moves = plan.logits || moved != moved;
   if (none) {
     Fill(sum, 0, c.Dv, 0.0f);
-  } else if (plan.logits && c.with_forward) {
+  } else if (moves && c.with_forward) {
     Combine(c.Dv, sum, acc, [&](F x, F y) { return Fma(minus, y, x); });
-  } else if (plan.logits) {
+  } else if (moves) {
     const F by = Set(factor);
     const float* out = ExactOut(c, row, s.stage, s.stage + RoundUp(c.Dv, kLanes));
     Combine(c.Dv, sum, out, [&](F x, F y) { return Fma(minus, y, x * by); });
