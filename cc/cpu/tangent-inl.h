@@ -86,13 +86,11 @@ inline float SumOver(int64_t from, int64_t to, const Fn& f) {
   return Sum(a + b);
 }
 
-// NaN if one of the keys j0 + v is visible to the row and marked, else 0.
-inline float VisibleMarks(const Call& c, const Row& row, int64_t j0, Range v, const float* marker, float* tmp) {
+// NaN if one of the keys v is marked and visible, whose logit then is not -inf; else 0.
+inline float VisibleMarks(Range v, const float* logits, const float* marker) {
   float sum = 0.0f;
-  if (v.Empty()) return sum;
-  __builtin_memcpy(tmp + v.lo, marker + v.lo, sizeof(float) * static_cast<size_t>(v.hi - v.lo));
-  MaskOut(c, row, j0, v.lo, v.hi, 0.0f, tmp);
-  for (int64_t j = v.lo; j < v.hi; ++j) sum += tmp[j];
+  for (int64_t j = v.lo; j < v.hi; ++j)
+    if (logits[j] != -__builtin_inff()) sum += marker[j];
   return sum;
 }
 
@@ -117,6 +115,7 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
       *moved *= rescale;
     }
   }
+  if (block.tangent_marker != nullptr) *moved += VisibleMarks(v, x, block.tangent_marker);
   const float sum = RowExp<false>(x, c0, c1, scale, *m);
   if (plan.logits) {
     if (*l == 0.0f && sum > 0.0f) *center = SumOver(c0, c1, [&](int64_t j) { return Load(x + j) * Load(t + j); }) / sum;
@@ -128,7 +127,6 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
     });
   }
   *l += sum;
-  if (block.tangent_marker != nullptr) *moved += VisibleMarks(c, row, j0, v, block.tangent_marker, s.tmp);
   if (c.seed || c.drop_bits) {
     Drop(c, row, j0, v.lo, v.hi, x);
     if (plan.logits) Combine(c1 - c0, t + c0, x + c0, [](F y, F w) { return Select(IsZero(w), w, y); });

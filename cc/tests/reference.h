@@ -144,7 +144,7 @@ class Reference {
       for (const Seen& x : seen_) {
         moved.push_back(TangentOf(b, n, i, x));
         tainted |= !std::isfinite(moved.back().t);
-        if (p_.value_tangent)
+        if (p_.value_tangent && !Drops(x))
           tainted |= !AllFinite(p_.value_tangent.value.data() + p_.value_tangent.Index(b, k, x.j), p_.Dv);
         if (x.p > 0.0) tau += x.p * moved.back().t;
       }
@@ -170,7 +170,7 @@ class Reference {
       }
       for (size_t at = 0; at < seen_.size(); ++at) {
         const Seen& x = seen_[at];
-        if (x.keep == 0.0 || row_.l == 0.0) continue;
+        if (x.keep == 0.0 || row_.l == 0.0 || Drops(x)) continue;
         const double* v = p_.value.value.data() + p_.value.Index(b, k, x.j);
         const double* e =
             p_.value_tangent ? p_.value_tangent.value.data() + p_.value_tangent.Index(b, k, x.j) : nullptr;
@@ -331,7 +331,7 @@ class Reference {
   }
 
   Moved TangentOf(int64_t b, int64_t n, int64_t i, const Seen& x) const {
-    if (x.hidden) return {0.0, 0.0};
+    if (x.s == -std::numeric_limits<double>::infinity()) return {0.0, 0.0};  // by a bias: it masks the key
     const int64_t k = n / p_.G();
     const double scale = p_.Scale(b, n), cap = p_.Cap(b, n);
     double before = 0.0, size = 0.0;
@@ -361,9 +361,13 @@ class Reference {
     return moved;
   }
 
+  // Whether what is not finite at this key does not even reach the row, as it has no weight at all.
+  bool Drops(const Seen& x) const { return p_.Masked() && x.s == -std::numeric_limits<double>::infinity(); }
+
+  // Of tanh u - u (1 - tanh^2 u), with a tanh that is off by 6 units, which the second term takes 2 u times.
   static double ByCapError(const Seen& x, double cap, double by_cap) {
     return kEps * (2 * std::fabs(x.u) * x.slope * x.before_error / cap + 12 * std::fabs(by_cap) +
-                   8 * std::min(1.0, std::fabs(x.u)));
+                   12 * std::min(9.0, std::fabs(x.u)));
   }
 
   template <typename Fn>
