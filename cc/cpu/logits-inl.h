@@ -26,28 +26,29 @@ inline Range BiasElements(const Call& c, int64_t first, int64_t n) {
   return given.Empty() ? Range{0, 0} : given;
 }
 
-// The part of the row's bias for keys j0 + [from, to), as floats: in place, or in `tmp`.
-inline const float* BiasOf(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float* tmp) {
+// The part of the row's bias (or of its tangent) for keys j0 + [from, to), as floats: in place, or in `tmp`.
+inline const float* BiasOf(const Call& c, const View& bias, const Row& row, int64_t j0, int64_t from, int64_t to,
+                           float* tmp) {
   if (c.bias_offset) {
     const int64_t first = BiasIndex(c, row, j0 + from), n = to - from;
     const Range given = BiasElements(c, first, n);
     Fill(tmp, 0, given.lo, 0.0f);
     Fill(tmp, given.hi, n, 0.0f);
     if (given.Empty()) return tmp;
-    const char* src = c.bias.Bytes(row.b, row.n, 0, first + given.lo);
-    if (given.hi - given.lo == n && c.bias.dtype == DType::kF32 && c.bias.col == 1)
+    const char* src = bias.Bytes(row.b, row.n, 0, first + given.lo);
+    if (given.hi - given.lo == n && bias.dtype == DType::kF32 && bias.col == 1)
       return reinterpret_cast<const float*>(src);
-    LoadRow(src, c.bias.dtype, c.bias.col, given.hi - given.lo, tmp + given.lo);
+    LoadRow(src, bias.dtype, bias.col, given.hi - given.lo, tmp + given.lo);
     return tmp;
   }
-  if (c.bias.col == 0) {
-    LoadRow(c.bias.Bytes(row.b, row.n, row.i), c.bias.dtype, 1, 1, tmp);
+  if (bias.col == 0) {
+    LoadRow(bias.Bytes(row.b, row.n, row.i), bias.dtype, 1, 1, tmp);
     Fill(tmp, 0, to - from, tmp[0]);
     return tmp;
   }
-  const char* src = c.bias.Bytes(row.b, row.n, row.i, j0 + from);
-  if (c.bias.dtype == DType::kF32 && c.bias.col == 1) return reinterpret_cast<const float*>(src);
-  LoadRow(src, c.bias.dtype, c.bias.col, to - from, tmp);
+  const char* src = bias.Bytes(row.b, row.n, row.i, j0 + from);
+  if (bias.dtype == DType::kF32 && bias.col == 1) return reinterpret_cast<const float*>(src);
+  LoadRow(src, bias.dtype, bias.col, to - from, tmp);
   return tmp;
 }
 
@@ -107,30 +108,42 @@ inline F ByCap(F u, F t) {
   return Select(Equal(Max(Abs(v), limit), limit), small, large);
 }
 
+// Adds `by` times the distance of the row from key `first` + j to s[j], j < n.
+inline void AddDistances(const Call& c, const Row& row, int64_t first, int64_t n, float by, float* s) {
+  const F factor = Set(by), count = Count();
+  const int64_t base = first - PositionOf(c, row);  // as a float exact up to 2^24, as slopes are defined
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const F away = Abs(count + Set(static_cast<float>(base + j)));
+    const F x = Fma(factor, c.alibi == Alibi::kSqrt ? Sqrt(away) : away, LoadFirst(s + j, Rest(n - j)));
+    StoreFirst(s + j, x, Rest(n - j));
+  }
+}
+
+// Turns products q.k of keys j0 + [from, to) into logits before the soft cap, in place from s[0] on. `tmp` holds to - from
+// floats. Returns the bias; null where there is none.
+inline const float* BeforeSoftCap(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float* s,
+                                  float* tmp) {
+  const int64_t n = to - from;
+  const F scale = Set(ScaleOf(c, row));
+  const float* bias = nullptr;
+  if (c.bias) {
+    bias = BiasOf(c, c.bias, row, j0, from, to, tmp);
+    Combine(n, s, bias, [&](F x, F y) { return Fma(x, scale, y); });
+  } else {
+    Combine(n, s, s, [&](F x, F) { return x * scale; });
+  }
+  if (c.slopes) AddDistances(c, row, j0 + from, n, -*c.slopes.At<float>(row.b, row.n, row.i), s);
+  return bias;
+}
+
 // Turns products q.k of keys j0 + [from, to) into logits, in place; `by_x` and `by_cap` (may be null) take the
 // derivatives of the soft cap. Columns are relative to key j0; `tmp` holds to - from floats. `nan_marker` (may be null) is
 // added. A bias of -inf masks its key, whatever comes after.
 inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* nan_marker,
                      float* s, float* by_x, float* by_cap, float* tmp) {
   const int64_t n = to - from;
-  const F scale = Set(ScaleOf(c, row));
   s += from;
-  const float* bias = nullptr;
-  if (c.bias) {
-    bias = BiasOf(c, row, j0, from, to, tmp);
-    Combine(n, s, bias, [&](F x, F y) { return Fma(x, scale, y); });
-  } else {
-    Combine(n, s, s, [&](F x, F) { return x * scale; });
-  }
-  if (c.slopes) {
-    const F minus = Set(-*c.slopes.At<float>(row.b, row.n, row.i)), count = Count();
-    const int64_t base = j0 + from - PositionOf(c, row);  // as a float exact up to 2^24, as slopes are defined
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const F away = Abs(count + Set(static_cast<float>(base + j)));
-      const F x = Fma(minus, c.alibi == Alibi::kSqrt ? Sqrt(away) : away, LoadFirst(s + j, Rest(n - j)));
-      StoreFirst(s + j, x, Rest(n - j));
-    }
-  }
+  const float* bias = BeforeSoftCap(c, row, j0, from, to, s, tmp);
   if (const float soft_cap = SoftCapOf(c, row); soft_cap != 0.0f) {
     const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap), none = Set(0.0f), minus_inf = Set(-__builtin_inff());
     for (int64_t j = 0; j < n; j += kLanes) {
