@@ -85,7 +85,7 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   F scale = Set(ScaleOf(c, row));
   if (sums.scale != nullptr) __builtin_memcpy(s.products + c0, p + c0, sizeof(float) * static_cast<size_t>(c1 - c0));
   if (!IsPlain(c, row)) {
-    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, slope, by_cap, s.tmp);
+    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, {slope, by_cap}, s.tmp);
     scale = Set(1.0f);
   }
   Fill(p, c0, v.lo, -__builtin_inff());

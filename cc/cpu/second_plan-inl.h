@@ -6,6 +6,7 @@
 #include "cpu/groups-inl.h"
 #include "cpu/scratch-inl.h"
 #include "cpu/simd-inl.h"
+#include "cpu/tangent_rows-inl.h"
 #include "cpu/tuning.h"
 
 namespace jax_fa::JAX_FA_ISA {
@@ -21,8 +22,8 @@ struct SecondTerms {
   bool values, douts;     // the weights times the tangents of value (for out) and dout (for value)
 
   explicit SecondTerms(const Call& c) {
-    products = c.query_tangent || c.key_tangent;
-    logits = products || c.bias_tangent || c.slopes_tangent || c.scale_tangent || c.soft_cap_tangent;
+    products = MovesProducts(c);
+    logits = MovesLogits(c);
     ds = c.dquery || c.dkey || c.dbias || c.dslopes || c.dscale || c.dsoft_cap;
     weights = logits && (c.dvalue || c.out_tangent);
     dp = ds && logits;
@@ -112,8 +113,8 @@ struct SecondScratch {
   float *gq, *out;                                                         // results of the rows
   float *dk, *dv;                                                          // ... and of all keys
   float* arrays;                                                           // see SecondArray
-  float *stage, *tmp, *raw, *curve_by_cap, *nan_marker;
-  float *m, *inverse, *delta, *tau, *sigma;  // of each row
+  float *stage, *tmp, *raw, *by_cap, *u, *nan_marker;                      // of a row of a block, or of its keys
+  float *m, *inverse, *delta, *tau, *sigma;                                // of each row
   double *tau_sum, *sigma_sum;
   int32_t *lo, *hi;
 
@@ -147,7 +148,7 @@ struct SecondScratch {
     dv = take(own_sums, plan.dv_size);
     arrays = arena.Take(plan.kept_blocks * plan.BlockFloats());
     stage = arena.Take(StageSize(c));
-    float** const of_keys[] = {&tmp, &raw, &curve_by_cap, &nan_marker};
+    float** const of_keys[] = {&tmp, &raw, &by_cap, &u, &nan_marker};
     for (float** x : of_keys) *x = arena.Take(plan.s_row);
     float** const of_rows[] = {&m, &inverse, &delta, &tau, &sigma};
     for (float** x : of_rows) *x = arena.Take(n);

@@ -10,6 +10,7 @@
 #include "cpu/rows-inl.h"
 #include "cpu/second_plan-inl.h"
 #include "cpu/softmax-inl.h"
+#include "cpu/tangent_rows-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
@@ -20,51 +21,15 @@ struct SecondRow {
   float* operator[](SecondArray i) const { return of[i]; }
 };
 
-// Turns products a.k + q.b of keys j0 + [from, to), in x, into tangents of logits before the soft cap. `dots`: the products
-// q.k. Both are relative to key j0.
-inline void TangentsBeforeSoftCap(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to,
-                                  const float* dots, float* x, float* tmp) {
-  const int64_t n = to - from;
-  const F scale = Set(ScaleOf(c, row));
-  x += from;
-  if (c.query_tangent || c.key_tangent) {
-    Combine(n, x, x, [&](F y, F) { return y * scale; });
-  } else {
-    Fill(x, 0, n, 0.0f);
-  }
-  if (c.scale_tangent) {
-    const F by = Set(*c.scale_tangent.At<float>(row.b, row.n));
-    Combine(n, x, dots + from, [&](F y, F dot) { return Fma(by, dot, y); });
-  }
-  if (c.bias_tangent)
-    Combine(n, x, BiasOf(c, c.bias_tangent, row, j0, from, to, tmp), [](F y, F more) { return y + more; });
-  if (c.slopes_tangent) AddDistances(c, row, j0 + from, n, -*c.slopes_tangent.At<float>(row.b, row.n, row.i), x);
-}
-
-// The soft cap f(x) = cap t, t = tanh u, u = x / cap, of n logits `s`, and of their tangents `x`:
-//
-//   f' = 1 - t^2,  f_cap = t - u f',  T = f' x' + f_cap cap',  f'' x' + f'_cap cap' = r = -2 t (f' x' - u f' cap') / cap
-//   f_capx x' + f_capcap cap' = -u r
-//
-// All 0 where the bias is -inf. `by_cap` and `curve_by_cap` may be null.
-inline void CapTangents(const Call& c, const Row& row, int64_t n, const float* bias, float* s, float* x, float* by_x,
-                        float* curve, float* by_cap, float* curve_by_cap) {
-  const float soft_cap = SoftCapOf(c, row);
-  const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap), none = Set(0.0f), minus_inf = Set(-__builtin_inff());
-  const F cap_tangent = Set(c.soft_cap_tangent ? *c.soft_cap_tangent.At<float>(row.b, row.n) : 0.0f);
+// Where the row has a soft cap f of x = cap u: from f'' (in `curve`), u and the tangent x' of x, the tangent of f', which is
+// r = f'' (x' - u cap'), in the place of f'', and that of df / dcap, which is -u r, in the place of u.
+inline void CapTangents(const Call& c, const Row& row, int64_t n, const float* x, float* curve, float* u) {
+  const F tangent = Set(TangentOf(c.soft_cap_tangent, row)), none = Set(0.0f);
   for (int64_t j = 0; j < n; j += kLanes) {
     const int rest = Rest(n - j);
-    const F u = LoadFirst(s + j, rest) * inverse, t = Tanh(u), b = bias != nullptr ? LoadFirst(bias + j, rest) : none;
-    const Mask masked = Equal(b, minus_inf);
-    const F f1 = Set(1.0f) - t * t, f_cap = ByCap(u, t), along = LoadFirst(x + j, rest) * f1;
-    const F r = Set(-2.0f) * t * inverse * (along - u * f1 * cap_tangent);
-    StoreFirst(s + j, Select(masked, minus_inf, t * cap), rest);
-    StoreFirst(x + j, Select(masked, none, Fma(f_cap, cap_tangent, along)), rest);
-    StoreFirst(by_x + j, Select(masked, none, f1), rest);
-    StoreFirst(curve + j, Select(masked, none, r), rest);
-    if (by_cap == nullptr) continue;
-    StoreFirst(by_cap + j, Select(masked, none, f_cap), rest);
-    StoreFirst(curve_by_cap + j, Select(masked, none, none - u * r), rest);
+    const F by = LoadFirst(u + j, rest), r = LoadFirst(curve + j, rest) * (LoadFirst(x + j, rest) - by * tangent);
+    StoreFirst(curve + j, r, rest);
+    StoreFirst(u + j, none - by * r, rest);
   }
 }
 
@@ -87,25 +52,21 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
   F scale = Set(ScaleOf(c, row)), t_scale = scale;
   if (!terms.dp) Fill(ds, c0, c1, 0.0f);
   if (!terms.dp_tangent) Fill(u, c0, c1, 0.0f);
-  if (!terms.logits) Fill(t, c0, c1, 0.0f);
-  if (cap || c.bias_tangent || c.slopes_tangent || c.scale_tangent) {
-    TangentsBeforeSoftCap(c, row, j0, v.lo, v.hi, p, t, s.tmp);
+  if (cap || !terms.products || c.bias_tangent || c.slopes_tangent || c.scale_tangent) {
+    ToTangentsOfX(c, row, j0, v.lo, v.hi, p, t, s.tmp);
     t_scale = Set(1.0f);
   }
+  if (marked) Combine(n, t + v.lo, s.nan_marker + v.lo, [](F y, F more) { return y + more; });
+  float* by_cap = x[kByCap] != nullptr ? x[kByCap] : s.by_cap;
   if (!IsPlain(c, row)) {
-    if (!empty) {
-      const float* bias = BeforeSoftCap(c, row, j0, v.lo, v.hi, p + v.lo, s.tmp);
-      if (cap)
-        CapTangents(c, row, n, bias, p + v.lo, t + v.lo, x[kByX] + v.lo, x[kCurve] + v.lo,
-                    x[kByCap] == nullptr ? nullptr : x[kByCap] + v.lo, s.curve_by_cap + v.lo);
-      MaskOut(c, row, j0, v.lo, v.hi, -__builtin_inff(), p);
-    }
+    if (!empty) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, {x[kByX], by_cap, x[kCurve], s.u}, s.tmp);
     scale = Set(1.0f);
   }
-  if (marked) Combine(n, t + v.lo, s.nan_marker + v.lo, [](F y, F more) { return y + more; });
+  if (cap) CapTangents(c, row, n, t + v.lo, x[kCurve] + v.lo, s.u + v.lo);
+  ToTangentsOfLogits(c, row, j0, v, c0, c1, x[kByX], by_cap, t);
   Fill(p, c0, v.lo, -__builtin_inff());
   Fill(p, v.hi, c1, -__builtin_inff());
-  float* const others[] = {ds, t, u, x[kByX], x[kCurve], x[kByCap]};
+  float* const others[] = {ds, u, x[kByX], x[kCurve], x[kByCap]};
   for (float* y : others) {  // masked products may be NaN
     if (y == nullptr) continue;
     Fill(y, c0, v.lo, 0.0f);
@@ -144,7 +105,7 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
   s.tau_sum[r] += Sum(tau);
   s.sigma_sum[r] += Sum(by_ds) + Sum(by_p);
   const int64_t g = row.n % c.G();
-  if (cap && sums.soft_cap != nullptr) sums.soft_cap[g] += WeightedSum(s.curve_by_cap, v.lo, v.hi, ds);
+  if (cap && sums.soft_cap != nullptr) sums.soft_cap[g] += WeightedSum(s.u, v.lo, v.hi, ds);
   if (sums.scale != nullptr && terms.products) {
     __builtin_memcpy(s.tmp + v.lo, ds + v.lo, sizeof(float) * static_cast<size_t>(n));
     if (cap) Combine(n, s.tmp + v.lo, x[kByX] + v.lo, [](F y, F by) { return y * by; });
@@ -160,8 +121,7 @@ inline void SecondPassRow(const Call& c, const SecondPlan& plan, const SecondScr
   const bool cap = SoftCapOf(c, row) != 0.0f;
   const float* keep = x[kKeep] != nullptr ? x[kKeep] : x[kWeight];
   const F tau = Set(s.tau[r]), sigma = Set(s.sigma[r]);
-  const float scale_tangent = c.scale_tangent ? *c.scale_tangent.At<float>(row.b, row.n) : 0.0f;
-  const F scale = Set(ScaleOf(c, row)), more = Set(scale_tangent);
+  const F scale = Set(ScaleOf(c, row)), more = Set(TangentOf(c.scale_tangent, row));
   const bool in_sums = c.dbias || sums.slopes != nullptr || sums.scale != nullptr;  // of GX, which then is scaled later
   const bool finite =
       s.tau[r] * 0.0f == 0.0f && s.sigma[r] * 0.0f == 0.0f && s.inverse[r] * 0.0f == 0.0f && s.delta[r] * 0.0f == 0.0f;
