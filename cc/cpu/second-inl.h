@@ -76,6 +76,7 @@ inline void SecondAs(const Call& c, const Runner& runner) {
       const int64_t head = plan.groups.heads[i], b = head / c.K, k = head % c.K;
       float* part = plan.splits > 1 ? parts.get() + (head * plan.splits + split) * head_size : own.get();
       float *dk = part != nullptr ? part : s.dk, *dv = part != nullptr ? part + plan.dk_size : s.dv;
+      PackedKeys::Forget(plan, s);
       Fill(dk, 0, plan.dk_size, 0.0f);
       Fill(dv, 0, plan.dv_size, 0.0f);
       const HeadSums own_sums = sums.Of(head, split);

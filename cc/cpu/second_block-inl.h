@@ -30,7 +30,9 @@ struct SecondPairs {
 };
 
 // The products of the first pass: x gets rows times transposed keys, for tiles and the panels that are visible to them.
-inline void FirstPassProducts(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondPairs& x) {
+// Meanwhile asks for the panel of the next product.
+inline void FirstPassProducts(const Call& c, const SecondPlan& plan, const SecondScratch& s, const PackedKeys& of,
+                              const SecondPairs& x) {
   struct Product {
     bool wanted, first;  // first: nothing has been stored in x yet
     const float *rows, *keys;
@@ -40,19 +42,26 @@ inline void FirstPassProducts(const Call& c, const SecondPlan& plan, const Secon
   const bool a{c.query_tangent}, b{c.key_tangent}, e{c.value_tangent}, more{c.dout_tangent}, u = plan.terms.dp_tangent;
   const Product products[] = {
       // those that read the same keys one after the other
-      {true, true, s.q, s.keys_t, plan.dq_row, c.D, x[kWeight]},
-      {a, true, s.q_tangent, s.keys_t, plan.dq_row, c.D, x[kLogit]},
-      {b, !a, s.q, s.keys_tangent_t, plan.dq_row, c.D, x[kLogit]},
-      {plan.terms.dp, true, s.dout, s.values_t, plan.dv_row, c.Dv, x[kDs]},
-      {u && more, true, s.dout_tangent, s.values_t, plan.dv_row, c.Dv, x[kDp]},
-      {u && e, !more, s.dout, s.values_tangent_t, plan.dv_row, c.Dv, x[kDp]},
+      {true, true, s.q, of.keys_t, plan.dq_row, c.D, x[kWeight]},
+      {a, true, s.q_tangent, of.keys_t, plan.dq_row, c.D, x[kLogit]},
+      {b, !a, s.q, of.keys_tangent_t, plan.dq_row, c.D, x[kLogit]},
+      {plan.terms.dp, true, s.dout, of.values_t, plan.dv_row, c.Dv, x[kDs]},
+      {u && more, true, s.dout_tangent, of.values_t, plan.dv_row, c.Dv, x[kDp]},
+      {u && e, !more, s.dout, of.values_tangent_t, plan.dv_row, c.Dv, x[kDp]},
   };
+  const Product* wanted[6];
+  int64_t count = 0;
+  for (const Product& y : products)
+    if (y.wanted) wanted[count++] = &y;
   for (int64_t panel = 0; panel < Panels(x.width); ++panel) {
-    for (const Product& y : products) {
-      if (!y.wanted) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      const Product &y = *wanted[i], &next = *wanted[i + 1 < count ? i + 1 : 0];
+      const int64_t next_panel = i + 1 < count ? panel : panel + 1, next_size = next.depth * kPanel;
+      const bool asks = next.keys != y.keys && next_panel < Panels(x.width);
       const float* keys = y.keys + panel * y.depth * kPanel;
       for (int64_t t = 0; t < x.count; ++t) {
         const RowTile& tile = x.tiles[t];
+        if (asks) Prefetch(next.keys + next_panel * next_size, next_size, t, x.count);
         if (tile.to <= panel * kPanel || tile.from >= (panel + 1) * kPanel) continue;
         const float* rows = y.rows + tile.r * y.row;
         float* to = y.x + tile.r * x.row + panel * kPanel;
@@ -96,30 +105,38 @@ inline void SecondPassRows(const Call& c, const SecondPlan& plan, const SecondSc
   for (; done < x.rows; ++done) clear(done, 0, keys);
 }
 
-// Adds to the results of the rows what the keys give, a chunk of keys at a time.
-inline void AddToRows(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondPairs& x) {
+// Adds to the results of the rows what the keys give, a chunk of keys at a time. Meanwhile asks for dk and dv of the keys,
+// which were last used by the block of rows before.
+inline void AddToRows(const Call& c, const SecondPlan& plan, const SecondScratch& s, const PackedKeys& of,
+                      const SecondPairs& x, const float* dk, const float* dv) {
   struct Product {
     bool wanted;
     const float *weights, *panels;
     float* sum;
     int64_t sum_row;
+    const float* next;
+    int64_t next_row;  // 0: nothing to ask for
   };
   const Product products[] = {
-      {bool{c.dquery}, x[kGX], s.keys, s.gq, plan.dq_row},
-      {plan.terms.by_key, x[kDX], s.keys_tangent, s.gq, plan.dq_row},
-      {plan.terms.weights && c.out_tangent, x[kTangent], s.values, s.out, plan.dv_row},
-      {plan.terms.values, x[kKept], s.values_tangent, s.out, plan.dv_row},
+      {bool{c.dquery}, x[kGX], of.keys, s.gq, plan.dq_row, dk, c.dkey ? plan.dq_row : 0},
+      {plan.terms.by_key, x[kDX], of.keys_tangent, s.gq, plan.dq_row, nullptr, 0},
+      {plan.terms.weights && c.out_tangent, x[kTangent], of.values, s.out, plan.dv_row, dv, c.dvalue ? plan.dv_row : 0},
+      {plan.terms.values, x[kKept], of.values_tangent, s.out, plan.dv_row, nullptr, 0},
   };
   for (const Product& y : products) {
     if (!y.wanted) continue;
-    for (int64_t d = 0; d < y.sum_row; d += kPanel) {
+    const int64_t panels = y.sum_row / kPanel, next = x.width * y.next_row;
+    for (int64_t d = 0; d < panels; ++d) {
       for (int64_t u0 = 0; u0 < x.width; u0 += kChunk) {
         for (int64_t t = 0; t < x.count; ++t) {
           const RowTile& tile = x.tiles[t];
+          if (u0 == 0 && d + 1 < panels) Prefetch(y.panels + (d + 1) * x.width * kPanel, x.width * kPanel, t, x.count);
+          if (u0 == 0 && next > 0) Prefetch(y.next + x.j0 * y.next_row, next, d * x.count + t, panels * x.count);
           const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + kChunk ? tile.to : u0 + kChunk;
           if (from >= to) continue;
           Gemm<false, true>(tile.n, to - from, y.weights + tile.r * x.row + from, x.row, 1,
-                            y.panels + d * x.width + from * kPanel, y.sum + tile.r * y.sum_row + d, y.sum_row);
+                            y.panels + (d * x.width + from) * kPanel, y.sum + tile.r * y.sum_row + d * kPanel,
+                            y.sum_row);
         }
       }
     }
@@ -192,10 +209,10 @@ inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScrat
     }
   };
   const auto first_pass = [&](const SecondPairs& y, Sums add) {
-    const bool marked = PackFirstPass(c, plan, s, x, y.j0, y.width);
-    FirstPassProducts(c, plan, s, y);
+    const PackedKeys of(c, plan, s, x, y.j0, y.width, false);
+    FirstPassProducts(c, plan, s, of, y);
     ForEachRow(c, s, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
-      FirstPassRow(c, plan, s, row, r, y.j0, v, c0, c1, marked, y.Row(r), add, sums);
+      FirstPassRow(c, plan, s, row, r, y.j0, v, c0, c1, of.nan_marker, y.Row(r), add, sums);
     });
   };
   over_keys([&](const SecondPairs& y) { first_pass(y, Sums::kAdd); });
@@ -203,8 +220,7 @@ inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScrat
   over_keys([&](const SecondPairs& y) {
     if (!kept) first_pass(y, Sums::kNone);
     SecondPassRows(c, plan, s, x, y, sums);
-    PackSecondPass(c, plan, s, x, y.j0, y.width);
-    AddToRows(c, plan, s, y);
+    AddToRows(c, plan, s, PackedKeys(c, plan, s, x, y.j0, y.width, true), y, dk, dv);
     AddToKeys(c, plan, s, x.rows, y, dk, dv);
   });
 }

@@ -74,39 +74,86 @@ inline void StartSecondRows(const Call& c, const SecondPlan& plan, const SecondS
   Fill(s.out, 0, x->rows * plan.dv_row, 0.0f);
 }
 
-// Keys and values from j0 on, transposed, for the products of the first pass. Marks, in masked calls, keys whose tangents
-// of values are not all finite: those are 0 in the panels. Returns whether there are any.
-inline bool PackFirstPass(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondRows& x,
-                          int64_t j0, int64_t width) {
-  const SecondTerms& terms = plan.terms;
-  const auto pack = [&](bool wanted, const View& from, int64_t depth, float* to) {
-    if (wanted) PackTransposed<false>(from, depth, x.b, x.k, j0, width, s.stage, to);
-  };
-  pack(true, c.key, c.D, s.keys_t);
-  pack(bool{c.key_tangent}, c.key_tangent, c.D, s.keys_tangent_t);
-  pack(terms.dp || (terms.dp_tangent && c.dout_tangent), c.value, c.Dv, s.values_t);
-  pack(terms.dp_tangent && c.value_tangent, c.value_tangent, c.Dv, s.values_tangent_t);
-  bool any = false;
-  if (!IsMasked(c) || !terms.values) return any;
-  for (int64_t j = 0; j < width; ++j) {
-    s.nan_marker[j] = ZeroOrNaN(ReadRow<false>(c.value_tangent, x.b, x.k, j0 + j, c.Dv, s.stage), c.Dv);
-    any = any || s.nan_marker[j] != 0.0f;
-  }
-  return any;
-}
+// A block of keys and values in packed form: transposed for the first pass, as panels for the second. They stay so for
+// the next block of rows where there is room.
+class PackedKeys {
+ public:
+  const float *keys_t, *keys_tangent_t, *values_t, *values_tangent_t;
+  const float *keys, *keys_tangent, *values, *values_tangent;
+  // In masked calls NaN for a key whose tangent of values is not all finite, which is 0 in the panels; null without any.
+  const float* nan_marker;
 
-// The same as rows in panels, for those of the second pass.
-inline void PackSecondPass(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondRows& x,
-                           int64_t j0, int64_t width) {
-  const auto pack = [&](bool wanted, const View& from, int64_t columns, float* to) {
-    if (!wanted) return;
-    PackClean<false>(from, IsMasked(c), width, columns, s.stage, to, [&](int64_t j) { return Row{x.b, x.k, j0 + j}; });
-  };
-  pack(bool{c.dquery}, c.key, c.D, s.keys);
-  pack(plan.terms.by_key, c.key_tangent, c.D, s.keys_tangent);
-  pack(plan.terms.weights && c.out_tangent, c.value, c.Dv, s.values);
-  pack(plan.terms.values, c.value_tangent, c.Dv, s.values_tangent);
-}
+  static void Forget(const SecondPlan& plan, const SecondScratch& s) {
+    for (int64_t i = 0; i < plan.key_slots; ++i) s.packed_for[i] = 0;
+  }
+
+  // Keys j0 + [0, width) of the rows' key head, for the first pass or the second.
+  PackedKeys(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondRows& x, int64_t j0,
+             int64_t width, bool second) {
+    const int64_t slot = plan.key_slots > 1 ? j0 / plan.key_block : 0;
+    const KeySizes sizes(c, plan);
+    float* at = s.packed + slot * sizes.All();
+    const auto next = [&](int64_t size) { return (at += size) - size; };
+    float* const first_forms[] = {next(sizes.keys_t), next(sizes.keys_tangent_t), next(sizes.values_t),
+                                  next(sizes.values_tangent_t)};
+    float* const second_forms[] = {next(sizes.keys), next(sizes.keys_tangent), next(sizes.values),
+                                   next(sizes.values_tangent)};
+    float* const marker = next(sizes.marker);
+    keys_t = first_forms[0], keys_tangent_t = first_forms[1];
+    values_t = first_forms[2], values_tangent_t = first_forms[3];
+    keys = second_forms[0], keys_tangent = second_forms[1];
+    values = second_forms[2], values_tangent = second_forms[3];
+    int32_t& packed_for = s.packed_for[slot];
+    if (plan.key_slots == 1) packed_for = 0;
+    if (!second && !(packed_for & kFirst)) {
+      PackTransposed(c, plan.terms, s, x, j0, width, first_forms);
+      packed_for |= kFirst | (Mark(c, plan.terms, s, x, j0, width, marker) ? kMarked : 0);
+    }
+    if (second && !(packed_for & kSecond)) {
+      PackPanels(c, plan.terms, s, x, j0, width, second_forms);
+      packed_for |= kSecond;
+    }
+    nan_marker = packed_for & kMarked ? marker : nullptr;
+  }
+
+ private:
+  enum : int32_t { kFirst = 1, kSecond = 2, kMarked = 4 };
+
+  static void PackTransposed(const Call& c, const SecondTerms& terms, const SecondScratch& s, const SecondRows& x,
+                             int64_t j0, int64_t width, float* const* to) {
+    const auto pack = [&](bool wanted, const View& from, int64_t depth, float* panels) {
+      if (wanted) jax_fa::JAX_FA_ISA::PackTransposed<false>(from, depth, x.b, x.k, j0, width, s.stage, panels);
+    };
+    pack(true, c.key, c.D, to[0]);
+    pack(bool{c.key_tangent}, c.key_tangent, c.D, to[1]);
+    pack(terms.dp || (terms.dp_tangent && c.dout_tangent), c.value, c.Dv, to[2]);
+    pack(terms.dp_tangent && c.value_tangent, c.value_tangent, c.Dv, to[3]);
+  }
+
+  static void PackPanels(const Call& c, const SecondTerms& terms, const SecondScratch& s, const SecondRows& x,
+                         int64_t j0, int64_t width, float* const* to) {
+    const auto pack = [&](bool wanted, const View& from, int64_t columns, float* panels) {
+      if (!wanted) return;
+      PackClean<false>(from, IsMasked(c), width, columns, s.stage, panels,
+                       [&](int64_t j) { return Row{x.b, x.k, j0 + j}; });
+    };
+    pack(bool{c.dquery}, c.key, c.D, to[0]);
+    pack(terms.by_key, c.key_tangent, c.D, to[1]);
+    pack(terms.weights && c.out_tangent, c.value, c.Dv, to[2]);
+    pack(terms.values, c.value_tangent, c.Dv, to[3]);
+  }
+
+  static bool Mark(const Call& c, const SecondTerms& terms, const SecondScratch& s, const SecondRows& x, int64_t j0,
+                   int64_t width, float* marker) {
+    bool any = false;
+    if (!IsMasked(c) || !terms.values) return any;
+    for (int64_t j = 0; j < width; ++j) {
+      marker[j] = ZeroOrNaN(ReadRow<false>(c.value_tangent, x.b, x.k, j0 + j, c.Dv, s.stage), c.Dv);
+      any = any || marker[j] != 0.0f;
+    }
+    return any;
+  }
+};
 
 }  // namespace
 }  // namespace jax_fa::JAX_FA_ISA

@@ -41,6 +41,20 @@ struct SecondTerms {
 enum SecondArray { kWeight, kDs, kLogit, kDp, kKeep, kByX, kCurve, kByCap, kDot, kSecondArrays };
 constexpr SecondArray kGX = kWeight, kDX = kDs, kTangent = kLogit, kKept = kDp;
 
+struct SecondPlan;
+
+// Floats of each packed form of a block of keys, of its values and of the NaN marker; 0 for tangents that are absent.
+struct KeySizes {
+  int64_t keys_t, keys_tangent_t, values_t, values_tangent_t;
+  int64_t keys, keys_tangent, values, values_tangent, marker;
+
+  KeySizes(const Call& c, const SecondPlan& plan);
+  int64_t All() const {
+    return keys_t + keys_tangent_t + values_t + values_tangent_t + keys + keys_tangent + values + values_tangent +
+           marker;
+  }
+};
+
 struct SecondPlan {
   const SecondTerms terms;
   const HeadGroups groups;
@@ -50,6 +64,7 @@ struct SecondPlan {
   int64_t s_row, q_row, dq_row, dv_row;
   int64_t dk_size, dv_size;         // floats of the gradients of a key head; 0 where not wanted
   int64_t splits, split_positions;  // parts of the rows of each query head
+  int64_t key_slots;                // blocks of keys that stay packed: all of a key head's, or 1
   bool writes_all_bias;
 
   explicit SecondPlan(const Call& c) : terms(c), groups(c) {
@@ -65,6 +80,10 @@ struct SecondPlan {
     PlaceArrays(c);
     PlanBlocks(c);
     PlanSplits(c);
+    const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
+    const bool again = (splits > 1 ? split_positions : rows) > block_rows;  // more than one block of rows reads them
+    key_slots = again && key_blocks * KeySizes(c, *this).All() <= kSecondPackedFloats ? key_blocks : 1;
+    key_slots = key_slots > 1 ? key_slots : 1;
   }
 
   int64_t BlockFloats() const { return arrays * block_rows * s_row; }  // of one block of rows and keys
@@ -105,15 +124,28 @@ struct SecondPlan {
   }
 };
 
+inline KeySizes::KeySizes(const Call& c, const SecondPlan& plan) {
+  const int64_t rounded = RoundUp(plan.key_block, kPanel);
+  keys_t = rounded * c.D;
+  values_t = rounded * c.Dv;
+  keys = plan.key_block * plan.dq_row;
+  values = plan.key_block * plan.dv_row;
+  marker = rounded;
+  keys_tangent_t = c.key_tangent ? keys_t : 0;
+  keys_tangent = c.key_tangent ? keys : 0;
+  values_tangent_t = c.value_tangent ? values_t : 0;
+  values_tangent = c.value_tangent ? values : 0;
+}
+
 struct SecondScratch {
   float *q, *q_tangent, *dout, *dout_tangent;                              // rows of a block
   float *q_panels, *q_tangent_panels, *dout_panels, *dout_tangent_panels;  // ... as panels
-  float *keys_t, *keys_tangent_t, *values_t, *values_tangent_t;            // a block of keys and values, transposed
-  float *keys, *keys_tangent, *values, *values_tangent;                    // ... as panels
-  float *gq, *out;                                                         // results of the rows
-  float *dk, *dv;                                                          // ... and of all keys
+  float *gq, *out;                                                         // ... and their results
+  float *dk, *dv;                                                          // results of all keys
+  float* packed;                                                           // keys: see PackedKeys
+  int32_t* packed_for;                                                     // ... and for what each block of them is
   float* arrays;                                                           // see SecondArray
-  float *stage, *tmp, *raw, *by_cap, *u, *nan_marker;                      // of a row of a block, or of its keys
+  float *stage, *tmp, *raw, *by_cap, *u;                                   // of a row, or of its keys
   float *m, *inverse, *delta, *tau, *sigma;                                // of each row
   double *tau_sum, *sigma_sum;
   int32_t *lo, *hi;
@@ -123,9 +155,9 @@ struct SecondScratch {
 
  private:
   void Place(const Call& c, const SecondPlan& plan, bool own_sums, Arena& arena) {
-    const int64_t n = plan.block_rows, keys_rounded = RoundUp(plan.key_block, kPanel);
+    const int64_t n = plan.block_rows;
     const auto take = [&](bool given, int64_t floats) { return arena.Take(given ? floats : 0); };
-    const bool a{c.query_tangent}, b{c.key_tangent}, e{c.value_tangent}, more{c.dout_tangent};
+    const bool a{c.query_tangent}, more{c.dout_tangent};
     q = arena.Take(n * plan.dq_row);
     q_tangent = take(a, n * plan.dq_row);
     dout = arena.Take(n * plan.dv_row);
@@ -134,21 +166,15 @@ struct SecondScratch {
     q_tangent_panels = take(a, n * plan.dq_row);
     dout_panels = arena.Take(n * plan.dv_row);
     dout_tangent_panels = take(more, n * plan.dv_row);
-    keys_t = arena.Take(keys_rounded * c.D);
-    keys_tangent_t = take(b, keys_rounded * c.D);
-    values_t = arena.Take(keys_rounded * c.Dv);
-    values_tangent_t = take(e, keys_rounded * c.Dv);
-    keys = arena.Take(plan.key_block * plan.dq_row);
-    keys_tangent = take(b, plan.key_block * plan.dq_row);
-    values = arena.Take(plan.key_block * plan.dv_row);
-    values_tangent = take(e, plan.key_block * plan.dv_row);
     gq = arena.Take(n * plan.dq_row);
     out = arena.Take(n * plan.dv_row);
     dk = take(own_sums, plan.dk_size);
     dv = take(own_sums, plan.dv_size);
+    packed = arena.Take(plan.key_slots * KeySizes(c, plan).All());
+    packed_for = arena.Take<int32_t>(plan.key_slots);
     arrays = arena.Take(plan.kept_blocks * plan.BlockFloats());
     stage = arena.Take(StageSize(c));
-    float** const of_keys[] = {&tmp, &raw, &by_cap, &u, &nan_marker};
+    float** const of_keys[] = {&tmp, &raw, &by_cap, &u};
     for (float** x : of_keys) *x = arena.Take(plan.s_row);
     float** const of_rows[] = {&m, &inverse, &delta, &tau, &sigma};
     for (float** x : of_rows) *x = arena.Take(n);

@@ -39,8 +39,8 @@ enum class Sums : bool { kNone, kAdd };
 // Turns a row of products with keys j0 + [c0, c1), of which v are visible, into weights, ds, T and U (0 where masked), and
 // with `add` adds to the row's tau and sigma and to the sums what does not depend on those.
 inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScratch& s, const Row& row, int64_t r,
-                         int64_t j0, Range v, int64_t c0, int64_t c1, bool marked, const SecondRow& x, Sums add,
-                         const HeadSums& sums) {
+                         int64_t j0, Range v, int64_t c0, int64_t c1, const float* nan_marker, const SecondRow& x,
+                         Sums add, const HeadSums& sums) {
   const SecondTerms& terms = plan.terms;
   float *p = x[kWeight], *ds = x[kDs], *t = x[kLogit], *u = x[kDp];
   const bool empty = v.Empty(), cap = SoftCapOf(c, row) != 0.0f;
@@ -56,8 +56,8 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
     ToTangentsOfX(c, row, j0, v.lo, v.hi, p, t, s.tmp);
     t_scale = Set(1.0f);
   }
-  if (marked) Combine(n, t + v.lo, s.nan_marker + v.lo, [](F y, F more) { return y + more; });
-  float* by_cap = x[kByCap] != nullptr ? x[kByCap] : s.by_cap;
+  if (nan_marker != nullptr) Combine(n, t + v.lo, nan_marker + v.lo, [](F y, F more) { return y + more; });
+  float* by_cap = x[kByCap] != nullptr ? x[kByCap] : c.soft_cap_tangent ? s.by_cap : nullptr;
   if (!IsPlain(c, row)) {
     if (!empty) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, {x[kByX], by_cap, x[kCurve], s.u}, s.tmp);
     scale = Set(1.0f);

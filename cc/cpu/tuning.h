@@ -87,6 +87,9 @@ constexpr int64_t kMostSecondKeys = 256;
 // With fewer than kLeastSecondRows rows, packing the keys for them takes longer than the four products that it saves.
 constexpr int64_t kSecondFloats = int64_t{1} << 20, kLeastSecondRows = 24;
 
+// ... and all packed keys and values of a key head up to these (16 MiB); beyond, each block of rows packs them again.
+constexpr int64_t kSecondPackedFloats = int64_t{5} << 20;
+
 // ---- tasks ----
 
 // Forward: rows of a task, which reads every packed key and value for each kGroupRows of them. Halved, down to one group,
