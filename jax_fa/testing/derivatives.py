@@ -305,18 +305,17 @@ def check(case: Case, what: str, found) -> None:
 def _floor(case: Case, what: str, name: str) -> float:
     dtype = case.acc if name == "lse" else case.dtype
     floor = oracle.FLOOR[dtype]
-    if (
-        dtype == case.acc
-    ):  # float32 knows a logit x to x / 2**24: its weight no better, nor its weight's tangent
+    if dtype == case.acc:
+        # Float32 knows a logit x to x / 2**24: its weight no better, nor the tangent of its weight.
         floor *= max(1.0, case.spread / 50)
     want = getattr(expected(case), what)
     want = want._asdict()[name] if isinstance(want, Results) else want[name]
     norm = float(np.linalg.norm(want))
-    if (
-        norm < 1e-12
-    ):  # 0 but for rounding, hence measured absolutely: a norm that grows with the number of values
-        return floor * max(1.0, want.size**0.5)
-    if name in ("bias", "alibi_slopes"):  # long sums, known only as well as their terms: see oracle.Attention
+    if norm < 1e-12:
+        # 0 but for rounding, hence measured absolutely: by a norm that grows with the number of values.
+        norm, floor = 1.0, floor * max(1.0, want.size**0.5)
+    if name in ("bias", "alibi_slopes"):
+        # Long sums, known only as well as their terms: see oracle.Attention.
         terms = np.abs(getattr(_dense_derivatives(case, "float64"), what)["bias"])
         if name == "alibi_slopes":
             terms = (terms * constants(case, "float64")["distance"]).sum(axis=(-2, -1))
