@@ -1,15 +1,18 @@
 """Derivatives along tangents and of second order, against those of a dense attention in float64."""
 
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
+import jax_fa
 from jax_fa.testing import derivatives
-from jax_fa.testing.cases import BY_NAME, CASES, FEATURES, REAL_TILES, Case
+from jax_fa.testing.cases import BY_NAME, CASES, FEATURES, REAL_TILES, Case, expected
 
 # --- the table
 
@@ -46,7 +49,7 @@ def test_tangent(case, backend):
     with case.context():
         at = _directions(case)
         run = jax.jit(lambda x, t: jax.jvp(attend, (x,), (t,)))
-        results, found = run(at["x"], at["x_tangent"])
+        _, found = run(at["x"], at["x_tangent"])
     derivatives.check(case, "tangent", found)
     _check_masked_rows(case, found)
 
@@ -66,9 +69,9 @@ def test_second_order(case, backend):
     tangent, gradients = partial(_tangent, attend), partial(_gradients, attend)
 
     def run(x, x_tangent, y_tangent, z, z_tangent):
-        first, pullback = jax.vjp(gradients, x, z)
+        _, pullback = jax.vjp(gradients, x, z)
         of_operands, of_cotangents = pullback(x_tangent)
-        forward, pullback = jax.vjp(tangent, x, x_tangent)
+        _, pullback = jax.vjp(tangent, x, x_tangent)
         return {
             "second": of_operands,
             "tangent": of_cotangents,
@@ -84,3 +87,120 @@ def test_second_order(case, backend):
     for what, x in found.items():
         derivatives.check(case, what, x)
     _check_masked_rows(case, found["second_tangent"])
+
+
+@pytest.mark.parametrize("case", [c for c in REAL_TILES if c.dtype == "float32"], ids=str)
+def test_with_the_tiles_of_the_library(case, backend, real_tiles):
+    attend = partial(case.flash_attention, implementation=backend)
+
+    def run(x, x_tangent, y_tangent, z, z_tangent):
+        still = jax.tree.map(jnp.zeros_like, z)
+        return {
+            "tangent": _tangent(attend, x, x_tangent),
+            "second": jax.jvp(partial(_gradients, attend), (x, z), (x_tangent, still))[1],
+        }
+
+    for what, found in jax.jit(run)(**_directions(case)).items():
+        derivatives.check(case, what, found)
+
+
+# --- what the oracle is worth
+
+
+@pytest.mark.parametrize("case", [BY_NAME["everything"], BY_NAME["mask-lengths"]], ids=str)
+def test_the_oracle_itself(case):
+    """Its derivatives are the central differences of its results, and its results those of the other oracle."""
+    with jax.enable_x64(True):
+        at = derivatives.directions(case, "float64")
+        attend = jax.jit(partial(derivatives.attention, constants=derivatives.constants(case, "float64")))
+
+        def gradients(x, z):
+            return jax.jit(partial(_gradients, attend))(x, z)
+
+        def difference(function, points, tangents):
+            """Along the tangents."""
+            h = 1e-5
+            up, down = (
+                function(*jax.tree.map(lambda x, t, h=h: x + h * t, points, tangents)) for h in (h, -h)
+            )
+            return jax.tree.map(lambda a, b: (a - b) / (2 * h), up, down)
+
+        still = jax.tree.map(np.zeros_like, at.z)
+        want = derivatives.Derivatives(
+            tangent=difference(attend, (at.x,), (at.x_tangent,)),
+            second=difference(gradients, (at.x, at.z), (at.x_tangent, still)),
+            mixed=difference(gradients, (at.x, at.z), (at.x_tangent, at.z_tangent)),
+            second_tangent=difference(
+                jax.jit(lambda x: _tangent(attend, x, at.x_tangent)), (at.x,), (at.y_tangent,)
+            ),
+        )
+        found = derivatives.dense_derivatives(case, "float64")
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), found, want)
+        results, first = (
+            derivatives.of_case(case, attend(at.x)),
+            derivatives.of_case(case, gradients(at.x, at.z)),
+        )
+    oracle, want_first = expected(case)
+    np.testing.assert_allclose(results.out, oracle.out, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(results.lse, oracle.lse, rtol=1e-12, atol=1e-12)
+    for name, x in first.items():
+        np.testing.assert_allclose(x, want_first[name], rtol=1e-10, atol=1e-10)
+
+
+# --- finite differences
+
+
+def _in_float64() -> list:
+    """The rows of the table that differ in float64."""
+    # Peaked rows are no rows of finite differences.
+    kept = {
+        replace(c, name="", dtype="float64", bias_dtype=None, feature=True): c for c in CASES if c.spread == 1
+    }
+    few = ("everything", "soft-cap", "mask-segments_mixed")
+    return [
+        pytest.param(
+            replace(c, name=case.name), id=case.name, marks=() if case.name in few else pytest.mark.slow
+        )
+        for c, case in kept.items()
+    ]
+
+
+@pytest.mark.parametrize("case", _in_float64())
+def test_finite_differences(case):
+    """Both modes over both modes, on the portable backend."""
+    with case.context():
+        x = jax.tree.map(jnp.asarray, case.stored_operands())
+        attend = partial(case.flash_attention, implementation="xla")
+        check_grads(attend, (x,), order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4)
+
+
+def test_traced_scalars(backend):
+    """Scale and soft cap that are data have derivatives, too."""
+    case = BY_NAME["soft-cap"]
+    x, dense = case.operands(), derivatives.directions(case, "float64")
+    scalars, direction = {"scale": 0.3, "soft_cap": 1.7}, {"scale": 0.2, "soft_cap": -0.4}
+    z = case.cotangents()
+
+    def attend(x):
+        x = dict(x)
+        cap = x.pop("soft_cap")
+        return jax_fa.flash_attention(
+            **x, mask=case.library_mask(), logits_soft_cap=cap, implementation=backend, return_logsumexp=True
+        )
+
+    def run(attend, x, t, z):
+        still = jax.tree.map(jnp.zeros_like, z)
+        return {
+            "tangent": _tangent(attend, x, t),
+            "second": jax.jvp(partial(_gradients, attend), (x, z), (t, still))[1],
+        }
+
+    found = jax.jit(partial(run, attend))(x | scalars, derivatives.tangents(case) | direction, z)
+    with jax.enable_x64(True):
+        attend = partial(derivatives.attention, constants=derivatives.constants(case, "float64"))
+        want = jax.jit(partial(run, attend))(dense.x | scalars, dense.x_tangent | direction, dense.z)
+        want_of_case = {name: derivatives.of_case(case, x) for name, x in want.items()}
+    for a, b in zip(found["tangent"], want_of_case["tangent"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    for name, b in want_of_case["second"].items():
+        np.testing.assert_allclose(found["second"][name], b, rtol=1e-4, atol=1e-4, err_msg=name)

@@ -254,33 +254,30 @@ def directions(case: Case, dtype: str) -> Directions:
 
 
 @cache
-def _dense_derivatives(case: Case, dtype: str) -> Derivatives:
+def dense_derivatives(case: Case, dtype: str) -> Derivatives:
     with jax.enable_x64(True):
         found = _derivatives(directions(case, dtype), constants(case, dtype), dtype)
     return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
 
 
-def _of_case(case: Case, dtype: str) -> Derivatives:
-    def results(dense: Results) -> Results:
+def of_case(case: Case, dense: Any) -> Any:
+    """Results or gradients as the case has them: canonical, and only of operands that it has."""
+    if isinstance(dense, Results):
         return Results(*(_from_dense(case, name, x) for name, x in dense._asdict().items()))
-
-    def arrays(dense: Arrays) -> Arrays:
-        return {name: _from_dense(case, name, dense[name]) for name in case.operands()}
-
-    found = _dense_derivatives(case, dtype)
-    return Derivatives(*(results(x) if isinstance(x, Results) else arrays(x) for x in found))
+    scalars = {name: np.asarray(x) for name, x in dense.items() if name not in _UNITS}
+    return scalars | {name: _from_dense(case, name, dense[name]) for name in case.operands()}
 
 
 @cache
 def expected(case: Case) -> Derivatives:
     """In float64."""
-    return _of_case(case, "float64")
+    return Derivatives(*(of_case(case, x) for x in dense_derivatives(case, "float64")))
 
 
 @cache
 def naive(case: Case) -> Derivatives:
     """In the dtype of the case; float64 is measured by the floor alone."""
-    return _of_case(case, case.dtype)
+    return Derivatives(*(of_case(case, x) for x in dense_derivatives(case, case.dtype)))
 
 
 # --- the measure of error
@@ -316,7 +313,7 @@ def _floor(case: Case, what: str, name: str) -> float:
         norm, floor = 1.0, floor * max(1.0, want.size**0.5)
     if name in ("bias", "alibi_slopes"):
         # Long sums, known only as well as their terms: see oracle.Attention.
-        terms = np.abs(getattr(_dense_derivatives(case, "float64"), what)["bias"])
+        terms = np.abs(getattr(dense_derivatives(case, "float64"), what)["bias"])
         if name == "alibi_slopes":
             terms = (terms * constants(case, "float64")["distance"]).sum(axis=(-2, -1))
         floor *= max(1.0, float(np.linalg.norm(_from_dense(case, name, terms))) / norm)
