@@ -1,76 +1,228 @@
-"""START READING HERE: attention and its derivative.
+"""START READING HERE: attention and its derivatives.
 
-`attention` is a `custom_vjp` around the two primitives. The forward keeps, beside its inputs and output, two
-scalars per query row: the softmax max m and sum l. The backward recomputes the probabilities as
-exp(s - m) / l, so nothing of size Sq x Skv is ever stored. 16-bit calls also keep what rounding took from the
-output, in 16 bits (see `Saved`).
+`attention` is the primitive forward. It keeps, beside its inputs and output, two scalars per query row: the softmax max m
+and sum l. Every derivative recomputes the probabilities as exp(s - m) / l, so nothing of size Sq x Skv is ever stored.
+16-bit calls also keep what rounding took from the output, in 16 bits (see `Saved`).
+
+The primitives are a closed set. Let x be the operands, F(x) = (out, log-sum-exp) and w cotangents of these:
+
+    primitive       computes                               its derivative              its transpose
+    forward         F(x)                                   tangent (with F: jvp)       -
+    tangent         F'(x) u                                second_tangent + tangent    backward
+    backward        F'(x)^T w, as `jax.grad` wants it      second                      tangent
+    second          the Hessian of <w, F(x)> by x and w,   the portable backend's      second: it is symmetric
+                    times a vector
+    second_tangent  F''(x)[u, v]                           the portable backend's      second
+
+That closes jvp, linearize, vjp, jacfwd, jacrev, hessian, and grad and jvp of one another. For tangents and cotangents that
+are zero nothing is computed.
+
+What is saved is a function of x, and each rule is the derivative of what its primitive is as a function of x and w alone:
+rules ignore tangents of saved arrays, and give them no cotangents. The log-sum-exp is m + log l; m and l are no results by
+themselves, so all of its tangent is put on m.
 
 Above this file stand the public functions, which turn their arguments into a `Call`: a `Problem` (static) and
-`Operands` (arrays). Below stand the primitives, which choose a backend when they are lowered.
+`Operands` (arrays). Below stand `linearization.py`, which takes a jvp apart, and the primitives, which choose a backend when
+they are lowered.
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
 
-from jax_fa import compat, primitives, softmax
-from jax_fa.call import Call, Operands, Problem, Saved, has_rounding
+from jax_fa import compat, primitives, rules, softmax
+from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved
+from jax_fa.linearization import OUT_NAME, STATS_NAME, jvp_saved
+from jax_fa.primitives import Inputs
 
-OUT_NAME = "flash_attention_out"
-STATS_NAME = "flash_attention_stats"
+__all__ = ["OUT_NAME", "STATS_NAME", "Attention", "attention"]
 
 
 class Attention(NamedTuple):
     out: Any
-    logsumexp: Any  # has a gradient if problem.logsumexp
-    softmax_max: Any  # no gradient
-    softmax_sum: Any  # no gradient
+    logsumexp: Any  # has derivatives if problem.logsumexp
+    softmax_max: Any  # no derivatives
+    softmax_sum: Any  # no derivatives
 
 
 def attention(call: Call) -> Attention:
-    # Outside of the custom_vjp, so that JAX transposes it: under shard_map the gradient of an operand that
-    # all devices share is the sum of theirs.
-    return _attention(call.problem, compat.vary_alike(call.operands))
+    # Alike here already, so that JAX transposes it: under shard_map the gradient of an operand that all devices share is
+    # the sum of theirs.
+    out, m, l = primitives.forward(call.problem, compat.vary_alike(call.operands))
+    logsumexp = softmax.logsumexp(m, l)
+    if not call.problem.logsumexp:
+        logsumexp = jax.lax.stop_gradient(logsumexp)
+    return Attention(out, logsumexp, *jax.lax.stop_gradient((m, l)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(problem: Problem, operands: Operands) -> Attention:
-    out, m, l = primitives.forward(problem, operands)
-    return _named(out, m, l)
+# --- jvp rules: (problem, inputs x, their tangents) -> (results, tangents of the results)
 
 
-def _named(out, m, l) -> Attention:
-    # Named so that a remat policy can keep them: with both kept, the backward needs no second forward.
-    out = checkpoint_name(out, OUT_NAME)
-    m, l = checkpoint_name(m, STATS_NAME), checkpoint_name(l, STATS_NAME)
-    return Attention(out, softmax.logsumexp(m, l), m, l)
+def _forward(problem: Problem, x: Inputs, along: Inputs):
+    out, m, l, *rounding, dout, dlogsumexp = primitives.jvp(problem, x.operands, along.operands)
+    return [out, m, l, *rounding], [dout, dlogsumexp, None, *(None for _ in rounding)]
 
 
-def _attention_fwd(problem: Problem, operands: Operands):
-    rounding = None
-    if has_rounding(operands.query.dtype):
-        out, m, l, rounding = primitives.forward(replace(problem, saves_rounding=True), operands)
-        rounding = checkpoint_name(rounding, OUT_NAME)
+def _jvp(problem: Problem, x: Inputs, along: Inputs):
+    saved, tangents = jvp_saved(problem, x.operands, x.tangents)
+    dout = dlogsumexp = None
+    if along.operands is not None:
+        dout, dlogsumexp = primitives.tangent(problem, x.operands, saved, along.operands)
+    moved = _along(problem, Inputs(operands=x.operands, saved=saved, tangents=x.tangents), along)
+    rounding = [saved.rounding] if problem.saves_rounding else []
+    results = [saved.out, saved.m, saved.l, *rounding, *tangents]
+    return results, [dout, dlogsumexp, None, *(None for _ in rounding), *moved]
+
+
+def _tangent(problem: Problem, x: Inputs, along: Inputs):
+    return primitives.tangent(problem, x.operands, x.saved, x.tangents), _along(problem, x, along)
+
+
+def _along(problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
+    """The derivative of the tangent, which is linear in its tangents."""
+    found: list[list[Any]] = []
+    if along.tangents is not None:
+        found.append(primitives.tangent(problem, x.operands, x.saved, along.tangents))
+    if along.operands is not None:
+        found.append(primitives.second_tangent(problem, x.operands, x.saved, x.tangents, along.operands))
+    return [a + b for a, b in zip(*found, strict=True)] if len(found) == 2 else (found or [[None, None]])[0]
+
+
+def _backward(problem: Problem, x: Inputs, along: Inputs):
+    """The derivative of the backward, which is linear in its cotangents."""
+    results = primitives.backward(problem, x.operands, x.saved).present()
+    cotangents = along.saved
+    dout, dlogsumexp = (cotangents.dout, cotangents.dlogsumexp) if cotangents else (None, None)
+    if along.operands is not None:
+        saved = replace(x.saved, dout_tangent=dout, dlogsumexp_tangent=dlogsumexp)
+        alone = replace(problem, gradients=tuple(results))
+        moved = primitives.second(alone, x.operands, saved, along.operands)
     else:
-        out, m, l = primitives.forward(problem, operands)
-    found = _named(out, m, l)
-    return found, (operands, found.out, found.softmax_max, found.softmax_sum, rounding)
+        saved = replace(x.saved, dout=_or_zeros(dout, x.saved.dout), dlogsumexp=dlogsumexp)
+        moved = primitives.backward(problem, x.operands, saved).present()
+    return list(results.values()), list(moved.values())
 
 
-def _attention_bwd(problem: Problem, residuals, cotangents: Attention):
-    operands, out, m, l, rounding = residuals
-    saved = Saved(
-        out=out,
-        m=m,
-        l=l,
-        dout=cotangents.out,
-        rounding=rounding,
-        dlogsumexp=cotangents.logsumexp if problem.logsumexp else None,
+def _or_zeros(x, like):
+    return jnp.zeros(like.shape, like.dtype) if x is None else x
+
+
+def _second(problem: Problem, x: Inputs, along: Inputs):
+    """The derivative of the second: linear in its tangents and, for them alone, in the cotangents; in x the third."""
+    results = primitives.second(problem, x.operands, x.saved, x.tangents)
+    if along.operands is not None:
+        return list(results.values()), _third(primitives.SECOND, problem, x, along)
+    moved, found = along.saved or _NO_COTANGENTS, {name: None for name in results}
+    tangents = {"dout_tangent": moved.dout_tangent, "dlogsumexp_tangent": moved.dlogsumexp_tangent}
+    parts = [(replace(x.saved, **tangents), along.tangents)]
+    if (moved.dout, moved.dlogsumexp) != (None, None):
+        none = dict.fromkeys(tangents)
+        dout = _or_zeros(moved.dout, x.saved.dout)
+        parts.append((replace(x.saved, dout=dout, dlogsumexp=moved.dlogsumexp, **none), x.tangents))
+    for saved, along_these in parts:
+        for name, part in _hessian_product(problem, x.operands, saved, along_these).items():
+            found[name] = part if found[name] is None else found[name] + part
+    return list(results.values()), list(found.values())
+
+
+def _second_tangent(problem: Problem, x: Inputs, along: Inputs):
+    """The derivative of the second tangent, which is linear in both of its tangents."""
+    results = primitives.second_tangent(problem, x.operands, x.saved, x.tangents, x.others)
+    if along.operands is not None:
+        return results, _third(primitives.SECOND_TANGENT, problem, x, along)
+    pairs = [(along.tangents, x.others), (x.tangents, along.others)]
+    parts = [
+        primitives.second_tangent(problem, x.operands, x.saved, a, b)
+        for a, b in pairs
+        if a is not None and b is not None
+    ]
+    return results, [a + b for a, b in zip(*parts, strict=True)] if len(parts) == 2 else parts[0]
+
+
+def _third(kind, problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
+    """In forward mode. What is saved moves with the operands."""
+    dout, dlogsumexp = primitives.tangent(problem, x.operands, x.saved, along.operands)
+    others = {} if along.saved is None else along.saved.present()
+    saved = Saved(**others | {"out": dout, "m": dlogsumexp, "l": jnp.zeros_like(x.saved.l)})
+    return rules.forward_derivative(kind, problem, x, replace(along, saved=saved))
+
+
+# --- transposes: (problem, inputs, avals of the linear ones, cotangents of the results) -> cotangents of the linear ones
+
+
+def _tangent_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[str, Any]) -> Inputs:
+    asked = rules.asking(problem, x.operands, linear.tangents)
+    gradients = primitives.backward(asked, x.operands, _with_cotangents(x, given))
+    return _cotangents_of(linear, tangents=gradients.present())
+
+
+def _backward_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[str, Any]) -> Inputs:
+    found = primitives.tangent(problem, x.operands, x.saved, Operands(**given))
+    return _cotangents_of(linear, saved=dict(zip(("dout", "dlogsumexp"), found, strict=True)))
+
+
+def _second_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[str, Any]) -> Inputs:
+    along = {name: ct for name, ct in given.items() if name in DIFFERENTIABLE}
+    saved = replace(x.saved, dout_tangent=given.get("dout"), dlogsumexp_tangent=given.get("dlogsumexp"))
+    more = [] if linear.saved is None else [n.removesuffix("_tangent") for n in linear.saved.present()]
+    asked = rules.asking(problem, x.operands, linear.tangents, *more)
+    found = _hessian_product(asked, x.operands, saved, Operands(**along) if along else None)
+    moved = {f"{name}_tangent": found[name] for name in more if name in found}
+    return _cotangents_of(linear, tangents=found, saved=moved)
+
+
+def _second_tangent_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[str, Any]) -> Inputs:
+    part = "others" if linear.tangents is None else "tangents"
+    known = x.tangents if part == "others" else x.others
+    names = getattr(linear, part)
+    asked = rules.asking(problem, x.operands, names)
+    found = primitives.second(asked, x.operands, _with_cotangents(x, given), known)
+    return _cotangents_of(linear, **{part: found})
+
+
+def _hessian_product(
+    problem: Problem, operands: Operands, saved: Saved, tangents: Operands | None
+) -> dict[str, Any]:
+    """The second along tangents of operands and of cotangents, of which some are absent."""
+    if tangents is not None:
+        if problem.gradients and not set(problem.gradients) & set(DIFFERENTIABLE):
+            found = primitives.tangent(problem, operands, saved, tangents)
+            return dict(zip(("dout", "dlogsumexp"), found, strict=True))
+        return primitives.second(problem, operands, saved, tangents)
+    # Linear in the cotangents: their tangents have no effect on the gradients by cotangents.
+    dout = _or_zeros(saved.dout_tangent, saved.dout)
+    moved = replace(
+        saved, dout=dout, dlogsumexp=saved.dlogsumexp_tangent, dout_tangent=None, dlogsumexp_tangent=None
     )
-    return (primitives.backward(problem, operands, saved),)
+    return primitives.backward(problem, operands, moved).present()
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+def _with_cotangents(x: Inputs, given: dict[str, Any]) -> Saved:
+    dout = given["dout"] if "dout" in given else jnp.zeros_like(x.saved.out)
+    return replace(x.saved, dout=dout, dlogsumexp=given.get("dlogsumexp"))
+
+
+def _cotangents_of(linear: Inputs, **found: dict[str, Any]) -> Inputs:
+    parts = {part: rules.fitted(arrays, getattr(linear, part)) for part, arrays in found.items()}
+    return Inputs(operands=Operands(), **parts)
+
+
+_NO_COTANGENTS = Saved(out=None, m=None, l=None)
+for primitive, rule in (
+    (primitives.fwd_p, _forward),
+    (primitives.jvp_p, _jvp),
+    (primitives.tangent_p, _tangent),
+    (primitives.bwd_p, _backward),
+    (primitives.second_p, _second),
+    (primitives.second_tangent_p, _second_tangent),
+):
+    rules.def_jvp(primitive, rule)
+for primitive, transpose in (
+    (primitives.tangent_p, _tangent_transpose),
+    (primitives.bwd_p, _backward_transpose),
+    (primitives.second_p, _second_transpose),
+    (primitives.second_tangent_p, _second_tangent_transpose),
+):
+    rules.def_transpose(primitive, transpose)

@@ -37,7 +37,7 @@ class Problem:
     keep_prob: float = 1.0
     # What the mask is (a `masks.Mask` without its arrays), for backends with a mask language of their own.
     mask: Hashable = None
-    # Gradients keep the first `mapped` batch dims in full, also where the operand has size 1: vmap added them.
+    # The gradients of what broadcasts keep the first `mapped` batch dims in full: vmap added them.
     mapped: int = 0
     # Which gradients a derivative gives, by the names of operands and, of the second, "dout" and "dlogsumexp"; None: all.
     gradients: tuple[str, ...] | None = None
@@ -206,7 +206,9 @@ def _dims(problem: Problem, operands: Operands, *others: "Saved | Operands | Non
     rank = problem.batch_rank
     q, k, v = (canonical_shape(getattr(operands, name).shape, problem.axes(name)) for name in STORED)
     batches = [
-        canonical_shape(x.shape, problem.axes(name))[:rank] if name in (*STORED, *LIKE_OUT) else x.shape[:rank]
+        canonical_shape(x.shape, problem.axes(name))[:rank]
+        if name in (*STORED, *LIKE_OUT)
+        else x.shape[:rank]
         for given in (operands, *others)
         if given is not None
         for name, x in given.present().items()
@@ -246,6 +248,15 @@ class Call:
     def without_hints(self) -> "Call":
         return replace(self, operands=replace(self.operands, hints=None))
 
+    def full(self, saved: "Saved") -> "Saved":
+        """What is saved, with all batch dims in full."""
+
+        def full(name: str, x):
+            like_out = name in LIKE_OUT
+            return jnp.broadcast_to(x, self.out_shape if like_out else self.stats_shape)
+
+        return replace(saved, **{name: full(name, x) for name, x in saved.present().items()})
+
     @property
     def dtype(self) -> np.dtype:
         return self.operands.query.dtype
@@ -276,16 +287,18 @@ class Call:
     def gradient_names(self) -> list[str]:
         """The operands whose gradients are wanted."""
         wanted = DIFFERENTIABLE if self.problem.gradients is None else self.problem.gradients
-        return [name for name in DIFFERENTIABLE if name in wanted and getattr(self.operands, name) is not None]
+        return [
+            name for name in DIFFERENTIABLE if name in wanted and getattr(self.operands, name) is not None
+        ]
 
     def gradient_shape(self, name: str) -> Shape:
-        """The gradient has its operand's shape, but keeps in full the batch dims that vmap added."""
-        shape, mapped = getattr(self.operands, name).shape, self.problem.mapped
-        full = self.dims.B[:mapped]
+        """That of the operand; in full are the batch dims that vmap added, for query, key and value all of them."""
+        shape = getattr(self.operands, name).shape
         if name in STORED:
-            axes = self.problem.axes(name)
-            return stored_shape((*full, *canonical_shape(shape, axes)[mapped:]), axes)
-        return (*full, *shape[mapped:])
+            axes, B = self.problem.axes(name), self.dims.B
+            return stored_shape((*B, *canonical_shape(shape, axes)[len(B) :]), axes)
+        mapped = self.problem.mapped
+        return (*self.dims.B[:mapped], *shape[mapped:])
 
     def gradients(self, found: dict[str, Any]) -> Operands:
         """Gradients by name, as stored, summed over the dims in which their operands broadcast, in their dtypes."""

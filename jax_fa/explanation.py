@@ -41,11 +41,14 @@ class Explanation:
     """What `explain` found of one call. `str()` of it is a table.
 
     Attributes:
-      entry: the public function the call was read as; "forward" or "backward" for a call in a function.
+      entry: the public function the call was read as; for a call in a function what it computes: "forward", "backward",
+        "jvp" (a forward with its tangent), "tangent", "second" or "second_tangent" (derivatives of the second order).
       dims: the sizes of the call.
       chosen: for each platform the backend that would run, or None.
       reasons: for each platform and backend None if it can serve the call, or why not.
       backward: for each platform the backend of the gradient, or None.
+      tangent: likewise, of the tangent (jvp).
+      second: likewise, of second derivatives; the derivative of a tangent is the portable backend's.
       computes_in: for each platform the precision of the chosen backend, or None.
       notes: for each platform what the chosen backend gets from elsewhere, or what costs more than one might think.
       source: the line of the program that made the call, "file:line (function)"; "the function itself" where what is
@@ -60,6 +63,8 @@ class Explanation:
     chosen: dict[str, str | None]
     reasons: dict[str, dict[str, str | None]]
     backward: dict[str, str | None]
+    tangent: dict[str, str | None]
+    second: dict[str, str | None]
     notes: dict[str, tuple[str, ...]]
     computes_in: dict[str, str | None]
     source: str = ""
@@ -68,9 +73,15 @@ class Explanation:
     def __str__(self) -> str:
         d = self.dims
         title = f"{self.entry}: B={d.B} Sq={d.Sq} Skv={d.Skv} N={d.N} K={d.K} D={d.D} Dv={d.Dv} {self.dtype}"
-        rows = [("on", "backend", "gradient", "computes in")]
+        rows = [("on", "backend", "gradient", "tangent", "second", "computes in")]
+        derivatives = (self.backward, self.tangent, self.second)
         rows += [
-            (platform, chosen or "none", self.backward[platform] or "none", self.computes_in[platform] or "-")
+            (
+                platform,
+                chosen or "none",
+                *(found[platform] or "none" for found in derivatives),
+                self.computes_in[platform] or "-",
+            )
             for platform, chosen in self.chosen.items()
         ]
         others = [
@@ -219,12 +230,16 @@ def _is_jaxpr(x) -> bool:
 
 
 def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanation:
-    call, implementation = found.call, found.call.problem.implementation
-    reasons, chosen, backward, notes, computes_in = {}, {}, {}, {}, {}
+    call, what = found.call, found.kind.what
+    if what == "jvp":  # its forward's backend may lack it, and then does a forward
+        what = "forward"
+    reasons, chosen, notes, computes_in = {}, {}, {}, {}
+    derivatives: dict[str, dict[str, str | None]] = {"backward": {}, "tangent": {}, "second": {}}
     for given, platform in asked.items():
-        reasons[given] = backends.reasons(platform, call, found.kind.what)
-        chosen[given] = _first(reasons[given], implementation)
-        backward[given] = _first(backends.reasons(platform, call, "backward"), implementation)
+        reasons[given] = backends.reasons(platform, call, what)
+        chosen[given] = backends.best(reasons[given], call, what)
+        for which, backend in derivatives.items():
+            backend[given] = backends.best(backends.reasons(platform, call, which), call, which)
         notes[given] = backends.notes(chosen[given], call)
         computes_in[given] = _computes_in(chosen[given], platform, call.dtype)
     return Explanation(
@@ -234,16 +249,12 @@ def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanatio
         dtype=str(call.dtype),
         chosen=chosen,
         reasons=reasons,
-        backward=backward,
+        **derivatives,
         notes=notes,
         computes_in=computes_in,
         source=found.source,
         times=found.times,
     )
-
-
-def _first(reasons: dict[str, str | None], implementation: str | None) -> str | None:
-    return next((n for n, why in reasons.items() if why is None and implementation in (None, n)), None)
 
 
 def _computes_in(backend: str | None, platform: str, dtype) -> str | None:

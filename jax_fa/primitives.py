@@ -1,25 +1,24 @@
-"""The two primitives, forward `fwd_p` and backward `bwd_p`, and every rule JAX needs for them.
+"""The primitives and every rule JAX needs for them but those of derivatives, which `attention.py` holds.
 
-Both take the present arrays of an `Inputs` as a flat list; `tree` (its treedef) says which they are. `problem` is
-everything static. Arrays keep the axis order they are stored in, so vmap moves no data: the batching rule writes the
-new axis into the problem.
+All take the present arrays of an `Inputs` as a flat list; `tree` (its treedef) says which they are. `problem` is everything
+static. Arrays keep the axis order they are stored in, so vmap moves no data: the batching rule writes the new axis into
+the problem.
 
-The rules are written once, for both. A `_Kind` says what differs: the name of the method of a backend that computes it,
-and which results it has.
+The rules are written once, for all. A `_Kind` says what differs: the name of the method of a backend that computes it, and
+which results it has.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import batching, mlir, xla
 
 from jax_fa import backends, compat
-from jax_fa.backends.xla import backend as portable
-from jax_fa.call import DIFFERENTIABLE, LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape
+from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape, has_rounding
 from jax_fa.sharding import Partition
 
 
@@ -30,17 +29,16 @@ class Inputs:
 
     operands: Operands
     saved: Saved | None = None
+    tangents: Operands | None = None
+    others: Operands | None = None  # the second tangents of a second derivative
 
     def call(self, problem: Problem) -> Call:
-        return Call.of(problem, self.operands, self.saved)
+        return Call.of(problem, self.operands, self.saved, self.tangents, self.others)
 
-    def shapes(self) -> dict[str, Shape]:
-        """The shapes of all arrays but the hints, in the order of the leaves."""
-        saved = (
-            {} if self.saved is None else {f.name: getattr(self.saved, f.name) for f in fields(self.saved)}
-        )
-        given = self.operands.present() | {name: x for name, x in saved.items() if x is not None}
-        return {name: x.shape for name, x in given.items()}
+    def shapes(self) -> list[tuple[str, Shape]]:
+        """Names and shapes of all arrays but the hints, in the order of the leaves."""
+        parts = (self.operands, self.saved, self.tangents, self.others)
+        return [(name, x.shape) for part in parts if part is not None for name, x in part.present().items()]
 
 
 @dataclass(frozen=True)
@@ -48,41 +46,109 @@ class _Kind:
     """One of the primitives."""
 
     what: str  # the method of a backend
-    results: Callable[[Call], list[str]]  # names: out, rounding, m, l, or the operand whose gradient it is
-    run: Callable[[Any, Call, Any], list[Any]]  # (backend, call, saved) -> results
+    results: Callable[
+        [Call], list[str]
+    ]  # names: out, rounding, m, l, dout, dlogsumexp, or the operand of a gradient
+    run: Callable[[Any, Call, Inputs], list[Any]]  # (backend, call, inputs) -> results
+    gives_gradients: bool = False
+
+
+_TANGENTS = [
+    "dout",
+    "dlogsumexp",
+]  # results that are tangents of out and log-sum-exp are called like their cotangents
 
 
 def _forward_results(call: Call) -> list[str]:
     return ["out", "m", "l", *(["rounding"] if call.problem.saves_rounding else [])]
 
 
-def _run_forward(backend, call: Call, saved) -> list[Any]:
-    return list(backend.forward(call))
+def _second_results(call: Call) -> list[str]:
+    wanted = call.problem.gradients
+    return call.gradient_names + [name for name in _TANGENTS if wanted is None or name in wanted]
 
 
-def _run_backward(backend, call: Call, saved) -> list[Any]:
-    gradients = backend.backward(call, saved)
+def _run_backward(backend, call: Call, inputs: Inputs) -> list[Any]:
+    gradients = backend.backward(call, inputs.saved)
     return [getattr(gradients, name) for name in call.gradient_names]
 
 
-FORWARD = _Kind("forward", _forward_results, _run_forward)
-BACKWARD = _Kind("backward", lambda call: call.gradient_names, _run_backward)
+def _run_second(backend, call: Call, inputs: Inputs) -> list[Any]:
+    gradients, dout, dlogsumexp = backend.second(call, inputs.tangents, inputs.saved)
+    found = gradients.present() | {"dout": dout, "dlogsumexp": dlogsumexp}
+    return [found[name] for name in _second_results(call)]
+
+
+FORWARD = _Kind("forward", _forward_results, lambda backend, call, x: list(backend.forward(call)))
+BACKWARD = _Kind("backward", lambda call: call.gradient_names, _run_backward, gives_gradients=True)
+TANGENT = _Kind("tangent", lambda _: _TANGENTS, lambda b, call, x: list(b.tangent(call, x.tangents, x.saved)))
+# Forward and tangent in one pass, which saves the tangent a product.
+JVP = _Kind(
+    "jvp", lambda call: _forward_results(call) + _TANGENTS, lambda b, call, x: list(b.jvp(call, x.tangents))
+)
+SECOND = _Kind("second", _second_results, _run_second, gives_gradients=True)
+SECOND_TANGENT = _Kind(
+    "second_tangent",
+    lambda _: _TANGENTS,
+    lambda b, call, x: list(b.second_tangent(call, x.tangents, x.others, x.saved)),
+)
+
+
+def plain(problem: Problem) -> Problem:
+    """The problem of a primitive that gives no gradients."""
+    return replace(problem, gradients=None, mapped=0)
 
 
 def forward(problem: Problem, operands: Operands) -> list[Any]:
-    """Binds the forward: out, softmax max, softmax sum and, if the problem says so, rounding."""
-    return _bind(fwd_p, problem, Inputs(operands=operands))
+    """out, softmax max, softmax sum and, if the problem says so, rounding."""
+    return _bind(fwd_p, plain(problem), Inputs(operands=operands))
+
+
+def jvp(problem: Problem, operands: Operands, tangents: Operands) -> list[Any]:
+    """The results of the forward, then the tangents of out and log-sum-exp."""
+    return _bind(jvp_p, plain(problem), Inputs(operands=operands, tangents=tangents))
+
+
+def tangent(problem: Problem, operands: Operands, saved: Saved, tangents: Operands) -> list[Any]:
+    """The tangents of out and log-sum-exp."""
+    return _bind(tangent_p, plain(problem), Inputs(operands=operands, saved=saved, tangents=tangents))
 
 
 def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
-    """Binds the backward: gradients of the differentiable operands that are present."""
-    found = _bind(bwd_p, problem, compat.vary_alike(Inputs(operands=operands, saved=saved)))
-    names = [name for name in DIFFERENTIABLE if getattr(operands, name) is not None]
-    return Operands(**dict(zip(names, found, strict=True)))
+    """The gradients that the problem asks for of the operands that are present."""
+    inputs = Inputs(operands=operands, saved=saved)
+    names = inputs.call(problem).gradient_names
+    return Operands(**dict(zip(names, _bind(bwd_p, problem, inputs), strict=True)))
+
+
+def second(problem: Problem, operands: Operands, saved: Saved, tangents: Operands) -> dict[str, Any]:
+    """The derivative of the backward along tangents; and the gradients by its cotangents, "dout" and "dlogsumexp"."""
+    inputs = Inputs(operands=operands, saved=saved, tangents=tangents)
+    names = _second_results(inputs.call(problem))
+    return dict(zip(names, _bind(second_p, problem, inputs), strict=True))
+
+
+def second_tangent(
+    problem: Problem, operands: Operands, saved: Saved, tangents: Operands, others: Operands
+) -> list[Any]:
+    """The second derivatives of out and log-sum-exp along two tangents."""
+    inputs = Inputs(operands=operands, saved=saved, tangents=tangents, others=others)
+    return _bind(second_tangent_p, plain(problem), inputs)
+
+
+def forward_saved(problem: Problem, operands: Operands) -> Saved:
+    """The forward as a derivative needs it: 16-bit calls keep what rounding took from the output."""
+    if has_rounding(operands.query.dtype):
+        out, m, l, rounding = forward(replace(problem, saves_rounding=True), operands)
+        return Saved(out=out, m=m, l=l, rounding=rounding)
+    out, m, l = forward(replace(problem, saves_rounding=False), operands)
+    return Saved(out=out, m=m, l=l)
 
 
 def _bind(primitive, problem: Problem, inputs: Inputs) -> list[Any]:
-    leaves, tree = jax.tree.flatten(inputs)
+    if primitive not in (fwd_p, bwd_p):  # a backend that takes hints has these two alone
+        inputs = replace(inputs, operands=replace(inputs.operands, hints=None))
+    leaves, tree = jax.tree.flatten(compat.vary_alike(inputs))
     return primitive.bind(*leaves, tree=tree, problem=problem)
 
 
@@ -92,7 +158,10 @@ def _bind(primitive, problem: Problem, inputs: Inputs) -> list[Any]:
 def _shape(call: Call, name: str):
     if name in LIKE_OUT:
         return call.out_shape
-    return call.stats_shape if name in ("m", "l") else call.gradient_shape(name)
+    return call.stats_shape if name in _STATISTICS else call.gradient_shape(name)
+
+
+_STATISTICS = ("m", "l", "dlogsumexp")
 
 
 def _abstract_eval(kind, *avals, tree, problem):
@@ -107,9 +176,9 @@ def _abstract_eval(kind, *avals, tree, problem):
         shape = _shape(call, name)
         if name in LIKE_OUT:
             return placed.aval(shape, query.dtype, like_out)
-        if name in ("m", "l"):
+        if name in _STATISTICS:
             return placed.aval(shape, call.acc, stats)
-        return getattr(call.operands, name).update(shape=shape)
+        return getattr(call.operands, name).update(shape=shape, weak_type=False)
 
     return [aval(name) for name in kind.results(call)]
 
@@ -119,40 +188,22 @@ def _abstract_eval(kind, *avals, tree, problem):
 
 def _batched_operands(problem, operands, at):
     """Operands with one more batch dim, and the problem that says so; `at` holds each one's mapped axis."""
-
-    def front(x, axis):
-        if axis is None:
-            return x[None]
-        return x if axis == 0 else jax.numpy.moveaxis(x, axis, 0)
-
-    def batch(name, x):
-        axis = getattr(at, name)
-        return x if name in STORED and axis is not None else front(x, axis)
-
     where = {name: getattr(at, name) for name in STORED}
-    out_at = at.query or 0
     hints = jax.tree.map(
-        lambda x, axis: None if x is None else front(x, axis),
+        lambda x, axis: None if x is None else _moved(x, axis, 0),
         operands.hints,
         at.hints,
         is_leaf=lambda x: x is None,
     )
-    return problem.map_front(**where, out=out_at), replace(operands.map(batch), hints=hints), out_at
+    batched = operands.map(lambda name, x: _moved(x, getattr(at, name), where.get(name) or 0))
+    return problem.map_front(**where, out=at.query or 0), replace(batched, hints=hints)
 
 
-def _batched_saved(saved, at, out_at: int, size: int):
-    """Saved arrays with the new batch dim in full: out and what is like it at `out_at`, statistics at the front."""
-
-    def full(x, axis, to):
-        if x is None:
-            return None
-        if axis is None:
-            return jax.numpy.broadcast_to(jax.numpy.expand_dims(x, to), (*x.shape[:to], size, *x.shape[to:]))
-        return x if axis == to else jax.numpy.moveaxis(x, axis, to)
-
-    names = [f.name for f in fields(saved)]
-    to = {name: out_at if name in LIKE_OUT else 0 for name in names}
-    return Saved(**{name: full(getattr(saved, name), getattr(at, name), to[name]) for name in names})
+def _moved(x, axis: int | None, to: int):
+    """x with its mapped axis at `to`; size 1 there if it has none."""
+    if axis is None:
+        return jax.numpy.expand_dims(x, to)
+    return x if axis == to else jax.numpy.moveaxis(x, axis, to)
 
 
 def _unflatten_axes(tree, axes):
@@ -164,37 +215,61 @@ def _unflatten_axes(tree, axes):
 
 def _batching_rule(kind, primitive, args, axes, *, tree, problem):
     inputs, at = tree.unflatten(args), _unflatten_axes(tree, axes)
-    problem, operands, out_at = _batched_operands(problem, inputs.operands, at.operands)
-    saved = inputs.saved
-    if saved is not None:
-        size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
-        saved = _batched_saved(saved, at.saved, out_at, size)
-    inputs = Inputs(operands=operands, saved=saved)
+    if kind is JVP and not jax.tree.leaves(at.operands):
+        return _batched_tangents(inputs, args, axes, tree, problem)
+    problem, operands = _batched_operands(problem, inputs.operands, at.operands)
+    if not kind.gives_gradients:
+        problem = replace(problem, mapped=0)
+    out_at = at.operands.query or 0
 
     def where(name):
-        if name in LIKE_OUT:
-            return out_at
-        return getattr(at.operands, name) or 0 if name in STORED else 0
+        """Where an array has the new axis: an operand's tangents and gradient where the operand has it."""
+        return (
+            out_at if name in LIKE_OUT else (getattr(at.operands, name, None) or 0) if name in STORED else 0
+        )
 
+    def batched(part, axes):
+        if part is None:
+            return None
+        return replace(
+            part,
+            **{name: _moved(x, getattr(axes, name), where(name)) for name, x in part.present().items()},
+        )
+
+    inputs = Inputs(
+        operands=operands,
+        saved=batched(inputs.saved, at.saved),
+        tangents=batched(inputs.tangents, at.tangents),
+        others=batched(inputs.others, at.others),
+    )
     return _bind(primitive, problem, inputs), [where(name) for name in kind.results(inputs.call(problem))]
 
 
-# --- forward-mode derivatives (forward over reverse gives Hessian-vector products)
+def _batched_tangents(inputs, args, axes, tree, problem):
+    """The batching rule of the jvp where the tangents alone are mapped (`jax.jacfwd`): one forward serves them all."""
+    lead = [i for i, axis in enumerate(axes) if axis is not None]
+
+    def tangents_of(*mapped):
+        filled = list(args)
+        for i, x in zip(lead, mapped, strict=True):
+            filled[i] = x
+        return tree.unflatten(filled).tangents
+
+    saved = forward_saved(problem, inputs.operands)
+    primals = [getattr(saved, name) for name in _forward_results(inputs.call(problem))]
+    found = jax.vmap(
+        lambda *mapped: tangent(problem, inputs.operands, saved, tangents_of(*mapped)),
+        in_axes=[axes[i] for i in lead],
+    )(*(args[i] for i in lead))
+    return [*primals, *found], [*(None for _ in primals), *(0 for _ in found)]
+
+
+# --- lowering: the backend is chosen here, for the platform that is compiled for
 
 
 def _run(kind, backend, problem, tree, *leaves):
     inputs = tree.unflatten(leaves)
-    return tuple(kind.run(backend, inputs.call(problem), inputs.saved))
-
-
-def _jvp_rule(kind, primals, tangents, *, tree, problem):
-    """The derivative of the portable backend, which is differentiable JAX in forward mode."""
-    tangents = [ad.instantiate_zeros(t) for t in tangents]
-    with compat.allow_promotion():
-        return jax.jvp(partial(_run, kind, portable, problem, tree), primals, tuple(tangents))
-
-
-# --- lowering: the backend is chosen here, for the platform that is compiled for
+    return tuple(kind.run(backend, inputs.call(problem), inputs))
 
 
 def _lowering(kind, ctx, *args, tree, problem):
@@ -205,7 +280,12 @@ def _lowering(kind, ctx, *args, tree, problem):
         ctx, args = ctx.replace(avals_in=[ctx.avals_in[i] for i in kept]), tuple(args[i] for i in kept)
     inputs = tree.unflatten(ctx.avals_in)
     call = inputs.call(problem)
-    chosen = [backends.choose(platform, call, kind.what) for platform in platforms]
+    what = "forward" if kind is JVP else kind.what
+    chosen = [backends.choose(platform, call, what) for platform in platforms]
+    if not all(
+        hasattr(backend, kind.what) for backend in chosen
+    ):  # a jvp in two steps, each by its own backend
+        return compat.lower_plain(partial(_two_steps, problem, tree), ctx, *args)
     first, *others = (partial(_run, kind, backend, problem, tree) for backend in chosen)
     fn: Callable[..., Any] = first
     if len(set(map(id, chosen))) > 1:
@@ -213,9 +293,18 @@ def _lowering(kind, ctx, *args, tree, problem):
             jax.lax.platform_dependent, default=first, **dict(zip(platforms[1:], others, strict=True))
         )
     if partitioned:
-        results = {name: _shape(call, name) for name in kind.results(call)}
-        fn = Partition(call).wrap(fn, inputs.shapes(), results, summed=kind is BACKWARD)
+        fn = Partition(call).wrap(
+            fn, inputs.shapes(), [(name, _shape(call, name)) for name in kind.results(call)]
+        )
     return compat.lower_plain(fn, ctx, *args)
+
+
+def _two_steps(problem, tree, *leaves):
+    """A jvp as the forward, and the tangent from what it saves."""
+    inputs = tree.unflatten(leaves)
+    saved = forward_saved(problem, inputs.operands)
+    primals = [getattr(saved, name) for name in _forward_results(inputs.call(problem))]
+    return [*primals, *tangent(problem, inputs.operands, saved, inputs.tangents)]
 
 
 def _without_hints(tree):
@@ -234,7 +323,6 @@ def _primitive(name: str, kind: _Kind) -> Primitive:
     primitive.def_impl(partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(partial(_abstract_eval, kind))
     batching.primitive_batchers[primitive] = partial(_batching_rule, kind, primitive)
-    ad.primitive_jvps[primitive] = partial(_jvp_rule, kind)
     rule = partial(_lowering, kind)
     mlir.register_lowering(primitive, rule)
     for platform in backends.PLATFORMS:
@@ -245,4 +333,15 @@ def _primitive(name: str, kind: _Kind) -> Primitive:
 
 fwd_p = _primitive("flash_attention_fwd", FORWARD)
 bwd_p = _primitive("flash_attention_bwd", BACKWARD)
-KINDS = {fwd_p: FORWARD, bwd_p: BACKWARD}
+tangent_p = _primitive("flash_attention_tangent", TANGENT)
+jvp_p = _primitive("flash_attention_jvp", JVP)
+second_p = _primitive("flash_attention_second", SECOND)
+second_tangent_p = _primitive("flash_attention_second_tangent", SECOND_TANGENT)
+KINDS = {
+    fwd_p: FORWARD,
+    bwd_p: BACKWARD,
+    tangent_p: TANGENT,
+    jvp_p: JVP,
+    second_p: SECOND,
+    second_tangent_p: SECOND_TANGENT,
+}

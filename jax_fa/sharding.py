@@ -57,16 +57,16 @@ class Partition:
         return self._labels(shape, (None,) * rest if by_batch else ("N", *(None,) * (rest - 1)))
 
     def wrap(
-        self, run: Callable, inputs: dict[str, Shape], results: dict[str, Shape], summed: bool
+        self, run: Callable, inputs: list[tuple[str, Shape]], results: list[tuple[str, Shape]]
     ) -> Callable:
         """`run` (flat arrays of these names and shapes to flat results) as a function that XLA's partitioners can split.
 
-        `summed`: each result is a sum over every sharded dim that it does not have (a gradient).
+        Each result is a sum over every sharded dim that it does not have: a gradient. (Others have them all.)
         """
-        taken, given = ([self.of(*item) for item in arrays.items()] for arrays in (inputs, results))
-        return self._wrap(run, taken, given, summed)
+        taken, given = ([self.of(*item) for item in arrays] for arrays in (inputs, results))
+        return self._wrap(run, taken, given)
 
-    def _wrap(self, run: Callable, inputs: list[Labels], results: list[Labels], summed: bool) -> Callable:
+    def _wrap(self, run: Callable, inputs: list[Labels], results: list[Labels]) -> Callable:
         def partition(mesh, args, outs):
             given = _given(mesh, [*args, *outs], inputs + results)
             axes = self._usable(mesh, given)
@@ -74,8 +74,6 @@ class Partition:
             def local(*leaves):
                 with compat.plain():
                     parts = run(*leaves)
-                if not summed:
-                    return tuple(parts)
                 return tuple(_psum(part, axes, labels) for part, labels in zip(parts, results, strict=True))
 
             return mesh, local, _shardings(mesh, axes, results), _shardings(mesh, axes, inputs)

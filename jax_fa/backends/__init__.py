@@ -22,6 +22,13 @@ Implementation: TypeAlias = Any
 class Backend(Protocol):
     """Runs attention calls on some platforms. `forward` and `backward` are plain traceable functions.
 
+    It may have more of them. What it lacks, the portable backend computes:
+      tangent(call, tangents, saved): the tangents of out and log-sum-exp (`*B N Sq`) along `tangents`, the `Operands` that
+        move; from what the forward saved.
+      jvp(call, tangents): what `forward` and `tangent` give together, in one pass.
+      second(call, tangents, saved): the derivative of `backward` along tangents, as `Operands`, and the gradients by its
+        cotangents dout and dlogsumexp. `saved` may hold tangents of the cotangents.
+
     Attributes:
       name: what `implementation=` calls it.
       platforms: lower-case names of the platforms it serves; None: all.
@@ -38,13 +45,16 @@ class Backend(Protocol):
     def emulated_on(self) -> Collection[str]: ...
 
     def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
-        """None, or why it cannot compute `what` ("forward" or "backward") of the call, whose operands may be avals."""
+        """None, or why it cannot compute `what` of the call, whose operands may be avals.
+
+        `what` is "forward", "backward", or one of the methods that it has besides.
+        """
 
     def forward(self, call: Call) -> tuple[Any, ...]:
         """out as stored, softmax max and softmax sum `*B N Sq`; and rounding like out if `problem.saves_rounding`."""
 
     def backward(self, call: Call, saved: Saved) -> Operands:
-        """The gradients of the differentiable operands that are present, in their shapes and dtypes."""
+        """The gradients `call.gradient_names`, in the shapes `call.gradient_shape` and the dtypes of the operands."""
 
     def notes(self, call: Call) -> tuple[str, ...]:
         """What `explain` says of a call that it serves, one sentence each."""
@@ -131,10 +141,20 @@ def chosen(implementation: Implementation) -> tuple[str | None, Any]:
     raise ValueError(f"implementation must be {allowed}; got {arguments.shown(implementation)}.{advice}")
 
 
+_WHAT = {
+    "backward": "the gradient of this call",
+    "tangent": "the tangent (jvp) of this call",
+    "second": "the second derivative of this call",
+}
+
+
 def reasons(platform: str, call: Call, what: str = "forward") -> dict[str, str | None]:
     """For every backend by name: None if it can serve this call on the platform, or why not."""
     found: dict[str, str | None] = {}
     for backend in _backends:
+        if not hasattr(backend, what):
+            found[backend.name] = f"does not compute {_WHAT.get(what, 'derivatives of this order')}: xla does"
+            continue
         serves = backend.platforms is None or platform.lower() in backend.platforms
         if not serves and platform.lower() not in backend.emulated_on:
             where = ", ".join(_WRITTEN.get(served, served) for served in backend.platforms or ())
@@ -147,16 +167,27 @@ def reasons(platform: str, call: Call, what: str = "forward") -> dict[str, str |
 def choose(platform: str, call: Call, what: str = "forward") -> Backend:
     """The first backend that can serve the call, or the one it names; NotImplementedError with every reason."""
     found = reasons(platform, call, what)
+    if (name := best(found, call, what)) is not None:
+        return _named(name)
     implementation = call.problem.implementation
-    for backend in _backends:
-        if implementation in (None, backend.name) and found[backend.name] is None:
-            return backend
     listed = "; ".join(f"{name}: {why}" for name, why in found.items() if implementation in (None, name))
-    which = "the gradient of this call" if what == "backward" else "this call"
+    which = _WHAT.get(what, "this call")
     who = f"implementation={implementation!r} cannot" if implementation else "No backend can"
     raise NotImplementedError(f"{who} serve {which} on platform {platform!r}. {listed}.")
 
 
+def best(found: dict[str, str | None], call: Call, what: str) -> str | None:
+    """Of the `reasons`, the name of the backend that runs; None: none does."""
+    asked = call.problem.implementation
+    if asked is not None and not hasattr(_named(asked), what):
+        asked = xla.backend.name  # which supplies what others lack
+    return next((name for name, why in found.items() if why is None and asked in (None, name)), None)
+
+
+def _named(name: str) -> Backend:
+    return next(backend for backend in _backends if backend.name == name)
+
+
 def notes(name: str | None, call: Call) -> tuple[str, ...]:
     """What the backend of that name says of a call that it serves."""
-    return next((backend.notes(call) for backend in _backends if backend.name == name), ())
+    return () if name is None else _named(name).notes(call)

@@ -58,7 +58,7 @@ class Ascend:
         return narrow, m, l, (lost / rounding_unit(call.dtype)).astype(call.dtype)
 
     def backward(self, call: Call, saved: Saved) -> Operands:
-        return _backward(call, saved)
+        return _backward(call, call.full(saved))
 
 
 backend = Ascend()

@@ -50,7 +50,7 @@ class Mosaic:
         def run(operands: Operands, saved: Saved) -> Operands:
             return _backward(call.replace(operands=operands), saved)
 
-        return _run(run, call.without_hints().operands, saved)
+        return _run(run, call.without_hints().operands, call.full(saved))
 
 
 backend = Mosaic()
@@ -97,9 +97,7 @@ def _no_kernel(call: Call, what: str) -> str | None:
         return "it draws dropout bits itself and reads none (drop_mask)"
     if max(d.D, d.Dv) > tuning.MAX_HEAD_DIM:
         return f"head_dim {max(d.D, d.Dv)} is above {tuning.MAX_HEAD_DIM}"
-    return next(
-        (why for which in choice.kernels(operands, what) if (why := choice.why_not(which, call))), None
-    )
+    return next((why for which in choice.kernels(call, what) if (why := choice.why_not(which, call))), None)
 
 
 def _notes(call: Call) -> tuple[str, ...]:
@@ -135,9 +133,9 @@ def _backward(call: Call, saved: Saved) -> Operands:
     rows = dq(call, statistics, choice.tiles_of("dq", call))
     keys = dkv(call, statistics, choice.tiles_of("dkv", call))
     found = {"query": rows.query, "key": keys.key, "value": keys.value, "alibi_slopes": rows.slopes}
-    if choice.is_tile(bias):
+    if choice.needs_dbias(call):
         found["bias"] = dbias(call, statistics, choice.tiles_of("dbias", call))
-    elif bias is not None:
+    elif bias is not None and not choice.is_tile(bias):
         by_row = rows.bias_rows is not None
         found["bias"] = rows.bias_rows[..., None] if by_row else keys.bias_keys[..., None, :]
     for name in ("scale", "soft_cap"):

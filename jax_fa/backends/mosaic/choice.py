@@ -13,11 +13,16 @@ def is_tile(x) -> bool:
     return x is not None and x.shape[-2] > 1 and x.shape[-1] > 1
 
 
-def kernels(operands: Operands, what: str) -> tuple[Which, ...]:
+def kernels(call: Call, what: str) -> tuple[Which, ...]:
     """Those of `what`, "forward" or "backward"."""
     if what == "forward":
         return ("forward",)
-    return ("dq", "dkv", "dbias") if is_tile(operands.bias) else ("dq", "dkv")
+    return ("dq", "dkv", "dbias") if needs_dbias(call) else ("dq", "dkv")
+
+
+def needs_dbias(call: Call) -> bool:
+    """Whether the gradient of a bias is wanted that is not a sum over rows or keys."""
+    return "bias" in call.gradient_names and is_tile(call.operands.bias)
 
 
 def tiles_of(which: Which, call: Call) -> Tiles:

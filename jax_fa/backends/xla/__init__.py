@@ -56,5 +56,81 @@ class Xla:
         padded = backward(Canonical(padding.padded()), padding.saved(saved))
         return padded.map(lambda name, x: padding.cut(x, call.gradient_shape(name)))
 
+    # TEMPORARY
+    def _along(self, call, tangents, fn):
+        import jax
+        import jax.numpy as jnp
+        from dataclasses import replace
+
+        t = tangents.present()
+        B = call.dims.B
+        from jax_fa.call import stored_shape, canonical_shape, STORED
+
+        def full(name, x):
+            if name in STORED:
+                axes = call.problem.axes(name)
+                r = len(B)
+                return jnp.broadcast_to(x, stored_shape((*B, *canonical_shape(x.shape, axes)[r:]), axes))
+            r = len(B)
+            o = getattr(call.operands, name)
+            return jnp.broadcast_to(x, tuple(max(a, b) for a, b in zip(x.shape, o.shape)))
+
+        ops = {n: full(n, getattr(call.operands, n)) for n in t}
+        return jax.jvp(
+            lambda o: fn(call.replace(operands=replace(call.operands, **o))),
+            (ops,),
+            ({n: full(n, x) for n, x in t.items()},),
+        )
+
+    def jvp(self, call, tangents):
+        def fn(c):
+            from jax_fa import softmax
+
+            out, m, l, *r = self.forward(c)
+            return (out, softmax.logsumexp(m, l)), (out, m, l, *r)
+
+        (a, b), (c, d) = self._along(call, tangents, fn)
+        return (*b, *c)
+
+    def tangent(self, call, tangents, saved):
+        return self.jvp(call, tangents)[-2:]
+
+    def second_tangent(self, call, tangents, others, saved):
+        from dataclasses import replace
+
+        return self._along(call, others, lambda c: self.tangent(c, tangents, None))[1]
+
+    def second(self, call, tangents, saved):
+        import jax, jax.numpy as jnp
+        from dataclasses import replace
+
+        dout, dlse = self.tangent(call, tangents, saved)
+        names = call.gradient_names
+        acc = call.acc
+        out = saved.out.astype(acc)
+        t = tangents.present()
+
+        def fn(c):
+            return self.backward(c, c_saved)
+
+        def run(ops, sv):
+            return self.backward(
+                replace(call, operands=replace(call.operands, **ops)), replace(saved, rounding=None, **sv)
+            )
+
+        B = call.dims.B
+        d = {
+            n: getattr(saved, n) for n in ("dout", "dlogsumexp") if getattr(saved, n + "_tangent") is not None
+        }
+        sv = {"out": out, "m": saved.m, "l": saved.l, **d}
+        svt = {
+            "out": dout.astype(acc),
+            "m": dlse,
+            "l": jnp.zeros_like(saved.l),
+            **{n: getattr(saved, n + "_tangent") for n in d},
+        }
+        g = jax.jvp(run, ({n: getattr(call.operands, n) for n in t}, sv), (t, svt))[1]
+        return g, dout, dlse
+
 
 backend = Xla()

@@ -1,0 +1,177 @@
+"""Between JAX's rules of derivatives, which take flat lists, and those of `attention.py`, which take `Inputs`.
+
+In `Inputs` of tangents, cotangents or avals, what has none is None.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_fa import compat, primitives
+from jax_fa.backends.xla import backend as portable
+from jax_fa.call import (
+    DIFFERENTIABLE,
+    STORED,
+    Operands,
+    Problem,
+    accumulator_dtype,
+    rounding_unit,
+    sum_to,
+)
+from jax_fa.primitives import Inputs
+
+_PARTS = tuple(f.name for f in fields(Inputs))
+
+
+def _only(x: Inputs) -> Inputs:
+    """The differentiable arrays; a part without any is None."""
+
+    def part(name: str):
+        given = getattr(x, name)
+        if given is None:
+            return None
+        keep = None if name == "saved" else DIFFERENTIABLE
+        found = {n: a for n, a in given.present().items() if keep is None or n in keep}
+        if not found:
+            return None
+        blank = {f.name: None for f in fields(given)}
+        return type(given)(**blank | found)
+
+    return Inputs(**{name: part(name) for name in _PARTS})
+
+
+# --- jvp
+
+
+def def_jvp(primitive: Primitive, rule: Callable[[Problem, Inputs, Inputs], tuple[list, list]]) -> None:
+    """`rule(problem, inputs, their tangents)` gives the results and their tangents, None for zero."""
+
+    def jvp(primals, tangents, *, tree, problem):
+        along = tree.unflatten([None if type(t) is ad.Zero else t for t in tangents])
+        results, moved = rule(problem, tree.unflatten(primals), _only(along))
+        zeros = (ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results)
+        return results, [zero if t is None else t for t, zero in zip(moved, zeros, strict=True)]
+
+    ad.primitive_jvps[primitive] = jvp
+
+
+# --- transposes
+
+
+def def_transpose(
+    primitive: Primitive, rule: Callable[[Problem, Inputs, Inputs, dict[str, Any]], Inputs]
+) -> None:
+    """`rule(problem, inputs, avals of the linear ones, cotangents of results by name)` gives those of the linear ones."""
+    kind = primitives.KINDS[primitive]
+
+    def transpose(cotangents, *args, tree, problem):
+        avals = [x.aval if ad.is_undefined_primal(x) else jax.typeof(x) for x in args]
+        names = kind.results(tree.unflatten(avals).call(problem))
+        given = {n: ct for n, ct in zip(names, cotangents, strict=True) if type(ct) is not ad.Zero}
+        linear = _only(
+            tree.unflatten(
+                [aval if ad.is_undefined_primal(x) else None for aval, x in zip(avals, args, strict=True)]
+            )
+        )
+        if not given:
+            return [None] * len(args)
+        inputs = tree.unflatten([None if ad.is_undefined_primal(x) else x for x in args])
+        found = rule(problem, inputs, linear, given)
+        return _flat(found, tree)
+
+    ad.primitive_transposes[primitive] = transpose
+
+
+def _flat(found: Inputs, tree) -> list[Any]:
+    """The arrays of `found` in the order of the leaves of the tree, None for those it lacks."""
+    at = tree.unflatten(range(tree.num_leaves))
+    leaves: list[Any] = [None] * tree.num_leaves
+    for part in _PARTS:
+        given = getattr(found, part)
+        for name, x in {} if given is None else given.present().items():
+            leaves[getattr(getattr(at, part), name)] = x
+    return leaves
+
+
+def asking(problem: Problem, operands: Operands, linear: Operands | None, *more: str) -> Problem:
+    """The problem of a derivative whose gradients are the cotangents of linear operands; `more`: other results of it."""
+    if linear is None:
+        return replace(problem, gradients=more, mapped=0)
+    broadcast = {name: x.shape for name, x in linear.present().items() if name not in STORED}
+    mapped = [
+        i + 1
+        for name, shape in broadcast.items()
+        for i in range(problem.batch_rank)
+        if getattr(operands, name).shape[i] != shape[i]
+    ]
+    return replace(problem, gradients=(*linear.present(), *more), mapped=max(mapped, default=0))
+
+
+def fitted(found: dict[str, Any], linear: Any) -> Any:
+    """The cotangents of linear arrays (`Operands` or `Saved`) by name, summed over the batch dims that they lack."""
+    if linear is None:
+        return None
+
+    def fit(name, aval):
+        x = found.get(name)
+        return None if x is None else sum_to(x, aval.shape, accumulator_dtype(x.dtype)).astype(aval.dtype)
+
+    return replace(linear, **{name: fit(name, aval) for name, aval in linear.present().items()})
+
+
+# --- third derivatives: those of the portable backend, which is differentiable JAX in forward mode
+
+
+def forward_derivative(kind, problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
+    """The derivative of a primitive's results; what is saved of `along` must be there."""
+    lost = x.saved.rounding
+    if lost is not None:  # in one array, so that it moves as one
+        wide = accumulator_dtype(x.saved.out.dtype)
+        out = x.saved.out.astype(wide) + lost.astype(wide) * rounding_unit(x.saved.out.dtype)
+        x = replace(x, saved=replace(x.saved, out=out, rounding=None))
+
+    def moving(part: str):
+        given, tangents = getattr(x, part), getattr(along, part)
+        return None if tangents is None else {name: getattr(given, name) for name in tangents.present()}
+
+    @jax.jit
+    def results(moved):
+        parts = {name: replace(getattr(x, name), **arrays) for name, arrays in moved.items()}
+        inputs = replace(x, **parts)
+        return kind.run(portable, inputs.call(problem), inputs)
+
+    at = {part: found for part in _PARTS if (found := moving(part)) is not None}
+    tangents = {
+        part: {name: getattr(getattr(along, part), name).astype(x.dtype) for name, x in arrays.items()}
+        for part, arrays in at.items()
+    }
+    with compat.allow_promotion():
+        _, found = jax.jvp(results, (at,), (tangents,))
+    return [forward_only_p.bind(t) for t in found]
+
+
+# The identity, of a tangent of third order.
+forward_only_p = Primitive("flash_attention_forward_only")
+
+
+def _refuse(cotangent, x):
+    raise NotImplementedError(
+        "jax_fa serves derivatives of the third order and above in forward mode only: take the outermost ones with "
+        "jax.jvp or jax.jacfwd. Served: jvp and grad in any order up to the second, such as grad of grad, hessian and grad "
+        "of jvp, and jvp of any of these."
+    )
+
+
+forward_only_p.def_impl(lambda x: x)
+forward_only_p.def_abstract_eval(lambda x: x)
+ad.primitive_jvps[forward_only_p] = lambda x, t: (
+    forward_only_p.bind(*x),
+    t[0] if type(t[0]) is ad.Zero else forward_only_p.bind(t[0]),
+)
+ad.primitive_transposes[forward_only_p] = _refuse
+batching.defvectorized(forward_only_p)
+mlir.register_lowering(forward_only_p, lambda ctx, x: [x])
