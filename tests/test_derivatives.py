@@ -119,7 +119,7 @@ def test_the_oracle_itself(case):
 
         def difference(function, points, tangents):
             """Along the tangents."""
-            h = 1e-5
+            h = 2e-6
             up, down = (
                 function(*jax.tree.map(lambda x, t, h=h: x + h * t, points, tangents)) for h in (h, -h)
             )
