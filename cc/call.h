@@ -62,8 +62,8 @@ struct Call {
   View m, l;                             // float [.., N, Sq]
   View rounding;                         // as out: what rounding took from it, in halves of the dtype's epsilon
 
-  // Backward only. The gradients of bias, slopes, scale and soft cap (float) have the operand's broadcast dims. dbias
-  // must be zero when the kernel starts, unless WritesAllBias.
+  // Backward and second only; a gradient that is not wanted is absent. Those of bias, slopes, scale and soft cap
+  // (float) have the operand's broadcast dims. dbias must be zero when the kernel starts, unless WritesAllBias.
   View dout, dlogsumexp, dquery, dkey, dvalue, dbias, dslopes, dscale, dsoft_cap;
 
   // Derivatives along tangents: those of the operands, each with the operand's dims (batch dims may broadcast where the
@@ -72,6 +72,7 @@ struct Call {
   View dout_tangent, dlogsumexp_tangent;
   // Results: the tangents of out and log-sum-exp; of the second, the gradients by dout and dlogsumexp, the same formulas.
   View out_tangent, logsumexp_tangent;
+  bool with_forward = false;  // the tangents are wanted together with out, m, l and rounding, which then are results
 
   JAX_FA_INLINE int64_t G() const { return N / K; }
 };

@@ -112,11 +112,12 @@ ffi::AnyBuffer Ret(const ffi::RemainingRets& rets, size_t i) {
   return **x;
 }
 
-CallShapes ShapesOf(const ProblemAttr& p, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
+CallShapes ShapesOf(Pass pass, const ProblemAttr& p, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
   const auto shape = [](const ffi::AnyBuffer& x) {
     return Shape{ToElement(x.element_type()), x.dimensions().begin(), x.dimensions().size()};
   };
   CallShapes call;
+  call.pass = pass;
   call.present = p.present, call.saved = p.saved;
   call.query_axes = p.query_axes, call.key_axes = p.key_axes, call.value_axes = p.value_axes;
   call.out_axes = p.out_axes;
@@ -159,8 +160,11 @@ void ReadOperands(const ProblemAttr& p, const CallShapes& call, const ffi::Remai
   }
 }
 
-View SavedView(const ProblemAttr& p, const SavedArray& form, const ffi::AnyBuffer& x, Views& views) {
-  return form.like_out ? views.Stored(x, p.out_axes, "rhc") : views.Canonical(x, "hr");
+View OtherView(const ProblemAttr& p, const CallShapes& call, const OtherArray& form, const ffi::AnyBuffer& x,
+               Views& views) {
+  if (form.like == OtherArray::kOut) return views.Stored(x, p.out_axes, "rhc");
+  if (form.like == OtherArray::kStatistic) return views.Canonical(x, "hr");
+  return OperandView(p, call, form.operand, x, views);
 }
 
 const Kernels& Chosen() {
@@ -185,6 +189,10 @@ ffi::Error Reported(const Fn& fn) {
   }
 }
 
+void Clear(const ffi::AnyBuffer& x) {
+  if (x.size_bytes() > 0) std::memset(x.untyped_data(), 0, x.size_bytes());
+}
+
 // No exception may leave a handler, and the texts of errors take memory of their own.
 template <typename Fn>
 ffi::Error Guard(const Fn& fn) {
@@ -195,46 +203,35 @@ ffi::Error Guard(const Fn& fn) {
   }
 }
 
-ffi::Error Forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, ProblemAttr p) {
+template <Pass kPass>
+ffi::Error Compute(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, ProblemAttr p) {
   return Guard([&] {
-    const CallShapes call = ShapesOf(p, args, rets);
-    const Sizes sizes = ShapeCheck::Forward(call);
+    const CallShapes call = ShapesOf(kPass, p, args, rets);
+    const Sizes sizes = ShapeCheck::Of(call);
     Call c = PlainCall(p, sizes);
-    if (c.B == 0 || c.N == 0 || c.Sq == 0) return;
-    Views views(sizes.B);
-    ReadOperands(p, call, args, views, c);
-    size_t result = 0;
-    for (const SavedArray& x : kSavedArrays)
-      if (x.of_forward && x.IsGiven(p.saved)) c.*x.view = SavedView(p, x, Ret(rets, result++), views);
-    PoolRunner<ffi::ThreadPool> runner(pool);
-    Chosen().forward(c, runner);
-  });
-}
-
-ffi::Error Backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, ProblemAttr p) {
-  return Guard([&] {
-    const CallShapes call = ShapesOf(p, args, rets);
-    const Sizes sizes = ShapeCheck::Backward(call);
-    Call c = PlainCall(p, sizes);
-    if (c.B == 0 || c.N == 0) {  // what broadcasts still has a gradient
-      for (size_t i = 0; i < rets.size(); ++i)
-        if (Ret(rets, i).size_bytes() > 0) std::memset(Ret(rets, i).untyped_data(), 0, Ret(rets, i).size_bytes());
+    if (c.B == 0 || c.N == 0 || (c.Sq == 0 && !HasCotangents(kPass))) {  // what broadcasts still has a gradient
+      for (size_t i = 0; i < rets.size(); ++i) Clear(Ret(rets, i));
       return;
     }
     Views views(sizes.B);
     ReadOperands(p, call, args, views, c);
-    size_t next = call.Operands();
-    for (const SavedArray& x : kSavedArrays)
-      if (x.IsGiven(p.saved)) c.*x.view = SavedView(p, x, Arg(args, next++), views);
-    size_t result = 0;
-    for (const auto& [operand, gradient] : kDifferentiable) {
-      if (!call.Has(operand)) continue;
-      const ffi::AnyBuffer x = Ret(rets, result++);
-      c.*gradient = OperandView(p, call, operand, x, views);
-      if (operand == kBias && !WritesAllBias(c) && x.size_bytes() > 0) std::memset(x.untyped_data(), 0, x.size_bytes());
+    size_t next = call.Operands(), result = 0;
+    for (const OtherArray& x : call.OtherArgs()) c.*x.view = OtherView(p, call, x, Arg(args, next++), views);
+    for (const OtherArray& x : call.Results()) {
+      const ffi::AnyBuffer to = Ret(rets, result++);
+      c.*x.view = OtherView(p, call, x, to, views);
+      if (x.view == &Call::dbias && !WritesAllBias(c)) Clear(to);
     }
+    c.with_forward = kPass == Pass::kJvp;
     PoolRunner<ffi::ThreadPool> runner(pool);
-    Chosen().backward(c, runner);
+    const Kernels& kernels = Chosen();
+    switch (kPass) {
+      case Pass::kForward: return kernels.forward(c, runner);
+      case Pass::kBackward: return kernels.backward(c, runner);
+      case Pass::kJvp:
+      case Pass::kTangent: return kernels.tangent(c, runner);
+      case Pass::kSecond: return kernels.second(c, runner);
+    }
   });
 }
 
@@ -251,21 +248,17 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
 
 namespace jax_fa {
 
-XLA_FFI_DEFINE_HANDLER(kCpuForward, Forward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .RemainingArgs()  // the operands that are present
-                           .RemainingRets()  // out, softmax max, softmax sum, rounding if saved
-                           .Attr<ProblemAttr>("problem"));
+// The arrays are those of shapes.h: operands that are present, then OtherArgs; and Results.
+#define JAX_FA_HANDLER(name)                                                                                 \
+  XLA_FFI_DEFINE_HANDLER(                                                                                    \
+      kHandler##name, Compute<Pass::k##name>,                                                                \
+      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<ProblemAttr>("problem")); \
+  XLA_FFI_Error* Cpu##name(XLA_FFI_CallFrame* call_frame) { return kHandler##name(call_frame); }
 
-XLA_FFI_DEFINE_HANDLER(kCpuBackward, Backward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .RemainingArgs()  // operands, out, m, l, dout, rounding and dlogsumexp if saved
-                           .RemainingRets()  // gradients in the order of kDifferentiable
-                           .Attr<ProblemAttr>("problem"));
-
-XLA_FFI_Error* CpuForward(XLA_FFI_CallFrame* call_frame) { return kCpuForward(call_frame); }
-XLA_FFI_Error* CpuBackward(XLA_FFI_CallFrame* call_frame) { return kCpuBackward(call_frame); }
+JAX_FA_HANDLER(Forward)
+JAX_FA_HANDLER(Backward)
+JAX_FA_HANDLER(Jvp)
+JAX_FA_HANDLER(Tangent)
+JAX_FA_HANDLER(Second)
 
 }  // namespace jax_fa

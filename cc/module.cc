@@ -20,10 +20,26 @@ py::tuple DifferentiableNames() {
   return py::tuple(names);
 }
 
-py::dict SavedBits() {
+py::dict BitsOfSaved() {
   py::dict bits;
   for (const jax_fa::SavedArray& x : jax_fa::kSavedArrays)
     if (x.bit != 0) bits[x.name] = x.bit;
+  return bits;
+}
+
+// The bits of `saved` by name.
+py::dict TangentBits() {
+  py::dict bits;
+  for (size_t i = 0; i < jax_fa::kDifferentiables; ++i)
+    bits[jax_fa::kForms[jax_fa::kDifferentiable[i].operand].name] = jax_fa::TangentBit(i);
+  return bits;
+}
+
+py::dict UnwantedBits() {
+  py::dict bits;
+  for (size_t i = 0; i < jax_fa::kDifferentiables; ++i)
+    bits[jax_fa::kForms[jax_fa::kDifferentiable[i].operand].name] = jax_fa::UnwantedBit(i);
+  for (const jax_fa::TangentResult& x : jax_fa::kTangentResults) bits[x.cotangent] = x.unwanted;
   return bits;
 }
 
@@ -41,16 +57,27 @@ PYBIND11_MODULE(_native, module) {
   module.def("abi", [] { return jax_fa::kAbi; });
   // ... the operands in the order of their arrays: operand i is given where bit i of `present` is set.
   module.def("operand_names", [] { return NamesOf(jax_fa::kForms); });
-  // ... those with gradients, in the order of the backward's results.
+  // ... those with gradients and tangents, in the order of both.
   module.def("differentiable_operands", DifferentiableNames);
-  // ... the arrays that follow the operands of the backward, in their order; and the bit of `saved` of each that may be
-  // absent.
+  // ... what the second gives: the gradients of those, then the gradients by the cotangents.
+  module.def("second_names", [] {
+    py::list names;
+    for (const auto& [name, bit] : UnwantedBits()) names.append(name);
+    return py::tuple(names);
+  });
+  // ... the arrays that follow the operands of a derivative, in their order. Then, by name, the bits of `saved`: of each
+  // of them that may be absent, of each tangent that is given, and of each gradient that is not wanted.
   module.def("saved_names", [] { return NamesOf(jax_fa::kSavedArrays); });
-  module.def("saved_bits", SavedBits);
+  module.def("saved_bits", BitsOfSaved);
+  module.def("tangent_bits", TangentBits);
+  module.def("unwanted_bits", UnwantedBits);
   module.def("registrations", [] {
     py::dict handlers;
     handlers["jax_fa_cpu_forward"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuForward));
     handlers["jax_fa_cpu_backward"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuBackward));
+    handlers["jax_fa_cpu_jvp"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuJvp));
+    handlers["jax_fa_cpu_tangent"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuTangent));
+    handlers["jax_fa_cpu_second"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuSecond));
     return handlers;
   });
   jax_fa::DefineCann(module);

@@ -11,7 +11,7 @@ namespace jax_fa {
 
 // Increased by one where what the handlers take changes in a way that the names do not show: attributes, their order or
 // meaning, sizes, dtypes.
-constexpr int64_t kAbi = 1;
+constexpr int64_t kAbi = 2;
 
 enum class Element : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kBool, kOther };
 
@@ -83,20 +83,54 @@ constexpr bool FormsAreInOrder() {
 }
 static_assert(sizeof(kForms) / sizeof(kForms[0]) == kOperands && FormsAreInOrder());
 
-// Operands with gradients, in the order of the backward's results, and where those go.
+// Operands with gradients and tangents, in the order of both, and where those are.
 struct Differentiable {
   Operand operand;
-  View Call::* gradient;
+  View Call::*gradient, Call::*tangent;
 };
 constexpr Differentiable kDifferentiable[] = {
-    {kQuery, &Call::dquery},   {kKey, &Call::dkey},     {kValue, &Call::dvalue},      {kBias, &Call::dbias},
-    {kSlopes, &Call::dslopes}, {kScale, &Call::dscale}, {kSoftCap, &Call::dsoft_cap},
+    {kQuery, &Call::dquery, &Call::query_tangent},         {kKey, &Call::dkey, &Call::key_tangent},
+    {kValue, &Call::dvalue, &Call::value_tangent},         {kBias, &Call::dbias, &Call::bias_tangent},
+    {kSlopes, &Call::dslopes, &Call::slopes_tangent},      {kScale, &Call::dscale, &Call::scale_tangent},
+    {kSoftCap, &Call::dsoft_cap, &Call::soft_cap_tangent},
 };
+constexpr size_t kDifferentiables = sizeof(kDifferentiable) / sizeof(kDifferentiable[0]);
 
-// The arrays that follow the operands of the backward, in their order; some of them are the results of the forward.
+// What a handler computes: the results of the forward; gradients; both the forward's results and their tangents; the
+// tangents alone; and the second, the derivative of the gradients along tangents of operands and cotangents.
+enum class Pass : uint8_t { kForward, kBackward, kJvp, kTangent, kSecond };
+
+constexpr bool IsForward(Pass p) { return p == Pass::kForward || p == Pass::kJvp; }
+constexpr bool HasCotangents(Pass p) { return p == Pass::kBackward || p == Pass::kSecond; }
+constexpr bool HasTangents(Pass p) { return p == Pass::kJvp || p == Pass::kTangent || p == Pass::kSecond; }
+
+// The bits of `saved`, which says what arrays there are besides the operands: those of kSavedArrays that may be absent,
+// the tangents, and the gradients and results of the second that are not wanted.
+enum Saved : uint32_t {
+  kRounding = 1,
+  kLogSumExp = 2,
+  kOutTangent = 4,
+  kLogSumExpTangent = 8,
+  kFirstTangent = 1u << 8,    // of kDifferentiable[0], and so on
+  kFirstUnwanted = 1u << 16,  // likewise
+  kOutUnwanted = 1u << 23,    // the gradient of the second by the cotangent of out,
+  kLogSumExpUnwanted = 1u << 24,
+};
+constexpr uint32_t TangentBit(size_t i) { return uint32_t{kFirstTangent} << i; }
+constexpr uint32_t UnwantedBit(size_t i) { return uint32_t{kFirstUnwanted} << i; }
+
+// Those that a pass may have.
+constexpr uint32_t SavedBits(Pass p) {
+  constexpr uint32_t kEvery = UnwantedBit(kDifferentiables) - UnwantedBit(0);
+  return kRounding | (HasTangents(p) ? TangentBit(kDifferentiables) - TangentBit(0) : 0) |
+         (HasCotangents(p) ? kLogSumExp | kEvery : 0) |
+         (p == Pass::kSecond ? kOutTangent | kLogSumExpTangent | kOutUnwanted | kLogSumExpUnwanted : 0);
+}
+static_assert(TangentBit(kDifferentiables) <= kFirstUnwanted && UnwantedBit(kDifferentiables) <= kOutUnwanted);
+
+// The arrays that follow the operands of a derivative, in their order; some of them are the results of the forward.
 // `name`: the field of Python's Saved. `text`: what messages call it. `like_out`: of the shape and dtype of out, else a
 // float per row. `bit`: that of `saved` where it may be absent, else 0.
-enum Saved : uint32_t { kRounding = 1, kLogSumExp = 2, kOutTangent = 4, kLogSumExpTangent = 8 };
 struct SavedArray {
   const char *name, *text;
   View Call::* view;
@@ -115,6 +149,18 @@ constexpr SavedArray kSavedArrays[] = {
     {"dout_tangent", "the tangent of out's cotangent", &Call::dout_tangent, true, false, kOutTangent},
     {"dlogsumexp_tangent", "the tangent of log-sum-exp's cotangent", &Call::dlogsumexp_tangent, false, false,
      kLogSumExpTangent},
+};
+
+// The tangents that jvp, tangent and second give, in their order; those of the second are its gradients by the cotangents.
+struct TangentResult {
+  const char *cotangent, *text;  // what Python's Saved and messages call it
+  View Call::* view;
+  bool like_out;
+  uint32_t unwanted;
+};
+constexpr TangentResult kTangentResults[] = {
+    {"dout", "the tangent of out", &Call::out_tangent, true, kOutUnwanted},
+    {"dlogsumexp", "the tangent of log-sum-exp", &Call::logsumexp_tangent, false, kLogSumExpUnwanted},
 };
 
 }  // namespace jax_fa

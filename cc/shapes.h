@@ -26,8 +26,18 @@ struct Shape {
   size_t rank = 0;
 };
 
+// An array of a call besides its operands: its view, and what it is like.
+struct OtherArray {
+  enum Like : uint8_t { kOut, kStatistic, kTangent, kGradient };  // the last two: like `operand`
+  std::string text;                                               // what messages call it
+  View Call::* view;
+  Like like;
+  Operand operand = kQuery;
+};
+
 // One call: its static part, and its arrays in order.
 struct CallShapes {
+  Pass pass = Pass::kForward;
   uint32_t present = 0, saved = 0;
   std::string_view query_axes, key_axes, value_axes, out_axes;  // canonical dim i is stored dim axes[i] - 'a'
   std::vector<Shape> args, rets;
@@ -37,6 +47,41 @@ struct CallShapes {
   size_t Operands() const { return static_cast<size_t>(__builtin_popcount(present)); }
   // Where operand i is among the arrays.
   size_t At(Operand i) const { return static_cast<size_t>(__builtin_popcount(present & ((uint32_t{1} << i) - 1))); }
+
+  // The arguments that follow the operands.
+  std::vector<OtherArray> OtherArgs() const {
+    std::vector<OtherArray> list;
+    if (!IsForward(pass)) AddSaved(list);
+    for (size_t i = 0; i < kDifferentiables; ++i)
+      if (saved & TangentBit(i)) AddLikeOperand("the tangent of ", OtherArray::kTangent, i, list);
+    return list;
+  }
+
+  std::vector<OtherArray> Results() const {
+    std::vector<OtherArray> list;
+    if (IsForward(pass)) AddSaved(list);
+    if (HasCotangents(pass))
+      for (size_t i = 0; i < kDifferentiables; ++i)
+        if (Has(kDifferentiable[i].operand) && !(saved & UnwantedBit(i)))
+          AddLikeOperand("the gradient of ", OtherArray::kGradient, i, list);
+    if (HasTangents(pass))
+      for (const TangentResult& x : kTangentResults)
+        if (!(saved & x.unwanted))
+          list.push_back({x.text, x.view, x.like_out ? OtherArray::kOut : OtherArray::kStatistic});
+    return list;
+  }
+
+ private:
+  void AddSaved(std::vector<OtherArray>& list) const {
+    for (const SavedArray& x : kSavedArrays)
+      if (x.IsGiven(saved) && (x.of_forward || HasCotangents(pass)))
+        list.push_back({x.text, x.view, x.like_out ? OtherArray::kOut : OtherArray::kStatistic});
+  }
+  static void AddLikeOperand(const char* what, OtherArray::Like like, size_t i, std::vector<OtherArray>& list) {
+    const Differentiable& x = kDifferentiable[i];
+    list.push_back({std::string(what) + kForms[x.operand].name, like == OtherArray::kTangent ? x.tangent : x.gradient,
+                    like, x.operand});
+  }
 };
 
 struct Sizes {
@@ -46,36 +91,17 @@ struct Sizes {
 
 class ShapeCheck {
  public:
-  // Each throws BadCall, which names the array, what it is and what it should be.
-  static Sizes Forward(const CallShapes& call) {
+  // Throws BadCall, which names the array, what it is and what it should be.
+  static Sizes Of(const CallShapes& call) {
     ShapeCheck check(call);
     check.Static();
-    check.Count("arguments", call.args.size(), call.Operands());
-    size_t next = 0, count = 0;
-    for (const SavedArray& x : kSavedArrays) count += x.of_forward && x.IsGiven(call.saved) ? 1 : 0;
-    check.Count("results", call.rets.size(), count);
-    check.ReadSizes(call.rets[1]);
+    const std::vector<OtherArray> others = call.OtherArgs(), results = call.Results();
+    check.Count("arguments", call.args.size(), call.Operands() + others.size());
+    check.Count("results", call.rets.size(), results.size());
+    check.ReadSizes(others, results);
     check.Operands();
-    for (const SavedArray& x : kSavedArrays)
-      if (x.of_forward && x.IsGiven(call.saved)) check.Saved(x, call.rets[next++]);
-    return check.sizes_;
-  }
-
-  static Sizes Backward(const CallShapes& call) {
-    ShapeCheck check(call);
-    check.Static();
-    size_t next = call.Operands(), count = next, gradients = 0;
-    for (const SavedArray& x : kSavedArrays) count += x.IsGiven(call.saved) ? 1 : 0;
-    check.Count("arguments", call.args.size(), count);
-    for (const Differentiable& x : kDifferentiable) gradients += call.Has(x.operand) ? 1 : 0;
-    check.Count("results", call.rets.size(), gradients);
-    check.ReadSizes(call.args[next + 1]);
-    check.Operands();
-    for (const SavedArray& x : kSavedArrays)
-      if (x.IsGiven(call.saved)) check.Saved(x, call.args[next++]);
-    size_t result = 0;
-    for (const Differentiable& x : kDifferentiable)
-      if (call.Has(x.operand)) check.Gradient(x.operand, call.rets[result++]);
+    for (size_t i = 0; i < others.size(); ++i) check.Other(others[i], call.args[call.Operands() + i], false);
+    for (size_t i = 0; i < results.size(); ++i) check.Other(results[i], call.rets[i], true);
     return check.sizes_;
   }
 
@@ -115,7 +141,7 @@ class ShapeCheck {
     is_permutation("value_axes", call_.value_axes);
     is_permutation("out_axes", call_.out_axes);
     if (call_.present >> kOperands != 0) throw BadCall("`present` has bits for operands that there are not");
-    if (call_.saved > (kRounding | kLogSumExp)) throw BadCall("`saved` has bits for arrays that there are not");
+    if ((call_.saved & ~SavedBits(call_.pass)) != 0) throw BadCall("`saved` has bits for arrays that there are not");
     for (Operand i : {kQuery, kKey, kValue})
       if (!call_.Has(i)) throw BadCall(std::string(kForms[i].name) + " must be given");
     for (const auto& [i, needs] :
@@ -124,6 +150,11 @@ class ShapeCheck {
           std::pair(kSegmentKey, kSegmentRow)})
       if (call_.Has(i) && !call_.Has(needs))
         throw BadCall(std::string(kForms[i].name) + " is given without " + kForms[needs].name);
+    for (size_t i = 0; i < kDifferentiables; ++i) {
+      const Operand of = kDifferentiable[i].operand;
+      if ((call_.saved & TangentBit(i)) && !call_.Has(of))
+        throw BadCall(std::string("the tangent of ") + kForms[of].name + " is given without " + kForms[of].name);
+    }
   }
 
   void Count(const char* what, size_t got, size_t expected) {
@@ -131,12 +162,24 @@ class ShapeCheck {
       throw BadCall("there are " + std::to_string(got) + " " + what + "; expected " + std::to_string(expected));
   }
 
-  // Batch, Sq and N from the statistics, the others from key and value.
-  void ReadSizes(const Shape& m) {
+  // The batch from all arrays, Sq and N from the statistics, the others from key and value.
+  void ReadSizes(const std::vector<OtherArray>& others, const std::vector<OtherArray>& results) {
     const size_t lead = call_.query_axes.size() - 3;
+    const Shape& m = IsForward(call_.pass) ? call_.rets[1] : call_.args[call_.Operands() + 1];
     Rank("softmax max", m, lead + 2);
-    sizes_.B.assign(m.dims, m.dims + lead);
     sizes_.N = m.dims[lead], sizes_.Sq = m.dims[lead + 1];
+    sizes_.B.assign(m.dims, m.dims + lead);
+    // Where some are 1, another array has the full size. (The ranks are checked later.)
+    const auto widen = [&](const Shape& x, std::string_view axes) {
+      for (size_t i = 0; i < lead && x.rank >= lead; ++i) {
+        const size_t at = axes.empty() ? i : static_cast<size_t>(axes[i] - 'a');
+        if (sizes_.B[i] == 1 && at < x.rank) sizes_.B[i] = x.dims[at];
+      }
+    };
+    for (size_t i = 0, next = 0; i < kOperands; ++i)
+      if (call_.Has(static_cast<Operand>(i))) widen(call_.args[next++], AxesOf(static_cast<Operand>(i)));
+    for (size_t i = 0; i < others.size(); ++i) widen(call_.args[call_.Operands() + i], AxesOf(others[i]));
+    for (size_t i = 0; i < results.size(); ++i) widen(call_.rets[i], AxesOf(results[i]));
     const Shape &key = call_.args[1], &value = call_.args[2];
     Rank("key", key, lead + 3);
     Rank("value", value, lead + 3);
@@ -156,8 +199,17 @@ class ShapeCheck {
                     std::to_string(rank));
   }
 
-  void Operands() {
+  // The axes in which an array is stored; none: canonically.
+  std::string_view AxesOf(Operand i) const {
     const std::string_view axes[] = {call_.query_axes, call_.key_axes, call_.value_axes};
+    return i <= kValue ? axes[i] : std::string_view();
+  }
+  std::string_view AxesOf(const OtherArray& x) const {
+    if (x.like == OtherArray::kOut) return call_.out_axes;
+    return x.like == OtherArray::kStatistic ? std::string_view() : AxesOf(x.operand);
+  }
+
+  void Operands() {
     size_t next = 0;
     for (int at = 0; at < kOperands; ++at) {
       const auto i = static_cast<Operand>(at);
@@ -165,38 +217,43 @@ class ShapeCheck {
       const Form& form = call_.FormOf(i);
       const Shape& x = call_.args[next++];
       if (i <= kValue) {
-        Stored(form.name, x, axes[i], form.sizes, form.elements, false);
+        Stored(form.name, x, AxesOf(i), form.sizes, form.elements, false);
       } else {
         Canonical(form.name, x, form.sizes, form.elements, false);
       }
     }
   }
 
-  void Saved(const SavedArray& form, const Shape& x) {
-    if (form.like_out) {
-      Stored(form.text, x, call_.out_axes, "SNV", Bit(call_.args[0].element), true);
+  void Other(const OtherArray& form, const Shape& x, bool result) {
+    const char* name = form.text.c_str();
+    if (form.like == OtherArray::kOut) {
+      Stored(name, x, call_.out_axes, "SNV", Bit(call_.args[0].element), result);
+    } else if (form.like == OtherArray::kStatistic) {
+      Canonical(name, x, "NS", kFloat, result);
     } else {
-      Canonical(form.text, x, "NS", kFloat, true);
+      LikeOperand(form, x);
     }
   }
 
-  // It has its operand's dims; those of the batch may be full where the operand's are 1.
-  void Gradient(Operand i, const Shape& x) {
-    const std::string name = std::string("the gradient of ") + kForms[i].name;
-    const Shape& operand = call_.args[call_.At(i)];
-    if (i <= kValue) {
-      const std::string_view axes[] = {call_.query_axes, call_.key_axes, call_.value_axes};
-      return Stored(name.c_str(), x, axes[i], kForms[i].sizes, Bit(operand.element), true);
+  // It has its operand's dims but in the batch: there a tangent's are 1 or full, those of the gradients of query, key and
+  // value full, and those of other gradients full or the operand's.
+  void LikeOperand(const OtherArray& form, const Shape& x) {
+    const Shape& operand = call_.args[call_.At(form.operand)];
+    const char* name = form.text.c_str();
+    const bool stored = form.operand <= kValue, tangent = form.like == OtherArray::kTangent;
+    const uint32_t elements = stored || tangent ? Bit(operand.element) : kFloat;
+    const std::string_view axes = AxesOf(form.operand);
+    Rank(name, x, operand.rank);
+    std::vector<std::string> expected(operand.rank);
+    bool fits = elements >> static_cast<int>(x.element) & 1;
+    for (size_t i = 0; i < operand.rank; ++i) {
+      const size_t at = axes.empty() ? i : static_cast<size_t>(axes[i] - 'a');
+      const int64_t own = operand.dims[at], full = i < sizes_.B.size() ? sizes_.B[i] : own;
+      const int64_t other = i >= sizes_.B.size() ? own : tangent ? 1 : stored ? full : own;
+      fits = fits && (x.dims[at] == other || x.dims[at] == full);
+      expected[at] = (other == full ? "" : std::to_string(other) + " or ") + std::to_string(full);
     }
-    Rank(name.c_str(), x, operand.rank);
-    std::vector<std::string> expected;
-    bool fits = x.element == Element::kF32;
-    for (size_t d = 0; d < operand.rank; ++d) {
-      const int64_t own = operand.dims[d], full = d < sizes_.B.size() ? sizes_.B[d] : own;
-      fits = fits && (x.dims[d] == own || x.dims[d] == full);
-      expected.push_back(std::to_string(own) + (full == own ? "" : " or " + std::to_string(full)));
-    }
-    if (!fits) Differs(name.c_str(), x, kFloat, expected);
+    if (!fits) Differs(name, x, elements, expected);
   }
 
   void Canonical(const char* name, const Shape& x, const char* sizes, uint32_t elements, bool full) {

@@ -27,7 +27,7 @@ from jax_fa.sharding import Partition
 class Inputs:
     """What a primitive takes."""
 
-    operands: Operands
+    operands: Any  # `Operands`; None in what stands for tangents of inputs, where none of them moves
     saved: Saved | None = None
     tangents: Operands | None = None
     others: Operands | None = None  # the second tangents of a second derivative

@@ -3,6 +3,8 @@
 //   p = exp(s - m) / l,  dp = keep / keep_prob (dout v^T),  ds = p (dp - delta),  delta = dout.out - dlogsumexp
 //   dq = scale ds k,  dk = scale ds^T q,  dv = (keep / keep_prob p)^T dout,  dbias = ds,  dscale = ds q.k
 //
+// A gradient that is not wanted has no array, and its products and sums are left out.
+//
 // Key blocks are the outer loop: dk and dv of a block stay in L2 while all query rows pass; dq lies in a float
 // buffer. A task is a range of keys of all the key heads that share one bias gradient (without bias: of one
 // head), so every sum has one owner and a fixed order, whatever the number of threads.
@@ -36,7 +38,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
   const float key_scale = one_scale ? ScaleOf(c, b, k * c.G()) : 1.0f;
   RowTile tiles[kBackwardRows];
   PrepareRows<kPairs>(c, plan, s, b, k);
-  Fill(dq, 0, plan.rows * plan.dq_row + BalanceSize<kPairs>(plan), 0.0f);
+  Fill(dq, 0, plan.dq_size + BalanceSize<kPairs>(plan), 0.0f);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
     Fill(s.dk, 0, width * plan.dq_row, 0.0f);
@@ -47,8 +49,9 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
       if (!packed) {
         if (!IsDirect(c)) PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, s.stage, s.keys_t);
         PackTransposed<kPairs>(c.value, c.Dv, b, k, j0, width, s.stage, s.values_t);
-        PackClean<kPairs>(c.key, IsMasked(c), width, c.D, s.stage, s.keys,
-                          [&](int64_t j) { return Row{b, k, j0 + j}; });
+        if (c.dquery)
+          PackClean<kPairs>(c.key, IsMasked(c), width, c.D, s.stage, s.keys,
+                            [&](int64_t j) { return Row{b, k, j0 + j}; });
         packed = true;
       }
       const int64_t g0 = block * kBackwardRows, rows = g0 + kBackwardRows < plan.rows ? kBackwardRows : plan.rows - g0;
@@ -56,16 +59,17 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
       const RowBlock x{b, k, g0, rows, j0, width, count, tiles};
       if (count > 0) BackwardBlock<kPairs>(c, plan, s, x, dq, one_scale, sums);
     }
-    for (int64_t j = 0; j < width; ++j) {
+    for (int64_t j = 0; c.dkey && j < width; ++j)
       StoreRow(s.dk + j * plan.dq_row, key_scale, c.dkey.Bytes(b, k, j0 + j), c.dkey.dtype, c.dkey.col, c.D);
+    for (int64_t j = 0; c.dvalue && j < width; ++j)
       StoreRow(s.dv + j * s.dv_row, 1.0f, c.dvalue.Bytes(b, k, j0 + j), c.dvalue.dtype, c.dvalue.col, c.Dv);
-    }
   }
 }
 
 // The rows of dq of a key head, which then are complete.
 template <bool kPairs>
 inline void FinishQueries(const Call& c, const BackwardPlan& plan, int64_t b, int64_t k, float* stage, float* dq) {
+  if (!c.dquery) return;
   Row row{b, k * c.G(), 0};  // not RowAt, which divides by Sq: it may be 0
   for (int64_t r = 0; r < plan.rows; ++r, row = After(c, row), dq += plan.dq_row) {
     if constexpr (kPairs) AddMissing(c, row, k, BalanceOf(plan, dq - r * plan.dq_row), r, stage, dq);
@@ -76,7 +80,7 @@ inline void FinishQueries(const Call& c, const BackwardPlan& plan, int64_t b, in
 // Adds the dq of another range of keys.
 template <bool kPairs>
 inline void AddPart(const BackwardPlan& plan, float* part, float* total) {
-  for (int64_t x = 0; x < plan.rows * plan.dq_row; x += kLanes) Store(total + x, Load(total + x) + Load(part + x));
+  for (int64_t x = 0; x < plan.dq_size; x += kLanes) Store(total + x, Load(total + x) + Load(part + x));
   if constexpr (kPairs) {
     const Balance from = BalanceOf(plan, part), to = BalanceOf(plan, total);
     for (int64_t r = 0; r < plan.rows; ++r) {
@@ -92,7 +96,7 @@ inline void AddPart(const BackwardPlan& plan, float* part, float* total) {
 template <bool kPairs>
 void BackwardAs(const Call& c, const Runner& runner) {
   const BackwardPlan plan(c);
-  const int64_t heads = c.B * c.K, head_size = plan.rows * plan.dq_row + BalanceSize<kPairs>(plan);
+  const int64_t heads = c.B * c.K, head_size = plan.dq_size + BalanceSize<kPairs>(plan);
   const Buffer dq_parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
   const AllSums sums(c, plan);
 

@@ -21,7 +21,7 @@ struct Balance {
 
 // Stored behind the dq of all rows.
 inline Balance BalanceOf(const BackwardPlan& plan, float* dq) {
-  float* total = dq + plan.rows * plan.dq_row;
+  float* total = dq + plan.dq_size;
   int32_t* largest = reinterpret_cast<int32_t*>(total + plan.rows);
   return {total, largest, largest + plan.rows};
 }

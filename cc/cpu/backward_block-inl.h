@@ -46,8 +46,8 @@ inline void PackQueries(const Call& c, const BackwardScratch<kPairs>& s, const R
     CopyRow<kPairs>(c.dout, x.b, from.n, from.i, c.Dv, s.dout + r * s.dout_row);
   }
   const auto row_at = [&](int64_t i) { return x.At(c, i); };
-  PackClean<kPairs>(c.query, IsMasked(c), x.rows, c.D, s.stage, s.q_panels, row_at);
-  PackClean<kPairs>(c.dout, IsMasked(c), x.rows, c.Dv, s.stage, s.dout_panels, row_at);
+  if (c.dkey) PackClean<kPairs>(c.query, IsMasked(c), x.rows, c.D, s.stage, s.q_panels, row_at);
+  if (c.dvalue) PackClean<kPairs>(c.dout, IsMasked(c), x.rows, c.Dv, s.stage, s.dout_panels, row_at);
 }
 
 // The products q.k into p and dout.v into ds, of tiles of rows and the panels of keys that are visible to them.
@@ -149,14 +149,16 @@ inline void KeyGradients(const Call& c, const BackwardPlan& plan, const Backward
     }
   }
   struct Product {
+    bool wanted;
     const float *weights, *panels;
     float* sum;
     int64_t sum_row, panel_count;
   };
-  const Product products[] = {{s.p, s.dout_panels, s.dv, s.dv_row, Panels(c.Dv)},
-                              {s.ds, s.q_panels, s.dk, plan.dq_row, Panels(c.D)}};
+  const Product products[] = {{bool{c.dvalue}, s.p, s.dout_panels, s.dv, s.dv_row, Panels(c.Dv)},
+                              {bool{c.dkey}, s.ds, s.q_panels, s.dk, plan.dq_row, Panels(c.D)}};
   const int64_t weights_row = per * s.s_row;  // pairs of rows lie in every second one
   for (const Product& y : products) {
+    if (!y.wanted) continue;
     for (int64_t d = 0; d < y.panel_count; ++d) {
       for (int64_t u0 = 0; u0 < units; u0 += kChunk) {
         for (int64_t t = 0; t < parts; ++t) {
@@ -185,7 +187,7 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
   BlockWeights<kPairs>(c, s, x, keys, sums);
   if constexpr (kPairs)
     JoinRows<kPairs>(s, BalanceOf(plan, dq), x.g0, x.rows, x.j0, keys, one_scale ? nullptr : scales);
-  QueryGradients<kPairs>(c, plan, s, x, dq);
+  if (c.dquery) QueryGradients<kPairs>(c, plan, s, x, dq);
   if (!kPairs && !one_scale) {
     for (int64_t r = 0; r < x.rows; ++r) {
       const F f = Set(scales[r]);

@@ -31,6 +31,7 @@ inline int64_t Classes(const int64_t* offsets, int64_t count, int64_t* class_of)
 
 struct BackwardPlan {
   int64_t rows, row_blocks, key_block, dq_row, splits, split_keys;
+  int64_t dq_size;  // floats of the dq of a key head; 0 where it is not wanted
   int64_t groups = 0;
   bool writes_all_bias;
   int64_t *heads, *starts;  // key heads b * K + k, group by group, and where each group starts
@@ -46,6 +47,7 @@ struct BackwardPlan {
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
     key_block = KeysOf(kBackwardKeys, wide);
     dq_row = Panels(c.D) * kPanel;
+    dq_size = c.dquery ? rows * dq_row : 0;
     row_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
     Group(c);
     const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
@@ -138,7 +140,7 @@ struct BackwardScratch {
     m = arena.Take(plan.rows);
     inverse = arena.Take(plan.rows);
     delta = arena.Take(plan.rows);
-    dq = arena.Take(own_dq ? plan.rows * plan.dq_row + BalanceSize<kPairs>(plan) : 0);
+    dq = arena.Take(own_dq ? plan.dq_size + BalanceSize<kPairs>(plan) : 0);
     lo = arena.Take<int32_t>(plan.rows);
     hi = arena.Take<int32_t>(plan.rows);
     block_lo = arena.Take<int32_t>(plan.row_blocks);

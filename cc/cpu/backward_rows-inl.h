@@ -6,6 +6,7 @@
 #include "cpu/backward_plan-inl.h"
 #include "cpu/backward_sums-inl.h"
 #include "cpu/dropout-inl.h"
+#include "cpu/exact_out-inl.h"
 #include "cpu/logits-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/softmax-inl.h"
@@ -23,13 +24,7 @@ inline void Deltas(const Call& c, const BackwardScratch<kPairs>& s, int64_t b, i
   for (int64_t i = 0; i < kMost; ++i) {
     const Row row = RowAt(c, b, k, i < n ? r + i : r);
     dout[i] = ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage + 2 * i * width);
-    float* exact = s.stage + (2 * i + 1) * width;
-    out[i] = ReadRow<false>(c.out, b, row.n, row.i, c.Dv, exact);
-    if (c.rounding) {  // then out is of 16 bits, and its row a copy
-      const F unit = Set(c.out.dtype == DType::kBF16 ? 1.0f / 256.0f : 1.0f / 2048.0f);
-      const float* rest = ReadRow<false>(c.rounding, b, row.n, row.i, c.Dv, s.dv);  // not used yet
-      Combine(c.Dv, exact, rest, [&](F x, F lost) { return Fma(lost, unit, x); });
-    }
+    out[i] = ExactOut(c, row, s.stage + (2 * i + 1) * width, s.dv);  // dv is not used yet
   }
   for (int64_t d = 0; d < c.Dv; ++d)
 #pragma GCC unroll 4
@@ -82,7 +77,7 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   F scale = Set(ScaleOf(c, row));
   if (sums.scale != nullptr) __builtin_memcpy(s.products + c0, p + c0, sizeof(float) * static_cast<size_t>(c1 - c0));
   if (!IsPlain(c, row)) {
-    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, slope, by_cap, s.tmp);
+    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, {slope, by_cap}, s.tmp);
     scale = Set(1.0f);
   }
   Fill(p, c0, v.lo, -__builtin_inff());

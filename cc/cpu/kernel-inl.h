@@ -1,12 +1,14 @@
 // The kernels for one instruction set: included by one .cc file each, which sets JAX_FA_ISA (the namespace)
-// and is compiled with that set's flags. Everything but the two entries has internal linkage, and nothing of
+// and is compiled with that set's flags. Everything but the entries has internal linkage, and nothing of
 // the standard library is used, so that code of one set is never called for another (see call.h).
 #pragma once
 
 #include "call.h"
 #include "cpu/backward-inl.h"
 #include "cpu/forward-inl.h"
+#include "cpu/second-inl.h"
 #include "cpu/simd-inl.h"
+#include "cpu/tangent-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
@@ -52,5 +54,9 @@ void RunBackward(const Call& c, const Runner& runner) {
     BackwardAs<false>(c, runner);
   }
 }
+// Derivatives along tangents are computed in floats for every dtype: a tangent of the logits, rounded to 16 bits, would
+// lose what its difference from the row's mean has left.
+void RunTangent(const Call& c, const Runner& runner) { TangentAs(c, runner); }
+void RunSecond(const Call& c, const Runner& runner) { SecondAs(c, runner); }
 
 }  // namespace jax_fa::JAX_FA_ISA

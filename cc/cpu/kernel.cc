@@ -11,6 +11,8 @@ namespace jax_fa {
   namespace isa {                               \
   void RunForward(const Call&, const Runner&);  \
   void RunBackward(const Call&, const Runner&); \
+  void RunTangent(const Call&, const Runner&);  \
+  void RunSecond(const Call&, const Runner&);   \
   double RunFma(int64_t, bool, float*);         \
   }
 #if defined(JAX_FA_X86)
@@ -45,13 +47,14 @@ bool HasAvx2() {
 }
 #endif
 
+#define JAX_FA_ENTRIES(isa) isa::RunForward, isa::RunBackward, isa::RunTangent, isa::RunSecond, isa::RunFma
 constexpr Kernels kAll[] = {
 #if defined(JAX_FA_X86)
-    {"avx512_bf16", HasAvx512Bf16, PrefersBf16, avx512_bf16::RunForward, avx512_bf16::RunBackward, avx512_bf16::RunFma},
-    {"avx512", HasAvx512, Always, avx512::RunForward, avx512::RunBackward, avx512::RunFma},
-    {"avx2", HasAvx2, Always, avx2::RunForward, avx2::RunBackward, avx2::RunFma},
+    {"avx512_bf16", HasAvx512Bf16, PrefersBf16, JAX_FA_ENTRIES(avx512_bf16)},
+    {"avx512", HasAvx512, Always, JAX_FA_ENTRIES(avx512)},
+    {"avx2", HasAvx2, Always, JAX_FA_ENTRIES(avx2)},
 #endif
-    {"portable", Always, Always, portable::RunForward, portable::RunBackward, portable::RunFma},
+    {"portable", Always, Always, JAX_FA_ENTRIES(portable)},
 };
 
 }  // namespace

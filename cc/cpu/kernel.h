@@ -11,6 +11,8 @@ struct Kernels {
   bool (*preferred)();  // to those after it, where supported
   void (*forward)(const Call&, const Runner&);
   void (*backward)(const Call&, const Runner&);
+  void (*tangent)(const Call&, const Runner&);  // with_forward: of the forward too
+  void (*second)(const Call&, const Runner&);
   // For benchmarks: runs the multiply-adds of products alone, of floats or as for bfloat16 arrays, and returns the
   // number of operations; sink holds three floats.
   double (*fma)(int64_t iterations, bool bf16, float* sink);

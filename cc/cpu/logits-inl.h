@@ -26,28 +26,29 @@ inline Range BiasElements(const Call& c, int64_t first, int64_t n) {
   return given.Empty() ? Range{0, 0} : given;
 }
 
-// The part of the row's bias for keys j0 + [from, to), as floats: in place, or in `tmp`.
-inline const float* BiasOf(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float* tmp) {
+// The part of the row's bias, or of its tangent, for keys j0 + [from, to), as floats: in place, or in `tmp`.
+inline const float* BiasOf(const Call& c, const View& bias, const Row& row, int64_t j0, int64_t from, int64_t to,
+                           float* tmp) {
   if (c.bias_offset) {
     const int64_t first = BiasIndex(c, row, j0 + from), n = to - from;
     const Range given = BiasElements(c, first, n);
     Fill(tmp, 0, given.lo, 0.0f);
     Fill(tmp, given.hi, n, 0.0f);
     if (given.Empty()) return tmp;
-    const char* src = c.bias.Bytes(row.b, row.n, 0, first + given.lo);
-    if (given.hi - given.lo == n && c.bias.dtype == DType::kF32 && c.bias.col == 1)
+    const char* src = bias.Bytes(row.b, row.n, 0, first + given.lo);
+    if (given.hi - given.lo == n && bias.dtype == DType::kF32 && bias.col == 1)
       return reinterpret_cast<const float*>(src);
-    LoadRow(src, c.bias.dtype, c.bias.col, given.hi - given.lo, tmp + given.lo);
+    LoadRow(src, bias.dtype, bias.col, given.hi - given.lo, tmp + given.lo);
     return tmp;
   }
-  if (c.bias.col == 0) {
-    LoadRow(c.bias.Bytes(row.b, row.n, row.i), c.bias.dtype, 1, 1, tmp);
+  if (bias.col == 0) {
+    LoadRow(bias.Bytes(row.b, row.n, row.i), bias.dtype, 1, 1, tmp);
     Fill(tmp, 0, to - from, tmp[0]);
     return tmp;
   }
-  const char* src = c.bias.Bytes(row.b, row.n, row.i, j0 + from);
-  if (c.bias.dtype == DType::kF32 && c.bias.col == 1) return reinterpret_cast<const float*>(src);
-  LoadRow(src, c.bias.dtype, c.bias.col, to - from, tmp);
+  const char* src = bias.Bytes(row.b, row.n, row.i, j0 + from);
+  if (bias.dtype == DType::kF32 && bias.col == 1) return reinterpret_cast<const float*>(src);
+  LoadRow(src, bias.dtype, bias.col, to - from, tmp);
   return tmp;
 }
 
@@ -93,10 +94,12 @@ inline void MaskOut(const Call& c, const Row& row, int64_t j0, int64_t from, int
     if (!visible[j * c.mask.col]) x[j] = value;
 }
 
+inline F Within9(F u) { return Max(Set(-9.0f), Set(0.0f) - Max(Set(-9.0f), Set(0.0f) - u)); }
+
 // The derivative of cap * tanh(x / cap) by cap, tanh u - u (1 - tanh^2 u), from u = x / cap and t = tanh u. Where u is
 // small the two cancel, so there its series is summed.
 inline F ByCap(F u, F t) {
-  const F v = Max(Set(-9.0f), Set(0.0f) - Max(Set(-9.0f), Set(0.0f) - u)), y = v * v;  // beyond 9, t is 1
+  const F v = Within9(u), y = v * v;  // beyond 9, t is 1
   F p = Set(-0.043105f);
   p = Fma(p, y, Set(0.0886323f));
   p = Fma(p, y, Set(-0.17495591f));
@@ -107,29 +110,42 @@ inline F ByCap(F u, F t) {
   return Select(Equal(Max(Abs(v), limit), limit), small, large);
 }
 
-// Turns products q.k of keys j0 + [from, to) into logits, in place; `by_x` and `by_cap` (may be null) take the
-// derivatives of the soft cap. Columns are relative to key j0; `tmp` holds to - from floats. `nan_marker` (may be null) is
-// added. A bias of -inf masks its key, whatever comes after.
+// Rows that take derivatives of the soft cap f(x) = cap tanh(x / cap), where not null: by x, by cap and twice by x, and
+// x / cap, within [-9, 9] as tanh is constant beyond; all 0 where a bias of -inf masks the key. The mixed derivative is
+// -u by_xx, and that twice by cap u^2 by_xx, with that quotient as u.
+struct SoftCapRows {
+  float *by_x = nullptr, *by_cap = nullptr, *by_xx = nullptr, *u = nullptr;
+};
+
+// x[j] = what(x[j], distance between the row and key j0 + j), for j < n.
+template <typename What>
+inline void WithDistances(const Call& c, const Row& row, int64_t j0, int64_t n, float* x, const What& what) {
+  const F count = Count();
+  const int64_t base = j0 - PositionOf(c, row);  // as a float exact up to 2^24, as slopes are defined
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const F away = Abs(count + Set(static_cast<float>(base + j)));
+    StoreFirst(x + j, what(LoadFirst(x + j, Rest(n - j)), c.alibi == Alibi::kSqrt ? Sqrt(away) : away), Rest(n - j));
+  }
+}
+
+// Turns products q.k of keys j0 + [from, to) into logits, in place; `cap_rows` take derivatives of the soft cap. Columns
+// are relative to key j0; `tmp` holds to - from floats. `nan_marker` (may be null) is added. A bias of -inf masks its key,
+// whatever comes after.
 inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, const float* nan_marker,
-                     float* s, float* by_x, float* by_cap, float* tmp) {
+                     float* s, const SoftCapRows& cap_rows, float* tmp) {
   const int64_t n = to - from;
   const F scale = Set(ScaleOf(c, row));
   s += from;
   const float* bias = nullptr;
   if (c.bias) {
-    bias = BiasOf(c, row, j0, from, to, tmp);
+    bias = BiasOf(c, c.bias, row, j0, from, to, tmp);
     Combine(n, s, bias, [&](F x, F y) { return Fma(x, scale, y); });
   } else {
     Combine(n, s, s, [&](F x, F) { return x * scale; });
   }
   if (c.slopes) {
-    const F minus = Set(-*c.slopes.At<float>(row.b, row.n, row.i)), count = Count();
-    const int64_t base = j0 + from - PositionOf(c, row);  // as a float exact up to 2^24, as slopes are defined
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const F away = Abs(count + Set(static_cast<float>(base + j)));
-      const F x = Fma(minus, c.alibi == Alibi::kSqrt ? Sqrt(away) : away, LoadFirst(s + j, Rest(n - j)));
-      StoreFirst(s + j, x, Rest(n - j));
-    }
+    const F minus = Set(-*c.slopes.At<float>(row.b, row.n, row.i));
+    WithDistances(c, row, j0 + from, n, s, [&](F x, F away) { return Fma(minus, away, x); });
   }
   if (const float soft_cap = SoftCapOf(c, row); soft_cap != 0.0f) {
     const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap), none = Set(0.0f), minus_inf = Set(-__builtin_inff());
@@ -138,8 +154,12 @@ inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, in
       const F u = LoadFirst(s + j, rest) * inverse, t = Tanh(u), b = bias ? LoadFirst(bias + j, rest) : none;
       const Mask masked = Equal(b, minus_inf);
       StoreFirst(s + j, Select(masked, minus_inf, t * cap), rest);
-      if (by_x != nullptr) StoreFirst(by_x + from + j, Select(masked, none, Set(1.0f) - t * t), rest);
-      if (by_cap != nullptr) StoreFirst(by_cap + from + j, Select(masked, none, ByCap(u, t)), rest);
+      const F by_x = Set(1.0f) - t * t;
+      const auto put = [&](float* to, F x) { StoreFirst(to + from + j, Select(masked, none, x), rest); };
+      if (cap_rows.by_x != nullptr) put(cap_rows.by_x, by_x);
+      if (cap_rows.by_cap != nullptr) put(cap_rows.by_cap, ByCap(u, t));
+      if (cap_rows.by_xx != nullptr) put(cap_rows.by_xx, Set(-2.0f) * t * by_x * inverse);
+      if (cap_rows.u != nullptr) put(cap_rows.u, Within9(u));
     }
   }
   if (nan_marker != nullptr) Combine(n, s, nan_marker + from, [](F x, F more) { return x + more; });

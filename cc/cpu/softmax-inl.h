@@ -66,28 +66,44 @@ inline void RowJoin(float* s, int64_t from, int64_t to) {
     Store(s + j / 2, Unit<kPairs>::Join(Load(s + j), j + kLanes < to ? Load(s + j + kLanes) : Set(0.0f)));
 }
 
+// Turns a row's products with keys j0 + [c0, c1), of which v are visible, into logits but for a scale, which is returned.
+inline float RowLogits(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
+                       const float* nan_marker, const SoftCapRows& cap_rows, float* tmp, float* x) {
+  const bool plain = IsPlain(c, row);
+  if (!plain) {
+    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nan_marker, x, cap_rows, tmp);
+  } else if (nan_marker != nullptr) {
+    Combine(v.hi - v.lo, x + v.lo, nan_marker + v.lo, [](F y, F more) { return y + more; });
+  }
+  Fill(x, c0, v.lo, -__builtin_inff());
+  Fill(x, v.hi, c1, -__builtin_inff());
+  return plain ? ScaleOf(c, row) : 1.0f;
+}
+
+// Raises a row's max m to that of `scale` x. Returns what sums of weights so far are multiplied by, 1 where it stays.
+inline float RaiseMax(const float* x, int64_t c0, int64_t c1, float scale, float* m) {
+  const float most = Rounded(RowMax(x, c0, c1) * scale);
+  if (!(most > *m)) return 1.0f;
+  const float rescale = __builtin_expf(*m - most);
+  *m = most;
+  return rescale;
+}
+
+inline void Rescale(float factor, int64_t n, float* x) {
+  const F f = Set(factor);
+  for (int64_t d = 0; d < n; d += kLanes) Store(x + d, Load(x + d) * f);
+}
+
 // Turns a row's products with keys j0 + [c0, c1) into weights, of which [v.lo, v.hi) are visible, and updates its
 // max, sum and output.
 template <bool kPairs>
 inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
                        const float* nan_marker, float* tmp, float* x, float* m, float* l, float* acc) {
   if (v.Empty()) v = {c0, c0};
-  const bool plain = IsPlain(c, row);
-  const float scale = plain ? ScaleOf(c, row) : 1.0f;  // of what x then holds
-  if (!plain) {
-    if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nan_marker, x, nullptr, nullptr, tmp);
-  } else if (nan_marker != nullptr) {
-    Combine(v.hi - v.lo, x + v.lo, nan_marker + v.lo, [](F y, F more) { return y + more; });
-  }
-  Fill(x, c0, v.lo, -__builtin_inff());
-  Fill(x, v.hi, c1, -__builtin_inff());
-  const float most = Rounded(RowMax(x, c0, c1) * scale);
-  if (most > *m) {
-    const float rescale = __builtin_expf(*m - most);
-    const F f = Set(rescale);
-    for (int64_t d = 0; d < Panels(c.Dv) * kPanel; d += kLanes) Store(acc + d, Load(acc + d) * f);
+  const float scale = RowLogits(c, row, j0, v, c0, c1, nan_marker, {}, tmp, x);
+  if (const float rescale = RaiseMax(x, c0, c1, scale, m); rescale != 1.0f) {
+    Rescale(rescale, Panels(c.Dv) * kPanel, acc);
     *l *= rescale;
-    *m = most;
   }
   if (c.seed || c.drop_bits) {
     *l += RowExp<false>(x, c0, c1, scale, *m);

@@ -10,6 +10,7 @@ namespace {
 using jax_fa::BadCall;
 using jax_fa::CallShapes;
 using jax_fa::Element;
+using jax_fa::Pass;
 using jax_fa::ShapeCheck;
 
 // An array of a call as it is, and as messages call it.
@@ -22,13 +23,14 @@ struct Given {
 
 // A call with all operands, or without what excludes something else.
 struct GivenCall {
-  bool backward = false, indexed = false;
+  Pass pass = Pass::kForward;
+  bool indexed = false;
   uint32_t present = 0, saved = 0;
   std::string query_axes = "abcde", key_axes = "acbde", value_axes = "eabcd", out_axes = "abdce";
   std::vector<Given> args, rets;
 
   // B 2 3, Sq 5, Skv 7, N 4, K 2, D 8, Dv 9. `broadcasts`: every dim that may be 1 is.
-  GivenCall(bool backward, bool indexed, bool broadcasts, Element dtype) : backward(backward), indexed(indexed) {
+  GivenCall(Pass pass, bool indexed, bool broadcasts, Element dtype) : pass(pass), indexed(indexed) {
     using E = Element;
     const auto add = [&](std::vector<Given>& list, const char* name, E element, std::vector<int64_t> dims,
                          const char* any, const std::string& axes = "") {
@@ -70,35 +72,53 @@ struct GivenCall {
     operand(jax_fa::kScale, E::kF32, {2, 3, 4}, "111");
     operand(jax_fa::kSoftCap, E::kF32, {2, 3, 4}, "111");
     operand(jax_fa::kKeepThreshold, E::kU32, {2, 3, 4}, "111");
-    std::vector<Given>& results = backward ? args : rets;
-    saved = backward ? jax_fa::kRounding | jax_fa::kLogSumExp : uint32_t{jax_fa::kRounding};
-    add(results, "out", dtype, {2, 3, 5, 4, 9}, ".....", out_axes);
-    add(results, "softmax max", E::kF32, {2, 3, 4, 5}, "....");
-    add(results, "softmax sum", E::kF32, {2, 3, 4, 5}, "....");
-    if (backward) add(results, "the cotangent of out", dtype, {2, 3, 5, 4, 9}, ".....", out_axes);
-    add(results, "rounding", dtype, {2, 3, 5, 4, 9}, ".....", out_axes);
-    if (!backward) return;
-    add(results, "the cotangent of log-sum-exp", E::kF32, {2, 3, 4, 5}, "....");
-    add(rets, "the gradient of query", dtype, {2, 3, 5, 4, 8}, ".....", query_axes);
-    add(rets, "the gradient of key", dtype, {2, 3, 7, 2, 8}, ".....", key_axes);
-    add(rets, "the gradient of value", dtype, {2, 3, 7, 2, 9}, ".....", value_axes);
-    // Of the others the batch dims may be full where the operand's are 1.
-    for (jax_fa::Operand i : {jax_fa::kBias, jax_fa::kSlopes, jax_fa::kScale, jax_fa::kSoftCap}) {
-      const auto at = static_cast<size_t>(__builtin_popcount(present & ((uint32_t{1} << i) - 1)));
-      rets.push_back({std::string("the gradient of ") + jax_fa::kForms[i].name, E::kF32, args[at].dims,
-                      std::string(args[at].dims.size(), '.')});
+    const bool forward = jax_fa::IsForward(pass), gradients = jax_fa::HasCotangents(pass);
+    const bool tangents = jax_fa::HasTangents(pass), second = pass == Pass::kSecond;
+    std::vector<Given>& list = forward ? rets : args;
+    const char *like_out = forward ? "....." : "11...", *statistic = forward ? "...." : "11..";
+    saved = jax_fa::SavedBits(pass) & 0xFFFF;
+    add(list, "out", dtype, {2, 3, 5, 4, 9}, like_out, out_axes);
+    add(list, "softmax max", E::kF32, {2, 3, 4, 5}, broadcasts ? "...." : statistic);
+    add(list, "softmax sum", E::kF32, {2, 3, 4, 5}, statistic);
+    if (gradients) add(list, "the cotangent of out", dtype, {2, 3, 5, 4, 9}, like_out, out_axes);
+    add(list, "rounding", dtype, {2, 3, 5, 4, 9}, like_out, out_axes);
+    if (gradients) add(list, "the cotangent of log-sum-exp", E::kF32, {2, 3, 4, 5}, statistic);
+    if (second) add(list, "the tangent of out's cotangent", dtype, {2, 3, 5, 4, 9}, like_out, out_axes);
+    if (second) add(list, "the tangent of log-sum-exp's cotangent", E::kF32, {2, 3, 4, 5}, statistic);
+    // What is like an operand has its dims. Those of the batch: of tangents 1 or full, of the gradients of query, key and
+    // value full, and of the other gradients they may be full where the operand's are 1.
+    for (const jax_fa::Differentiable& x : jax_fa::kDifferentiable) {
+      const auto at = static_cast<size_t>(__builtin_popcount(present & ((uint32_t{1} << x.operand) - 1)));
+      const std::string name = jax_fa::kForms[x.operand].name;
+      const std::string* const axes[] = {&query_axes, &key_axes, &value_axes};
+      const bool stored = x.operand <= jax_fa::kValue;
+      Given tangent = args[at], gradient = tangent;
+      tangent.name = "the tangent of " + name, gradient.name = "the gradient of " + name;
+      for (Given* y : {&tangent, &gradient}) y->any.assign(y->any.size(), '.');
+      for (size_t i = 0; i < 2; ++i) {
+        const size_t to = stored ? static_cast<size_t>((*axes[x.operand])[i] - 'a') : i;
+        tangent.any[to] = '1';
+        if (broadcasts) tangent.dims[to] = 1;
+        if (stored) gradient.dims[to] = i == 0 ? 2 : 3;
+      }
+      if (!stored) gradient.element = E::kF32;
+      if (gradients) rets.push_back(gradient);
+      if (tangents) args.push_back(tangent);
     }
+    if (!tangents) return;
+    add(rets, "the tangent of out", dtype, {2, 3, 5, 4, 9}, ".....", out_axes);
+    add(rets, "the tangent of log-sum-exp", E::kF32, {2, 3, 4, 5}, "....");
   }
 
   // "" if the call is right.
   std::string Message() const {
     CallShapes call;
-    call.present = present, call.saved = saved;
+    call.pass = pass, call.present = present, call.saved = saved;
     call.query_axes = query_axes, call.key_axes = key_axes, call.value_axes = value_axes, call.out_axes = out_axes;
     for (const auto& [from, to] : {std::pair(&args, &call.args), std::pair(&rets, &call.rets)})
       for (const Given& x : *from) to->push_back({x.element, x.dims.data(), x.dims.size()});
     try {
-      const jax_fa::Sizes sizes = backward ? ShapeCheck::Backward(call) : ShapeCheck::Forward(call);
+      const jax_fa::Sizes sizes = ShapeCheck::Of(call);
       const bool right = sizes.B == std::vector<int64_t>{2, 3} && sizes.Sq == 5 && sizes.Skv == 7 && sizes.N == 4 &&
                          sizes.K == 2 && sizes.D == 8 && sizes.Dv == 9;
       if (!right) Fail("the sizes are wrong");
@@ -162,15 +182,15 @@ void CheckWrongArrays(const GivenCall& call) {
 
 void CheckShapes() {
   Doing("shapes.h", "", "");
-  for (bool backward : {false, true}) {
+  for (Pass pass : {Pass::kForward, Pass::kBackward, Pass::kJvp, Pass::kTangent, Pass::kSecond}) {
     for (bool indexed : {false, true}) {
       for (bool broadcasts : {false, true}) {
-        const GivenCall call(backward, indexed, broadcasts, broadcasts ? Element::kBF16 : Element::kF32);
+        const GivenCall call(pass, indexed, broadcasts, broadcasts ? Element::kBF16 : Element::kF32);
         if (const std::string message = call.Message(); !message.empty()) Fail("refused: %s", message.c_str());
         if (!broadcasts) CheckWrongArrays(call);
       }
     }
-    const GivenCall right(backward, false, false, Element::kF32);
+    const GivenCall right(pass, false, false, Element::kF32);
     const auto wrong = [&](const auto& change, const char* start, const char* part) {
       GivenCall call = right;
       change(call);
@@ -182,7 +202,18 @@ void CheckShapes() {
     wrong([](GivenCall& c) { c.rets.pop_back(); }, "there are ", ("results; expected " + rets).c_str());
     wrong([](GivenCall& c) { c.rets.push_back(c.rets[0]); }, "there are ", ("results; expected " + rets).c_str());
     wrong([](GivenCall& c) { c.saved = 0; }, "there are ", "; expected ");
-    wrong([](GivenCall& c) { c.saved = 4; }, "`saved` has bits", "");
+    for (uint32_t bit = 1; bit != 0; bit *= 2)
+      if (!(jax_fa::SavedBits(pass) & bit)) wrong([=](GivenCall& c) { c.saved |= bit; }, "`saved` has bits", "");
+    if (jax_fa::HasTangents(pass))
+      wrong([](GivenCall& c) { c.present &= ~(1u << jax_fa::kBias); }, "the tangent of bias is given without bias", "");
+    if (jax_fa::HasCotangents(pass))
+      for (const size_t i : {size_t{0}, jax_fa::kDifferentiables - 1}) {
+        GivenCall fewer = right;
+        fewer.saved |= jax_fa::UnwantedBit(i);
+        fewer.Refused("there are ", ("results; expected " + std::to_string(right.rets.size() - 1)).c_str());
+        fewer.rets.erase(fewer.rets.begin() + static_cast<std::ptrdiff_t>(i));
+        if (const std::string message = fewer.Message(); !message.empty()) Fail("refused: %s", message.c_str());
+      }
     wrong([](GivenCall& c) { c.present |= 1u << 31; }, "`present` has bits", "");
     wrong([](GivenCall& c) { c.present = 0; }, "query must be given", "");
     for (const auto& [i, message] : {std::pair(jax_fa::kSeed, "dropout_stream is given without dropout_seed"),

@@ -4,6 +4,7 @@ The kernels take arrays in the order they are stored in, so no operand is transp
 """
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from jax_fa import compat, dropout
 from jax_fa.backends import native
-from jax_fa.call import STORED, Call, Operands, Problem, Saved
+from jax_fa.call import DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved, canonical_shape, stored_shape
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_HEAD_DIM = 768
@@ -53,30 +54,31 @@ class Cpu:
         return ()
 
     def forward(self, call: Call) -> tuple[Any, ...]:
-        stats = jax.ShapeDtypeStruct(call.stats_shape, jnp.float32)
-        out = jax.ShapeDtypeStruct(call.out_shape, call.dtype)
-        present, arrays = _arrays(call.operands)
-        saves = call.problem.saves_rounding
-        run = jax.ffi.ffi_call("jax_fa_cpu_forward", (out, stats, stats, *([out] if saves else [])))
-        return tuple(run(*arrays, problem=_attribute(call.problem, present, ("rounding",) if saves else ())))
+        return _run("forward", call, _forward_results(call))
+
+    def jvp(self, call: Call, tangents: Operands) -> tuple[Any, ...]:
+        return _run("jvp", call, [*_forward_results(call), _like_out(call), _stats(call)], tangents=tangents)
+
+    def tangent(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Any, Any]:
+        saved = Saved(out=saved.out, m=saved.m, l=saved.l, rounding=saved.rounding)
+        out, logsumexp = _run(
+            "tangent", call, [_like_out(call), _stats(call)], saved=saved, tangents=tangents
+        )
+        return out, logsumexp
 
     def backward(self, call: Call, saved: Saved) -> Operands:
-        present, arrays = _arrays(call.operands)
+        names = call.gradient_names
+        found = _run("backward", call, [_gradient(call, name) for name in names], saved=saved)
+        return call.gradients(dict(zip(names, found, strict=True)))
 
-        def result(name: str) -> jax.ShapeDtypeStruct:
-            # Sums over broadcast dims are float32, also where the operand is not.
-            dtype = call.dtype if name in STORED else jnp.float32
-            return jax.ShapeDtypeStruct(call.gradient_shape(name), dtype)
-
-        rest = [saved.out, saved.m, saved.l, saved.dout]
-        given = {"rounding": saved.rounding, "dlogsumexp": saved.dlogsumexp}
-        given = {name: x for name, x in given.items() if x is not None}
-        if "dlogsumexp" in given:
-            given["dlogsumexp"] = given["dlogsumexp"].astype(jnp.float32)
-        rest += given.values()
-        run = jax.ffi.ffi_call("jax_fa_cpu_backward", [result(name) for name in call.gradient_names])
-        found = run(*arrays, *rest, problem=_attribute(call.problem, present, tuple(given)))
-        return call.gradients(dict(zip(call.gradient_names, found, strict=True)))
+    def second(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Operands, Any, Any]:
+        results = {name: _gradient(call, name) for name in call.gradient_names}
+        for name, like in (("dout", _like_out(call)), ("dlogsumexp", _stats(call))):
+            if call.problem.gradients is None or name in call.problem.gradients:
+                results[name] = like
+        arrays = _run("second", call, list(results.values()), saved=saved, tangents=tangents)
+        found = dict(zip(results, arrays, strict=True))
+        return call.gradients(found), found.get("dout"), found.get("dlogsumexp")
 
 
 backend = Cpu()
@@ -89,6 +91,56 @@ def instruction_set() -> str | None:
 
 def _available() -> str:
     return ", ".join(isa for isa, there in native.extension.instruction_sets().items() if there)
+
+
+def _stats(call: Call) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(call.stats_shape, jnp.float32)
+
+
+def _like_out(call: Call) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(call.out_shape, call.dtype)
+
+
+def _forward_results(call: Call) -> list[jax.ShapeDtypeStruct]:
+    out, stats = _like_out(call), _stats(call)
+    return [out, stats, stats, *([out] if call.problem.saves_rounding else [])]
+
+
+def _gradient(call: Call, name: str) -> jax.ShapeDtypeStruct:
+    """As the kernels give it: in the full batch where it is in an order of its own."""
+    if name not in STORED:  # sums over broadcast dims are float32, also where the operand is not
+        return jax.ShapeDtypeStruct(call.gradient_shape(name), jnp.float32)
+    axes, batch = call.problem.axes(name), call.dims.B
+    shape = (*batch, *canonical_shape(getattr(call.operands, name).shape, axes)[len(batch) :])
+    return jax.ShapeDtypeStruct(stored_shape(shape, axes), call.dtype)
+
+
+def _run(
+    what: str,
+    call: Call,
+    results: list[jax.ShapeDtypeStruct],
+    *,
+    saved: Saved | None = None,
+    tangents: Operands | None = None,
+) -> tuple[Any, ...]:
+    """Calls the handler of that name."""
+    present, arrays = _arrays(call.operands)
+    given = {} if saved is None else saved.present()
+    for name in ("dlogsumexp", "dlogsumexp_tangent"):
+        if name in given:
+            given[name] = given[name].astype(jnp.float32)
+    along = Operands() if tangents is None else tangents
+    names = (
+        [*given, "rounding"] if what in ("forward", "jvp") and call.problem.saves_rounding else list(given)
+    )
+    wanted = call.problem.gradients
+    may_be_unwanted = {"backward": DIFFERENTIABLE, "second": native.extension.second_names()}.get(what, ())
+    unwanted = [name for name in may_be_unwanted if wanted is not None and name not in wanted]
+    word = _saved_word(names, along.present(), unwanted)
+    run = jax.ffi.ffi_call(f"jax_fa_cpu_{what}", results)
+    return tuple(
+        run(*arrays, *given.values(), *_arrays(along)[1], problem=_attribute(call.problem, present, word))
+    )
 
 
 def _arrays(operands: Operands) -> tuple[int, list[Any]]:
@@ -109,12 +161,22 @@ def _letters(axes: tuple[int, ...]) -> str:
     return "".join(chr(ord("a") + axis) for axis in axes)
 
 
-def _attribute(problem: Problem, present: int, saved: tuple[str, ...]) -> dict[str, Any]:
+def _saved_word(saved: Iterable[str], tangents: Iterable[str] = (), unwanted: Iterable[str] = ()) -> int:
+    """The bits for what is saved, for tangents that are given, and for gradients that are not wanted, all by name."""
+    given, along, left_out = (
+        getattr(native.extension, f"{which}_bits")() for which in ("saved", "tangent", "unwanted")
+    )
+    bits = [given.get(name, 0) for name in saved]  # 0: never absent
+    bits += [along[name] for name in tangents]
+    bits += [left_out[name] for name in unwanted]
+    return sum(bits)
+
+
+def _attribute(problem: Problem, present: int, saved: int) -> dict[str, Any]:
     """The static part as the handlers' struct; every field has exactly the type that C++ expects."""
-    bits = native.extension.saved_bits()
     return {
         "present": np.uint32(present),
-        "saved": np.uint32(sum(bits[name] for name in saved)),
+        "saved": np.uint32(saved),
         **{f"{name}_axes": _letters(problem.axes(name)) for name in (*STORED, "out")},
         "scale": np.float32(problem.scale),
         "keep_prob": np.float32(problem.keep_prob),

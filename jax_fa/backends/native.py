@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_fa.call import DIFFERENTIABLE, OPERANDS, Saved
 
-ABI = 1  # of cc/operands.h: what handlers take in ways that names do not show
+ABI = 2  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
 _ROOT = _PACKAGE.parent
 
@@ -28,6 +28,7 @@ def _mismatch(extension: Any) -> str | None:
         "abi": ABI,
         "operand_names": OPERANDS,
         "differentiable_operands": DIFFERENTIABLE,
+        "second_names": (*DIFFERENTIABLE, "dout", "dlogsumexp"),
         "saved_names": tuple(f.name for f in fields(Saved)),
     }
     for name, want in wanted.items():
