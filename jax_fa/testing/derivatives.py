@@ -108,10 +108,10 @@ def _from_dense(case: Case, name: str, x) -> np.ndarray:
     """The way back; of what broadcasts in the case, the sum."""
     x = np.asarray(x)[tuple(map(slice, _grouped(case, name)))].reshape(_full(case, name))
     x = _heads_first(name, x)
-    return _sum_to(x, np.shape(case.operands()[name])) if name in ("bias", "alibi_slopes") else x
+    return np.asarray(_sum_to(x, np.shape(case.operands()[name]))) if name in ("bias", "alibi_slopes") else x
 
 
-def _sum_to(x, shape: tuple[int, ...]) -> np.ndarray:
+def _sum_to(x, shape: tuple[int, ...]):
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
     return x.sum(axis=tuple(i for i, size in enumerate(shape) if size == 1), keepdims=True)
 
@@ -255,7 +255,8 @@ def directions(case: Case, dtype: str) -> Directions:
 
 @cache
 def dense_derivatives(case: Case, dtype: str) -> Derivatives:
-    with jax.enable_x64(True):
+    # (The transpose of a product with a wider result multiplies mixed dtypes.)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         found = _derivatives(directions(case, dtype), constants(case, dtype), dtype)
     return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
 
