@@ -1,13 +1,16 @@
 """Derivatives along tangents and of second order, against those of a dense attention in float64."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jax_fa
@@ -204,3 +207,110 @@ def test_traced_scalars(backend):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     for name, b in want_of_case["second"].items():
         np.testing.assert_allclose(found["second"][name], b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+# --- transformations, against those of jax.nn
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+B, S, N, D = 2, 5, 2, 3
+X = {"q": _normal(B, S, N, D), "kv": _normal(B, S, 1, D)}
+T = jax.tree.map(lambda x: np.roll(x, 1), X)
+
+
+def _attend(attention, x):
+    """A function of two arrays, smooth and of all their elements."""
+    return jnp.sin(attention(x["q"], x["kv"], jnp.cos(x["kv"]), is_causal=True))
+
+
+def _loss(f, x):
+    return jnp.sum(f(x) ** 2)
+
+
+def _penalty(f, x):
+    return sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(partial(_loss, f))(x)))
+
+
+# By name: (function, x, tangents) -> results.
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "jvp": lambda f, x, t: jax.jvp(f, (x,), (t,)),
+    "linearize": lambda f, x, t: jax.linearize(f, x)[1](t),
+    "vjp": lambda f, x, t: jax.vjp(f, x)[1](f(t)),
+    "jacfwd": lambda f, x, t: jax.jacfwd(f)(x),
+    "jacrev": lambda f, x, t: jax.jacrev(f)(x),
+    "hessian": lambda f, x, t: jax.hessian(partial(_loss, f))(x),
+    "jvp of jvp": lambda f, x, t: jax.jvp(lambda x: jax.jvp(f, (x,), (t,))[1], (x,), (t,)),
+    "jvp of grad": lambda f, x, t: jax.jvp(jax.grad(partial(_loss, f)), (x,), (t,)),
+    "grad of jvp": lambda f, x, t: jax.grad(lambda x: jnp.sum(jax.jvp(f, (x,), (t,))[1] ** 2))(x),
+    "grad of grad": lambda f, x, t: jax.grad(partial(_penalty, f))(x),
+    "linearize of grad": lambda f, x, t: jax.linearize(jax.grad(partial(_loss, f)), x)[1](t),
+}
+KEEP = jax.checkpoint_policies.save_only_these_names(jax_fa.OUT_NAME, jax_fa.STATS_NAME)
+
+
+def _twice(f, x):
+    """A scan over two layers."""
+    return jax.lax.scan(lambda x, _: (x | {"q": f(x)}, None), x, None, length=2)[0]["q"]
+
+
+def _on_two_devices(f, x):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    return jax.shard_map(f, mesh=mesh, in_specs=P("x"), out_specs=P("x"))(x)
+
+
+def _shared_keys(f, x):
+    """Every device has queries of its own and all keys, which collect the derivatives of all devices."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    specs = {"q": P(None, None, "x"), "kv": P()}
+    return jax.shard_map(f, mesh=mesh, in_specs=(specs,), out_specs=specs["q"])(x)
+
+
+# By name: what a transformation is taken of, and what is taken of it.
+PLACES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "jit": (lambda f, x: f(x), jax.jit),
+    "eager": (lambda f, x: f(x), lambda run: run),
+    "vmap": (
+        lambda f, x: f(jax.tree.map(lambda a: a[None], x))[0],
+        lambda run: jax.jit(jax.vmap(run, in_axes=({"q": 0, "kv": 0}, 0))),
+    ),
+    "vmap-shared": (
+        lambda f, x: f(jax.tree.map(lambda a: a[None], x))[0],
+        lambda run: jax.jit(jax.vmap(run, in_axes=({"q": 0, "kv": None}, {"q": None, "kv": 0}))),
+    ),
+    "scan": (_twice, jax.jit),
+    "remat": (lambda f, x: jax.checkpoint(f)(x), jax.jit),
+    "remat-keep": (lambda f, x: jax.checkpoint(f, policy=KEEP)(x), jax.jit),
+    "shard_map": (_on_two_devices, jax.jit),
+    "shard_map-shared": (_shared_keys, jax.jit),
+}
+# One backend has kernels of its own and one has not: the rules do not differ between those of a kind.
+_COSTLY = {("xla", place) for place in PLACES if place not in ("jit", "vmap-shared", "shard_map-shared")}
+
+
+@cache
+def _by_jax_nn(place: str) -> dict[str, Any]:
+    """Every transformation of jax.nn; a place has no effect on numbers but by what it computes."""
+    of, taken = PLACES[place] if place in ("vmap", "vmap-shared", "scan") else PLACES["jit"]
+    run = partial(of, partial(_attend, jax.nn.dot_product_attention))
+    x, t = _arguments(place)
+    return taken(lambda x, t: {name: transform(run, x, t) for name, transform in TRANSFORMS.items()})(x, t)
+
+
+def _arguments(place: str):
+    """One example each where vmap does not map."""
+    if place != "vmap-shared":
+        return X, T
+    return X | {"kv": X["kv"][0]}, T | {"q": T["q"][0]}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transformation(name, place, backend):
+    of, taken = PLACES[place]
+    attention = partial(jax_fa.dot_product_attention, implementation=backend)
+    run = partial(of, partial(_attend, attention))
+    found = taken(partial(TRANSFORMS[name], run))(*_arguments(place))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), found, _by_jax_nn(place)[name])
