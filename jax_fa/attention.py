@@ -22,8 +22,8 @@ rules ignore tangents of saved arrays, and give them no cotangents. The log-sum-
 themselves, so all of its tangent is put on m.
 
 Above this file stand the public functions, which turn their arguments into a `Call`: a `Problem` (static) and
-`Operands` (arrays). Below stand `linearization.py`, which takes a jvp apart, and the primitives, which choose a backend when
-they are lowered.
+`Operands` (arrays). Below stand `rules.py`, which hands the rules of this file to JAX, and the primitives, which choose a
+backend when they are lowered.
 """
 
 from dataclasses import replace
@@ -34,8 +34,8 @@ import jax.numpy as jnp
 
 from jax_fa import compat, primitives, rules, softmax
 from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved
-from jax_fa.linearization import OUT_NAME, STATS_NAME, jvp_saved
 from jax_fa.primitives import Inputs
+from jax_fa.rules import OUT_NAME, STATS_NAME, jvp_saved
 
 __all__ = ["OUT_NAME", "STATS_NAME", "Attention", "attention"]
 

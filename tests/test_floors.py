@@ -14,7 +14,7 @@ FLOORS = [
     {"arguments", "compat", "call", "indices", "dropout", "softmax", "masks", "cann.spec", "_native"},
     {"backends"},
     {"sharding", "primitives"},
-    {"attention"},
+    {"attention", "rules"},
     {"entry"},
     {"api", "cann"},
     {"explanation"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"demo", "bench", "integrations", "__main__"},
 ]
 # Modules of JAX that only some files may touch.
-PRIVATE = {"jax._src": {"jax_fa.compat"}, "jax.interpreters": {"jax_fa.compat", "jax_fa.primitives"}}
+PRIVATE = {"jax._src": {"jax_fa.compat"}, "jax.interpreters": {"jax_fa.compat", "jax_fa.primitives", "jax_fa.rules"}}
 
 
 def _module(path: Path) -> str:

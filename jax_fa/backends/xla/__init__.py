@@ -24,6 +24,8 @@ from jax_fa.backends.xla.backward import backward
 from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.backends.xla.forward import forward
 from jax_fa.backends.xla.padding import Padding
+from jax_fa.backends.xla.second import second
+from jax_fa.backends.xla.tangent import jvp, second_tangent, tangent
 from jax_fa.call import Call, Operands, Saved
 
 
@@ -43,94 +45,47 @@ class Xla:
 
     def forward(self, call: Call) -> tuple[Any, ...]:
         padding = Padding(call)
-        if not padding.extra:
-            return forward(Canonical(call))
-        results = forward(Canonical(padding.padded()))
         shapes = (call.out_shape, call.stats_shape, call.stats_shape, call.out_shape)
-        return tuple(padding.cut(x, shape) for x, shape in zip(results, shapes, strict=False))
+        return padding.cut_all(forward(Canonical(padding.padded())), shapes)
 
     def backward(self, call: Call, saved: Saved) -> Operands:
         padding = Padding(call)
-        if not padding.extra:
-            return backward(Canonical(call), saved)
-        padded = backward(Canonical(padding.padded()), padding.saved(saved))
-        return padded.map(lambda name, x: padding.cut(x, call.gradient_shape(name)))
+        return padding.cut_gradients(backward(Canonical(padding.padded()), padding.saved(saved)))
 
-    # TEMPORARY
-    def _along(self, call, tangents, fn):
-        import jax
-        import jax.numpy as jnp
-        from dataclasses import replace
-
-        t = tangents.present()
-        B = call.dims.B
-        from jax_fa.call import stored_shape, canonical_shape, STORED
-
-        def full(name, x):
-            if name in STORED:
-                axes = call.problem.axes(name)
-                r = len(B)
-                return jnp.broadcast_to(x, stored_shape((*B, *canonical_shape(x.shape, axes)[r:]), axes))
-            r = len(B)
-            o = getattr(call.operands, name)
-            return jnp.broadcast_to(x, tuple(max(a, b) for a, b in zip(x.shape, o.shape)))
-
-        ops = {n: full(n, getattr(call.operands, n)) for n in t}
-        return jax.jvp(
-            lambda o: fn(call.replace(operands=replace(call.operands, **o))),
-            (ops,),
-            ({n: full(n, x) for n, x in t.items()},),
+    def tangent(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Any, Any]:
+        padding = Padding(call)
+        args = padding.tangents(tangents), padding.saved(saved)
+        return padding.cut_all(
+            tangent(Canonical(padding.padded()), *args), (call.out_shape, call.stats_shape)
         )
 
-    def jvp(self, call, tangents):
-        def fn(c):
-            from jax_fa import softmax
+    def jvp(self, call: Call, tangents: Operands) -> tuple[Any, ...]:
+        padding = Padding(call)
+        results = jvp(Canonical(padding.padded()), padding.tangents(tangents))
+        # out, m, l, perhaps rounding; the tangents of out and of the log-sum-exp
+        rounding = [call.out_shape] if call.problem.saves_rounding else []
+        shapes = (
+            call.out_shape,
+            call.stats_shape,
+            call.stats_shape,
+            *rounding,
+            call.out_shape,
+            call.stats_shape,
+        )
+        return padding.cut_all(results, shapes)
 
-            out, m, l, *r = self.forward(c)
-            return (out, softmax.logsumexp(m, l)), (out, m, l, *r)
+    def second(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Operands, Any, Any]:
+        padding = Padding(call)
+        args = padding.tangents(tangents), padding.saved(saved)
+        gradients, *others = second(Canonical(padding.padded()), *args)
+        return padding.cut_gradients(gradients), *padding.cut_all(others, (call.out_shape, call.stats_shape))
 
-        (a, b), (c, d) = self._along(call, tangents, fn)
-        return (*b, *c)
-
-    def tangent(self, call, tangents, saved):
-        return self.jvp(call, tangents)[-2:]
-
-    def second_tangent(self, call, tangents, others, saved):
-        from dataclasses import replace
-
-        return self._along(call, others, lambda c: self.tangent(c, tangents, None))[1]
-
-    def second(self, call, tangents, saved):
-        import jax, jax.numpy as jnp
-        from dataclasses import replace
-
-        dout, dlse = self.tangent(call, tangents, saved)
-        names = call.gradient_names
-        acc = call.acc
-        out = saved.out.astype(acc)
-        t = tangents.present()
-
-        def fn(c):
-            return self.backward(c, c_saved)
-
-        def run(ops, sv):
-            return self.backward(
-                replace(call, operands=replace(call.operands, **ops)), replace(saved, rounding=None, **sv)
-            )
-
-        B = call.dims.B
-        d = {
-            n: getattr(saved, n) for n in ("dout", "dlogsumexp") if getattr(saved, n + "_tangent") is not None
-        }
-        sv = {"out": out, "m": saved.m, "l": saved.l, **d}
-        svt = {
-            "out": dout.astype(acc),
-            "m": dlse,
-            "l": jnp.zeros_like(saved.l),
-            **{n: getattr(saved, n + "_tangent") for n in d},
-        }
-        g = jax.jvp(run, ({n: getattr(call.operands, n) for n in t}, sv), (t, svt))[1]
-        return g, dout, dlse
+    def second_tangent(
+        self, call: Call, tangents: Operands, others: Operands, saved: Saved
+    ) -> tuple[Any, Any]:
+        padding = Padding(call)
+        args = padding.tangents(tangents), padding.tangents(others), padding.saved(saved)
+        return padding.cut_all(second_tangent(padding.padded(), *args), (call.out_shape, call.stats_shape))
 
 
 backend = Xla()

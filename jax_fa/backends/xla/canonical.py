@@ -23,6 +23,7 @@ class Canonical:
     def __init__(self, call: Call) -> None:
         self.call, self.dims, self.dtype, self.acc = call, call.dims, call.dtype, call.acc
         problem, operands = self.problem, self.operands = call.problem, call.operands
+        self.wanted = frozenset(call.gradient_names)
         self.kept = tuple(i for i, size in enumerate(self.dims.B) if size != 1)
         self.B = tuple(self.dims.B[i] for i in self.kept)
         self.bias, self.bias_offset = self.by_head(operands.bias), self.by_head(operands.bias_offset)
@@ -30,8 +31,8 @@ class Canonical:
         self.lower, self.upper = self.by_head(operands.lower), self.by_head(operands.upper)
         self.segment_row, self.segment_key = map(self.by_head, (operands.segment_row, operands.segment_key))
         self.slopes, self.position = self.by_head(operands.alibi_slopes), self.by_head(operands.position)
-        self.scale = self._scalar(operands.scale, problem.scale)
-        self.soft_cap = self._scalar(operands.soft_cap, problem.logits_soft_cap)
+        self.scale = self.factor(operands.scale, problem.scale)
+        self.soft_cap = self.factor(operands.soft_cap, problem.logits_soft_cap)
         self.keep_limit, self.keep_prob = self._dropout(operands.keep_threshold, problem.keep_prob)
 
     def _dropout(self, limit, keep_prob: float) -> tuple[Any, Any]:
@@ -41,7 +42,7 @@ class Canonical:
         limit = self.by_head(limit)[..., None, None]
         return limit, limit.astype(self.acc) / dropout.LIMIT
 
-    def _scalar(self, data, static: float | None) -> Any:
+    def factor(self, data, static: float | None = None) -> Any:
         """A factor of the logits `... rows keys`, from the array or the number that holds it; None: absent."""
         if data is not None:
             return self.by_head(data)[..., None, None].astype(self.acc)
@@ -92,6 +93,10 @@ class Canonical:
         heads = math.prod(x.shape[len(self.B) : -2])  # not -1, which has no meaning in an empty array
         x = jnp.swapaxes(x.reshape(*d.B, heads, length, width), -3, -2)
         return x.transpose([axes.index(i) for i in range(len(axes))])
+
+    def put_rows(self, total, part, axes: Axes, rows: Axis, t):
+        """`total`, which is stored in the order of `axes`, with rows of tile t (`*B K G rows D`) replaced."""
+        return rows.put(total, self.stored(part, axes), axes[self.problem.batch_rank], t)
 
     def product(self, spec: str, x, y):
         """einsum over operands with leading `*#B`, e.g. "kgid,kjd->kgij", accumulated in `acc`.

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_fa import softmax
+from jax_fa.backends.xla.axis import Axis
 from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.backends.xla.logits import Tile, finite, nan_unless_finite
 from jax_fa.backends.xla.products import wide_product
@@ -14,14 +15,36 @@ from jax_fa.call import narrowed, rounding_unit
 
 def forward(call: Canonical) -> tuple[Any, ...]:
     """out stored in out_axes, softmax max and sum `*B N Sq`, and rounding like out if the problem says so."""
-    problem, d = call.problem, call.dims
-    shape, stats = (*call.B, d.K, d.G, d.Sq), (*d.B, d.N, d.Sq)
-    out = call.stored(jnp.zeros((*shape, d.Dv), call.dtype), problem.out_axes)
-    outs = (out, out) if problem.saves_rounding else (out,)
-    m, l = softmax.start(shape, call.acc)
+    outs, m, l = start(call)
     if not call.empty:
         outs, m, l = _Sums(call).of(outs, m, l)
+    stats = call.call.stats_shape
     return outs[0], m.reshape(stats), l.reshape(stats), *outs[1:]
+
+
+def start(call: Canonical) -> tuple[tuple[Any, ...], Any, Any]:
+    """The results of fully masked rows: out and, if the problem says so, rounding; softmax max and sum."""
+    d = call.dims
+    shape = (*call.B, d.K, d.G, d.Sq)
+    out = call.stored(jnp.zeros((*shape, d.Dv), call.dtype), call.problem.out_axes)
+    return ((out, out) if call.problem.saves_rounding else (out,)), *softmax.start(shape, call.acc)
+
+
+def normalized(call: Canonical, acc, l):
+    """A sum of the values of kept weights, over the sum of all weights."""
+    exact = softmax.finish(acc, l)
+    return exact if call.keep_prob is None else exact / call.keep_prob
+
+
+def put(call: Canonical, outs, exact, rows: Axis, t) -> tuple[Any, ...]:
+    """Out and, where it is there, rounding, with the rows of tile t."""
+    tiles = [exact.astype(call.dtype)]
+    if len(outs) > 1:
+        narrow, lost = narrowed(exact, call.dtype)
+        tiles = [narrow, (lost / rounding_unit(call.dtype)).astype(call.dtype)]
+    return tuple(
+        call.put_rows(x, tile, call.problem.out_axes, rows, t) for x, tile in zip(outs, tiles, strict=True)
+    )
 
 
 class _Sums:
@@ -39,21 +62,12 @@ class _Sums:
         )
 
     def _row_tile(self, t, key_range, outs, m, l):
-        call, problem, rows, d = self.call, self.call.problem, self.rows, self.call.dims
-        q = call.query_tile(call.operands.query, problem.query_axes, rows, t)
+        call, rows, d = self.call, self.rows, self.call.dims
+        q = call.query_tile(call.operands.query, call.problem.query_axes, rows, t)
         part = (*call.B, d.K, d.G, rows.tile)
         start = (jnp.zeros((*part, d.Dv), call.acc), *softmax.start(part, call.acc))
         acc, m_tile, l_tile = loop(key_range, lambda u, carry: self._key_tile(q, t, u, *carry), start)
-        exact = softmax.finish(acc, l_tile)
-        if call.keep_prob is not None:
-            exact = exact / call.keep_prob
-        tiles = [exact.astype(call.dtype)]
-        if problem.saves_rounding:
-            narrow, lost = narrowed(exact, call.dtype)
-            tiles = [narrow, (lost / rounding_unit(call.dtype)).astype(call.dtype)]
-        seq = problem.out_axes[problem.batch_rank]
-        stored = (call.stored(tile, problem.out_axes) for tile in tiles)
-        outs = tuple(rows.put(x, tile, seq, t) for x, tile in zip(outs, stored, strict=True))
+        outs = put(call, outs, normalized(call, acc, l_tile), rows, t)
         return outs, rows.put(m, m_tile, -1, t), rows.put(l, l_tile, -1, t)
 
     def _key_tile(self, q, t, u, acc, m, l):

@@ -55,39 +55,39 @@ class Tile:
         shape = (*offset.shape[:-1], self.rows.tile)
         return jnp.broadcast_to(offset, shape)[..., None] + self.keys.positions(self.u)
 
-    def bias(self):
-        call = self.call
-        if call.bias is None:
-            return None
-        indexed = call.bias_offset is not None
-        bias = take_last(call.bias, self.bias_index()) if indexed else self.cut(call.bias)
-        return bias.astype(call.acc)
+    def bias(self, bias):
+        """The tile's part of the bias, or of its tangent."""
+        indexed = self.call.bias_offset is not None
+        bias = take_last(bias, self.bias_index()) if indexed else self.cut(bias)
+        return bias.astype(self.call.acc)
 
-    def slopes(self):
-        """ALiBi slopes of the rows, over the tile."""
-        return self.rows.cut(self.call.slopes, -1, self.t)[..., None].astype(self.call.acc)
+    def alibi(self, slopes):
+        """What slopes of the rows (or their tangents) take from the logits."""
+        return self.rows.cut(slopes, -1, self.t)[..., None].astype(self.call.acc) * self.distance()
 
     def logits(self, q, k, visible, nan_marker=None) -> "Logits":
         """`nan_marker` (`*#B K keys`, 0 or NaN) is added to the logits of its keys."""
         call = self.call
         product = call.product("kgid,kjd->kgij", q, k)
         s = product * call.scale
-        if (bias := self.bias()) is not None:
+        bias = cap = None
+        if call.bias is not None:
+            bias = self.bias(call.bias)
             s = s + bias
         if call.slopes is not None:
-            s = s - self.slopes() * self.distance()
-        slope = cap_slope = None
-        if (cap := call.soft_cap) is not None:
-            x = s / cap
-            tanh = jnp.tanh(x)
-            s, slope = cap * tanh, 1 - tanh * tanh
-            cap_slope = tanh - jnp.where(slope == 0, 0, x * slope)  # x may be infinite
-            if bias is not None:  # -inf masks a key, whatever comes after
-                s = jnp.where(bias == -jnp.inf, -jnp.inf, s)
+            s = s - self.alibi(call.slopes)
+        if call.soft_cap is not None:
+            if bias is None:
+                cap = SoftCap.of(s, call.soft_cap)
+                s = cap.value
+            else:  # -inf masks a key, whatever comes after
+                masked = bias == -jnp.inf
+                cap = SoftCap.of(jnp.where(masked, 0, s), call.soft_cap)
+                s = jnp.where(masked, -jnp.inf, cap.value)
         if nan_marker is not None:
             s = s + nan_marker[..., None, None, :].astype(call.acc)
         s = s if visible is None else jnp.where(visible, s, -jnp.inf)
-        return Logits(s, product, slope, cap_slope)
+        return Logits(s, product, cap)
 
     def keep(self):
         """Keep bits of the tile, or None without dropout."""
@@ -106,11 +106,36 @@ class Tile:
         return every(seeded, explicit)
 
 
+class SoftCap(NamedTuple):
+    """f(x) = cap tanh(x / cap) and what its derivatives of first and second order are made of.
+
+    By x and the cap these are f' and tanh - ratio f'; f'', -ratio f'' (by one each) and ratio^2 f''.
+    """
+
+    value: Any
+    tanh: Any
+    ratio: Any  # x / cap, but 0 where it may be infinite and everything that it is a factor of is 0
+    slope: Any  # f'
+    curve: Any  # f''
+
+    @classmethod
+    def of(cls, x, cap) -> "SoftCap":
+        ratio = x / cap
+        tanh = jnp.tanh(ratio)
+        slope = 1 - tanh * tanh
+        ratio = jnp.where(slope == 0, 0, ratio)
+        return cls(cap * tanh, tanh, ratio, slope, -2 * tanh * slope / cap)
+
+    @property
+    def by_cap(self):
+        """The derivative of f by the cap."""
+        return self.tanh - self.ratio * self.slope
+
+
 class Logits(NamedTuple):
     x: Any  # logits, -inf where masked
     product: Any  # q k^T
-    slope: Any  # the derivative of the soft cap by the logits; None without a cap
-    cap_slope: Any  # ... and by the cap
+    cap: SoftCap | None
 
 
 def every(*terms):

@@ -1,0 +1,186 @@
+"""What a derivative makes of the pairs of a row tile and a key tile, from saved statistics."""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jax_fa import softmax
+from jax_fa.backends.xla.canonical import Canonical
+from jax_fa.backends.xla.logits import Logits, Tile, every, finite, nan_unless_finite
+from jax_fa.backends.xla.tangents import LogitTangent, Tangents
+from jax_fa.backends.xla.tiling import tiling
+from jax_fa.call import Operands, Saved, rounding_unit
+
+
+class Vectors(NamedTuple):
+    """Rows of what is stored by row, `*#B K G rows ...`; None: absent."""
+
+    q: Any
+    dout: Any
+    q_tangent: Any
+    dout_tangent: Any
+
+
+class Row(NamedTuple):
+    """What all key tiles of a row tile have in common."""
+
+    t: Any
+    given: Vectors
+    clean: Vectors  # with 0 where it is not finite, which the probabilities or the tangents bring back
+    out: Any  # as it was before rounding
+    m: Any
+    inverse: Any  # 1 / l, NaN for a row with a cotangent (or a tangent of one) that is not finite
+    delta: Any  # rowsum(dout out) - dlogsumexp; None without cotangents
+    fresh: Any  # which rows no earlier tile has; None: all
+
+
+class Tiles:
+    """A call, its tangents and what is saved of it, cut into tiles."""
+
+    def __init__(self, call: Canonical, saved: Saved, tangents: Operands | None = None) -> None:
+        self.call, self.saved = call, saved
+        self.tangents = Tangents(call, Operands() if tangents is None else tangents)
+        self.rows, self.keys = tiling(call)
+        rules = (call.lower, call.upper, call.mask, call.segment_row)
+        self.masked = self.rows.ragged or self.keys.ragged or any(x is not None for x in rules)
+
+    def clean(self, x):
+        """x with 0 where it is not finite, if some pairs are masked."""
+        return x if x is None or not self.masked else finite(x)
+
+    def statistics(self, name: str, t):
+        """A row tile of an array `*#B N Sq`; None if it is absent."""
+        x = getattr(self.saved, name)
+        return None if x is None else self.rows.cut(self.call.by_head(x), -1, t).astype(self.call.acc)
+
+    def like_out(self, name: str, t):
+        x = getattr(self.saved, name)
+        return None if x is None else self.call.query_tile(x, self.call.problem.out_axes, self.rows, t)
+
+    def row(self, t) -> Row:
+        call, rows, problem = self.call, self.rows, self.call.problem
+        out = exact_out(self.call, self.like_out("out", t), self.like_out("rounding", t))
+        q, q_tangent = (
+            None if x is None else call.query_tile(x, problem.query_axes, rows, t)
+            for x in (call.operands.query, self.tangents.query)
+        )
+        given = Vectors(q, self.like_out("dout", t), q_tangent, self.like_out("dout_tangent", t))
+        inverse = softmax.inverse(self.statistics("l", t))
+        delta = None
+        if given.dout is not None:
+            delta = jnp.sum(out * given.dout.astype(call.acc), axis=-1)
+            if (dlogsumexp := self.statistics("dlogsumexp", t)) is not None:
+                delta = delta - dlogsumexp
+        if self.masked:
+            for x in (given.dout, given.dout_tangent):
+                inverse = inverse if x is None else inverse + nan_unless_finite(x).astype(call.acc)
+        fresh = rows.fresh(t)
+        return Row(
+            t=t,
+            given=given,
+            clean=Vectors(*map(self.clean, given)),
+            out=out,
+            m=self.statistics("m", t),
+            inverse=inverse,
+            delta=delta,
+            fresh=None if fresh is None else fresh[:, None],
+        )
+
+
+class Pairs:
+    """The pairs of a row tile and key tile u; each of their values is computed when it is first asked for.
+
+    So what is absent or not wanted costs nothing. (One body of a loop must not leave a value to another.)
+    """
+
+    def __init__(self, tiles: Tiles, row: Row, u) -> None:
+        self.tiles, self.row, self.call = tiles, row, tiles.call
+        self.tile = Tile(tiles.call, tiles.rows, tiles.keys, row.t, u)
+        self.visible, self.keep = self.tile.visible(), self.tile.keep()
+
+    def shown(self, x):
+        """x, and 0 where the pair is masked."""
+        return x if self.visible is None else jnp.where(self.visible, x, 0)
+
+    def counted(self, x):
+        """x, and 0 where the pair is masked, or counted by an earlier tile of rows."""
+        counted = every(self.visible, self.row.fresh)
+        return x if counted is None else jnp.where(counted, x, 0)
+
+    def kept(self, x):
+        """x of the pairs that dropout keeps, divided by the keep probability."""
+        if self.keep is None:
+            return x
+        return jnp.where(self.keep, x if self.call.keep_prob is None else x / self.call.keep_prob, 0)
+
+    def _keys(self, x, axes):
+        return None if x is None else self.call.key_tile(x, axes, self.tiles.keys, self.tile.u)
+
+    @cached_property
+    def k(self):
+        return self._keys(self.call.operands.key, self.call.problem.key_axes)
+
+    @cached_property
+    def v(self):
+        return self._keys(self.call.operands.value, self.call.problem.value_axes)
+
+    @cached_property
+    def k_tangent(self):
+        return self._keys(self.tiles.tangents.key, self.call.problem.key_axes)
+
+    @cached_property
+    def v_tangent(self):
+        return self._keys(self.tiles.tangents.value, self.call.problem.value_axes)
+
+    @cached_property
+    def logits(self) -> Logits:
+        return self.tile.logits(self.row.given.q, self.k, self.visible)
+
+    @cached_property
+    def p(self):
+        """Probabilities."""
+        return self.shown(jnp.exp(self.logits.x - self.row.m[..., None]) * self.row.inverse[..., None])
+
+    @cached_property
+    def dp(self):
+        """The cotangent of the probabilities."""
+        return self.kept(self.call.product("kgid,kjd->kgij", self.row.given.dout, self.v))
+
+    @cached_property
+    def ds(self):
+        """The cotangent of the logits."""
+        return self.counted(self.p * (self.dp - self.row.delta[..., None]))
+
+    @cached_property
+    def dx(self):
+        """The cotangent of the logits before the soft cap."""
+        cap = self.logits.cap
+        return self.ds if cap is None else self.counted(self.ds * cap.slope)
+
+    @cached_property
+    def tangent(self) -> LogitTangent:
+        """The tangent of the logits."""
+        row, tangents = self.row.given, self.tiles.tangents
+        return tangents.of_logits(
+            self.tile, self.logits, (row.q, row.q_tangent), (self.k, self.k_tangent), self.visible
+        )
+
+    @cached_property
+    def moved(self):
+        """kappa p + 0, with NaN where a value's tangent is not finite."""
+        weights = self.kept(self.p)
+        if self.visible is None:
+            return weights
+        return weights + self.shown(nan_marker(self.call, self.v_tangent))
+
+
+def exact_out(call: Canonical, out, rounding):
+    """The output as it was before rounding, or what is known of it."""
+    out = out.astype(call.acc)
+    return out if rounding is None else out + rounding.astype(call.acc) * rounding_unit(call.dtype)
+
+
+def nan_marker(call: Canonical, x):
+    """0 or, for the keys of vectors (`*#B K keys ...`) that are not finite, NaN; over the rows."""
+    return nan_unless_finite(x)[..., None, None, :].astype(call.acc)
