@@ -21,7 +21,6 @@ from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumu
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_FORWARD_MODE = "can't apply forward-mode autodiff"  # JAX's words, of a function with a rule for reverse mode
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,7 @@ def entry(build: Callable[P, Request[R]]) -> Callable[P, R]:
     @functools.wraps(build)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         request = request_of(run, *args, **kwargs)
-        try:
-            result = attention(request.call)
-        except TypeError as error:
-            if _FORWARD_MODE not in str(error):
-                raise
-            raise TypeError(
-                f"{build.__name__} has no forward-mode derivative (jax.jvp, jax.jacfwd): use jax.grad, jax.vjp or "
-                "jax.jacrev. Forward mode over a gradient works, as in jax.hessian of a scalar function."
-            ) from error
+        result = attention(request.call)
         with compat.allow_promotion():
             return request.finish(result)
 

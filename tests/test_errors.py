@@ -479,16 +479,6 @@ def score_packed(**options):
 
 
 OTHER = [
-    (
-        lambda: jax.jvp(attend, (Q,), (Q,)),
-        TypeError,
-        r"flash_attention has no forward-mode derivative \(jax\.jvp, jax\.jacfwd\): use jax\.grad, jax\.vjp or jax\.jacrev",
-    ),
-    (
-        lambda: jax.jacfwd(dot)(Q),
-        TypeError,
-        r"dot_product_attention has no forward-mode derivative .* works, as in jax\.hessian of a scalar function\.",
-    ),
     (lambda: score(key=None), TypeError, r"key must be an array; got None\."),
     (lambda: score(query="abc"), TypeError, r"query must be an array; got 'abc'\."),
     (lambda: score(pse="abc"), TypeError, r"pse must be an array; got 'abc'\."),

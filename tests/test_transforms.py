@@ -117,19 +117,7 @@ def test_hessian_vector_product(backend):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, want)
 
 
-@pytest.mark.parametrize(
-    "is_causal",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                raises=ValueError, reason="a loop over the tiles that a mask leaves has no reverse derivative"
-            ),
-        ),
-    ],
-    ids=["all-tiles", "tiles-by-mask"],
-)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all-tiles", "tiles-by-mask"])
 def test_reverse_over_reverse(is_causal, backend):
     """grad(grad), as for a gradient penalty, over several tiles, against jax.nn."""
     q, kv = _normal(1, SQ, 2, 4), _normal(1, 45, 1, 4)
@@ -140,14 +128,6 @@ def test_reverse_over_reverse(is_causal, backend):
 
     found = penalty(partial(jax_fa.dot_product_attention, implementation=backend))
     np.testing.assert_allclose(found, penalty(jax.nn.dot_product_attention), rtol=1e-4, atol=1e-4)
-
-
-def test_forward_mode_is_refused():
-    """The message says which derivatives there are."""
-    with pytest.raises(
-        TypeError, match=r"flash_attention has no forward-mode derivative \(jax.jvp, jax.jacfwd\)"
-    ):
-        jax.jvp(jax_fa.flash_attention, SMALL, TANGENTS)
 
 
 # --- export
