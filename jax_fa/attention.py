@@ -51,10 +51,9 @@ def attention(call: Call) -> Attention:
     # Alike here already, so that JAX transposes it: under shard_map the gradient of an operand that all devices share is
     # the sum of theirs.
     out, m, l = primitives.forward(call.problem, compat.vary_alike(call.operands))
-    logsumexp = softmax.logsumexp(m, l)
-    if not call.problem.logsumexp:
-        logsumexp = jax.lax.stop_gradient(logsumexp)
-    return Attention(out, logsumexp, *jax.lax.stop_gradient((m, l)))
+    fixed = jax.lax.stop_gradient((m, l))
+    logsumexp = softmax.logsumexp(*((m, l) if call.problem.logsumexp else fixed))
+    return Attention(out, logsumexp, *fixed)
 
 
 # --- jvp rules: (problem, inputs x, their tangents) -> (results, tangents of the results)

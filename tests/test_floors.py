@@ -23,7 +23,10 @@ FLOORS = [
     {"demo", "bench", "integrations", "__main__"},
 ]
 # Modules of JAX that only some files may touch.
-PRIVATE = {"jax._src": {"jax_fa.compat"}, "jax.interpreters": {"jax_fa.compat", "jax_fa.primitives", "jax_fa.rules"}}
+PRIVATE = {
+    "jax._src": {"jax_fa.compat"},
+    "jax.interpreters": {"jax_fa.compat", "jax_fa.primitives", "jax_fa.rules"},
+}
 
 
 def _module(path: Path) -> str:

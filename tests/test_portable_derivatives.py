@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jax_fa
+from jax_fa import masks
 from jax_fa.backends.xla import backend
 from jax_fa.call import (
     DIFFERENTIABLE,
@@ -26,7 +27,7 @@ from jax_fa.call import (
 )
 from jax_fa.entry import request_of
 from jax_fa.testing import oracle
-from jax_fa.testing.cases import CASES, FEATURES, Case
+from jax_fa.testing.cases import CASES, FEATURES, REAL_TILES, Case
 from jax_fa.testing.programs import primitives
 
 FLT_MAX = oracle.FLT_MAX
@@ -232,7 +233,7 @@ def _close(found, want, naive, what: str, floor: float) -> None:
 # Of the whole table, which takes minutes to compile, those that have most of its features between them.
 QUICK = {
     *("lengths-7-31", "lengths-35-1", "empty-Sq", "wide-values", "two-batch-dims", "mask-segments_window"),
-    *("float64-everything", "everything-BNSD", "bfloat16-everything", "float16-peaked-500"),
+    *("layout-SBND", "float64-everything", "bfloat16-everything", "float16-peaked-500"),
 }
 QUICK_IN_FLOAT64 = {"no-batch", "mask-nothing", "mask-causal_dense"}
 
@@ -403,60 +404,337 @@ def test_products(method, given, wanted, count):
 
 
 MAPPED = [
-    ("dout_tangent",),
+    ("tangents.value", "dlogsumexp"),
     ("dlogsumexp_tangent",),
-    ("tangents.value",),
-    ("tangents.query", "tangents.bias"),
-    ("query", "dout"),
-    ("bias", "tangents.alibi_slopes", "dlogsumexp"),
-    ("value", "out"),
-    ("m", "l", "tangents.soft_cap"),
+    ("query", "dout_tangent", "tangents.bias"),
+    ("m", "l", "value", "tangents.soft_cap"),
 ]
 
 
+@partial(jax.jit, static_argnums=0)
+def _every_method(problem: Problem, arrays):
+    """Of operands, saved arrays and, with a prefix, tangents."""
+
+    def of(prefix):
+        return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
+
+    operands = Operands(**{n: x for n, x in arrays.items() if n in OPERANDS})
+    saved = Saved(**{f.name: arrays[f.name] for f in fields(Saved) if f.name in arrays})
+    tangents, others = Operands(**of("tangents.")), Operands(**of("others."))
+    call = Call.of(problem, operands, saved, tangents)
+    forward = Saved(out=saved.out, m=saved.m, l=saved.l)
+    return {
+        "backward": backend.backward(call, saved).present(),
+        "tangent": backend.tangent(call, tangents, forward),
+        "jvp": backend.jvp(call, tangents),
+        "second": backend.second(call, tangents, saved),
+        "second_tangent": backend.second_tangent(call, tangents, others, forward),
+    }
+
+
 @pytest.mark.parametrize("mapped", MAPPED, ids=",".join)
-@pytest.mark.parametrize("lengths", [SMALL])
-def test_batch_dims_of_size_one(mapped, lengths):
+def test_batch_dims_of_size_one(mapped):
     """A batch dim that vmap added has its full size in any of the arrays, and 1 in the others: as with all in full."""
-    subject, size = _arrays(*lengths), 3
+    subject, size = _arrays(*SMALL), 3
     problem = subject.call.problem.map_front(query=0, key=0, value=0, out=0)
+    factors = 1 + subject.random("mapped").random(size) / 8
+
+    def one(name, x):
+        return np.stack([x * f for f in factors]).astype(x.dtype) if name in mapped else x[None]
+
     with subject.context():
-        arrays = jax.tree.map(jnp.asarray, (subject.call.operands, *subject.arguments()))
-        operands, moves, others, cotangents, cotangent_moves = arrays
-        _, saved = _saved(subject.call.replace(operands=operands), cotangents, cotangent_moves)
+        moves, others, cotangents, cotangent_moves = subject.arguments()
+        _, saved = jax.jit(lambda *args: _saved(Call.of(subject.call.problem, args[0]), *args[1:]))(
+            subject.call.operands, cotangents, cotangent_moves
+        )
         given = {
-            **operands.present(),
+            **subject.call.operands.present(),
             **saved.present(),
             **{f"tangents.{n}": x for n, x in moves.items()},
             **{f"others.{n}": x for n, x in others.items()},
         }
-        random = subject.random("mapped")
-
-        def one(name, x):
-            if name not in mapped:
-                return x[None]
-            factors = 1 + random.random(size) / 8  # not of the softmax: any numbers are as good
-            return jnp.stack([x * f for f in factors])
-
-        some = {name: one(name, x) for name, x in given.items()}
-        full = {name: jnp.broadcast_to(x, (size, *x.shape[1:])) for name, x in some.items()}
-
-        def results(arrays):
-            def of(prefix):
-                return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
-
-            operands = Operands(**{n: x for n, x in arrays.items() if n in OPERANDS})
-            saved = Saved(**{f.name: arrays[f.name] for f in fields(Saved) if f.name in arrays})
-            tangents, others = Operands(**of("tangents.")), Operands(**of("others."))
-            call = Call.of(problem, operands, saved, tangents)
-            return (
-                backend.backward(call, saved).present(),
-                backend.tangent(call, tangents, saved),
-                backend.second(call, tangents, saved),
-                backend.second_tangent(call, tangents, others, saved),
-                backend.jvp(call, tangents),
-            )
-
-        found, want = jax.jit(results)(some), jax.jit(results)(full)
+        some = {name: one(name, np.asarray(x)) for name, x in given.items()}
+        full = {name: np.broadcast_to(x, (size, *x.shape[1:])) for name, x in some.items()}
+        found, want = _every_method(problem, some), _every_method(problem, full)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         _close(x, y, y, str(mapped), 1e-12)
+
+
+# --- NaN and infinity
+
+
+GARBAGE_MASKS = ("lengths", "causal_dense")
+
+
+@cache
+def _garbled(mask: str):
+    """A call with masked pairs, its arrays by name, and where each of them is masked for good."""
+    case = Case(name=f"garbage-{mask}", mask=mask, bias="BNQK", soft_cap=3.0)
+    subject = _subject(case)
+    visible = np.broadcast_to(case.visible(), case.full)
+    group = visible.reshape(*case.B, case.K, -1, case.Sq, case.Skv)
+    keys = ~np.moveaxis(group.any(axis=(-3, -2)), -1, -2)[..., None]  # B Skv K 1
+    rows = ~np.moveaxis(visible.any(axis=-1), -1, -2)[..., None]  # B Sq N 1
+    by_name = {
+        "query": rows,
+        "dout": rows,
+        "dout_tangent": rows,
+        "key": keys,
+        "value": keys,
+        "bias": ~visible,
+    }
+    by_row = ~visible.any(axis=-1)
+    moves, others, cotangents, cotangent_moves = subject.arguments()
+    arrays = {
+        **subject.moving,
+        **{f"tangents.{n}": x for n, x in moves.items()},
+        **{f"others.{n}": x for n, x in others.items()},
+        **dict(zip(("dout", "dlogsumexp"), cotangents, strict=True)),
+        **dict(zip(("dout_tangent", "dlogsumexp_tangent"), cotangent_moves, strict=True)),
+    }
+    masked = {n: by_name.get(n.rpartition(".")[2], by_row) for n in arrays}
+    rest = {n: x for n, x in subject.call.operands.present().items() if n not in arrays}
+
+    @jax.jit
+    def results(arrays):
+        call = Call.of(subject.call.problem, Operands(**rest, **{n: arrays[n] for n in subject.moving}))
+        _, saved = _saved(call)
+        found = _every_method(call.problem, arrays | rest | {n: getattr(saved, n) for n in ("out", "m", "l")})
+        found["second"] = {
+            **found["second"][0].present(),
+            "out": found["second"][1],
+            "lse": found["second"][2],
+        }
+        return found
+
+    return subject, arrays, masked, visible, lambda x: jax.tree.map(np.asarray, results(x))
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("mask", GARBAGE_MASKS)
+def test_what_is_masked_does_not_leak(mask, garbage):
+    """Garbage in masked positions of operands, cotangents and tangents changes no bit of any derivative."""
+    _, arrays, masked, _, results = _garbled(mask)
+    assert sum(m.any() for m in masked.values()) > len(masked) / 2
+
+    def filled(x):
+        return {n: np.where(masked[n], np.asarray(x, a.dtype), a) for n, a in arrays.items()}
+
+    clean, dirty = results(filled(0)), results(filled(garbage))
+    for (path, a), b in zip(jax.tree.leaves_with_path(clean), jax.tree.leaves(dirty), strict=True):
+        assert np.isfinite(a).all(), path
+        np.testing.assert_array_equal(b, a, err_msg=str(path))
+
+
+@pytest.mark.parametrize("where", ["tangents.query", "tangents.key", "tangents.value", "dout_tangent"])
+@pytest.mark.parametrize("mask", GARBAGE_MASKS)
+def test_what_is_visible_shows(mask, where):
+    """A NaN of a tangent turns those rows into NaN that see it, and changes no bit of the others."""
+    subject, arrays, _, visible, results = _garbled(mask)
+    b, at, head = 1, 9, 1
+    dirty = dict(arrays)
+    dirty[where] = dirty[where].copy()
+    dirty[where][b, at, head, 2] = np.nan
+    clean, found = results(arrays), results(dirty)
+    rows = np.zeros(visible.shape[:-1], bool)
+    if where in ("tangents.query", "dout_tangent"):
+        rows[b, head, at] = visible[b, head, at].any()
+    else:
+        heads = slice(head * subject.call.dims.G, (head + 1) * subject.call.dims.G)
+        rows[b, heads] = visible[b, heads, :, at]
+    assert rows.any() and not rows.all()
+    seen = (
+        (rows[..., None] & visible)
+        .reshape(visible.shape[0], subject.call.dims.K, -1, visible.shape[-1])
+        .any(axis=-2)
+    )
+    rows, seen = np.moveaxis(rows, -1, -2), np.moveaxis(seen, -1, -2)
+    moved = {
+        "tangent": (found["tangent"][0], clean["tangent"][0]),
+        "jvp": (found["jvp"][-2], clean["jvp"][-2]),
+    }
+    for x, y in moved.values():
+        assert np.isnan(x[rows]).any() == (where != "dout_tangent")
+        np.testing.assert_array_equal(x[~rows], y[~rows])
+    for name, touched in (("query", rows), ("key", seen), ("value", seen)):
+        x, y = found["second"][name], clean["second"][name]
+        assert name == "value" or np.isnan(x[touched]).any(axis=-1).all(), name
+        np.testing.assert_array_equal(x[~touched], y[~touched], err_msg=name)
+
+
+def test_a_bias_of_minus_infinity_masks():
+    """In derivatives of both orders, with a soft cap and its tangent, in rows that are masked as a whole, too."""
+    case = Case(name="minus-infinity", bias="BNQK", soft_cap=3.0, mask="dense_column", dtype="float64")
+    subject = _subject(case)
+    visible = case.random("visible").random(case.full) < 0.6
+    visible &= case.visible()
+    operands = replace(
+        subject.call.operands,
+        mask=None,
+        soft_cap=np.full((1, 1), 3.0),
+        bias=np.where(visible, subject.call.operands.bias, -np.inf),
+    )
+    subject = Subject(case.name, subject.call.replace(operands=operands), (visible, *subject.shared[1:]))
+    want = Subject(
+        case.name,
+        subject.call.replace(operands=replace(operands, bias=np.where(visible, operands.bias, 0))),
+        subject.shared,
+    )
+    with subject.context():
+        found, _ = jax.tree.map(
+            np.asarray, _ours(subject.call.problem, subject.call.operands, *subject.arguments())
+        )
+    for name, x in _expected(want, np.dtype("float64")).items():
+        _close(found[name], x, x, name, 1e-10)
+
+
+# --- derivatives of derivatives, which JAX takes of the loops in forward mode
+
+
+@pytest.mark.parametrize("lengths", [(37, 70)])
+def test_third_order(lengths):
+    """Of `second` and `second_tangent`, whose saved arrays move with the operands; causal, over several tiles."""
+    case = Case(
+        name="third", Sq=lengths[0], Skv=lengths[1], mask="causal_bottom", dtype="float64", B=(1,), N=2, K=1
+    )
+    case = replace(case, D=4, Dv=4)
+    subject = _subject(case)
+    problem = subject.call.problem
+    moves, others, cotangents, _ = subject.arguments()
+    third = subject.moves("third")
+    rest = {n: x for n, x in subject.call.operands.present().items() if n not in DIFFERENTIABLE}
+
+    def call(x):
+        return Call.of(problem, Operands(**rest, **x))
+
+    @jax.jit
+    def ours(x):
+        out, m, l, dout, tau = backend.jvp(call(x), Operands(**third))
+        tangents = Operands(**moves)
+
+        def second(x, out, m):
+            saved = Saved(out=out, m=m, l=l, dout=cotangents[0], dlogsumexp=cotangents[1])
+            gradients, *both = backend.second(call(x), tangents, saved)
+            return gradients.present(), both
+
+        def second_tangent(x, out, m):
+            return backend.second_tangent(call(x), tangents, Operands(**others), Saved(out=out, m=m, l=l))
+
+        # The max stands for the log-sum-exp that moves, the sum stays.
+        point, along = (x, out, m), (third, dout, tau)
+        return jax.jvp(second, point, along)[1], jax.jvp(second_tangent, point, along)[1]
+
+    @jax.jit
+    def automatic(x, moves, others, third, cotangents):
+        f = partial(_dense, subject.shared, problem, np.dtype("float64"))
+
+        def tangent(x):
+            return jax.jvp(f, (x,), (moves,))[1]
+
+        def second(x):
+            gradients = jax.jvp(lambda x: jax.vjp(f, x)[1](cotangents)[0], (x,), (moves,))[1]
+            return gradients, list(tangent(x))
+
+        def second_tangent(x):
+            return jax.jvp(tangent, (x,), (others,))[1]
+
+        return jax.jvp(second, (x,), (third,))[1], jax.jvp(second_tangent, (x,), (third,))[1]
+
+    with subject.context():
+        found, want = ours(subject.moving), automatic(subject.moving, moves, others, third, cotangents)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        _close(x, y, y, "third order", 1e-10)
+
+
+# --- sizes
+
+
+def _all_of(x, moves, others, cotangents, cotangent_moves, **options):
+    """Every derivative of a call with these arguments, whose sizes may be symbolic."""
+    call = request_of(jax_fa.flash_attention, **x, **options, return_logsumexp=True).call
+    call = call.replace(problem=replace(call.problem, mask=None))
+    # (Slopes and the bias have leading dims in a call.)
+    moves, others = (
+        Operands(**{n: a.reshape(getattr(call.operands, n).shape) for n, a in m.items()})
+        for m in (moves, others)
+    )
+    forward, saved = _saved(call, cotangents, cotangent_moves)
+    gradients, *both = backend.second(call, moves, saved)
+    return {
+        "forward": forward,
+        "backward": backend.backward(call, saved).present(),
+        "tangent": backend.tangent(call, moves, saved),
+        "jvp": backend.jvp(call, moves),
+        "second": (gradients.present(), both),
+        "second_tangent": backend.second_tangent(call, moves, others, saved),
+    }
+
+
+def _random_arguments(Sq, Skv, N=4, K=2, D=16):
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return random.standard_normal(shape)
+
+    def operands():
+        return {
+            "query": normal(1, Sq, N, D),
+            "key": normal(1, Skv, K, D),
+            "value": normal(1, Skv, K, D),
+            "bias": normal(N, 1, Skv),
+            "alibi_slopes": normal(N),
+        }
+
+    x, moves, others = operands(), operands(), operands()
+    x["bias"] += 800  # exp of it is infinite
+    cotangents = [(normal(1, Sq, N, D), normal(1, N, Sq)) for _ in range(2)]
+    return x, moves, others, *cotangents
+
+
+@pytest.mark.parametrize("sizes", [pytest.param("a, 40", marks=pytest.mark.slow), "a, b"])
+def test_symbolic_lengths(sizes):
+    """One exported program for all lengths, which are padded inside; what is added changes nothing."""
+    run = jax.jit(_all_of)
+    symbols = dict(zip("ab", jax.export.symbolic_shape("a, b"), strict=True))
+    Sq, Skv = (symbols[n] if n in symbols else int(n) for n in sizes.split(", "))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct([{37: Sq, 40: Skv}.get(n, n) for n in x.shape], x.dtype),
+        _random_arguments(37, 40),
+    )
+    with jax.enable_x64(True):
+        exported = jax.export.export(run)(*shapes)
+        for lengths in (37, 40), (16, 70) if sizes == "a, b" else (3, 40):
+            arguments = _random_arguments(*lengths)
+            found, want = exported.call(*arguments), run(*arguments)
+            for (path, x), y in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(want), strict=True):
+                _close(x, y, y, str(path), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["real-causal", pytest.param("real-bias", marks=pytest.mark.slow)])
+def test_the_tiles_of_the_library(name, real_tiles):
+    """Several tiles, the last ones ragged."""
+    (case,) = (case for case in REAL_TILES if case.name == name)
+    _check(_subject(case))
+
+
+@pytest.mark.parametrize("method", ["tangent", "jvp", "second", "second_tangent"])
+def test_memory_is_linear_in_the_length(method, real_tiles):
+    """Twice the length needs at most about twice the memory. Nothing runs: XLA plans memory."""
+
+    def temporary(length: int) -> int:
+        def normal(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        q, kv, stats = normal(1, length, 4, 32), normal(1, length, 2, 32), normal(1, 4, length)
+        x = {"query": q, "key": kv, "value": kv, "alibi_slopes": normal(4), "bias": normal(4, 1, length)}
+
+        def run(*arguments):
+            return _all_of(*arguments, mask=masks.Causal())[method]
+
+        lowered = jax.jit(run).lower(x, x, x, (q, stats), (q, stats))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(2048), temporary(4096)
+    assert long <= 2.2 * short + 2**20
+    # Bytes: half of the logits of all heads. (The second derivative has two dozen arrays of each tile.)
+    assert long < 2 * 4 * 4096 * 4096

@@ -146,6 +146,51 @@ def test_gradient(layout, backend):
         assert "all-" not in text
 
 
+def _derivatives(attend, x):
+    """Results and derivatives along tangents of several kinds: jvp, jvp of grad, grad of grad, grad of jvp."""
+    along = jax.tree.map(lambda a: jnp.cos(3 * a), x)
+
+    def loss(x):
+        return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(attend(x)))
+
+    def norm(x):
+        return sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(jax.grad(loss)(x)))
+
+    def speed(x):
+        return sum(jnp.sum(jnp.cos(t)) for t in jax.tree.leaves(jax.jvp(attend, (x,), (along,))[1]))
+
+    return (
+        jax.jvp(attend, (x,), (along,)),
+        jax.jvp(jax.grad(loss), (x,), (along,)),
+        jax.grad(norm)(x),
+        jax.grad(speed)(x),
+    )
+
+
+def _same(found, want) -> None:
+    def close(a, b):
+        # Relative to the largest: a gradient of slopes is a sum of large terms that cancel.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-4 * max(1.0, float(jnp.max(jnp.abs(b)))))
+
+    jax.tree.map(close, found, want)
+
+
+ALONG = ("batch-SBND", "heads-everything", "batch-and-heads-BNSD", "heads-of-one-key", "batch-shared-bias")
+
+
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.name in ALONG], ids=str)
+def test_derivatives_along_tangents(layout, backend):
+    """The same values as on one device; only sums of what all devices share are communicated."""
+    case = replace(layout.case, mask="causal_bottom")  # no rows whose log-sum-exp is -FLT_MAX
+    run = partial(_derivatives, partial(case.flash_attention, implementation=backend))
+    program, args = _compiled(layout, run, _operands(layout))
+    want = jax.jit(run)(case.stored_operands())
+    _same(program(*args), want)
+    text = program.as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+    assert layout.shared or "all-reduce" not in text
+
+
 @pytest.mark.parametrize(
     ("query", "key"),
     [
@@ -244,6 +289,25 @@ def test_shared_rows_under_shard_map(backend):
         np.testing.assert_allclose(g, right, atol=1e-4)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_derivatives_along_tangents_under_shard_map(shared, backend):
+    """Also where all devices read the same keys, whose derivatives are sums over devices."""
+    mesh = _mesh(x=4)
+    q, k, v = _qkv(4, 2, 1)
+    specs = (P("x"), *(P(None) if shared else P("x"),) * 2)
+    if shared:
+        q, k, v = q.reshape(1, -1, *q.shape[2:]), k[:1], v[:1]
+        specs = (P(None, "x"), P(), P())
+
+    def attend(x):
+        return jax_fa.flash_attention(*x, implementation=backend)
+
+    split = jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=specs[0], check_vma=True)
+    found = jax.jit(partial(_derivatives, split))((q, k, v))
+    want = jax.jit(partial(_derivatives, attend))((q, k, v))
+    _same(found, want)
+
+
 # --- explicit axes
 
 
@@ -289,6 +353,19 @@ def test_explicit_axes(spec, stats_spec, sizes, backend):
         gradients, want.gradients(np.cos(want.out), -np.sin(want.lse)).values(), strict=True
     ):
         np.testing.assert_allclose(np.asarray(found), right, atol=1e-4)
+
+
+def test_derivatives_along_tangents_of_explicit_axes(backend):
+    mesh = _mesh(AxisType.Explicit, x=8)
+    qkv = tuple(_qkv(8, 4, 2))
+    run = partial(_derivatives, lambda x: jax_fa.flash_attention(*x, mask=Causal(), implementation=backend))
+    with jax.set_mesh(mesh):
+        placed = tuple(jax.device_put(x, NamedSharding(mesh, P("x"))) for x in qkv)
+        found = jax.jit(run)(placed)
+    (out, tangent), *_ = found
+    assert out.sharding.spec == tangent.sharding.spec == P("x", None, None, None)
+    want = jax.jit(run)(qkv)
+    _same(found, want)
 
 
 def test_vmap_with_a_sharded_axis(backend):

@@ -89,7 +89,6 @@ def _second_order(attention):
 
 
 SMALL = tuple(_normal(1, n, heads, 2) for n, heads in ((3, 2), (4, 1), (4, 1)))
-TANGENTS = tuple(_normal(*x.shape[::-1]).T.reshape(x.shape) for x in SMALL)
 
 
 @pytest.mark.parametrize(

@@ -97,16 +97,18 @@ def _names(tree) -> list[str]:
     return [f.name for f in fields(tree) if getattr(tree, f.name) is not None]
 
 
-def _run(backend: str, mapped: frozenset[str], front: bool = True, made=_inputs) -> None:
-    """Forward and backward under vmap and in a loop."""
+def _run(backend: str, mapped: frozenset[str], front: bool = True, made=_inputs, along: bool = False) -> None:
+    """Forward and backward (`along`: derivatives along tangents) under vmap and in a loop."""
     _problem, operands, saved = made()
     inputs = {n: getattr(operands, n) for n in _names(operands)}
     inputs |= {n: getattr(saved, n) for n in _names(saved)}
+    if along:
+        inputs |= _directions()
     rng = np.random.default_rng(len(mapped))
     at = {n: (0 if front else int(rng.integers(x.ndim))) if n in mapped else None for n, x in inputs.items()}
     given = {n: x[0] if at[n] is None else jnp.moveaxis(x, 0, at[n]) for n, x in inputs.items()}
 
-    run = _one(backend, made)
+    run = _along(backend) if along else _one(backend, made)
     found = jax.vmap(run, in_axes=(at,))(given)
     for i in range(SIZE):
         want = run({n: x[i] if n in mapped else x[0] for n, x in inputs.items()})
@@ -129,6 +131,41 @@ def _one(backend: str, made):
         saved_ = Saved(**{n: x[n] for n in _names(saved)})
         gradients = primitives.backward(problem, operands_, saved_)
         return primitives.forward(problem, operands_), [g for _, g in gradients.items() if g is not None]
+
+    return run
+
+
+DIRECTIONS = ("query", "key", "bias", "alibi_slopes")
+
+
+@cache
+def _directions() -> dict[str, jax.Array]:
+    """Tangents of operands ("query'") and of the cotangents."""
+    rng = np.random.default_rng(2)
+    _, operands, saved = _inputs()
+    arrays = {f"{n}'": getattr(operands, n) for n in DIRECTIONS}
+    arrays |= {"dout_tangent": saved.dout, "dlogsumexp_tangent": saved.dlogsumexp}
+    return {n: jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for n, x in arrays.items()}
+
+
+@cache
+def _along(backend: str):
+    problem, operands, saved = _inputs()
+    problem = replace(problem, implementation=backend)
+
+    @jax.jit
+    def run(x):
+        given = Operands(**{n: x[n] for n in _names(operands)})
+        tangents = Operands(**{n: x[f"{n}'"] for n in DIRECTIONS})
+        plain = Saved(**{n: x[n] for n in ("out", "m", "l")})
+        full = Saved(**{n: x[n] for n in (*_names(saved), "dout_tangent", "dlogsumexp_tangent")})
+        others = Operands(key=x["key'"])
+        return (
+            primitives.jvp(problem, given, tangents)[-2:],
+            primitives.tangent(problem, given, plain, tangents),
+            primitives.second(problem, given, full, tangents),
+            primitives.second_tangent(problem, given, plain, tangents, others),
+        )
 
     return run
 
@@ -183,6 +220,18 @@ def test_data_mapped_anywhere(count, backend):
 @pytest.mark.parametrize("mapped", PAIRS, ids=_label)
 def test_pairs(mapped, backend):
     _run(backend, mapped, front=False)
+
+
+ALONG = (
+    *("query'", "key'", "bias'", "dout_tangent", "dlogsumexp_tangent", "query", "key", "bias", "dout", "out"),
+    *("query'+key'+bias'+alibi_slopes'", "query+key+value+out+m+l+query'", "key'+dout+dout_tangent"),
+)
+
+
+@pytest.mark.parametrize("mapped", ALONG)
+def test_derivatives_along_tangents(mapped, backend):
+    """Also where only tangents are mapped (`jax.jacfwd`) or only what they are tangents of."""
+    _run(backend, frozenset(mapped.split("+")), front=len(mapped) % 2 == 0, along=True)
 
 
 # --- through the public function

@@ -86,6 +86,14 @@ inline float SumOver(int64_t from, int64_t to, const Fn& f) {
   return Sum(a + b);
 }
 
+// NaN if one of the keys v is marked and visible, whose logit then is not -inf; else 0.
+inline float VisibleMarks(Range v, const float* logits, const float* marker) {
+  float sum = 0.0f;
+  for (int64_t j = v.lo; j < v.hi; ++j)
+    if (logits[j] != -__builtin_inff()) sum += marker[j];
+  return sum;
+}
+
 // Turns row `at` of products with keys j0 + [c0, c1), of which v are visible, into weights w, and its tangents into
 // w (T - center).
 inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScratch& s, const TangentBlock& block,
@@ -95,9 +103,8 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
   const SoftCapRows cap_rows{plan.logits ? s.by_x : nullptr, c.soft_cap_tangent ? s.by_cap : nullptr};
   const float scale = RowLogits(c, row, j0, v, c0, c1, block.nan_marker, cap_rows, s.tmp, x);
   if (plan.logits) {
-    if (block.tangent_marker != nullptr)
-      Combine(v.hi - v.lo, t + v.lo, block.tangent_marker + v.lo, [](F y, F more) { return y + more; });
     ToTangentsOfLogits(c, row, j0, v, c0, c1, s.by_x, s.by_cap, t);
+    ClearByLogits(c, c0, c1, x, t);
   }
   float *m = s.m + at, *l = s.l + at, *moved = s.moved + at, *center = s.center + at;
   if (c.with_forward) {
@@ -108,6 +115,7 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
       *moved *= rescale;
     }
   }
+  if (block.tangent_marker != nullptr) *moved += VisibleMarks(v, x, block.tangent_marker);
   const float sum = RowExp<false>(x, c0, c1, scale, *m);
   if (plan.logits) {
     if (*l == 0.0f && sum > 0.0f) *center = SumOver(c0, c1, [&](int64_t j) { return Load(x + j) * Load(t + j); }) / sum;
@@ -204,11 +212,12 @@ inline void FinishTangentRow(const Call& c, const TangentPlan& plan, const Tange
   const float moved = none ? 0.0f : s.moved[at] / l;  // the log-sum-exp, against the center
   float factor = none ? 0.0f : 1.0f / (l * KeepProbOf(c, row));
   const F minus = Set(-moved);
+  const bool moves = plan.logits || moved != moved;
   if (none) {
     Fill(sum, 0, c.Dv, 0.0f);
-  } else if (plan.logits && c.with_forward) {
+  } else if (moves && c.with_forward) {
     Combine(c.Dv, sum, acc, [&](F x, F y) { return Fma(minus, y, x); });
-  } else if (plan.logits) {
+  } else if (moves) {
     const F by = Set(factor);
     const float* out = ExactOut(c, row, s.stage, s.stage + RoundUp(c.Dv, kLanes));
     Combine(c.Dv, sum, out, [&](F x, F y) { return Fma(minus, y, x * by); });

@@ -12,10 +12,29 @@ Backward from the saved m and l, with D = rowsum(dout out) - dlogsumexp, out as 
 Rows of ds sum to 0 (to dlogsumexp), so that what all keys have in common cancels in dq. Rounding to 16 bits would leave
 some of it, in p v (of which D is made) as well as in ds k: under differentiation both take their weights wide.
 
+Tangent, along tangents a, b, e of query, key, value and those of bias, slopes, scale and cap, where cap is f(x):
+    x' = scale (a k^T + q b^T) + scale' q k^T + bias' - slopes' distance,  t = f' x' + df/dcap cap'
+    tau = sum p t,  out' = (keep / keep_prob p t) v + (keep / keep_prob p) e - tau out,  logsumexp' = tau
+In one pass with the forward, tau is the mean of t over the keys so far and t - tau takes the place of t: where the mean
+changes, the difference times the sum of p v is added, as the sums are rescaled where the max changes.
+
+Second, the derivative of the backward along those tangents and those of dout and dlogsumexp:
+    u = keep / keep_prob (dout' v^T + dout e^T)
+    sigma = D' = sum ds t + sum p keep / keep_prob (dout e^T) + rowsum(dout' out) - tau dlogsumexp - dlogsumexp'
+    g = ds' = ds (t - tau) + p (u - sigma),  gx = g f' + ds f'' (x' - x cap' / cap)
+    dq' = (scale gx + scale' ds f') k + scale ds f' b,  dk' likewise of q and a,  dbias' = gx,  dslopes' = -gx distance
+    dv' = (keep / keep_prob p (t - tau))^T dout + (keep / keep_prob p)^T dout',  out' as above but of t - tau
+The sums over a row come first, in a loop over its keys of their own. All of this is the Hessian of
+<dout, out> + <dlogsumexp, logsumexp>, so it is its own transpose.
+
+The derivative of the tangent along other tangents is left to JAX, in forward mode, which is what all these loops serve.
+Then m moves as the log-sum-exp does and l stays: p depends on nothing else.
+
 NaN in masked positions (padding often holds it) must not propagate, and 0 * NaN is NaN in a matrix product. So in
 masked tiles non-finite values enter the products as 0, and where they are visible they come back through the
-probabilities: key and query through s anyway, value added to s, dout through 1 / l. A row with a visible non-finite
-value is NaN as a whole, with its statistics.
+probabilities: key and query through s anyway, value added to s, dout and dout' through 1 / l, and tangents through t or,
+that of value, added to the weights that it is multiplied with. A row with a visible non-finite value is NaN as a whole,
+with its statistics.
 """
 
 from typing import Any

@@ -70,7 +70,8 @@ def add_tile(tile: Tile, gradients: Operands, parts: Parts) -> Operands:
     d = tile.call.dims
     full = (*tile.call.B, d.K, d.G, tile.rows.tile, tile.keys.tile)
     # In full, so that a batch dim in which all that the parts are made of broadcasts counts as often as it is long.
-    dx, dscale, dcap = (None if x is None else jnp.broadcast_to(x, full) for x in parts[2:])
+    wide: Any = [None if x is None else jnp.broadcast_to(x, full) for x in parts[2:]]
+    dx, dscale, dcap = wide
 
     def along_keys(total, part):
         if total.shape == part.shape:

@@ -135,7 +135,7 @@ class SoftCap(NamedTuple):
 class Logits(NamedTuple):
     x: Any  # logits, -inf where masked
     product: Any  # q k^T
-    cap: SoftCap | None
+    cap: Any  # a `SoftCap`; None without one
 
 
 def every(*terms):

@@ -23,7 +23,7 @@ class Padding:
             size: (size + tile - 1) // tile * tile - size for size in (d.Sq, d.Skv) if is_symbolic(size)
         }
 
-    def _pad(self, x, sizes: dict[int, Size], value: float = 0):
+    def _pad(self, x, sizes: dict[int, Size], value: float | int = 0):
         """x padded with the value at the end of each axis in `sizes` (axis: length), unless that axis has size 1."""
         widths = [(0, 0)] * x.ndim
         for axis, size in sizes.items():

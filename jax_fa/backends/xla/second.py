@@ -99,7 +99,7 @@ class _Sums:
             if by_logits and of_logits:
                 sigma = sigma + jnp.sum(pairs.ds * pairs.tangent.s, axis=-1)
             if by_value:
-                sigma = sigma + jnp.sum(pairs.p * pairs.dp_by_value, axis=-1)
+                sigma = sigma + jnp.sum(pairs.shown(pairs.p * pairs.dp_by_value), axis=-1)
             return tau, sigma
 
         if by_logits or by_value:

@@ -87,21 +87,21 @@ def second_tangent(call: Call, tangents: Operands, others: Operands, saved: Save
     saved = Saved(out=exact_out(canonical, saved.out, saved.rounding), m=saved.m, l=saved.l)
     dout, dlogsumexp = tangent(canonical, others, saved, call.acc)
     moving = {name: _alike(getattr(call.operands, name), x) for name, x in others.present().items()}
-    moving["out"], moving["m"] = _alike(saved.out, dout), _alike(saved.m, dlogsumexp)
 
-    def along(moved: dict[str, Any]):
-        kept = Saved(out=moved.pop("out"), m=moved.pop("m"), l=saved.l)
-        operands = replace(call.operands, **moved)
-        return tangent(Canonical(call.replace(operands=operands)), tangents, kept, call.acc)
+    def along(operands: dict[str, Any], out, m):
+        moved = Canonical(call.replace(operands=replace(call.operands, **operands)))
+        return tangent(moved, tangents, Saved(out=out, m=m, l=saved.l), call.acc)
 
-    at, to = ({name: pair[i] for name, pair in moving.items()} for i in range(2))
-    _, (out, logsumexp) = jax.jvp(along, (at,), (to,))
+    results = zip(_alike(saved.out, dout), _alike(saved.m, dlogsumexp), strict=True)
+    at, to = (({name: x[i] for name, x in moving.items()}, *pair) for i, pair in enumerate(results))
+    _, (out, logsumexp) = jax.jvp(along, at, to)
     return out.astype(call.dtype), logsumexp
 
 
 def _alike(x, tangent) -> tuple[Any, Any]:
     """Both with the batch dims of both."""
-    return tuple(jnp.broadcast_arrays(x, tangent))
+    x, tangent = jnp.broadcast_arrays(x, tangent)
+    return x, tangent
 
 
 class _Sum(NamedTuple):
@@ -133,7 +133,8 @@ class _Fused:
         )
         part = (*call.B, d.K, d.G, rows.tile)
         zeros = jnp.zeros((*part, d.Dv), call.acc)
-        start = _Sum(*softmax.start(part, call.acc), zeros, zeros, zeros[..., 0])
+        m_tile, l_tile = softmax.start(part, call.acc)
+        start = _Sum(m_tile, l_tile, zeros, zeros, zeros[..., 0])
         total = loop(key_range, lambda u, carry: self._key_tile((q, q_tangent), t, u, carry), start)
         outs = put(call, outs, normalized(call, total.out, total.l), rows, t)
         (moved,) = put(call, (moved,), normalized(call, total.moved, total.l), rows, t)
@@ -153,7 +154,8 @@ class _Fused:
             )
         )
         visible, keep = tile.visible(), tile.keep()
-        marker, moved_marker = None, 0
+        marker: Any = None
+        moved_marker: Any = 0
         if visible is not None:
             marker, v = nan_unless_finite(v), finite(v)
             if v_tangent is not None:

@@ -30,13 +30,14 @@ class Tangents:
 
     def of_logits(self, tile: Tile, logits: Logits, q, k, visible) -> LogitTangent:
         """q and k are pairs, each of rows (or keys) and their tangent; for tangents that `move_logits`."""
-        call, product = self.call, None
+        call = self.call
+        product: Any = None
         (q, q_tangent), (k, k_tangent) = q, k
         if q_tangent is not None:
             product = call.product("kgid,kjd->kgij", q_tangent, k)
         if k_tangent is not None:
             product = _plus(product, call.product("kgid,kjd->kgij", q, k_tangent))
-        x = None if product is None else call.scale * product
+        x: Any = None if product is None else call.scale * product
         if self.scale is not None:
             x = _plus(x, self.scale * logits.product)
         if self.bias is not None:
