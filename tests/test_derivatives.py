@@ -103,7 +103,7 @@ def test_every_second_order(case, backend):
     _check_masked_rows(case, found["second_tangent"])
 
 
-@pytest.mark.parametrize("case", [c for c in REAL_TILES if c.dtype == "float32"], ids=str)
+@pytest.mark.parametrize("case", [c for c in REAL_TILES if c in CASES and c.dtype == "float32"], ids=str)
 def test_with_the_tiles_of_the_library(case, backend, real_tiles):
     attend = partial(case.flash_attention, implementation=backend)
 
