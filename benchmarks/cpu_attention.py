@@ -33,6 +33,9 @@ from jax_fa.testing import timing
 # A peer where it is installed.
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 
+# How many products a direction computes, in units of the forward's two, and ours that it is measured beside.
+PRODUCTS = {"forward": 1.0, "backward": 2.5, "jvp": 3.0, "hvp": 8.5, "double backward": 6.0}
+BESIDE = {"jvp": "forward", "hvp": "backward", "double backward": "backward"}
 PAUSE = 0.05  # seconds before a call, while the threads of the one before go on spinning
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -50,6 +53,7 @@ class Case:
     mask: str = "full"
     extra: str = ""  # bias, mask or dropout; biases: one for each batch entry, with its gradient
     peers: bool = True
+    derivatives: bool = False  # those along tangents and of second order, too
 
     @property
     def keys(self) -> int:
@@ -76,7 +80,8 @@ def _cases() -> list[Case]:
     for dtype in ("float32", "bfloat16", "float16"):
         for D in (64, 128):
             for mask in ("full", "causal"):
-                cases.append(Case(name="S=4096", D=D, mask=mask, dtype=dtype))
+                derivatives = dtype == "float32"
+                cases.append(Case(name="S=4096", D=D, mask=mask, dtype=dtype, derivatives=derivatives))
         for mask in ("full", "causal"):
             cases.append(Case(name="S=1024", Sq=1024, mask=mask, dtype=dtype))
         cases.append(Case(name="S=128", Sq=128, dtype=dtype))
@@ -94,6 +99,8 @@ def _cases() -> list[Case]:
 
 # --- what a case runs
 
+_TANGENTS = ("q_tangent", "k_tangent", "v_tangent")
+
 
 def _arrays(case: Case) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
@@ -104,6 +111,7 @@ def _arrays(case: Case) -> dict[str, np.ndarray]:
         "v": (case.B, case.keys, K, case.D),
         "dout": (case.B, case.Sq, case.N, case.D),
     }
+    shapes |= {name: shapes[name[0]] for name in _TANGENTS}
     if case.extra == "biases":
         shapes["bias"] = (case.B, case.N, case.Sq, case.keys)
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
@@ -127,7 +135,7 @@ def _ours(case: Case, implementation: str) -> Callable[..., Any]:
 
 def _jax_programs(case: Case, attention: Callable[..., Any]) -> dict[str, Callable[[], Any]]:
     a = {name: jnp.asarray(x, case.dtype) for name, x in _arrays(case).items()}
-    dout = a.pop("dout")
+    dout, *tangents = (a.pop(name) for name in ("dout", *_TANGENTS))
     operands = tuple(a.values())
 
     def attend(q, k, v, *bias):
@@ -144,7 +152,26 @@ def _jax_programs(case: Case, attention: Callable[..., Any]) -> dict[str, Callab
 
         vjp = differentiate(*operands)
         programs["backward"] = lambda: jax.block_until_ready(pull_back(vjp, dout))
+    if case.derivatives:
+        programs |= _derivatives(attend, operands, tuple(tangents), dout)
     return programs
+
+
+def _derivatives(attend, operands, tangents, dout) -> dict[str, Callable[[], Any]]:
+    """Output and tangent; gradients and their tangents; the pull-back of the gradients alone."""
+
+    def gradients(*operands):
+        return jax.vjp(attend, *operands)[1](dout)
+
+    jvp = jax.jit(partial(jax.jvp, attend))
+    hvp = jax.jit(partial(jax.jvp, gradients))
+    pull_back = jax.jit(lambda vjp, tangents: vjp(tangents))
+    vjp = jax.jit(lambda *operands: jax.vjp(gradients, *operands)[1])(*operands)
+    return {
+        "jvp": lambda: jax.block_until_ready(jvp(operands, tangents)),
+        "hvp": lambda: jax.block_until_ready(hvp(operands, tangents)),
+        "double backward": lambda: jax.block_until_ready(pull_back(vjp, tangents)),
+    }
 
 
 def _torch_programs(case: Case) -> dict[str, Callable[[], Any]]:
@@ -226,12 +253,14 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
             programs_by_name["torch"] = _torch_programs(case)
     memory = np.ones(2**26, np.float32)
     rows = []
-    for direction in ("forward", "backward"):
+    for direction in PRODUCTS:
         runs = {
             name: programs[direction] for name, programs in programs_by_name.items() if direction in programs
         }
         if not runs:
             continue
+        if direction in BESIDE:
+            runs[f"cpu {BESIDE[direction]}"] = programs_by_name["cpu"][BESIDE[direction]]
         peaks: list[float] = []
         bandwidths: list[float] = []
 
@@ -242,7 +271,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
 
         seconds = timing.alternate(runs, rounds, pause=PAUSE, after_round=measure_limits)
         median = {name: timing.median(times) for name, times in seconds.items()}
-        flops = case.forward_flops * (1.0 if direction == "forward" else 2.5)
+        flops = case.forward_flops * PRODUCTS[direction]
         item = jnp.dtype(case.dtype).itemsize
         read = 2 * case.B * case.keys * (case.K or case.N) * case.D * item
         rows.append(
@@ -260,7 +289,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
 
 
 def _describe(row: dict[str, Any]) -> str:
-    label = f"{row['name']:>12} D={row['D']:<3} {row['dtype']:>8} {row['mask']:>10} {row['direction']:>8}"
+    label = f"{row['name']:>12} D={row['D']:<3} {row['dtype']:>8} {row['mask']:>10} {row['direction']:>15}"
     limit = f"{row['of_bandwidth']:5.0%} of bandwidth" if row["Sq"] == 1 else f"{row['of_peak']:5.0%} of peak"
     ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["ratio"].items())
     return f"{label}  {row['seconds']['cpu'] * 1e3:9.3f} ms {row['gflops']:7.1f} GF/s {limit}  {ratios}"

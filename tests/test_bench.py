@@ -66,7 +66,8 @@ def test_flops_are_those_of_the_visible_pairs(mask, Sq, Skv, direction):
     i, j = np.arange(Sq)[:, None], np.arange(Skv)
     width = int(mask.partition(":")[2] or 10**6)
     visible = (mask == "full") | ((j <= i) & (j > i - width))
-    times = {"forward": 1, "backward": 2.5, "both": 3.5}[direction]
+    products = {"forward": 2, "backward": 5, "both": 7, "jvp": 6, "hvp": 17, "double-backward": 12}
+    times = products[direction] / 2
     call = _call(text, mask, direction=direction)
     assert call.flops == 2 * 4 * np.sum(visible) * 2 * (8 + 6) * times
 
@@ -101,7 +102,10 @@ def test_it_measures_all_that_is_here_and_they_agree(direction, dtype, capsys):
         (["--mask", "window:0"], "a mask must be full, causal or window:W"),
         (["--shapes", "Sq9-Skv3-N1-D8", "--mask", "window:2"], "a window needs Sq <= Skv; got B1-Sq9-Skv3"),
         (["--dtype", "int8"], "must be among float32, bfloat16, float16; got 'int8'"),
-        (["--direction", "sideways"], "must be among forward, backward, both; got 'sideways'"),
+        (
+            ["--direction", "sideways"],
+            "must be among forward, backward, both, jvp, hvp, double-backward; got 'sideways'",
+        ),
         (["--implementations", "nobody"], "--implementations must be among "),
         (["--implementations", "jax.nn cudnn"], "--implementations: jax.nn cudnn is not here"),
         (["--rounds", "0"], "must be a positive integer; got '0'"),

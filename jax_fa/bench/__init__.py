@@ -128,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_listed(_one_of(shapes.DIRECTIONS)),
         default=["forward", "backward"],
         metavar="DIRECTION,...",
-        help="forward, backward (the pull-back alone) or both (in one program) (default: forward,backward)",
+        help="forward, backward (the pull-back alone), both (in one program), jvp (output and tangent), hvp (gradients and their "
+        "tangents) or double-backward (the pull-back of the gradients alone) (default: forward,backward)",
     )
     parser.add_argument(
         "--implementations",

@@ -25,7 +25,7 @@ class Program:
     """One implementation's way to compute a call."""
 
     run: Callable[[], Any]  # computes, waits, and returns what was computed
-    arrays: Callable[[Any], list[np.ndarray]]  # results of run, as BSND float32: the output, or the gradients
+    arrays: Callable[[Any], list[np.ndarray]]  # results of run, as BSND float32
     temp_bytes: int | None  # temporary memory, None where nobody tells
 
 
@@ -49,7 +49,7 @@ def present() -> dict[str, Callable[[Workload], Program]]:
 
 
 def operands(call: Workload) -> dict[str, np.ndarray]:
-    """Random query, key, value and cotangent, float32, BSND: the same for every implementation."""
+    """Random query, key, value, their tangents and the cotangent, float32, BSND: the same for every implementation."""
     random, s = np.random.default_rng(0), call.shape
     shapes = {
         "query": (s.B, s.Sq, s.N, s.D),
@@ -57,6 +57,7 @@ def operands(call: Workload) -> dict[str, np.ndarray]:
         "value": (s.B, s.Skv, s.K, s.Dv),
         "dout": (s.B, s.Sq, s.N, s.Dv),
     }
+    shapes |= {f"{name}_tangent": shapes[name] for name in ("query", "key", "value")}
     return {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
@@ -99,25 +100,39 @@ def _tried(prepare: Callable[[], Program]) -> Program:
 def _jax(call: Workload, attention: Callable[..., Any]) -> Program:
     a = {name: jnp.asarray(x, call.dtype) for name, x in operands(call).items()}
     qkv, dout = (a["query"], a["key"], a["value"]), a["dout"]
-    arguments: tuple[Any, ...]
+    tangents = tuple(a[f"{name}_tangent"] for name in ("query", "key", "value"))
 
-    def compiled(function, *arguments):
-        return jax.jit(function).lower(*arguments).compile()
+    def both(dout, *qkv):
+        out, pullback = jax.vjp(attention, *qkv)
+        return (out, *pullback(dout))
 
-    if call.direction == "forward":
-        program, arguments = compiled(attention, *qkv), qkv
-    elif call.direction == "both":
+    def gradients(dout, *qkv):
+        return both(dout, *qkv)[1:]
 
-        def both(dout, *qkv):
-            out, pullback = jax.vjp(attention, *qkv)
-            return (out, *pullback(dout))
+    def pull_back(pullback, cotangents):
+        return pullback(cotangents)
 
-        arguments = (dout, *qkv)
-        program = compiled(both, *arguments)
-    else:
-        pullback = jax.jit(lambda *qkv: jax.vjp(attention, *qkv)[1])(*qkv)
-        arguments = (pullback, dout)
-        program = compiled(lambda pullback, dout: pullback(dout), *arguments)
+    def hvp(qkv, tangents, dout):
+        return jax.jvp(partial(gradients, dout), qkv, tangents)
+
+    def prepare() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What the direction computes, and of what."""
+        match call.direction:
+            case "forward":
+                return attention, qkv
+            case "both":
+                return both, (dout, *qkv)
+            case "backward":
+                return pull_back, (jax.jit(lambda *x: jax.vjp(attention, *x)[1])(*qkv), dout)
+            case "jvp":
+                return partial(jax.jvp, attention), (qkv, tangents)
+            case "hvp":
+                return hvp, (qkv, tangents, dout)
+            case _:
+                return pull_back, (jax.jit(lambda *x: jax.vjp(gradients, *x)[1])(dout, *qkv), tangents)
+
+    function, arguments = prepare()
+    program = jax.jit(function).lower(*arguments).compile()
     analysis = program.memory_analysis()
     return Program(
         run=lambda: jax.block_until_ready(program(*arguments)),
@@ -130,6 +145,8 @@ def _torch(call: Workload) -> Program:
     """PyTorch's scaled_dot_product_attention, in its best layout: contiguous BNSD."""
     if call.window is not None:
         raise RefusedError("torch has no sliding window without an S×S mask")
+    if call.direction not in ("forward", "backward", "both"):
+        raise RefusedError(f"there is no program of torch for {call.direction} here")
     torch: Any = importlib.import_module("torch")
     on_gpu = jax.default_backend() == "gpu"
     if on_gpu and not torch.cuda.is_available():

@@ -5,7 +5,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
-DIRECTIONS = ("forward", "backward", "both")
+# How many products of rows and keys each computes, in units of the forward's two: what a derivative needs at least.
+PRODUCTS = {
+    "forward": 1.0,
+    "backward": 2.5,  # the pull-back alone
+    "both": 3.5,
+    "jvp": 3.0,  # the output and its tangent
+    "hvp": 8.5,  # the gradients and their tangents, from query, key and value on
+    "double-backward": 6.0,  # the pull-back of the gradients alone
+}
+DIRECTIONS = tuple(PRODUCTS)
 SYNTAX = "B1-S4096-N8-K2-D64: sizes joined by -, of B, S (or Sq and Skv), N, K, D and Dv"
 DEFAULT = tuple(f"S{length}-N8-D64" for length in (512, 1024, 2048, 4096))
 QUICK = tuple(f"S{length}-N4-D64" for length in (256, 512, 1024))
@@ -106,9 +115,9 @@ class Workload:
 
     @property
     def flops(self) -> float:
-        """A multiply-add counts as two; the backward computes five products for the forward's two."""
+        """A multiply-add counts as two."""
         forward = 2.0 * self.shape.B * self.shape.N * self.pairs * (self.shape.D + self.shape.Dv)
-        return forward * {"forward": 1.0, "backward": 2.5, "both": 3.5}[self.direction]
+        return forward * PRODUCTS[self.direction]
 
 
 def call_from(record: dict[str, Any]) -> Workload:
