@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir, partial_eval, xla
+from jax.interpreters import batching, mlir, xla
 
 from jax_fa import backends, compat
 from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape, has_rounding
@@ -349,7 +349,7 @@ def _primitive(name: str, kind: _Kind) -> Primitive:
     primitive.def_impl(partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(partial(_abstract_eval, kind))
     batching.primitive_batchers[primitive] = partial(_batching_rule, kind, primitive)
-    partial_eval.dce_rules[primitive] = partial(_without_unused, kind)
+    compat.def_dce(primitive, partial(_without_unused, kind))
     rule = partial(_lowering, kind)
     mlir.register_lowering(primitive, rule)
     for platform in backends.PLATFORMS:
