@@ -97,8 +97,8 @@ constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
 // Forward: packed keys and values of all heads may take this many floats (80 MiB); beyond, each task packs for itself.
 constexpr int64_t kSharedFloats = int64_t{20} << 20;
 
-// Tangents: the same, of up to four arrays (48 MiB), so that all memory of a call stays below 64 MiB. Packing takes each
-// task of kTaskRows rows a thirtieth of its time.
+// Tangents: the same, of up to four arrays (48 MiB), so that all memory of a call stays below 64 MiB. Beyond, heads take
+// turns in waves; a head that is larger by itself is packed by each task, which takes a thirtieth of its time.
 constexpr int64_t kTangentSharedFloats = int64_t{12} << 20;
 
 // Backward: with fewer tasks than kBackwardTasks the keys are split, which takes a dq per part: up to kSplitBytes of them
