@@ -178,12 +178,13 @@ inline void AddToKeys(const Call& c, const SecondPlan& plan, const SecondScratch
   }
 }
 
-// tau and sigma of each row, after the first pass.
+// tau and sigma of each row, after the first pass. The ds of a row add up to dlogsumexp, but for the rounding of out, which
+// is in their delta, and that is far more where the forward rounded its weights to 16 bits. With their sum itself, those of
+// G still add up to dlogsumexp', so that a component that all keys have in common adds nothing.
 inline void FinishSums(const Call& c, const SecondScratch& s, const SecondRows& x) {
   Row row = RowAt(c, x.b, x.k, x.g0);
   for (int64_t r = 0; r < x.rows; ++r, row = After(c, row)) {
-    double sigma = s.sigma_sum[r];
-    if (c.dlogsumexp) sigma -= s.tau_sum[r] * *c.dlogsumexp.At<float>(row.b, row.n, row.i);
+    double sigma = s.sigma_sum[r] - s.tau_sum[r] * s.ds_sum[r];
     if (c.dlogsumexp_tangent) sigma -= *c.dlogsumexp_tangent.At<float>(row.b, row.n, row.i);
     s.tau[r] = static_cast<float>(s.tau_sum[r]);
     s.sigma[r] = static_cast<float>(sigma);

@@ -147,7 +147,7 @@ struct SecondScratch {
   float* arrays;                                                           // see SecondArray
   float *stage, *tmp, *raw, *by_cap, *u;                                   // of a row, or of its keys
   float *m, *inverse, *delta, *tau, *sigma;                                // of each row
-  double *tau_sum, *sigma_sum;
+  double *tau_sum, *sigma_sum, *ds_sum;
   int32_t *lo, *hi;
 
   SecondScratch(const Call& c, const SecondPlan& plan, bool own_sums)
@@ -180,6 +180,7 @@ struct SecondScratch {
     for (float** x : of_rows) *x = arena.Take(n);
     tau_sum = arena.Take<double>(n);
     sigma_sum = arena.Take<double>(n);
+    ds_sum = arena.Take<double>(n);
     lo = arena.Take<int32_t>(n);
     hi = arena.Take<int32_t>(n);
   }

@@ -80,7 +80,7 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
     if (!empty) Drop(c, row, j0, v.lo, v.hi, keep);
   }
   const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]), none = Set(0.0f);
-  F tau = none, by_ds = none, by_p = none;
+  F tau = none, by_ds = none, by_p = none, sum = none;
   for (int64_t j = c0; j < c1; j += kLanes) {
     const F w = Weight(Load(p + j), scale, m) * inverse;
     F dp = Load(ds + j), dp_tangent = Load(u + j);
@@ -97,12 +97,14 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
     Store(t + j, along);
     Store(u + j, dp_tangent);
     tau = Fma(w, along, tau);
+    sum = sum + d;
     by_ds = Fma(d, along, by_ds);
     by_p = Fma(w, dp_tangent, by_p);
   }
   if (cap) Combine(c1 - c0, x[kCurve] + c0, ds + c0, [](F y, F by) { return y * by; });
   if (add == Sums::kNone || empty) return;
   s.tau_sum[r] += Sum(tau);
+  s.ds_sum[r] += Sum(sum);
   s.sigma_sum[r] += Sum(by_ds) + Sum(by_p);
   const int64_t g = row.n % c.G();
   if (cap && sums.soft_cap != nullptr) sums.soft_cap[g] += WeightedSum(s.u, v.lo, v.hi, ds);
