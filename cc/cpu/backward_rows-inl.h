@@ -6,6 +6,7 @@
 #include "cpu/backward_plan-inl.h"
 #include "cpu/backward_sums-inl.h"
 #include "cpu/dropout-inl.h"
+#include "cpu/exact_out-inl.h"
 #include "cpu/logits-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/softmax-inl.h"
@@ -27,13 +28,7 @@ inline void Deltas(const Call& c, int64_t b, int64_t k, int64_t r, int64_t n, fl
   for (int64_t i = 0; i < kMost; ++i) {
     const Row row = RowAt(c, b, k, i < n ? r + i : r);
     dout[i] = ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, stage + 2 * i * width);
-    float* exact = stage + (2 * i + 1) * width;
-    out[i] = ReadRow<false>(c.out, b, row.n, row.i, c.Dv, exact);
-    if (c.rounding) {  // then out is of 16 bits, and its row a copy
-      const F unit = Set(c.out.dtype == DType::kBF16 ? 1.0f / 256.0f : 1.0f / 2048.0f);
-      const float* rest = ReadRow<false>(c.rounding, b, row.n, row.i, c.Dv, rest_stage);
-      Combine(c.Dv, exact, rest, [&](F x, F lost) { return Fma(lost, unit, x); });
-    }
+    out[i] = ExactOut(c, row, stage + (2 * i + 1) * width, rest_stage);
   }
   for (int64_t d = 0; d < c.Dv; ++d)
 #pragma GCC unroll 4

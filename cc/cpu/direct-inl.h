@@ -215,7 +215,7 @@ inline void DirectBlock(const Call& c, const ForwardScratch<kPairs>& s, int64_t 
     const int64_t units = Units<kPairs>(width), from = c0 / Unit<kPairs>::kElements, to = Units<kPairs>(last);
     for (int64_t k = 0; k < c.K; ++k) {
       float* nan_marker = IsMasked(c) ? s.own.nan_marker : nullptr;
-      const bool any = PackValues<kPairs>(c, b, k, j0, width, s.stage, nan_marker, s.own.values);
+      const bool any = PackValues<kPairs>(c.value, c.Dv, b, k, j0, width, s.stage, nan_marker, s.own.values);
       soften(k, any ? nan_marker : nullptr);
       for (int64_t p = 0; p < Panels(c.Dv); ++p)
         Gemm<kPairs, true>(n, to - from, s.logits + k * n * s.s_row + from, s.s_row, 1,

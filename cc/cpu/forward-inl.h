@@ -14,6 +14,7 @@
 #include "cpu/gemm-inl.h"
 #include "cpu/pack-inl.h"
 #include "cpu/rows-inl.h"
+#include "cpu/shared_blocks-inl.h"
 #include "cpu/softmax-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
@@ -23,7 +24,7 @@ template <bool kPairs>
 inline void PackBlock(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t width, float* stage, Packed* to) {
   PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, stage, to->keys);
   float* nan_marker = IsMasked(c) ? to->nan_marker : nullptr;
-  if (!PackValues<kPairs>(c, b, k, j0, width, stage, nan_marker, to->values)) to->nan_marker = nullptr;
+  if (!PackValues<kPairs>(c.value, c.Dv, b, k, j0, width, stage, nan_marker, to->values)) to->nan_marker = nullptr;
 }
 
 // Up to kGroupRows rows [g0, g0 + rows) of a task over one block of keys.
@@ -169,49 +170,6 @@ inline void MergeRow(const Call& c, const Row& row, int64_t splits, int64_t spli
   FinishRow(c, row, part, m, l);
 }
 
-// Keys and values of all key heads, packed once for all tasks.
-template <bool kPairs>
-class SharedBlocks {
- public:
-  SharedBlocks(const Call& c, const ForwardPlan<kPairs>& plan)
-      : plan_(plan),
-        size_(plan.keys_size + plan.values_size + plan.key_block),
-        count_(c.B * c.K * plan.key_blocks),
-        memory_(plan.shared ? count_ * (size_ + 1) : 0),
-        marked_(plan.shared ? memory_.get() + count_ * size_ : nullptr) {}
-
-  void Pack(const Call& c, const Runner& runner) const {
-    Run(runner, count_, [&](int64_t index) {
-      const int64_t head = index / plan_.key_blocks, j0 = index % plan_.key_blocks * plan_.key_block;
-      float* stage = nullptr;
-      const ThreadParts scratch([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
-      Packed packed = Block(index);
-      PackBlock<kPairs>(c, head / c.K, head % c.K, j0, j0 + plan_.key_block < c.Skv ? plan_.key_block : c.Skv - j0,
-                        stage, &packed);
-      marked_[index] = packed.nan_marker != nullptr ? 1.0f : 0.0f;
-    });
-  }
-
-  // The block of a key head that begins at key j0.
-  Packed At(int64_t head, int64_t j0) const {
-    const int64_t index = head * plan_.key_blocks + j0 / plan_.key_block;
-    Packed packed = Block(index);
-    if (marked_[index] == 0.0f) packed.nan_marker = nullptr;
-    return packed;
-  }
-
- private:
-  Packed Block(int64_t index) const {
-    float* keys = memory_.get() + index * size_;
-    return {keys, keys + plan_.keys_size, keys + plan_.keys_size + plan_.values_size};
-  }
-
-  const ForwardPlan<kPairs>& plan_;
-  const int64_t size_, count_;
-  const Buffer memory_;  // per key head and block: keys, values, NaN marker; then for each whether it has marks
-  float* const marked_;
-};
-
 // Results of ranges of keys, to be merged: per key head, range and row the output, then max and sum.
 template <bool kPairs>
 class Partials {
@@ -248,7 +206,7 @@ class Partials {
 
 // Rows of a key head (of all, for few rows) and a range of keys.
 template <bool kPairs>
-inline void ForwardTask(const Call& c, const ForwardPlan<kPairs>& plan, const SharedBlocks<kPairs>& shared,
+inline void ForwardTask(const Call& c, const ForwardPlan<kPairs>& plan, const SharedBlocks<Packed>& shared,
                         const Partials<kPairs>& partials, int64_t task) {
   const ForwardScratch<kPairs> s(c, plan);
   // Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest.
@@ -280,8 +238,11 @@ template <bool kPairs>
 void ForwardAs(const Call& c, const Runner& runner) {
   const ForwardPlan<kPairs> plan(c);
   const Partials<kPairs> partials(c, plan);
-  const SharedBlocks<kPairs> shared(c, plan);
-  if (plan.shared) shared.Pack(c, runner);
+  const SharedBlocks<Packed> shared(c, plan.shared, plan.key_block, plan.BlockSize(),
+                                    [&](float* memory) { return plan.Place(memory); });
+  shared.Pack(c, runner, [&](int64_t b, int64_t k, int64_t j0, int64_t width, float* stage, Packed* to) {
+    PackBlock<kPairs>(c, b, k, j0, width, stage, to);
+  });
   const int64_t groups = c.B * c.K / plan.task_heads;
   Run(runner, groups * plan.blocks * plan.splits,
       [&](int64_t task) { ForwardTask<kPairs>(c, plan, shared, partials, task); });

@@ -12,6 +12,11 @@ namespace {
 
 inline bool IsDirect(const Call& c) { return c.G() * c.Sq <= kDirectRows && c.Skv > 0; }
 
+// Keys and values of a block as the products take them. `nan_marker` as in PackValues, or null.
+struct Packed {
+  float *keys, *values, *nan_marker;
+};
+
 template <bool kPairs>
 struct ForwardPlan {
   int64_t rows;               // query rows of a key head, over all heads of its group
@@ -32,8 +37,7 @@ struct ForwardPlan {
     keys_size = RoundUp(key_block, kPanel) * Units<kPairs>(c.D);
     values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
     const int64_t heads = c.B * c.K;
-    shared =
-        !direct && rows > kGroupRows && heads * key_blocks * (keys_size + values_size + key_block) <= kSharedFloats;
+    shared = !direct && rows > kGroupRows && heads * key_blocks * BlockSize() <= kSharedFloats;
     task_heads = direct ? c.K : 1;
     task_rows = kTaskRows;
     while (task_rows > kGroupRows && heads * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
@@ -48,11 +52,10 @@ struct ForwardPlan {
     splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
     splits = splits > 1 ? splits : 1;
   }
-};
 
-// Keys and values of a block as the products take them. `nan_marker` as in PackValues, or null.
-struct Packed {
-  float *keys, *values, *nan_marker;
+  // Floats of a packed block, and where its parts lie.
+  int64_t BlockSize() const { return keys_size + values_size + key_block; }
+  Packed Place(float* memory) const { return {memory, memory + keys_size, memory + keys_size + values_size}; }
 };
 
 template <bool kPairs>

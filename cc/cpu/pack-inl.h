@@ -97,20 +97,20 @@ inline void PackRows(int64_t n, int64_t width, float* stage, float* panels, cons
   }
 }
 
-// Values j0 .. j0 + n of one head as panels. `nan_marker`: null where nothing is masked, else it gets NaN for each key
+// Rows j0 .. j0 + n of value, or of its tangent, of one head as panels. `nan_marker`: null where nothing is masked, else it gets NaN for each key
 // whose values are not all finite; those values are 0, so that they reach only the rows to which they are visible.
 // Returns whether there are any.
 template <bool kPairs>
-inline bool PackValues(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t n, float* stage, float* nan_marker,
-                       float* panels) {
+inline bool PackValues(const View& x, int64_t width, int64_t b, int64_t k, int64_t j0, int64_t n, float* stage,
+                       float* nan_marker, float* panels) {
   bool any = false;
-  PackRows<kPairs>(n, c.Dv, stage, panels, [&](int64_t j, float* own) {
-    const auto* row = ReadRow<kPairs>(c.value, b, k, j0 + j, c.Dv, own);
+  PackRows<kPairs>(n, width, stage, panels, [&](int64_t j, float* own) {
+    const auto* row = ReadRow<kPairs>(x, b, k, j0 + j, width, own);
     if (nan_marker != nullptr) {
-      nan_marker[j] = ZeroOrNaN(row, c.Dv);
+      nan_marker[j] = ZeroOrNaN(row, width);
       if (nan_marker[j] != 0.0f) {
         any = true;
-        Fill(own, 0, Units<kPairs>(c.Dv), 0.0f);
+        Fill(own, 0, Units<kPairs>(width), 0.0f);
         return reinterpret_cast<decltype(row)>(own);
       }
     }

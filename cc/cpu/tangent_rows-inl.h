@@ -61,5 +61,12 @@ inline void ToTangentsOfLogits(const Call& c, const Row& row, int64_t j0, Range 
   if (!v.Empty()) MaskOut(c, row, j0, v.lo, v.hi, 0.0f, x);
 }
 
+// Sets T of keys j0 + [c0, c1) to 0 where a bias of -inf masks the key, which shows in the logits alone.
+inline void ClearByLogits(const Call& c, int64_t c0, int64_t c1, const float* logits, float* x) {
+  if (!c.bias) return;
+  const F minus_inf = Set(-__builtin_inff()), none = Set(0.0f);
+  Combine(c1 - c0, x + c0, logits + c0, [&](F y, F s) { return Select(Equal(s, minus_inf), none, y); });
+}
+
 }  // namespace
 }  // namespace jax_fa::JAX_FA_ISA

@@ -57,6 +57,26 @@ void CheckAccuracy(const Accuracy& a) {
   }
 }
 
+// The tangents of what has much in common along its tangents: `bound` for that of out, relative.
+void CheckTangentAccuracy(const Spec& spec, double bound) {
+  Problem p;
+  Maker(spec, p).Make();
+  Reference reference(p);
+  reference.Forward();
+  reference.Tangent(true);
+  for (const Kernels* kernels : Supported()) {
+    for (bool fused : {true, false}) {
+      Doing(kernels->name, fused ? "jvp" : "tangent", spec.Text());
+      ++g_cases;
+      const Values got = Run(kernels->tangent, TangentCallOf(p, fused), Serial(false), TangentResults(p, fused));
+      const double error = RelativeError(got[fused ? 4 : 0], reference.out_tangent.value);
+      if (!(error <= bound)) Fail("the relative error of the tangent of out is %.2g, allowed are %.2g", error, bound);
+      for (Array* x : {&p.out, &p.m, &p.l, &p.rounding})
+        if (fused && *x) x->Write();
+    }
+  }
+}
+
 void CheckAccuracy() {
   Spec base;
   base.Sq = 64, base.Skv = 200, base.N = base.K = 2, base.D = base.Dv = 64, base.scale = 0.125;
@@ -83,6 +103,14 @@ void CheckAccuracy() {
   check("peaked", peaked(DType::kF32), 4e-6, 8e-6, 8e-6, 4e-6);
   check("peaked", peaked(DType::kBF16), 5e-3, 5e-3, 5e-3, 5e-3);
   check("peaked", peaked(DType::kF16), 6e-4, 6e-4, 6e-4, 6e-4);
+  // What tangents of logits have in common moves no softmax.
+  for (double x : {0.0, 30.0, 3000.0}) {
+    for (DType t : {DType::kF32, DType::kBF16, DType::kF16}) {
+      Spec s = base;
+      s.dtype = t, s.Skv = 1100, s.bias = 24, s.common_tangent = x, s.rounding = false;
+      CheckTangentAccuracy(s, (t == DType::kF32 ? 1e-6 : t == DType::kBF16 ? 3e-3 : 3e-4) + 1.5e-7 * x);
+    }
+  }
   // What keys have in common moves no softmax.
   const auto common = [](DType t, double x) { return [=](Spec& s) { s.dtype = t, s.common_key = x; }; };
   for (double x : {0.0, 3.0, 30.0}) {

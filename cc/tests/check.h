@@ -141,6 +141,18 @@ Call BackwardCallOf(const Problem& p) {
   return c;
 }
 
+// `fused`: together with the forward, whose results are written then.
+Call TangentCallOf(const Problem& p, bool fused) {
+  Call c = CallOf(p);
+  c.query_tangent = p.query_tangent.view(), c.key_tangent = p.key_tangent.view();
+  c.value_tangent = p.value_tangent.view(), c.bias_tangent = p.bias_tangent.view();
+  c.slopes_tangent = p.slopes_tangent.view(), c.scale_tangent = p.scale_tangent.view();
+  c.soft_cap_tangent = p.cap_tangent.view();
+  c.out_tangent = p.out_tangent.view(), c.logsumexp_tangent = p.logsumexp_tangent.view();
+  c.with_forward = fused;
+  return c;
+}
+
 struct Result {
   const char* name;
   Array* array;
@@ -162,11 +174,18 @@ std::vector<Result> BackwardResults(Problem& p, const Reference* r = nullptr) {
           {"dcap", &p.dcap, r ? &r->dcap : nullptr}};
 }
 
+std::vector<Result> TangentResults(Problem& p, bool fused, const Reference* r = nullptr) {
+  std::vector<Result> results = fused ? ForwardResults(p, r) : std::vector<Result>();
+  results.push_back({"out_tangent", &p.out_tangent, r ? &r->out_tangent : nullptr});
+  results.push_back({"logsumexp_tangent", &p.logsumexp_tangent, r ? &r->logsumexp_tangent : nullptr});
+  return results;
+}
+
 bool Same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
 // Where two runs differ, as text; "" if nowhere.
 std::string Difference(const std::vector<Result>& results, const Values& a, const Values& b) {
-  for (size_t r = 0; r < results.size(); ++r)
+  for (size_t r = 0; r < a.size() && r < b.size(); ++r)
     for (size_t i = 0; i < a[r].size(); ++i)
       if (!Same(a[r][i], b[r][i]))
         return std::string(results[r].name) + "[" + std::to_string(i) + "] is " + std::to_string(a[r][i]) + " and " +
@@ -210,11 +229,13 @@ class CaseTest {
     Doing("reference", "forward", spec_.Text());
     reference_.Forward();
     const Values saved = CheckPass("forward", forward, CallOf(p), [](const Kernels& k) { return k.forward; });
+    CheckTangent(true);
     for (size_t r = 0; r < forward.size(); ++r) {
       if (!*forward[r].array) continue;
       forward[r].array->value = saved[r];
       forward[r].array->Write();
     }
+    CheckTangent(false);
     Doing("reference", "backward", spec_.Text());
     reference_.Backward();
     const std::vector<Result> backward = BackwardResults(problem_, &reference_);
@@ -222,6 +243,14 @@ class CaseTest {
   }
 
  private:
+  void CheckTangent(bool fused) {
+    const char* const pass = fused ? "jvp" : "tangent";
+    Doing("reference", pass, spec_.Text());
+    reference_.Tangent(fused);
+    CheckPass(pass, TangentResults(problem_, fused, &reference_), TangentCallOf(problem_, fused),
+              [](const Kernels& k) { return k.tangent; });
+  }
+
   template <typename Which>
   Values CheckPass(const char* pass, const std::vector<Result>& results, const Call& c, const Which& which) {
     Values first;
@@ -230,23 +259,25 @@ class CaseTest {
       Doing(kernels->name, pass, spec_.Text());
       const Values values = Run(which(*kernels), c, Serial(false), results);
       for (size_t r = 0; r < results.size(); ++r)
-        if (results[r].expected != nullptr) Compare(results[r], values[r], InPairs(*kernels));
+        if (results[r].expected != nullptr) Compare(results[r], values[r], InPairs(*kernels, c));
       if (results[0].array == &problem_.out && problem_.rounding)
-        CheckExact(results[0], values[0], values[3], InPairs(*kernels));
+        CheckExact(results[0], values[0], values[3], InPairs(*kernels, c));
       const std::string difference = Difference(results, values, Run(which(*kernels), c, Serial(true), results));
       if (!difference.empty()) Fail("the order of tasks changes %s", difference.c_str());
       if (first_kernels == nullptr) {
         first = values;
         first_kernels = kernels;
       } else {
-        CompareSets(results, first, values, *first_kernels, *kernels);
+        CompareSets(results, first, values, c, *first_kernels, *kernels);
       }
     }
     return first;
   }
 
-  // Products of bfloat16 pairs round the weights to bfloat16 before they are summed up.
-  static bool InPairs(const Kernels& kernels) { return std::strcmp(kernels.name, "avx512_bf16") == 0; }
+  // Products of bfloat16 pairs round the weights to bfloat16 before they are summed up. Tangents have none.
+  static bool InPairs(const Kernels& kernels, const Call& c) {
+    return std::strcmp(kernels.name, "avx512_bf16") == 0 && !c.out_tangent;
+  }
 
   double Bound(const Result& result, size_t i, bool pairs) const {
     const DType t = result.array->dtype;
@@ -299,13 +330,13 @@ class CaseTest {
   }
 
   // Instruction sets agree to within what each may be off.
-  void CompareSets(const std::vector<Result>& results, const Values& a, const Values& b, const Kernels& a_kernels,
-                   const Kernels& b_kernels) const {
+  void CompareSets(const std::vector<Result>& results, const Values& a, const Values& b, const Call& c,
+                   const Kernels& a_kernels, const Kernels& b_kernels) const {
     for (size_t r = 0; r < results.size(); ++r)
       for (size_t i = 0; i < a[r].size() && results[r].expected != nullptr; ++i) {
         if (results[r].expected->tainted[i] || Same(a[r][i], b[r][i])) continue;
         const double plain = Bound(results[r], i, false), u = plain - results[r].expected->error[i];
-        const double bound = Bound(results[r], i, InPairs(a_kernels) || InPairs(b_kernels));
+        const double bound = Bound(results[r], i, InPairs(a_kernels, c) || InPairs(b_kernels, c));
         if (!(std::fabs(a[r][i] - b[r][i]) <= bound + u))
           return Fail("%s%s is %.9g, and with %s %.9g", results[r].name, Place(*results[r].array, i).c_str(), b[r][i],
                       a_kernels.name, a[r][i]);

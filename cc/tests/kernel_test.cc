@@ -72,6 +72,7 @@ Spec RandomSpec(uint64_t seed) {
   if (s.bias != kNoAxes) s.indexed = axes(3, 15), s.apart = random.OneIn(3);
   s.segments = axes(5, 15);
   s.scales = axes(5, 7), s.caps = axes(6, 7), s.rates = axes(2, 7);
+  if (random.OneIn(2)) s.tangents = static_cast<int>(random.Below(128));
   return s;
 }
 
@@ -223,31 +224,65 @@ void CheckRowsAlone() {
   constexpr int64_t kFew = 100;  // fewer than a task's, more than those for which keys are split
   Problem all;
   Maker(s, all).Make();
+  const auto run = [](const Kernels& kernels, Problem& p, bool tangents) {
+    return tangents ? Run(kernels.tangent, TangentCallOf(p, true), Serial(false), TangentResults(p, true))
+                    : Run(kernels.forward, CallOf(p), Serial(false), ForwardResults(p));
+  };
   for (const Kernels* kernels : Supported()) {
-    Doing(kernels->name, "forward", "some rows alone");
-    const Values expected = Run(kernels->forward, CallOf(all), Serial(false), ForwardResults(all));
-    for (int64_t first = 0; first + kFew <= s.Sq; first += 37) {
-      Spec few = s;
-      few.Sq = kFew;
-      Problem p;
-      Maker(few, p).Make();
-      for (auto [from, to] :
-           {std::pair(&all.query, &p.query), std::pair(&all.key, &p.key), std::pair(&all.value, &p.value),
-            std::pair(&all.lower, &p.lower), std::pair(&all.upper, &p.upper)}) {
-        const bool rows = to != &p.key && to != &p.value;
-        for (int64_t r = 0; r < to->dims[kRow]; ++r)
-          for (int64_t c = 0; c < to->dims[kCol]; ++c)
-            to->value[to->Index(0, 0, r, c)] = from->at(0, 0, rows ? first + r : r, c);
-        to->Write();
+    for (bool tangents : {false, true}) {
+      Doing(kernels->name, tangents ? "jvp" : "forward", "some rows alone");
+      const Values expected = run(*kernels, all, tangents);
+      for (int64_t first = 0; first + kFew <= s.Sq; first += 37) {
+        Spec few = s;
+        few.Sq = kFew;
+        Problem p;
+        Maker(few, p).Make();
+        for (auto [from, to, rows] :
+             {std::tuple(&all.query, &p.query, true), std::tuple(&all.key, &p.key, false),
+              std::tuple(&all.value, &p.value, false), std::tuple(&all.lower, &p.lower, true),
+              std::tuple(&all.upper, &p.upper, true), std::tuple(&all.query_tangent, &p.query_tangent, true),
+              std::tuple(&all.key_tangent, &p.key_tangent, false),
+              std::tuple(&all.value_tangent, &p.value_tangent, false)}) {
+          for (int64_t r = 0; r < to->dims[kRow]; ++r)
+            for (int64_t c = 0; c < to->dims[kCol]; ++c)
+              to->value[to->Index(0, 0, r, c)] = from->at(0, 0, rows ? first + r : r, c);
+          to->Write();
+        }
+        const Values got = run(*kernels, p, tangents);
+        Values cut = got;
+        for (size_t r = 0; r < got.size(); ++r) {
+          const size_t width = got[r].size() / kFew;
+          for (size_t i = 0; i < got[r].size(); ++i) cut[r][i] = expected[r][static_cast<size_t>(first) * width + i];
+        }
+        const std::string difference = Difference(TangentResults(p, true), got, cut);
+        if (!difference.empty())
+          return Fail("rows from %lld on: %s", static_cast<long long>(first), difference.c_str());
       }
-      const Values got = Run(kernels->forward, CallOf(p), Serial(false), ForwardResults(p));
-      Values cut = got;
-      for (size_t r = 0; r < got.size(); ++r) {
-        const size_t width = got[r].size() / kFew;
-        for (size_t i = 0; i < got[r].size(); ++i) cut[r][i] = expected[r][static_cast<size_t>(first) * width + i];
-      }
-      const std::string difference = Difference(ForwardResults(p), got, cut);
-      if (!difference.empty()) return Fail("rows from %lld on: %s", static_cast<long long>(first), difference.c_str());
+    }
+  }
+}
+
+// Together with tangents the forward's results have the bits that it gives alone, where it neither splits the keys nor
+// reads them in place nor multiplies pairs.
+void CheckBitsOfForward() {
+  for (uint64_t seed = 1; seed <= 12; ++seed) {
+    Spec s;
+    s.seed = seed, s.N = 2, s.Sq = seed % 2 ? 200 : 97, s.Skv = seed % 3 ? 1100 : 300, s.D = 20, s.Dv = 70;
+    s.dtype = seed % 4 == 3 ? DType::kF16 : DType::kF32;
+    s.bounds = kAllBounds[seed % 7];
+    if (seed % 3 == 0) s.philox = true, s.keep = 0.8;
+    if (seed % 4 == 0) s.bias = 24, s.infinite_bias = true;
+    if (seed % 5 == 0) s.cap = 3.0, s.alibi = Alibi::kLinear;
+    if (seed % 6 == 1) s.mask = 31, s.garbage = kNaN, s.seen_garbage = true;
+    s.tangents = seed % 5 == 1 ? 4 : 127;
+    Problem p;
+    Maker(s, p).Make();
+    for (const Kernels* kernels : Supported()) {
+      Doing(kernels->name, "jvp", s.Text());
+      const Values got = Run(kernels->tangent, TangentCallOf(p, true), Serial(false), TangentResults(p, true));
+      const Values expected = Run(kernels->forward, CallOf(p), Serial(false), ForwardResults(p));
+      const std::string difference = Difference(ForwardResults(p), got, expected);
+      if (!difference.empty()) Fail("with tangents and alone %s", difference.c_str());
     }
   }
 }
@@ -448,6 +483,7 @@ int Main(const std::vector<std::string>& args) {
     CheckFunctions();
     CheckNoBatch();
     CheckRowsAlone();
+    CheckBitsOfForward();
     CheckAccuracy();
     CheckTable(!quick);
     CheckBroadcasts(quick ? 3 : 1);

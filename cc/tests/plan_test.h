@@ -37,7 +37,10 @@ struct ManyEntries {
     for (View* v : {&call.query, &call.key, &call.value, &call.out, &call.m, &call.l, &call.dout}) *v = view(own, 1, 0);
     for (View* v : {&call.query, &call.key, &call.value, &call.out, &call.dout}) v->col = 1;
     call.bias = view(bias, 2, 1);
+    call.key_tangent = call.key, call.bias_tangent = call.bias;
     float* const results = memory.data() + 8 * B;
+    call.out_tangent = call.out, call.logsumexp_tangent = call.m;
+    for (View* v : {&call.out_tangent, &call.logsumexp_tangent}) v->data = reinterpret_cast<char*>(results);
     for (View* v : {&call.dquery, &call.dkey, &call.dvalue, &call.dbias}) *v = view(own, 1, 1);
     for (View* v : {&call.dquery, &call.dkey, &call.dvalue}) v->data = reinterpret_cast<char*>(results);
     call.dbias = view(bias, 2, 1), call.dbias.data = reinterpret_cast<char*>(results);
@@ -80,8 +83,8 @@ void CheckPlanning() {
   const auto one = [](int64_t) { return int64_t{0}; };
   const auto check = [](const Kernels& kernels, const char* name, const auto& bias_of) {
     ManyEntries small(kSmall, bias_of), large(kLarge, bias_of);
-    for (const auto& [pass, kernel] :
-         {std::pair("forward", kernels.forward), std::pair("backward", kernels.backward)}) {
+    for (const auto& [pass, kernel] : {std::pair("forward", kernels.forward), std::pair("backward", kernels.backward),
+                                       std::pair("tangent", kernels.tangent)}) {
       const auto time = [&, kernel = kernel](ManyEntries& entries, int64_t tasks) {
         return LeastTime([&] { kernel(entries.call, Few(tasks)); });
       };
@@ -136,7 +139,7 @@ void CheckFarApart() {
     const int64_t extent = (kB - 1) * batch + (kN - 1) * head + kSkv * row + 64;
     std::vector<std::unique_ptr<Sparse>> arrays;
     std::vector<std::vector<int64_t>> offsets;
-    offsets.reserve(32);
+    offsets.reserve(48);
     const auto view = [&](DType dtype, bool by_head, bool by_row, bool by_col) {
       arrays.push_back(std::make_unique<Sparse>(static_cast<size_t>(extent * jax_fa::ItemSize(dtype))));
       offsets.push_back({0, batch});
@@ -196,8 +199,19 @@ void CheckFarApart() {
       for (int64_t at : {int64_t{0}, far_row})
         for (int64_t i = 0; i < kBits / 8; ++i)
           *c.drop_bits.At<uint8_t>(b, 0, 0, at + i) = static_cast<uint8_t>(random.Bits());
+    for (View* v : {&c.query_tangent, &c.key_tangent, &c.value_tangent, &c.out_tangent})
+      *v = view(DType::kF32, true, true, true);
+    draw(c.query_tangent, kSq, kD, normal), draw(c.key_tangent, kSkv, kD, normal);
+    draw(c.value_tangent, kSkv, kD, normal);
+    c.bias_tangent = view(DType::kF32, true, true, true), c.logsumexp_tangent = view(DType::kF32, true, true, false);
+    draw(c.bias_tangent, kSq, kSkv, normal);
+    for (View* v : {&c.slopes_tangent, &c.scale_tangent, &c.soft_cap_tangent}) {
+      *v = view(DType::kF32, true, false, false);
+      draw(*v, 1, 1, normal);
+    }
     kernels.forward(c, Serial(false));
     kernels.backward(c, Serial(false));
+    kernels.tangent(c, Serial(false));
     const auto take = [&](const View& v, int64_t rows, int64_t cols) {
       values.emplace_back();
       for (int64_t b = 0; b < kB; ++b)
@@ -207,6 +221,7 @@ void CheckFarApart() {
     };
     take(c.out, kSq, kD), take(c.m, kSq, 1), take(c.l, kSq, 1);
     take(c.dquery, kSq, kD), take(c.dkey, kSkv, kD), take(c.dvalue, kSkv, kD), take(c.dbias, kSq, kSkv);
+    take(c.out_tangent, kSq, kD), take(c.logsumexp_tangent, kSq, 1);
     take(c.dslopes, 1, 1), take(c.dscale, 1, 1), take(c.dsoft_cap, 1, 1);
   };
   for (const Kernels* kernels : Supported()) {
@@ -254,10 +269,8 @@ void CheckStaticAndGiven() {
     given.scale = 1.0, given.cap = 0.0, given.keep_prob = 1.0, given.threshold = 65536;
     for (const Kernels* kernels : Supported()) {
       Doing(kernels->name, "scale, cap and rate as data", s.Text());
-      const Values expected = RunBoth(*kernels, p, Serial(false)), got = RunBoth(*kernels, given, Serial(false));
-      std::vector<Result> results = ForwardResults(p);
-      for (const Result& r : BackwardResults(p)) results.push_back(r);
-      const std::string difference = Difference(results, expected, got);
+      const Values expected = RunEvery(*kernels, p, Serial(false)), got = RunEvery(*kernels, given, Serial(false));
+      const std::string difference = Difference(EveryResult(p), expected, got);
       if (!difference.empty()) Fail("data change %s", difference.c_str());
     }
   }

@@ -3,6 +3,8 @@
 //   s = cap tanh((scale q.k + bias - slope distance) / cap),  m = max s,  l = sum exp(s - m),  p = exp(s - m) / l
 //   out = sum keep p v / keep_prob,  ds = p (keep dout.v / keep_prob - delta) cap',  delta = dout.out - dlogsumexp
 //   dq = scale ds k,  dk = scale ds^T q,  dv = (keep p / keep_prob)^T dout,  dbias = ds,  dslope = -ds distance
+//   the tangent of s is T = (1 - t^2) x' + (t - u (1 - t^2)) cap', x' that of scale q.k + bias - slope distance;
+//   those of log-sum-exp and out are tau = sum p T,  sum keep p (T - tau) v / keep_prob + sum keep p v' / keep_prob
 //   dscale = ds q.k,  dcap = p (keep dout.v / keep_prob - delta) (t - u (1 - t^2)) where s = cap t, t = tanh u
 //
 // A bias of -inf gives a logit of -inf, whatever the cap.
@@ -29,6 +31,8 @@ struct Problem {
   Array query, key, value, bias, mask, lower, upper, slopes, seed, stream, drop_bits, drop_offset;
   Array bias_offset, position, segment_row, segment_key, scale_of_head, cap_of_head, threshold_of_head;
   Array dout, dlogsumexp;
+  Array query_tangent, key_tangent, value_tangent, bias_tangent, slopes_tangent, scale_tangent, cap_tangent;
+  Array out_tangent, logsumexp_tangent;
   Array out, rounding, m, l, dquery, dkey, dvalue, dbias, dslopes, dscale, dcap;
 
   int64_t B() const { return B1 * B2; }
@@ -44,10 +48,11 @@ struct Problem {
   double KeepProb(int64_t b, int64_t n) const {
     return threshold_of_head ? threshold_of_head.at(b, n) / 65536 : keep_prob;
   }
-  // Of an element of bias, or of its gradient, which is as large.
-  size_t BiasIndex(int64_t b, int64_t n, int64_t i, int64_t j) const {
-    if (!bias_offset) return bias.Index(b, n, i, j);
-    return bias.Index(b, n, 0, static_cast<int64_t>(bias_offset.at(b, n, i)) + j);
+  // Of an element of bias, or of its gradient, which is as large; or of its tangent.
+  size_t BiasIndex(int64_t b, int64_t n, int64_t i, int64_t j) const { return BiasIndex(bias, b, n, i, j); }
+  size_t BiasIndex(const Array& x, int64_t b, int64_t n, int64_t i, int64_t j) const {
+    if (!bias_offset) return x.Index(b, n, i, j);
+    return x.Index(b, n, 0, static_cast<int64_t>(bias_offset.at(b, n, i)) + j);
   }
   bool Visible(int64_t b, int64_t n, int64_t i, int64_t j) const {
     return !(lower && static_cast<double>(j) < lower.at(b, n, i)) &&
@@ -97,6 +102,7 @@ class Reference {
   explicit Reference(const Problem& p) : p_(p) {}
 
   Quantity out, m, l, dquery, dkey, dvalue, dbias, dslopes, dscale, dcap;
+  Quantity out_tangent, logsumexp_tangent;
 
   void Forward() {
     out.Resize(p_.out.value.size()), m.Resize(p_.m.value.size()), l.Resize(p_.l.value.size());
@@ -116,6 +122,66 @@ class Reference {
         for (int64_t d = 0; d < p_.Dv; ++d)
           out.Add(first + static_cast<size_t>(d), x.keep * x.p * v[d],
                   x.keep * (x.p * x.error + kTiny) * std::fabs(v[d]));
+      }
+    });
+  }
+
+  // After Forward. `fused`: from its sums, else from the `out` that it stored.
+  void Tangent(bool fused) {
+    out_tangent.Resize(out.value.size()), logsumexp_tangent.Resize(m.value.size());
+    const double growth = kEps * Growth(p_.Skv), u = HalfUlp(p_.out.dtype);
+    // What rounding took from the stored `out`, relative to it; a forward of bfloat16 may have rounded its weights, too.
+    const double rounded = fused ? kEps : p_.rounding ? u * u : u;
+    const double weights_rounded = !fused && p_.out.dtype == DType::kBF16 ? 0x1.02p-8 : 0.0;
+    std::vector<Moved> moved;
+    ForEachRow([&](int64_t b, int64_t n, int64_t i) {
+      Look(b, n, i);
+      const size_t stat = p_.m.Index(b, n, i), first = p_.out.Index(b, n, i);
+      const int64_t k = n / p_.G();
+      bool tainted = row_.tainted;
+      moved.clear();
+      double tau = 0.0;
+      for (const Seen& x : seen_) {
+        moved.push_back(TangentOf(b, n, i, x));
+        tainted |= !std::isfinite(moved.back().t);
+        if (p_.value_tangent && !Drops(x))
+          tainted |= !AllFinite(p_.value_tangent.value.data() + p_.value_tangent.Index(b, k, x.j), p_.Dv);
+        if (x.p > 0.0) tau += x.p * moved.back().t;
+      }
+      // Kernels count tangents from a mean of some of them, which is no further from tau than the furthest.
+      double furthest = 0.0, tau_error = 0.0;
+      for (size_t at = 0; at < seen_.size(); ++at)
+        if (seen_[at].p > 0x1p-150) furthest = std::max(furthest, std::fabs(moved[at].t - tau));
+      const auto away_error = [&](size_t at) {  // of p times a tangent from that mean
+        const Seen& x = seen_[at];
+        const double away = std::fabs(moved[at].t - tau) + furthest;
+        return (x.p * (x.error + growth + 2 * kEps) + kTiny) * away + x.p * moved[at].error;
+      };
+      for (size_t at = 0; at < seen_.size(); ++at) tau_error += away_error(at);
+      logsumexp_tangent.value[stat] = row_.l == 0.0 ? 0.0 : tau;
+      logsumexp_tangent.error[stat] = tau_error + 4 * kEps * (std::fabs(tau) + furthest);
+      logsumexp_tangent.tainted[stat] = tainted;
+      for (int64_t d = 0; d < p_.Dv; ++d) {
+        const size_t at = first + static_cast<size_t>(d);
+        out_tangent.tainted[at] = tainted;
+        out_tangent.error[at] = tau_error * std::fabs(out.value[at]) +
+                                furthest * (out.error[at] + (rounded + 8 * kEps) * std::fabs(out.value[at]) +
+                                            weights_rounded * out.terms[at]);
+      }
+      for (size_t at = 0; at < seen_.size(); ++at) {
+        const Seen& x = seen_[at];
+        if (x.keep == 0.0 || row_.l == 0.0 || Drops(x)) continue;
+        const double* v = p_.value.value.data() + p_.value.Index(b, k, x.j);
+        const double* e =
+            p_.value_tangent ? p_.value_tangent.value.data() + p_.value_tangent.Index(b, k, x.j) : nullptr;
+        for (int64_t d = 0; d < p_.Dv; ++d) {
+          const size_t to = first + static_cast<size_t>(d);
+          if (x.p > 0.0 || std::isnan(x.p)) out_tangent.value[to] += x.keep * x.p * (moved[at].t - tau) * v[d];
+          out_tangent.error[to] += x.keep * away_error(at) * std::fabs(v[d]);
+          if (e == nullptr) continue;
+          out_tangent.value[to] += x.keep * x.p * e[d];
+          out_tangent.error[to] += x.keep * (x.p * (x.error + growth + 2 * kEps) + kTiny) * std::fabs(e[d]);
+        }
       }
     });
   }
@@ -209,8 +275,7 @@ class Reference {
         if (p_.dcap) {
           const size_t at = p_.dcap.Index(b, n);
           const double before = x.p * inner, by_cap = ByCap(x.u);
-          const double by_error = kEps * (2 * std::fabs(x.u) * x.slope * x.before_error / cap + 12 * std::fabs(by_cap) +
-                                          8 * std::min(1.0, std::fabs(x.u)));
+          const double by_error = ByCapError(x, cap, by_cap);
           const double before_error =
               (x.p * x.error + kTiny) * std::fabs(inner) +
               x.p * kEps * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner));
@@ -239,6 +304,9 @@ class Reference {
     double m, l;
     bool tainted;
   };
+  struct Moved {
+    double t, error;  // the tangent of a logit, and its error
+  };
 
   // Rounding errors of a float sum of n terms, in units of kEps times the sum of their magnitudes.
   static double Growth(int64_t n) { return 4.0 + 2.0 * std::sqrt(static_cast<double>(n)); }
@@ -260,6 +328,46 @@ class Reference {
     const double at = p_.position ? p_.position.at(b, n, i) : static_cast<double>(i);
     const double away = std::fabs(static_cast<double>(j) - at);
     return p_.alibi == jax_fa::Alibi::kSqrt ? std::sqrt(away) : away;
+  }
+
+  Moved TangentOf(int64_t b, int64_t n, int64_t i, const Seen& x) const {
+    if (x.s == -std::numeric_limits<double>::infinity()) return {0.0, 0.0};  // by a bias: it masks the key
+    const int64_t k = n / p_.G();
+    const double scale = p_.Scale(b, n), cap = p_.Cap(b, n);
+    double before = 0.0, size = 0.0;
+    const auto add = [&](double y, double magnitude) { before += y, size += magnitude; };
+    const auto products = [&](double factor, const Array& query, const Array& key) {
+      const double *q = query.value.data() + query.Index(b, n, i), *other = key.value.data() + key.Index(b, k, x.j);
+      for (int64_t d = 0; d < p_.D; ++d) add(factor * q[d] * other[d], std::fabs(factor * q[d] * other[d]));
+    };
+    if (p_.query_tangent) products(scale, p_.query_tangent, p_.key);
+    if (p_.key_tangent) products(scale, p_.query, p_.key_tangent);
+    if (p_.scale_tangent) products(p_.scale_tangent.at(b, n), p_.query, p_.key);
+    if (p_.bias_tangent) {
+      const double y = p_.bias_tangent.value[p_.BiasIndex(p_.bias_tangent, b, n, i, x.j)];
+      add(y, std::fabs(y));
+    }
+    if (p_.slopes_tangent) {
+      const double y = p_.slopes_tangent.at(b, n, i) * Distance(b, n, i, x.j);
+      add(-y, std::fabs(y));
+    }
+    Moved moved{x.slope * before, kEps * x.slope * (Growth(2 * p_.D) + 6) * size};
+    if (cap == 0.0) return moved;
+    moved.error += kEps * (x.slope_error + 2 * x.slope) * std::fabs(before);
+    if (!p_.cap_tangent) return moved;
+    const double by_cap = ByCap(x.u), tangent = p_.cap_tangent.at(b, n);
+    moved.t += by_cap * tangent;
+    moved.error += (ByCapError(x, cap, by_cap) + 2 * kEps * std::fabs(by_cap)) * std::fabs(tangent);
+    return moved;
+  }
+
+  // Whether what is not finite at this key does not even reach the row, as it has no weight at all.
+  bool Drops(const Seen& x) const { return p_.Masked() && x.s == -std::numeric_limits<double>::infinity(); }
+
+  // Of tanh u - u (1 - tanh^2 u), with a tanh that is off by 6 units, which the second term takes 2 u times.
+  static double ByCapError(const Seen& x, double cap, double by_cap) {
+    return kEps * (2 * std::fabs(x.u) * x.slope * x.before_error / cap + 12 * std::fabs(by_cap) +
+                   12 * std::min(9.0, std::fabs(x.u)));
   }
 
   template <typename Fn>

@@ -25,12 +25,14 @@ struct Spec {
   int segments = kNoAxes;
   int scales = kNoAxes, caps = kNoAxes, rates = kNoAxes;  // axes of what is given per head instead
   bool philox = false, bits = false, dlogsumexp = false;
-  int layout = 0;             // 0: B S N D without gaps; else any order, drawn from the seed
-  bool rounding = true;       // of a 16-bit out is saved for the backward
-  double common_key = 0.0;    // a component that all keys share, as large as that
-  double common_logit = 0.0;  // what all logits have in common
-  double garbage = 0.0;       // NaN or infinity: where nobody sees it, and in a few places that are seen
+  int layout = 0;               // 0: B S N D without gaps; else any order, drawn from the seed
+  bool rounding = true;         // of a 16-bit out is saved for the backward
+  double common_key = 0.0;      // a component that all keys share, as large as that
+  double common_logit = 0.0;    // what all logits have in common
+  double common_tangent = 0.0;  // what all tangents of the bias have in common
+  double garbage = 0.0;         // NaN or infinity: where nobody sees it, and in a few places that are seen
   bool seen_garbage = false;
+  int tangents = 127;  // a bit for each operand that may have one, in the order of kDifferentiable
   uint64_t seed = 1;
 
   std::string Text() const {
@@ -41,12 +43,12 @@ struct Spec {
         text, sizeof text,
         "B=%lldx%lld Sq=%lld Skv=%lld N=%lld K=%lld D=%lld Dv=%lld %s bounds=%s/%d mask=%d bias=%d%s "
         "scale=%g amplitude=%g/%g common=%g/%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d per-head=%d/%d/%d "
-        "dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s seed=%llu",
+        "dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s tangents=%d seed=%llu",
         Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv), kDTypes[static_cast<int>(dtype)],
         kBounds[static_cast<int>(bounds)], bound_axes, mask, bias, infinite_bias ? "(-inf)" : "", scale, amplitude,
         query_amplitude, common_key, common_logit, cap, static_cast<int>(alibi), slope_axes, position, indexed,
         apart ? "(apart)" : "", segments, scales, caps, rates, philox ? "philox " : "", bits ? "bits " : "", keep,
-        dlogsumexp, layout, garbage, seen_garbage ? "(seen)" : "", static_cast<unsigned long long>(seed));
+        dlogsumexp, layout, garbage, seen_garbage ? "(seen)" : "", tangents, static_cast<unsigned long long>(seed));
     return text;
   }
 
@@ -93,13 +95,35 @@ class Maker {
     MakeDropout();
     MakeResults();
     if (s_.garbage != 0.0) Spoil();
-    for (Array* x : {&p_.query,         &p_.key,         &p_.value,
-                     &p_.dout,          &p_.dlogsumexp,  &p_.lower,
-                     &p_.upper,         &p_.mask,        &p_.bias,
-                     &p_.slopes,        &p_.seed,        &p_.stream,
-                     &p_.drop_bits,     &p_.drop_offset, &p_.bias_offset,
-                     &p_.position,      &p_.segment_row, &p_.segment_key,
-                     &p_.scale_of_head, &p_.cap_of_head, &p_.threshold_of_head})
+    MakeTangents();
+    for (Array* x : {&p_.query,
+                     &p_.key,
+                     &p_.value,
+                     &p_.dout,
+                     &p_.dlogsumexp,
+                     &p_.lower,
+                     &p_.upper,
+                     &p_.mask,
+                     &p_.bias,
+                     &p_.slopes,
+                     &p_.seed,
+                     &p_.stream,
+                     &p_.drop_bits,
+                     &p_.drop_offset,
+                     &p_.bias_offset,
+                     &p_.position,
+                     &p_.segment_row,
+                     &p_.segment_key,
+                     &p_.scale_of_head,
+                     &p_.cap_of_head,
+                     &p_.threshold_of_head,
+                     &p_.query_tangent,
+                     &p_.key_tangent,
+                     &p_.value_tangent,
+                     &p_.bias_tangent,
+                     &p_.slopes_tangent,
+                     &p_.scale_tangent,
+                     &p_.cap_tangent})
       if (*x) x->Write();
   }
 
@@ -287,6 +311,54 @@ class Maker {
     p_.dvalue = Stored(s_.dtype, p_.value.dims);
   }
 
+  // With numbers of their own: the rest of a case does not depend on them.
+  void MakeTangents() {
+    random_ = Random(s_.seed + 1000003);
+    p_.out_tangent = Stored(s_.dtype, p_.out.dims), p_.logsumexp_tangent = Stats();
+    int bit = 1;
+    for (const auto& [of, tangent] :
+         {std::pair(&p_.query, &p_.query_tangent), std::pair(&p_.key, &p_.key_tangent),
+          std::pair(&p_.value, &p_.value_tangent), std::pair(&p_.bias, &p_.bias_tangent),
+          std::pair(&p_.slopes, &p_.slopes_tangent), std::pair(&p_.scale_of_head, &p_.scale_tangent),
+          std::pair(&p_.cap_of_head, &p_.cap_tangent)}) {
+      const bool given = s_.tangents & bit;
+      bit *= 2;
+      if (!*of || !given) continue;
+      Dims dims = of->dims;  // in the batch 1 or full
+      if (random_.OneIn(3)) dims[0] = random_.OneIn(2) ? 1 : s_.B1;
+      if (random_.OneIn(3)) dims[1] = random_.OneIn(2) ? 1 : s_.B2;
+      *tangent = bit <= 8 ? Stored(of->dtype, dims) : Plain(of->dtype, dims);
+      Draw(*tangent, bit <= 16 ? 1.0 : 0.2);
+    }
+    for (double& x : p_.bias_tangent.value) x += s_.common_tangent;
+    if (s_.garbage == 0.0) return;
+    std::vector<uint8_t> seen[4];
+    Array* const arrays[] = {&p_.query_tangent, &p_.key_tangent, &p_.value_tangent, &p_.bias_tangent};
+    for (size_t x = 0; x < 4; ++x) seen[x].assign(arrays[x]->value.size(), 0);
+    ForEachVisible([&](int64_t b, int64_t n, int64_t i, int64_t j) {
+      const int64_t k = n / p_.G();
+      for (int64_t d = 0; p_.query_tangent && d < s_.D; ++d) seen[0][p_.query_tangent.Index(b, n, i, d)] = 1;
+      for (int64_t d = 0; p_.key_tangent && d < s_.D; ++d) seen[1][p_.key_tangent.Index(b, k, j, d)] = 1;
+      for (int64_t d = 0; p_.value_tangent && d < s_.Dv; ++d) seen[2][p_.value_tangent.Index(b, k, j, d)] = 1;
+      if (p_.bias_tangent) seen[3][p_.BiasIndex(p_.bias_tangent, b, n, i, j)] = 1;
+    });
+    for (size_t x = 0; x < 4; ++x) {
+      for (size_t at = 0; at < seen[x].size(); ++at)
+        if (!seen[x][at] && random_.OneIn(2)) arrays[x]->value[at] = random_.OneIn(2) ? s_.garbage : -s_.garbage;
+      if (s_.seen_garbage && !seen[x].empty() && random_.OneIn(4))
+        arrays[x]->value[static_cast<size_t>(random_.Below(static_cast<int64_t>(seen[x].size())))] = s_.garbage;
+    }
+  }
+
+  template <typename Fn>
+  void ForEachVisible(const Fn& fn) const {
+    for (int64_t b = 0; b < p_.B(); ++b)
+      for (int64_t n = 0; n < s_.N; ++n)
+        for (int64_t i = 0; i < s_.Sq; ++i)
+          for (int64_t j = 0; j < s_.Skv; ++j)
+            if (p_.Visible(b, n, i, j)) fn(b, n, i, j);
+  }
+
   // Puts what is not finite wherever no row or no key is seen, and into a few places that are.
   void Spoil() {
     for (int64_t b = 0; b < p_.B(); ++b) {
@@ -311,11 +383,7 @@ class Maker {
     }
     if (p_.bias) {
       std::vector<uint8_t> seen(p_.bias.value.size(), 0);
-      for (int64_t b = 0; b < p_.B(); ++b)
-        for (int64_t n = 0; n < s_.N; ++n)
-          for (int64_t i = 0; i < s_.Sq; ++i)
-            for (int64_t j = 0; j < s_.Skv; ++j)
-              if (p_.Visible(b, n, i, j)) seen[p_.BiasIndex(b, n, i, j)] = 1;
+      ForEachVisible([&](int64_t b, int64_t n, int64_t i, int64_t j) { seen[p_.BiasIndex(b, n, i, j)] = 1; });
       for (size_t at = 0; at < seen.size(); ++at)
         if (!seen[at]) p_.bias.value[at] = s_.garbage;
     }

@@ -12,12 +12,23 @@ namespace {
 
 using jax_fa::PoolRunner;
 
-// Forward and backward; leaves the forward's results in place.
-Values RunBoth(const Kernels& kernels, Problem& p, const Runner& runner) {
-  Values values = Run(kernels.forward, CallOf(p), runner, ForwardResults(p));
-  for (Array* x : {&p.out, &p.m, &p.l}) x->Write();
-  for (auto& v : Run(kernels.backward, BackwardCallOf(p), runner, BackwardResults(p))) values.push_back(v);
+// Every pass; leaves the forward's results in place.
+Values RunEvery(const Kernels& kernels, Problem& p, const Runner& runner) {
+  Values values = Run(kernels.tangent, TangentCallOf(p, true), runner, TangentResults(p, true));
+  const auto add = [&](const Values& more) { values.insert(values.end(), more.begin(), more.end()); };
+  add(Run(kernels.forward, CallOf(p), runner, ForwardResults(p)));
+  for (Array* x : {&p.out, &p.m, &p.l, &p.rounding})
+    if (*x) x->Write();
+  add(Run(kernels.tangent, TangentCallOf(p, false), runner, TangentResults(p, false)));
+  add(Run(kernels.backward, BackwardCallOf(p), runner, BackwardResults(p)));
   return values;
+}
+
+std::vector<Result> EveryResult(Problem& p) {
+  std::vector<Result> results = TangentResults(p, true);
+  for (const std::vector<Result>& more : {ForwardResults(p), TangentResults(p, false), BackwardResults(p)})
+    results.insert(results.end(), more.begin(), more.end());
+  return results;
 }
 
 std::vector<Spec> ThreadedSpecs() {
@@ -42,16 +53,15 @@ void CheckPools() {
   for (const Spec& spec : ThreadedSpecs()) {
     Problem p;
     Maker(spec, p).Make();
-    std::vector<Result> results = ForwardResults(p);
-    for (const Result& r : BackwardResults(p)) results.push_back(r);
+    const std::vector<Result> results = EveryResult(p);
     for (const Kernels* kernels : Supported()) {
       Doing(kernels->name, "serial", spec.Text());
-      const Values expected = RunBoth(*kernels, p, Serial(false));
+      const Values expected = RunEvery(*kernels, p, Serial(false));
       const auto check = [&](int64_t threads, Manner manner) {
         Doing(kernels->name, Text(threads, manner).c_str(), spec.Text());
         FakePool pool(threads, manner);
         const PoolRunner<FakePool> runner(pool);
-        const std::string difference = Difference(results, expected, RunBoth(*kernels, p, runner));
+        const std::string difference = Difference(results, expected, RunEvery(*kernels, p, runner));
         if (!difference.empty()) Fail("threads change %s", difference.c_str());
       };
       for (int64_t threads : {1, 2, 3, 8}) check(threads, Manner::kPrompt);
@@ -113,14 +123,14 @@ void CheckCallsFromThePool() {
     for (Problem& p : problems) Maker(spec, p).Make();
     for (const Kernels* kernels : Supported()) {
       Doing(kernels->name, "calls from the pool itself", text);
-      const Values expected = RunBoth(*kernels, problems[0], Serial(false));
+      const Values expected = RunEvery(*kernels, problems[0], Serial(false));
       std::vector<Values> got(kProblems);
       ended = 0;
       FakePool pool(threads);
       for (size_t i = 0; i < kProblems; ++i)
         pool.Schedule([&, i] {
           const PoolRunner<FakePool> runner(pool);
-          got[i] = RunBoth(*kernels, problems[i], runner);
+          got[i] = RunEvery(*kernels, problems[i], runner);
           ++ended;
         });
       while (ended < static_cast<int>(kProblems)) std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -169,7 +179,7 @@ void CheckThrowing() {
   Maker(spec, p).Make();
   for (const Kernels* kernels : Supported()) {
     Doing(kernels->name, "out of memory", spec.Text());
-    RunBoth(*kernels, p, Serial(false));
+    RunEvery(*kernels, p, Serial(false));
     for (Array* x : {&p.dquery, &p.dkey, &p.dvalue, &p.dslopes}) x->Clear(false);
     FakePool pool(2);
     const PoolRunner<FakePool> runner(pool);
