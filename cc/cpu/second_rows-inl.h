@@ -22,13 +22,14 @@ struct SecondRow {
 };
 
 // Where the row has a soft cap f of x = cap u: turns f'' (in `curve`) into the tangent of f', r = f'' (x' - u cap'), from u
-// and the tangent x' of x. That of df / dcap is -u r.
+// and the tangent x' of x, which may be anything where that is 0. That of df / dcap is -u r.
 inline void CapTangents(const Call& c, const Row& row, int64_t n, const float* x, const float* u, float* curve) {
   const F tangent = Set(TangentOf(c.soft_cap_tangent, row));
   for (int64_t j = 0; j < n; j += kLanes) {
     const int rest = Rest(n - j);
     const F along = LoadFirst(x + j, rest) - LoadFirst(u + j, rest) * tangent;
-    StoreFirst(curve + j, LoadFirst(curve + j, rest) * along, rest);
+    const F twice = LoadFirst(curve + j, rest);
+    StoreFirst(curve + j, Select(IsZero(twice), twice, twice * along), rest);
   }
 }
 
@@ -77,11 +78,17 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
     Fill(keep, v.lo, v.hi, 1.0f / KeepProbOf(c, row));
     if (!empty) Drop(c, row, j0, v.lo, v.hi, keep);
   }
-  const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]), none = Set(0.0f);
+  const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
+  const F none = Set(0.0f), minus_inf = Set(-__builtin_inff());
   F tau = none, by_ds = none, by_p = none, sum = none;
   for (int64_t j = c0; j < c1; j += kLanes) {
-    const F w = Weight(Load(p + j), scale, m) * inverse;
-    F dp = Load(ds + j), dp_tangent = Load(u + j);
+    const F logit = Load(p + j), w = Weight(logit, scale, m) * inverse;
+    F dp = Load(ds + j), dp_tangent = Load(u + j), along = Load(t + j) * t_scale;
+    if (c.bias) {  // where it is -inf it masks the key
+      const Mask masked = Equal(logit, minus_inf);
+      along = Select(masked, none, along);
+      dp_tangent = Select(masked, none, dp_tangent);
+    }
     if (keep != nullptr) {
       const F kept = Load(keep + j);
       const Mask dropped = IsZero(kept);  // a product 0 * NaN would not be 0
@@ -89,7 +96,7 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
       dp_tangent = Select(dropped, none, dp_tangent * kept);
       Store(keep + j, Select(dropped, none, w * kept));
     }
-    const F d = w * (dp - delta), along = Load(t + j) * t_scale;
+    const F d = w * (dp - delta);
     Store(p + j, w);
     Store(ds + j, d);
     Store(t + j, along);
