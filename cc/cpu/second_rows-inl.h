@@ -121,13 +121,14 @@ inline void SecondPassRow(const Call& c, const SecondPlan& plan, const SecondScr
   const float* keep = x[kKeep] != nullptr ? x[kKeep] : x[kWeight];
   const F tau = Set(s.tau[r]), sigma = Set(s.sigma[r]), excess = Set(s.excess[r]), none = Set(0.0f);
   const F scale = Set(ScaleOf(c, row)), more = Set(TangentOf(c.scale_tangent, row));
+  const F nan = Set(s.tau[r] * 0.0f);  // or 0: a marked key reaches its row by tau
   const bool in_sums = c.dbias || sums.slopes != nullptr || sums.scale != nullptr;  // of GX, which then is scaled later
   const bool finite =
       s.tau[r] * 0.0f == 0.0f && s.sigma[r] * 0.0f == 0.0f && s.inverse[r] * 0.0f == 0.0f && s.delta[r] * 0.0f == 0.0f;
   const auto scaled = [&](F gx, F dx) { return Fma(more, dx, gx * scale); };
   F by_cap = none;
   for (int64_t j = c0; j < c1; j += kLanes) {
-    const F p = Load(x[kWeight] + j), kept = Load(keep + j), from_mean = Load(x[kLogit] + j) - tau;
+    const F p = Load(x[kWeight] + j), kept = Load(keep + j) + nan, from_mean = Load(x[kLogit] + j) - tau;
     F dx = Load(x[kDs] + j) - p * excess, gx = Fma(dx, from_mean, p * (Load(x[kDp] + j) - sigma));
     if (cap) {
       const F by_x = Load(x[kByX] + j), curve = dx * Load(x[kCurve] + j);
