@@ -1,6 +1,6 @@
 """The second derivative of the native CPU backend, against dense float64 JAX."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -95,29 +95,38 @@ def _second(call: Call, visible, keep, x, cotangents, dx, dcotangents) -> dict[s
     return {**found, "dout": dout, "dlogsumexp": dlse}
 
 
+@dataclass(frozen=True, eq=False)
 class Setting:
     """A call with cotangents, and tangents of everything."""
 
-    def __init__(self, call: Call, visible, keep, seed: int = 0) -> None:
-        self.call = replace(call, problem=replace(call.problem, saves_rounding=has_rounding(call.dtype)))
-        self.visible = np.broadcast_to(True if visible is None else visible, self.pairs)
-        self.keep = np.broadcast_to(1.0 if keep is None else keep, self.pairs)
-        random = np.random.default_rng(seed)
+    call: Call
+    visible: np.ndarray
+    keep: np.ndarray  # what a weight is multiplied with
+    x: dict[str, Any]
+    cotangents: dict[str, Any]
+    tangents: dict[str, Any]
+
+    @classmethod
+    def of(cls, call: Call, visible=None, keep=None) -> "Setting":
+        call = replace(call, problem=replace(call.problem, saves_rounding=has_rounding(call.dtype)))
+        d, random = call.dims, np.random.default_rng(0)
+        pairs = (*d.B, d.N, d.Sq, d.Skv)
 
         def normal(shape, dtype):
             return jnp.asarray(random.standard_normal(shape), dtype)
 
-        given = self.call.operands.present()
-        self.x = {name: jnp.asarray(given[name]) for name in DIFFERENTIABLE if name in given}
-        self.tangents = {name: normal(a.shape, a.dtype) for name, a in self.x.items()}
-        out, stats = call.out_shape, call.stats_shape
-        self.cotangents = {"dout": normal(out, call.dtype), "dlogsumexp": normal(stats, jnp.float32)}
-        self.tangents |= {"dout": normal(out, call.dtype), "dlogsumexp": normal(stats, jnp.float32)}
-
-    @property
-    def pairs(self) -> tuple[int, ...]:
-        d = self.call.dims
-        return (*d.B, d.N, d.Sq, d.Skv)
+        given = call.operands.present()
+        x = {name: jnp.asarray(given[name]) for name in DIFFERENTIABLE if name in given}
+        likes = {"dout": (call.out_shape, call.dtype), "dlogsumexp": (call.stats_shape, jnp.float32)}
+        return cls(
+            call,
+            np.broadcast_to(True if visible is None else visible, pairs),
+            np.broadcast_to(1.0 if keep is None else keep, pairs),
+            x,
+            {name: normal(*like) for name, like in likes.items()},
+            {name: normal(a.shape, a.dtype) for name, a in x.items()}
+            | {n: normal(*like) for n, like in likes.items()},
+        )
 
     def reference(self, moving=ALL, dtype: Any = np.float64) -> dict[str, np.ndarray]:
         def wide(arrays, zero=False):
@@ -191,7 +200,7 @@ def check(setting: Setting, moving=ALL) -> None:
 @cache
 def setting_of(case: Case) -> Setting:
     keep = case.keep()
-    return Setting(call_of(case), case.visible(), None if keep is None else keep / case.keep_prob)
+    return Setting.of(call_of(case), case.visible(), None if keep is None else keep / case.keep_prob)
 
 
 @pytest.mark.parametrize("case", [c for c in FEATURES if c.dtype != "float64"], ids=str)
@@ -202,11 +211,7 @@ def test_every_tangent(case):
 # --- parts: tangents that are absent, gradients that are not wanted
 
 EVERYTHING = BY_NAME["everything"]
-_MOVING = (
-    *((name,) for name in ALL if name not in ("scale", "soft_cap")),
-    ("query", "key", "value"),
-    ("dout", "bias"),
-)
+_MOVING = (*((name,) for name in ("query", "key", "value", "dout", "dlogsumexp")), ("query", "key", "value"))
 
 
 @cache
@@ -223,7 +228,7 @@ def heads() -> Setting:
         soft_cap=jnp.asarray([[2.0], [5.0]], jnp.float32),
     )
     problem = replace(call.problem, scale=1.0, logits_soft_cap=None)
-    return Setting(Call.of(problem, operands), whole.visible, whole.keep)
+    return Setting.of(Call.of(problem, operands), whole.visible, whole.keep)
 
 
 @cache
@@ -237,7 +242,7 @@ def indexed() -> Setting:
         bias=jnp.asarray(random.standard_normal((1, case.N, case.Sq + case.Skv)), jnp.float32),
         bias_offset=jnp.asarray(case.Sq - np.arange(case.Sq), jnp.int32)[None, None],
     )
-    return Setting(Call.of(call.problem, operands), whole.visible, None)
+    return Setting.of(Call.of(call.problem, operands), whole.visible, None)
 
 
 @pytest.mark.parametrize("moving", [(name,) for name in ALL] + [ALL], ids="-".join)
@@ -253,10 +258,7 @@ def test_indexed_bias(moving):
 @pytest.mark.parametrize("moving", _MOVING, ids="-".join)
 @pytest.mark.parametrize("name", ["mqa", "float16-layout", "mask-dense"])
 def test_tangents_of_some(name, moving):
-    setting = setting_of(BY_NAME[name])
-    if not any(x in setting.tangents for x in moving):
-        pytest.skip("without such an operand")
-    check(setting, moving)
+    check(setting_of(BY_NAME[name]), moving)
 
 
 @pytest.mark.parametrize("moving", [ALL, ("query", "key"), ("value",), ("dout",)], ids="-".join)
@@ -295,25 +297,16 @@ def test_it_is_symmetric():
 
 
 def test_batch_dims_that_broadcast():
-    """Tangents with a batch that their operands have not, and the other way round."""
-    case = replace(BY_NAME["mqa"], name="second-batch", B=(3,))
-    setting, wide = setting_of(case), replace(case.__class__(name="x"), name="second-narrow")
-    assert wide.name != case.name
-    call = setting.call
+    """Operands that have one batch entry where their tangents have more."""
+    setting = setting_of(replace(BY_NAME["mqa"], name="second-batch", B=(3,)))
     one = {name: x[:1] for name, x in setting.x.items()}
-    problem = replace(call.problem, mapped=1)
-    full = {name: jnp.broadcast_to(a, setting.x[name].shape) for name, a in one.items()}
-    results = []
+    full = {name: jnp.broadcast_to(x, setting.x[name].shape) for name, x in one.items()}
+    found = []
     for operands, mapped in ((one, 1), (full, 0)):
-        narrow = Setting.__new__(Setting)
-        narrow.__dict__.update(setting.__dict__)
-        narrow.call = replace(
-            call, problem=replace(problem, mapped=mapped), operands=replace(call.operands, **operands)
-        )
-        narrow.x = operands
-        results.append(narrow.native())
-    for name, x in results[0].items():
-        np.testing.assert_array_equal(x, results[1][name], err_msg=name)
+        problem = replace(setting.call.problem, mapped=mapped)
+        found.append(replace(setting, call=replace(setting.call, problem=problem)).native(**operands))
+    for name, x in found[0].items():
+        np.testing.assert_array_equal(x, found[1][name], err_msg=name)
 
 
 # --- blocks, instruction sets, threads
@@ -347,3 +340,89 @@ def test_keys_that_are_too_many_to_keep(mask):
         name=f"second-long-{mask}", B=(1,), Sq=130, Skv=13000, N=1, K=1, D=8, Dv=8, mask=mask, slopes="N"
     )
     check(setting_of(case))
+
+
+# --- NaN and infinity
+
+MASKS = ("lengths", "causal", "window", "segments_causal", "dense", "dense_padding", "cumulative")
+
+
+@cache
+def _masked(mask: str, dtype: str = "float32") -> Setting:
+    return setting_of(Case(name=f"second-nan-{mask}", mask=mask, bias="BNQK", dtype=dtype))
+
+
+def _seen(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `B N Sq` that see a key, and keys `B K Skv` that a row sees."""
+    d = setting.call.dims
+    group = setting.visible.reshape(*d.B, d.K, -1, d.Sq, d.Skv)
+    return setting.visible.any(axis=-1), group.any(axis=(-3, -2))
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize(
+    ("mask", "dtype"), [*((mask, "float32") for mask in MASKS), ("causal", "bfloat16"), ("dense", "float16")]
+)
+def test_what_is_masked_does_not_leak(mask, dtype, garbage):
+    """Garbage in rows and keys that nothing sees, and in the bias where it is masked, changes no bit."""
+    setting = _masked(mask, dtype)
+    rows, keys = _seen(setting)
+    hidden = {"bias": ~setting.visible, "dlogsumexp": ~rows}
+    hidden |= {name: ~np.moveaxis(rows, -1, -2)[..., None] for name in ("query", "dout")}
+    hidden |= {name: ~np.moveaxis(keys, -1, -2)[..., None] for name in ("key", "value")}
+
+    def results(filling):
+        def fill(arrays, suffix=""):
+            return {
+                name + suffix: jnp.where(hidden[name], jnp.asarray(filling, a.dtype), a)
+                for name, a in arrays.items()
+            }
+
+        return setting.native(
+            **fill(setting.x), **fill(setting.cotangents), **fill(setting.tangents, "_tangent")
+        )
+
+    clean, dirty = results(0.0), results(garbage)
+    for name, a in clean.items():
+        assert np.isfinite(a.astype(np.float32)).all(), name
+        np.testing.assert_array_equal(dirty[name], a, err_msg=name)
+        assert not dirty[name][np.broadcast_to(hidden[name], a.shape)].any(), name
+
+
+_WHERE = ("query", "key", "value", "dout", "dlogsumexp", "bias")
+
+
+@pytest.mark.parametrize("where", [*_WHERE, *(f"{name}_tangent" for name in _WHERE)])
+@pytest.mark.parametrize("mask", ["causal", "dense"])
+def test_what_is_visible_shows(mask, where):
+    """A NaN turns those rows into NaN that see it, and what they give to keys, and changes no bit of others."""
+    setting, d = _masked(mask), _masked(mask).call.dims
+    name, b, at, head = where.removesuffix("_tangent"), 1, 20, 1
+    array = (setting.tangents if name != where else setting.x | setting.cotangents)[name]
+    rows = np.zeros((*d.B, d.N, d.Sq), bool)
+    if name in ("key", "value"):
+        place, group = (b, at, head, 2), slice(head * d.G, (head + 1) * d.G)
+        rows[b, group] = setting.visible[b, group, :, at]
+    else:
+        key = int(np.argmax(setting.visible[b, head, at]))
+        place = {"bias": (b, head, at, key), "dlogsumexp": (b, head, at)}.get(name, (b, at, head, 2))
+        rows[b, head, at] = True
+    assert setting.visible[rows].any() and not rows.all()
+    clean, dirty = setting.native(), setting.native(**{where: array.at[place].set(np.nan)})
+    pairs = rows[..., None] & setting.visible
+    keys = pairs.reshape(*d.B, d.K, -1, d.Skv).any(axis=-2)
+    of_rows, of_keys = np.moveaxis(rows, -1, -2), np.moveaxis(keys, -1, -2)
+    touched = {
+        "query": of_rows,
+        "dout": of_rows,
+        "dlogsumexp": rows,
+        "key": of_keys,
+        "value": of_keys,
+        "bias": pairs,
+    }
+    for result, there in touched.items():
+        np.testing.assert_array_equal(dirty[result][~there], clean[result][~there], err_msg=result)
+    # What a cotangent or its tangent does not enter by the formulas may stay as it is.
+    linear = name == "dlogsumexp" or where == "dout_tangent"
+    for result in ("query", "key", "bias", *(() if linear else ("dout",))):
+        assert np.isnan(dirty[result][touched[result]]).all(), result

@@ -2,7 +2,7 @@
 // with the operands; with the gradients by the cotangents, the tangents of out and log-sum-exp, it is a symmetric Hessian.
 //
 //   p, dp, ds, delta as in the backward;  X' tangent of a logit, T behind the soft cap f;  U = keep / keep_prob times the
-//   tangent of dout v^T;  tau = sum p T;  sigma = sum ds T + sum p U - tau dlogsumexp - dlogsumexp'
+//   tangent of dout v^T;  tau = sum p T;  sigma = sum ds (T - tau) + sum p U - dlogsumexp'
 //   G = ds (T - tau) + p (U - sigma),  GX = G f' + ds (f'' X' + f'_cap cap'),  dX = ds f'
 //   gq = (scale GX + scale' dX) k + scale dX k',  gk likewise,  gv = (keep p (T - tau))^T dout + (keep p)^T dout'
 //   gbias = GX,  gslope = -GX distance,  gscale = GX q.k + dX (q'.k + q.k'),  out' = keep p (T - tau) v + keep p v'

@@ -178,15 +178,18 @@ inline void AddToKeys(const Call& c, const SecondPlan& plan, const SecondScratch
   }
 }
 
-// tau and sigma of each row, after the first pass.
-inline void FinishSums(const Call& c, const SecondScratch& s, const SecondRows& x) {
+// tau and sigma of each row, after the first pass. The ds of a row add up to dlogsumexp, but for what their delta has of the
+// rounding of out, which is far more where the forward rounded its weights to 16 bits. That excess is known now: the second
+// pass takes it from ds, and sigma from sum ds T.
+inline void FinishSums(const Call& c, const SecondTerms& terms, const SecondScratch& s, const SecondRows& x) {
   Row row = RowAt(c, x.b, x.k, x.g0);
   for (int64_t r = 0; r < x.rows; ++r, row = After(c, row)) {
-    double sigma = s.sigma_sum[r];
-    if (c.dlogsumexp) sigma -= s.tau_sum[r] * *c.dlogsumexp.At<float>(row.b, row.n, row.i);
+    double excess = s.ds_sum[r], sigma = s.sigma_sum[r] - s.tau_sum[r] * s.ds_sum[r];
+    if (c.dlogsumexp) excess -= *c.dlogsumexp.At<float>(row.b, row.n, row.i);
     if (c.dlogsumexp_tangent) sigma -= *c.dlogsumexp_tangent.At<float>(row.b, row.n, row.i);
     s.tau[r] = static_cast<float>(s.tau_sum[r]);
     s.sigma[r] = static_cast<float>(sigma);
+    s.excess[r] = terms.dp ? static_cast<float>(excess) : 0.0f;
   }
 }
 
@@ -208,17 +211,17 @@ inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScrat
       fn(y);
     }
   };
-  const auto first_pass = [&](const SecondPairs& y, Sums add) {
+  const auto first_pass = [&](const SecondPairs& y, bool adds) {
     const PackedKeys of(c, plan, s, x, y.j0, y.width, false);
     FirstPassProducts(c, plan, s, of, y);
     ForEachRow(c, s, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
-      FirstPassRow(c, plan, s, row, r, y.j0, v, c0, c1, of.nan_marker, y.Row(r), add, sums);
+      FirstPassRow(c, plan, s, row, r, y.j0, v, c0, c1, of.nan_marker, y.Row(r), adds);
     });
   };
-  over_keys([&](const SecondPairs& y) { first_pass(y, Sums::kAdd); });
-  FinishSums(c, s, x);
+  over_keys([&](const SecondPairs& y) { first_pass(y, true); });
+  FinishSums(c, plan.terms, s, x);
   over_keys([&](const SecondPairs& y) {
-    if (!kept) first_pass(y, Sums::kNone);
+    if (!kept) first_pass(y, false);
     SecondPassRows(c, plan, s, x, y, sums);
     AddToRows(c, plan, s, PackedKeys(c, plan, s, x, y.j0, y.width, true), y, dk, dv);
     AddToKeys(c, plan, s, x.rows, y, dk, dv);

@@ -68,7 +68,7 @@ inline void StartSecondRows(const Call& c, const SecondPlan& plan, const SecondS
     if (!plan.terms.dp || l == 0.0f) s.delta[r] = 0.0f;
     for (const RowsOf& to : arrays)
       if (to.x) s.inverse[r] += TakeRow(to, row, r, x->rows, masked, s.stage);
-    s.tau_sum[r] = s.sigma_sum[r] = 0.0;
+    s.tau_sum[r] = s.sigma_sum[r] = s.ds_sum[r] = 0.0;
   }
   Fill(s.gq, 0, x->rows * plan.dq_row, 0.0f);
   Fill(s.out, 0, x->rows * plan.dv_row, 0.0f);

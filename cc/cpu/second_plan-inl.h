@@ -38,7 +38,20 @@ struct SecondTerms {
 // What is kept of each pair of a row and a key between the two passes; the first four are there in every call. The second
 // pass leaves in their place what is multiplied with q and k (kGX), their tangents (kDX), dout and v (kTangent), and their
 // tangents (kKept).
-enum SecondArray { kWeight, kDs, kLogit, kDp, kKeep, kByX, kCurve, kByCap, kDot, kSecondArrays };
+enum SecondArray {
+  kWeight,
+  kDs,
+  kLogit,  // T
+  kDp,     // U
+  kKeep,   // with dropout: weights that are kept, divided by keep_prob
+  kByX,    // with a soft cap: its derivative, and the tangent of that
+  kCurve,
+  kByCap,  // for the gradient by the soft cap: its derivative by cap, and x / cap
+  kQuotient,
+  kDot,  // for the gradient by the scale: q.k, and its tangent
+  kDotTangent,
+  kSecondArrays
+};
 constexpr SecondArray kGX = kWeight, kDX = kDs, kTangent = kLogit, kKept = kDp;
 
 struct SecondPlan;
@@ -91,7 +104,9 @@ struct SecondPlan {
  private:
   void PlaceArrays(const Call& c) {
     const bool dropout = c.seed || c.drop_bits, cap = c.soft_cap != 0.0f || c.soft_cap_of_head;
-    const bool given[kSecondArrays] = {true, true, true, true, dropout, cap, cap, bool{c.dsoft_cap}, bool{c.dscale}};
+    const bool by_cap{c.dsoft_cap}, by_scale{c.dscale};
+    const bool given[kSecondArrays] = {
+        true, true, true, true, dropout, cap, cap, by_cap, by_cap, by_scale, by_scale && terms.products};
     arrays = 0;
     for (int i = 0; i < kSecondArrays; ++i) at[i] = given[i] ? arrays++ : -1;
   }
@@ -145,9 +160,9 @@ struct SecondScratch {
   float* packed;                                                           // keys: see PackedKeys
   int32_t* packed_for;                                                     // ... and for what each block of them is
   float* arrays;                                                           // see SecondArray
-  float *stage, *tmp, *raw, *by_cap, *u;                                   // of a row, or of its keys
-  float *m, *inverse, *delta, *tau, *sigma;                                // of each row
-  double *tau_sum, *sigma_sum;
+  float *stage, *tmp, *by_cap, *quotient;                                  // of a row, or of its keys
+  float *m, *inverse, *delta, *tau, *sigma, *excess;                       // of each row
+  double *tau_sum, *sigma_sum, *ds_sum;
   int32_t *lo, *hi;
 
   SecondScratch(const Call& c, const SecondPlan& plan, bool own_sums)
@@ -174,12 +189,13 @@ struct SecondScratch {
     packed_for = arena.Take<int32_t>(plan.key_slots);
     arrays = arena.Take(plan.kept_blocks * plan.BlockFloats());
     stage = arena.Take(StageSize(c));
-    float** const of_keys[] = {&tmp, &raw, &by_cap, &u};
+    float** const of_keys[] = {&tmp, &by_cap, &quotient};
     for (float** x : of_keys) *x = arena.Take(plan.s_row);
-    float** const of_rows[] = {&m, &inverse, &delta, &tau, &sigma};
+    float** const of_rows[] = {&m, &inverse, &delta, &tau, &sigma, &excess};
     for (float** x : of_rows) *x = arena.Take(n);
     tau_sum = arena.Take<double>(n);
     sigma_sum = arena.Take<double>(n);
+    ds_sum = arena.Take<double>(n);
     lo = arena.Take<int32_t>(n);
     hi = arena.Take<int32_t>(n);
   }

@@ -21,34 +21,32 @@ struct SecondRow {
   float* operator[](SecondArray i) const { return of[i]; }
 };
 
-// Where the row has a soft cap f of x = cap u: from f'' (in `curve`), u and the tangent x' of x, the tangent of f', which is
-// r = f'' (x' - u cap'), in the place of f'', and that of df / dcap, which is -u r, in the place of u.
-inline void CapTangents(const Call& c, const Row& row, int64_t n, const float* x, float* curve, float* u) {
-  const F tangent = Set(TangentOf(c.soft_cap_tangent, row)), none = Set(0.0f);
+// Where the row has a soft cap f of x = cap u: turns f'' (in `curve`) into the tangent of f', r = f'' (x' - u cap'), from u
+// and the tangent x' of x, which may be anything where that is 0. That of df / dcap is -u r.
+inline void CapTangents(const Call& c, const Row& row, int64_t n, const float* x, const float* u, float* curve) {
+  const F tangent = Set(TangentOf(c.soft_cap_tangent, row));
   for (int64_t j = 0; j < n; j += kLanes) {
     const int rest = Rest(n - j);
-    const F by = LoadFirst(u + j, rest), r = LoadFirst(curve + j, rest) * (LoadFirst(x + j, rest) - by * tangent);
-    StoreFirst(curve + j, r, rest);
-    StoreFirst(u + j, none - by * r, rest);
+    const F along = LoadFirst(x + j, rest) - LoadFirst(u + j, rest) * tangent;
+    const F twice = LoadFirst(curve + j, rest);
+    StoreFirst(curve + j, Select(IsZero(twice), twice, twice * along), rest);
   }
 }
 
-// What a row of the first pass is for: the second pass may compute it again, but adds nothing to the sums.
-enum class Sums : bool { kNone, kAdd };
-
 // Turns a row of products with keys j0 + [c0, c1), of which v are visible, into weights, ds, T and U (0 where masked), and
-// with `add` adds to the row's tau and sigma and to the sums what does not depend on those.
+// adds to the row's sums if `adds`.
 inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScratch& s, const Row& row, int64_t r,
                          int64_t j0, Range v, int64_t c0, int64_t c1, const float* nan_marker, const SecondRow& x,
-                         Sums add, const HeadSums& sums) {
+                         bool adds) {
   const SecondTerms& terms = plan.terms;
   float *p = x[kWeight], *ds = x[kDs], *t = x[kLogit], *u = x[kDp];
   const bool empty = v.Empty(), cap = SoftCapOf(c, row) != 0.0f;
   if (empty) v = {c0, c0};
-  const int64_t n = v.hi - v.lo;
-  if (x[kDot] != nullptr) __builtin_memcpy(x[kDot] + c0, p + c0, sizeof(float) * static_cast<size_t>(c1 - c0));
-  if (sums.scale != nullptr && terms.products)
-    __builtin_memcpy(s.raw + c0, t + c0, sizeof(float) * static_cast<size_t>(c1 - c0));
+  const auto keep_as = [&](float* to, const float* from) {
+    if (to != nullptr) __builtin_memcpy(to + c0, from + c0, sizeof(float) * static_cast<size_t>(c1 - c0));
+  };
+  keep_as(x[kDot], p);
+  keep_as(x[kDotTangent], t);
   F scale = Set(ScaleOf(c, row)), t_scale = scale;
   if (!terms.dp) Fill(ds, c0, c1, 0.0f);
   if (!terms.dp_tangent) Fill(u, c0, c1, 0.0f);
@@ -56,17 +54,18 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
     ToTangentsOfX(c, row, j0, v.lo, v.hi, p, t, s.tmp);
     t_scale = Set(1.0f);
   }
-  if (nan_marker != nullptr) Combine(n, t + v.lo, nan_marker + v.lo, [](F y, F more) { return y + more; });
+  if (nan_marker != nullptr) Combine(v.hi - v.lo, t + v.lo, nan_marker + v.lo, [](F y, F more) { return y + more; });
   float* by_cap = x[kByCap] != nullptr ? x[kByCap] : c.soft_cap_tangent ? s.by_cap : nullptr;
+  float* quotient = x[kQuotient] != nullptr ? x[kQuotient] : s.quotient;
   if (!IsPlain(c, row)) {
-    if (!empty) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, {x[kByX], by_cap, x[kCurve], s.u}, s.tmp);
+    if (!empty) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, {x[kByX], by_cap, x[kCurve], quotient}, s.tmp);
     scale = Set(1.0f);
   }
-  if (cap) CapTangents(c, row, n, t + v.lo, x[kCurve] + v.lo, s.u + v.lo);
+  if (cap) CapTangents(c, row, v.hi - v.lo, t + v.lo, quotient + v.lo, x[kCurve] + v.lo);
   ToTangentsOfLogits(c, row, j0, v, c0, c1, x[kByX], by_cap, t);
   Fill(p, c0, v.lo, -__builtin_inff());
   Fill(p, v.hi, c1, -__builtin_inff());
-  float* const others[] = {ds, u, x[kByX], x[kCurve], x[kByCap]};
+  float* const others[] = {ds, u, x[kByX], x[kCurve], x[kByCap], x[kQuotient]};
   for (float* y : others) {  // masked products may be NaN
     if (y == nullptr) continue;
     Fill(y, c0, v.lo, 0.0f);
@@ -79,11 +78,17 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
     Fill(keep, v.lo, v.hi, 1.0f / KeepProbOf(c, row));
     if (!empty) Drop(c, row, j0, v.lo, v.hi, keep);
   }
-  const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]), none = Set(0.0f);
-  F tau = none, by_ds = none, by_p = none;
+  const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
+  const F none = Set(0.0f), minus_inf = Set(-__builtin_inff());
+  F tau = none, by_ds = none, by_p = none, sum = none;
   for (int64_t j = c0; j < c1; j += kLanes) {
-    const F w = Weight(Load(p + j), scale, m) * inverse;
-    F dp = Load(ds + j), dp_tangent = Load(u + j);
+    const F logit = Load(p + j), w = Weight(logit, scale, m) * inverse;
+    F dp = Load(ds + j), dp_tangent = Load(u + j), along = Load(t + j) * t_scale;
+    if (c.bias) {  // where it is -inf it masks the key
+      const Mask masked = Equal(logit, minus_inf);
+      along = Select(masked, none, along);
+      dp_tangent = Select(masked, none, dp_tangent);
+    }
     if (keep != nullptr) {
       const F kept = Load(keep + j);
       const Mask dropped = IsZero(kept);  // a product 0 * NaN would not be 0
@@ -91,26 +96,20 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
       dp_tangent = Select(dropped, none, dp_tangent * kept);
       Store(keep + j, Select(dropped, none, w * kept));
     }
-    const F d = w * (dp - delta), along = Load(t + j) * t_scale;
+    const F d = w * (dp - delta);
     Store(p + j, w);
     Store(ds + j, d);
     Store(t + j, along);
     Store(u + j, dp_tangent);
     tau = Fma(w, along, tau);
+    sum = sum + d;
     by_ds = Fma(d, along, by_ds);
     by_p = Fma(w, dp_tangent, by_p);
   }
-  if (cap) Combine(c1 - c0, x[kCurve] + c0, ds + c0, [](F y, F by) { return y * by; });
-  if (add == Sums::kNone || empty) return;
+  if (!adds || empty) return;
   s.tau_sum[r] += Sum(tau);
+  s.ds_sum[r] += Sum(sum);
   s.sigma_sum[r] += Sum(by_ds) + Sum(by_p);
-  const int64_t g = row.n % c.G();
-  if (cap && sums.soft_cap != nullptr) sums.soft_cap[g] += WeightedSum(s.u, v.lo, v.hi, ds);
-  if (sums.scale != nullptr && terms.products) {
-    __builtin_memcpy(s.tmp + v.lo, ds + v.lo, sizeof(float) * static_cast<size_t>(n));
-    if (cap) Combine(n, s.tmp + v.lo, x[kByX] + v.lo, [](F y, F by) { return y * by; });
-    sums.scale[g] += WeightedSum(s.raw, v.lo, v.hi, s.tmp);
-  }
 }
 
 // Turns them, tau and sigma being known, into what is multiplied with the operands (see SecondArray), 0 where masked, and
@@ -120,20 +119,22 @@ inline void SecondPassRow(const Call& c, const SecondPlan& plan, const SecondScr
   if (v.Empty()) v = {c0, c0};
   const bool cap = SoftCapOf(c, row) != 0.0f;
   const float* keep = x[kKeep] != nullptr ? x[kKeep] : x[kWeight];
-  const F tau = Set(s.tau[r]), sigma = Set(s.sigma[r]);
+  const F tau = Set(s.tau[r]), sigma = Set(s.sigma[r]), excess = Set(s.excess[r]), none = Set(0.0f);
   const F scale = Set(ScaleOf(c, row)), more = Set(TangentOf(c.scale_tangent, row));
+  const F nan = Set(s.tau[r] * 0.0f);  // or 0: a marked key reaches its row by tau
   const bool in_sums = c.dbias || sums.slopes != nullptr || sums.scale != nullptr;  // of GX, which then is scaled later
   const bool finite =
       s.tau[r] * 0.0f == 0.0f && s.sigma[r] * 0.0f == 0.0f && s.inverse[r] * 0.0f == 0.0f && s.delta[r] * 0.0f == 0.0f;
   const auto scaled = [&](F gx, F dx) { return Fma(more, dx, gx * scale); };
-  F by_cap = Set(0.0f);
+  F by_cap = none;
   for (int64_t j = c0; j < c1; j += kLanes) {
-    const F p = Load(x[kWeight] + j), kept = Load(keep + j), from_mean = Load(x[kLogit] + j) - tau;
-    F dx = Load(x[kDs] + j), gx = Fma(dx, from_mean, p * (Load(x[kDp] + j) - sigma));
-    if (x[kByCap] != nullptr && cap) by_cap = Fma(gx, Load(x[kByCap] + j), by_cap);
+    const F p = Load(x[kWeight] + j), kept = Load(keep + j) + nan, from_mean = Load(x[kLogit] + j) - tau;
+    F dx = Load(x[kDs] + j) - p * excess, gx = Fma(dx, from_mean, p * (Load(x[kDp] + j) - sigma));
     if (cap) {
-      const F by_x = Load(x[kByX] + j);
-      gx = Fma(gx, by_x, Load(x[kCurve] + j));
+      const F by_x = Load(x[kByX] + j), curve = dx * Load(x[kCurve] + j);
+      if (sums.soft_cap != nullptr)
+        by_cap = by_cap + Fma(gx, Load(x[kByCap] + j), none - Load(x[kQuotient] + j) * curve);
+      gx = Fma(gx, by_x, curve);
       dx = dx * by_x;
     }
     Store(x[kGX] + j, in_sums ? gx : scaled(gx, dx));
@@ -153,6 +154,7 @@ inline void SecondPassRow(const Call& c, const SecondPlan& plan, const SecondScr
     if (cap && sums.soft_cap != nullptr) sums.soft_cap[g] += Sum(by_cap);
     if (c.dbias) AddToBias(c, plan.writes_all_bias, row, j0, v.lo, v.hi, x[kGX]);
     if (sums.scale != nullptr) sums.scale[g] += WeightedSum(x[kDot], v.lo, v.hi, x[kGX]);
+    if (x[kDotTangent] != nullptr) sums.scale[g] += WeightedSum(x[kDotTangent], v.lo, v.hi, x[kDX]);
     if (sums.slopes != nullptr)
       sums.slopes[g * sums.slope_rows + row.i % sums.slope_rows] += SlopeGradient(c, row, j0, v.lo, v.hi, x[kGX]);
   }

@@ -6,6 +6,7 @@
 #include <cstdarg>
 
 #include "cpu/kernel.h"
+#include "second_reference.h"
 #include "spec.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -153,6 +154,17 @@ Call TangentCallOf(const Problem& p, bool fused) {
   return c;
 }
 
+Call SecondCallOf(const Problem& p) {
+  Call c = TangentCallOf(p, false);
+  const Call backward = BackwardCallOf(p);
+  c.dout = backward.dout, c.dlogsumexp = backward.dlogsumexp;
+  c.dout_tangent = p.dout_tangent.view(), c.dlogsumexp_tangent = p.dlogsumexp_tangent.view();
+  c.dquery = backward.dquery, c.dkey = backward.dkey, c.dvalue = backward.dvalue;
+  c.dbias = backward.dbias, c.dslopes = backward.dslopes;
+  c.dscale = backward.dscale, c.dsoft_cap = backward.dsoft_cap;
+  return c;
+}
+
 struct Result {
   const char* name;
   Array* array;
@@ -178,6 +190,12 @@ std::vector<Result> TangentResults(Problem& p, bool fused, const Reference* r = 
   std::vector<Result> results = fused ? ForwardResults(p, r) : std::vector<Result>();
   results.push_back({"out_tangent", &p.out_tangent, r ? &r->out_tangent : nullptr});
   results.push_back({"logsumexp_tangent", &p.logsumexp_tangent, r ? &r->logsumexp_tangent : nullptr});
+  return results;
+}
+
+std::vector<Result> SecondResults(Problem& p, const Reference* r = nullptr) {
+  std::vector<Result> results = BackwardResults(p, r);
+  for (const Result& x : TangentResults(p, false, r)) results.push_back(x);
   return results;
 }
 
@@ -240,6 +258,10 @@ class CaseTest {
     reference_.Backward();
     const std::vector<Result> backward = BackwardResults(problem_, &reference_);
     CheckPass("backward", backward, BackwardCallOf(p), [](const Kernels& k) { return k.backward; });
+    Doing("reference", "second", spec_.Text());
+    reference_.Second();
+    CheckPass("second", SecondResults(problem_, &reference_), SecondCallOf(p),
+              [](const Kernels& k) { return k.second; });
   }
 
  private:
@@ -349,7 +371,7 @@ class CaseTest {
 
   Spec spec_;
   Problem problem_;
-  Reference reference_;
+  SecondReference reference_;
 };
 
 void Check(const Spec& spec) { CaseTest(spec).Check(); }

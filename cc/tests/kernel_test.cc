@@ -73,6 +73,7 @@ Spec RandomSpec(uint64_t seed) {
   s.segments = axes(5, 15);
   s.scales = axes(5, 7), s.caps = axes(6, 7), s.rates = axes(2, 7);
   if (random.OneIn(2)) s.tangents = static_cast<int>(random.Below(128));
+  if (random.OneIn(2)) s.cotangents = static_cast<int>(random.Below(4));
   return s;
 }
 

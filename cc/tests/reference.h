@@ -30,7 +30,7 @@ struct Problem {
   bool bias_apart = false;
   Array query, key, value, bias, mask, lower, upper, slopes, seed, stream, drop_bits, drop_offset;
   Array bias_offset, position, segment_row, segment_key, scale_of_head, cap_of_head, threshold_of_head;
-  Array dout, dlogsumexp;
+  Array dout, dlogsumexp, dout_tangent, dlogsumexp_tangent;
   Array query_tangent, key_tangent, value_tangent, bias_tangent, slopes_tangent, scale_tangent, cap_tangent;
   Array out_tangent, logsumexp_tangent;
   Array out, rounding, m, l, dquery, dkey, dvalue, dbias, dslopes, dscale, dcap;
@@ -288,7 +288,7 @@ class Reference {
     });
   }
 
- private:
+ protected:
   static constexpr double kEps = 0x1p-24, kTiny = 1e-37;  // kernels have no exp(x) below the normal numbers
 
   struct Seen {

@@ -32,6 +32,7 @@ struct Spec {
   double common_tangent = 0.0;  // what all tangents of the bias have in common
   double garbage = 0.0;         // NaN or infinity: where nobody sees it, and in a few places that are seen
   bool seen_garbage = false;
+  int cotangents = 3;  // a bit for the tangent of each cotangent
   int tangents = 127;  // a bit for each operand that may have one, in the order of kDifferentiable
   uint64_t seed = 1;
 
@@ -43,12 +44,13 @@ struct Spec {
         text, sizeof text,
         "B=%lldx%lld Sq=%lld Skv=%lld N=%lld K=%lld D=%lld Dv=%lld %s bounds=%s/%d mask=%d bias=%d%s "
         "scale=%g amplitude=%g/%g common=%g/%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d per-head=%d/%d/%d "
-        "dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s tangents=%d seed=%llu",
+        "dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s tangents=%d/%d seed=%llu",
         Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv), kDTypes[static_cast<int>(dtype)],
         kBounds[static_cast<int>(bounds)], bound_axes, mask, bias, infinite_bias ? "(-inf)" : "", scale, amplitude,
         query_amplitude, common_key, common_logit, cap, static_cast<int>(alibi), slope_axes, position, indexed,
         apart ? "(apart)" : "", segments, scales, caps, rates, philox ? "philox " : "", bits ? "bits " : "", keep,
-        dlogsumexp, layout, garbage, seen_garbage ? "(seen)" : "", tangents, static_cast<unsigned long long>(seed));
+        dlogsumexp, layout, garbage, seen_garbage ? "(seen)" : "", tangents, cotangents,
+        static_cast<unsigned long long>(seed));
     return text;
   }
 
@@ -123,7 +125,9 @@ class Maker {
                      &p_.bias_tangent,
                      &p_.slopes_tangent,
                      &p_.scale_tangent,
-                     &p_.cap_tangent})
+                     &p_.cap_tangent,
+                     &p_.dout_tangent,
+                     &p_.dlogsumexp_tangent})
       if (*x) x->Write();
   }
 
@@ -331,18 +335,23 @@ class Maker {
       Draw(*tangent, bit <= 16 ? 1.0 : 0.2);
     }
     for (double& x : p_.bias_tangent.value) x += s_.common_tangent;
+    if (s_.cotangents & 1) Draw(p_.dout_tangent = Stored(s_.dtype, p_.dout.dims), 1.0);
+    if (s_.cotangents & 2) Draw(p_.dlogsumexp_tangent = Stats(), 1.0);
     if (s_.garbage == 0.0) return;
-    std::vector<uint8_t> seen[4];
-    Array* const arrays[] = {&p_.query_tangent, &p_.key_tangent, &p_.value_tangent, &p_.bias_tangent};
-    for (size_t x = 0; x < 4; ++x) seen[x].assign(arrays[x]->value.size(), 0);
+    std::vector<uint8_t> seen[6];
+    Array* const arrays[] = {&p_.query_tangent, &p_.key_tangent,  &p_.value_tangent,
+                             &p_.bias_tangent,  &p_.dout_tangent, &p_.dlogsumexp_tangent};
+    for (size_t x = 0; x < 6; ++x) seen[x].assign(arrays[x]->value.size(), 0);
     ForEachVisible([&](int64_t b, int64_t n, int64_t i, int64_t j) {
       const int64_t k = n / p_.G();
       for (int64_t d = 0; p_.query_tangent && d < s_.D; ++d) seen[0][p_.query_tangent.Index(b, n, i, d)] = 1;
       for (int64_t d = 0; p_.key_tangent && d < s_.D; ++d) seen[1][p_.key_tangent.Index(b, k, j, d)] = 1;
       for (int64_t d = 0; p_.value_tangent && d < s_.Dv; ++d) seen[2][p_.value_tangent.Index(b, k, j, d)] = 1;
+      for (int64_t d = 0; p_.dout_tangent && d < s_.Dv; ++d) seen[4][p_.dout_tangent.Index(b, n, i, d)] = 1;
+      if (p_.dlogsumexp_tangent) seen[5][p_.dlogsumexp_tangent.Index(b, n, i)] = 1;
       if (p_.bias_tangent) seen[3][p_.BiasIndex(p_.bias_tangent, b, n, i, j)] = 1;
     });
-    for (size_t x = 0; x < 4; ++x) {
+    for (size_t x = 0; x < 6; ++x) {
       for (size_t at = 0; at < seen[x].size(); ++at)
         if (!seen[x][at] && random_.OneIn(2)) arrays[x]->value[at] = random_.OneIn(2) ? s_.garbage : -s_.garbage;
       if (s_.seen_garbage && !seen[x].empty() && random_.OneIn(4))
