@@ -134,20 +134,9 @@ inline void QueryGradients(const Call& c, const BackwardPlan& plan, const Backwa
 // dk and dv of a block: tiles of kRows keys, over the rows to which any of them is visible, a chunk of rows at a time.
 template <bool kPairs>
 inline void KeyGradients(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, const RowBlock& x) {
-  constexpr int64_t kMostParts = kMostBackwardKeys / kRows + 1;
-  const int64_t per = Unit<kPairs>::kElements, units = Units<kPairs>(x.rows), parts = (x.width + kRows - 1) / kRows;
-  Range visible_to[kMostParts];  // rows, in units
-  for (int64_t t = 0; t < parts; ++t) {
-    const int64_t a = x.width * t / parts, e = x.width * (t + 1) / parts;
-    visible_to[t] = {units, 0};
-    for (int64_t u = 0; u < x.count; ++u) {
-      const RowTile& tile = x.tiles[u];
-      if (tile.from >= e || tile.to <= a) continue;
-      const int64_t first = tile.r / per;
-      visible_to[t].lo = first < visible_to[t].lo ? first : visible_to[t].lo;
-      visible_to[t].hi = Units<kPairs>(tile.r + tile.n);
-    }
-  }
+  const int64_t per = Unit<kPairs>::kElements, units = Units<kPairs>(x.rows);
+  Range visible_to[kMostBackwardKeys / kRows + 1];
+  const int64_t parts = KeyTiles<kPairs>(x.tiles, x.count, units, x.width, visible_to);
   struct Product {
     bool wanted;
     const float *weights, *panels;

@@ -3,6 +3,7 @@
 
 #include "call.h"
 #include "cpu/arrays-inl.h"
+#include "cpu/groups-inl.h"
 #include "cpu/scratch-inl.h"
 #include "cpu/simd-inl.h"
 #include "cpu/tuning.h"
@@ -10,38 +11,13 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// Numbers the distinct offsets of batch entries in the order of their first entries: class_of[b] is that of entry b.
-// Returns how many there are. By hashing, so that the time is that of one pass.
-inline int64_t Classes(const int64_t* offsets, int64_t count, int64_t* class_of) {
-  int64_t bits = 1;
-  while ((int64_t{1} << bits) < 2 * count) ++bits;
-  const int64_t slots = int64_t{1} << bits;
-  int64_t *first = nullptr, classes = 0;  // first: the entry that came first to a slot
-  const BufferParts memory([&](Arena& arena) { first = arena.Take<int64_t>(slots); });
-  for (int64_t i = 0; i < slots; ++i) first[i] = -1;
-  for (int64_t b = 0; b < count; ++b) {
-    const uint64_t hash = static_cast<uint64_t>(offsets[b]) * 0x9E3779B97F4A7C15u;
-    int64_t at = static_cast<int64_t>(hash >> (64 - bits));
-    while (first[at] >= 0 && offsets[first[at]] != offsets[b]) at = (at + 1) & (slots - 1);
-    if (first[at] < 0) first[at] = b, class_of[b] = classes++;
-    class_of[b] = class_of[first[at]];
-  }
-  return classes;
-}
-
 struct BackwardPlan {
   int64_t rows, row_blocks, key_block, dq_row, splits, split_keys;
   int64_t dq_size;  // floats of the dq of a key head; 0 where it is not wanted
-  int64_t groups = 0;
   bool writes_all_bias;
-  int64_t *heads, *starts;  // key heads b * K + k, group by group, and where each group starts
-  const BufferParts memory;
+  const HeadGroups groups;
 
-  explicit BackwardPlan(const Call& c)
-      : memory([&](Arena& arena) {
-          heads = arena.Take<int64_t>(c.B * c.K);
-          starts = arena.Take<int64_t>(c.B * c.K + 1);
-        }) {
+  explicit BackwardPlan(const Call& c) : groups(c) {
     writes_all_bias = c.dbias && WritesAllBias(c);
     rows = c.G() * c.Sq;
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
@@ -49,11 +25,11 @@ struct BackwardPlan {
     dq_row = Panels(c.D) * kPanel;
     dq_size = c.dquery ? rows * dq_row : 0;
     row_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
-    Group(c);
     const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
     const int64_t dq_bytes = c.B * c.K * rows * dq_row * 4 + 1;
-    splits = groups >= kBackwardTasks ? 1 : (kBackwardTasks + groups - 1) / (groups > 0 ? groups : 1);
-    const int64_t affordable = kSplitBytes / dq_bytes, least = groups > 0 ? kLeastBackwardTasks / groups : 1;
+    const int64_t count = groups.count;
+    splits = count >= kBackwardTasks ? 1 : (kBackwardTasks + count - 1) / (count > 0 ? count : 1);
+    const int64_t affordable = kSplitBytes / dq_bytes, least = count > 0 ? kLeastBackwardTasks / count : 1;
     const int64_t most = affordable > least ? affordable : least;
     splits = splits < most ? splits : most;
     if (c.dbias && (c.dbias.col == 0 || c.bias_offset)) splits = 1;  // different keys add to one element
@@ -62,29 +38,6 @@ struct BackwardPlan {
     split_keys = (key_blocks + splits - 1) / splits * key_block;
     splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
     splits = splits < 1 ? 1 : splits;
-  }
-
-  // Heads that add to the same bias gradient form a group; without one, each head is its own.
-  void Group(const Call& c) {
-    const int64_t count = c.B * c.K;
-    int64_t *group_of = nullptr, *next = nullptr;
-    const BufferParts own([&](Arena& arena) {
-      group_of = arena.Take<int64_t>(count);
-      next = arena.Take<int64_t>(count);
-    });
-    const bool shared = c.dbias && !c.bias_apart, by_head = shared && c.dbias.head == 0;
-    const bool by_batch = shared && SharesBiasBatch(c);
-    const int64_t groups_of_batch = by_head ? 1 : c.K;
-    groups = (by_batch ? Classes(c.dbias.batch, c.B, next) : c.B) * groups_of_batch;
-    for (int64_t b = 0; b < c.B; ++b) {
-      const int64_t first = (by_batch ? next[b] : b) * groups_of_batch;
-      for (int64_t k = 0; k < c.K; ++k) group_of[b * c.K + k] = first + (by_head ? 0 : k);
-    }
-    for (int64_t g = 0; g <= groups; ++g) starts[g] = 0;
-    for (int64_t head = 0; head < count; ++head) ++starts[group_of[head] + 1];
-    for (int64_t g = 0; g < groups; ++g) starts[g + 1] += starts[g];
-    for (int64_t g = 0; g < groups; ++g) next[g] = starts[g];
-    for (int64_t head = 0; head < count; ++head) heads[next[group_of[head]]++] = head;
   }
 };
 

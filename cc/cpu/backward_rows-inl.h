@@ -14,24 +14,28 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
+constexpr int kDeltas = kLanes >= 8 ? 4 : 2;  // rows together: two of each lie in the stage
+
 // delta = dout.out - dlogsumexp of rows [r, r + n), with what rounding took from out where that is known. Summed in the
-// order of the products dout.v, so that for a row with one visible key, where out is v, the two cancel exactly.
-template <int kMost, bool kPairs>
-inline void Deltas(const Call& c, const BackwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r, int64_t n) {
+// order of the products dout.v, so that for a row with one visible key, where out is v, the two cancel exactly. `stage` is
+// that of StageSize, `rest_stage` holds a row.
+template <int kMost>
+inline void Deltas(const Call& c, int64_t b, int64_t k, int64_t r, int64_t n, float* stage, float* rest_stage,
+                   float* delta) {
   const int64_t width = RoundUp(c.Dv, kLanes);
   const float *dout[kMost], *out[kMost];
   float sum[kMost] = {};
   for (int64_t i = 0; i < kMost; ++i) {
     const Row row = RowAt(c, b, k, i < n ? r + i : r);
-    dout[i] = ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage + 2 * i * width);
-    out[i] = ExactOut(c, row, s.stage + (2 * i + 1) * width, s.dv);  // dv is not used yet
+    dout[i] = ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, stage + 2 * i * width);
+    out[i] = ExactOut(c, row, stage + (2 * i + 1) * width, rest_stage);
   }
   for (int64_t d = 0; d < c.Dv; ++d)
 #pragma GCC unroll 4
     for (int i = 0; i < kMost; ++i) sum[i] += dout[i][d] * out[i][d];
   for (int64_t i = 0; i < n; ++i) {
     const Row row = RowAt(c, b, k, r + i);
-    s.delta[r + i] = c.dlogsumexp ? sum[i] - *c.dlogsumexp.At<float>(b, row.n, row.i) : sum[i];
+    delta[i] = c.dlogsumexp ? sum[i] - *c.dlogsumexp.At<float>(b, row.n, row.i) : sum[i];
   }
 }
 
@@ -41,9 +45,8 @@ template <bool kPairs>
 inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
                         int64_t k) {
   const bool masked = IsMasked(c);
-  constexpr int64_t kTogether = kLanes >= 8 ? 4 : 2;  // two rows of each lie in the stage
-  for (int64_t r = 0; r < plan.rows; r += kTogether)
-    Deltas<kTogether>(c, s, b, k, r, r + kTogether < plan.rows ? kTogether : plan.rows - r);
+  for (int64_t r = 0; r < plan.rows; r += kDeltas)  // dv is not used yet
+    Deltas<kDeltas>(c, b, k, r, r + kDeltas < plan.rows ? kDeltas : plan.rows - r, s.stage, s.dv, s.delta + r);
   for (int64_t r = 0; r < plan.rows; ++r) {
     const Row row = RowAt(c, b, k, r);
     const Range v = Visible(c, row);
@@ -118,7 +121,7 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   }
   if (v.Empty()) return;
   if (c.dbias) AddToBias(c, s.writes_all_bias, row, j0, v.lo, v.hi, ds);
-  if (sums.scale != nullptr) sums.scale[row.n % c.G()] += ScaleGradient(s.products, v.lo, v.hi, ds);
+  if (sums.scale != nullptr) sums.scale[row.n % c.G()] += WeightedSum(s.products, v.lo, v.hi, ds);
   if (sums.slopes != nullptr)
     sums.slopes[row.n % c.G() * sums.slope_rows + row.i % sums.slope_rows] += SlopeGradient(c, row, j0, v.lo, v.hi, ds);
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "call.h"
-#include "cpu/backward_plan-inl.h"
 #include "cpu/logits-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/scratch-inl.h"
@@ -58,8 +57,9 @@ struct HeadSums {
   int64_t slope_rows = 1;  // Sq where each row has a slope of its own
 };
 
-// A row's part of the gradient of the scale: the sum of ds times the product q.k, which may be anything where masked.
-inline double ScaleGradient(const float* products, int64_t from, int64_t to, const float* ds) {
+// A row's part of the gradient of the scale or the soft cap: the sum of ds times, say, the product q.k, which may be
+// anything where masked.
+inline double WeightedSum(const float* products, int64_t from, int64_t to, const float* ds) {
   F sum = Set(0.0f);
   for (int64_t j = from; j < to; j += kLanes) {
     const F x = LoadFirst(ds + j, Rest(to - j));
@@ -91,12 +91,12 @@ inline void AddAll(const Call& c, const View& x, int64_t rows, const Part& part)
   *at += static_cast<float>(sum);
 }
 
-// The sums of all key heads and ranges of keys.
+// The sums of all key heads and of the parts that each is split into.
 class AllSums {
  public:
-  AllSums(const Call& c, const BackwardPlan& plan)
+  AllSums(const Call& c, int64_t splits)
       : c_(c),
-        splits_(plan.splits),
+        splits_(splits),
         rows_(c.dslopes.row != 0 ? c.Sq : 1),
         slopes_(c.dslopes ? c.G() * rows_ : 0),
         scale_(c.dscale ? c.G() : 0),

@@ -90,5 +90,24 @@ inline int64_t MakeTiles(const int32_t* lo, const int32_t* hi, int64_t rows, int
   return count;
 }
 
+// The other way round: tiles of up to kRows of `width` keys, and the rows, in units, to which any key of each is visible.
+// Returns how many; tile t begins at key width * t / how many.
+template <bool kPairs>
+inline int64_t KeyTiles(const RowTile* tiles, int64_t count, int64_t units, int64_t width, Range* visible_to) {
+  const int64_t per = Unit<kPairs>::kElements, parts = (width + kRows - 1) / kRows;
+  for (int64_t t = 0; t < parts; ++t) {
+    const int64_t a = width * t / parts, e = width * (t + 1) / parts;
+    visible_to[t] = {units, 0};
+    for (int64_t u = 0; u < count; ++u) {
+      const RowTile& tile = tiles[u];
+      if (tile.from >= e || tile.to <= a) continue;
+      const int64_t first = tile.r / per;
+      visible_to[t].lo = first < visible_to[t].lo ? first : visible_to[t].lo;
+      visible_to[t].hi = Units<kPairs>(tile.r + tile.n);
+    }
+  }
+  return parts;
+}
+
 }  // namespace
 }  // namespace jax_fa::JAX_FA_ISA

@@ -1,12 +1,115 @@
+// The second derivative: that of the backward along tangents of all it takes (cotangents included), out, max and sum moving
+// with the operands; with the gradients by the cotangents, the tangents of out and log-sum-exp, it is a symmetric Hessian.
+//
+//   p, dp, ds, delta as in the backward;  X' tangent of a logit, T behind the soft cap f;  U = keep / keep_prob times the
+//   tangent of dout v^T;  tau = sum p T;  sigma = sum ds T + sum p U - tau dlogsumexp - dlogsumexp'
+//   G = ds (T - tau) + p (U - sigma),  GX = G f' + ds (f'' X' + f'_cap cap'),  dX = ds f'
+//   gq = (scale GX + scale' dX) k + scale dX k',  gk likewise,  gv = (keep p (T - tau))^T dout + (keep p)^T dout'
+//   gbias = GX,  gslope = -GX distance,  gscale = GX q.k + dX (q'.k + q.k'),  out' = keep p (T - tau) v + keep p v'
+//
+// Differences are formed first: both of their terms may be far larger than they are.
+//
+// tau and sigma are sums over all keys, so a block of rows passes its keys twice, and what the first pass finds of each
+// pair is kept for the second where it fits: with tangents of q, k and v, 12 products. The rows of a task are those of all
+// key heads that share one bias gradient, or a part of them; each part has sums of its own for keys and values, added up
+// at the end in a fixed order, whatever the number of threads.
 #pragma once
 
 #include "call.h"
-#include "cpu/simd-inl.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/backward_sums-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/scratch-inl.h"
+#include "cpu/second_block-inl.h"
+#include "cpu/second_pack-inl.h"
+#include "cpu/second_plan-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-inline void SecondAs(const Call&, const Runner&) {}
+// The rows of a block, which then are complete.
+inline void FinishSecondRows(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondRows& x) {
+  Row row = RowAt(c, x.b, x.k, x.g0);
+  for (int64_t r = 0; r < x.rows; ++r, row = After(c, row)) {
+    const auto store = [&](const View& to, const float* sums, int64_t n) {
+      if (to) StoreRow(sums, 1.0f, to.Bytes(row.b, row.n, row.i), to.dtype, to.col, n);
+    };
+    store(c.dquery, s.gq + r * plan.dq_row, c.D);
+    store(c.out_tangent, s.out + r * plan.dv_row, c.Dv);
+    if (c.logsumexp_tangent) *c.logsumexp_tangent.At<float>(row.b, row.n, row.i) = s.tau[r];
+  }
+}
+
+// Rows [r0, r1) of key head k. dk and dv: their sums over all rows.
+inline void SecondHead(const Call& c, const SecondPlan& plan, const SecondScratch& s, int64_t b, int64_t k, int64_t r0,
+                       int64_t r1, float* dk, float* dv, const HeadSums& sums) {
+  for (int64_t g0 = r0; g0 < r1; g0 += plan.block_rows) {
+    SecondRows x{b, k, g0, g0 + plan.block_rows < r1 ? plan.block_rows : r1 - g0, {}};
+    StartSecondRows(c, plan, s, &x);
+    SecondBlock(c, plan, s, x, dk, dv, sums);
+    FinishSecondRows(c, plan, s, x);
+  }
+}
+
+// The gradients of keys [j0, j1), which then are complete.
+inline void StoreKeys(const Call& c, const SecondPlan& plan, int64_t b, int64_t k, int64_t j0, int64_t j1,
+                      const float* dk, const float* dv) {
+  for (int64_t j = j0; j < j1; ++j) {
+    if (c.dkey) StoreRow(dk + j * plan.dq_row, 1.0f, c.dkey.Bytes(b, k, j), c.dkey.dtype, c.dkey.col, c.D);
+    if (c.dvalue) StoreRow(dv + j * plan.dv_row, 1.0f, c.dvalue.Bytes(b, k, j), c.dvalue.dtype, c.dvalue.col, c.Dv);
+  }
+}
+
+// dbias must be zero, unless WritesAllBias; the other results are overwritten.
+inline void SecondAs(const Call& c, const Runner& runner) {
+  const SecondPlan plan(c);
+  const int64_t heads = c.B * c.K, head_size = plan.dk_size + plan.dv_size;
+  const Buffer parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
+  const AllSums sums(c, plan.splits);
+
+  const bool large = head_size > kThreadFloats;
+  Run(runner, plan.groups.count * plan.splits, [&](int64_t task) {
+    const int64_t group = task / plan.splits, split = task % plan.splits;
+    const SecondScratch s(c, plan, plan.splits == 1 && !large);
+    const Buffer own(plan.splits == 1 && large ? head_size : 0);
+    for (int64_t i = plan.groups.starts[group]; i < plan.groups.starts[group + 1]; ++i) {
+      const int64_t head = plan.groups.heads[i], b = head / c.K, k = head % c.K;
+      float* part = plan.splits > 1 ? parts.get() + (head * plan.splits + split) * head_size : own.get();
+      float *dk = part != nullptr ? part : s.dk, *dv = part != nullptr ? part + plan.dk_size : s.dv;
+      PackedKeys::Forget(plan, s);
+      Fill(dk, 0, plan.dk_size, 0.0f);
+      Fill(dv, 0, plan.dv_size, 0.0f);
+      const HeadSums own_sums = sums.Of(head, split);
+      if (plan.splits == 1) {
+        SecondHead(c, plan, s, b, k, 0, plan.rows, dk, dv, own_sums);
+        StoreKeys(c, plan, b, k, 0, c.Skv, dk, dv);
+        continue;
+      }
+      const int64_t from = split * plan.split_positions, to = from + plan.split_positions;
+      for (int64_t g = 0; g < c.G(); ++g)
+        SecondHead(c, plan, s, b, k, g * c.Sq + from, g * c.Sq + (to < c.Sq ? to : c.Sq), dk, dv, own_sums);
+    }
+  });
+
+  if (plan.splits > 1 && head_size > 0) {
+    const int64_t blocks = (c.Skv + plan.key_block - 1) / plan.key_block;
+    Run(runner, heads * blocks, [&](int64_t task) {
+      const int64_t head = task / blocks, j0 = task % blocks * plan.key_block;
+      const int64_t j1 = j0 + plan.key_block < c.Skv ? j0 + plan.key_block : c.Skv;
+      float *dk = parts.get() + head * plan.splits * head_size, *dv = dk + plan.dk_size;
+      for (int64_t split = 1; split < plan.splits; ++split) {
+        const auto add = [&](float* total, int64_t row) {
+          for (int64_t at = j0 * row; at < j1 * row; at += kLanes)
+            Store(total + at, Load(total + at) + Load(total + split * head_size + at));
+        };
+        if (c.dkey) add(dk, plan.dq_row);
+        if (c.dvalue) add(dv, plan.dv_row);
+      }
+      StoreKeys(c, plan, head / c.K, head % c.K, j0, j1, dk, dv);
+    });
+  }
+  sums.Store();
+}
 
 }  // namespace
 }  // namespace jax_fa::JAX_FA_ISA

@@ -80,6 +80,22 @@ constexpr int64_t kBackwardRows = 192;
 constexpr KeyBlock kBackwardKeys[] = {{64, 256}, {128, 512}, {256, 256}, {INT64_MAX, 128}};
 constexpr int64_t kMostBackwardKeys = 512;
 
+// Second derivative: the arrays of a block of rows and keys (four and more), 4 x 96 x 128 floats = 192 KiB, eight packed
+// forms of the keys, of which one pass reads four, 4 x 128 x 128 floats = 256 KiB, and the rows.
+constexpr int64_t kSecondRows = 96;
+constexpr KeyBlock kSecondKeys[] = {{64, 256}, {INT64_MAX, 128}};
+constexpr int64_t kMostSecondKeys = 256;
+
+// ---- third cache (2 MiB or more per core) ----
+
+// Second derivative: the arrays of a block of rows and all of its keys are kept from the first pass to the second up to
+// this many floats (4 MiB). Each number is written twice and read twice, 64 bytes a pair next to 1536 operations and more.
+// With fewer than kLeastSecondRows rows, packing the keys for them takes longer than the four products that it saves.
+constexpr int64_t kSecondFloats = int64_t{1} << 20, kLeastSecondRows = 24;
+
+// ... and all packed keys and values of a key head up to these (16 MiB); beyond, each block of rows packs them again.
+constexpr int64_t kSecondPackedFloats = int64_t{5} << 20;
+
 // ---- tasks ----
 
 // Forward: rows of a task, which reads every packed key and value for each kGroupRows of them. Halved, down to one group,
@@ -104,6 +120,9 @@ constexpr int64_t kTangentSharedFloats = int64_t{12} << 20;
 // Backward: with fewer tasks than kBackwardTasks the keys are split, which takes a dq per part: up to kSplitBytes of them
 // or, however large they are, as many as give kLeastBackwardTasks tasks.
 constexpr int64_t kBackwardTasks = 16, kLeastBackwardTasks = 4, kSplitBytes = int64_t{64} << 20;
+
+// Second derivative: likewise, of rows; each part has sums for all keys.
+constexpr int64_t kSecondTasks = 16, kLeastSecondTasks = 4, kSecondSplitBytes = int64_t{32} << 20;
 
 // A dq of more floats than this (4 MiB) is allocated for the task instead of being kept by each thread.
 constexpr int64_t kThreadFloats = int64_t{1} << 20;

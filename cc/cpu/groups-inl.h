@@ -1,0 +1,65 @@
+// Key heads in groups: those that add to one bias gradient are the work of one task.
+#pragma once
+
+#include "call.h"
+#include "cpu/scratch-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// Numbers the distinct offsets of batch entries in the order of their first entries: class_of[b] is that of entry b.
+// Returns how many there are. By hashing, so that the time is that of one pass.
+inline int64_t Classes(const int64_t* offsets, int64_t count, int64_t* class_of) {
+  int64_t bits = 1;
+  while ((int64_t{1} << bits) < 2 * count) ++bits;
+  const int64_t slots = int64_t{1} << bits;
+  int64_t *first = nullptr, classes = 0;  // first: the entry that came first to a slot
+  const BufferParts memory([&](Arena& arena) { first = arena.Take<int64_t>(slots); });
+  for (int64_t i = 0; i < slots; ++i) first[i] = -1;
+  for (int64_t b = 0; b < count; ++b) {
+    const uint64_t hash = static_cast<uint64_t>(offsets[b]) * 0x9E3779B97F4A7C15u;
+    int64_t at = static_cast<int64_t>(hash >> (64 - bits));
+    while (first[at] >= 0 && offsets[first[at]] != offsets[b]) at = (at + 1) & (slots - 1);
+    if (first[at] < 0) first[at] = b, class_of[b] = classes++;
+    class_of[b] = class_of[first[at]];
+  }
+  return classes;
+}
+
+// Heads that add to the same bias gradient form a group; without one, each head is its own.
+struct HeadGroups {
+  int64_t count = 0;
+  int64_t *heads, *starts;  // key heads b * K + k, group by group, and where each group starts
+
+  explicit HeadGroups(const Call& c)
+      : memory([&](Arena& arena) {
+          heads = arena.Take<int64_t>(c.B * c.K);
+          starts = arena.Take<int64_t>(c.B * c.K + 1);
+        }) {
+    const int64_t all = c.B * c.K;
+    int64_t *group_of = nullptr, *next = nullptr;
+    const BufferParts own([&](Arena& arena) {
+      group_of = arena.Take<int64_t>(all);
+      next = arena.Take<int64_t>(all);
+    });
+    const bool shared = c.dbias && !c.bias_apart, by_head = shared && c.dbias.head == 0;
+    const bool by_batch = shared && SharesBiasBatch(c);
+    const int64_t groups_of_batch = by_head ? 1 : c.K;
+    count = (by_batch ? Classes(c.dbias.batch, c.B, next) : c.B) * groups_of_batch;
+    for (int64_t b = 0; b < c.B; ++b) {
+      const int64_t first = (by_batch ? next[b] : b) * groups_of_batch;
+      for (int64_t k = 0; k < c.K; ++k) group_of[b * c.K + k] = first + (by_head ? 0 : k);
+    }
+    for (int64_t g = 0; g <= count; ++g) starts[g] = 0;
+    for (int64_t head = 0; head < all; ++head) ++starts[group_of[head] + 1];
+    for (int64_t g = 0; g < count; ++g) starts[g + 1] += starts[g];
+    for (int64_t g = 0; g < count; ++g) next[g] = starts[g];
+    for (int64_t head = 0; head < all; ++head) heads[next[group_of[head]]++] = head;
+  }
+
+ private:
+  const BufferParts memory;
+};
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA
