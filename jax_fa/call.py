@@ -146,6 +146,10 @@ class Saved:
     dout_tangent: Any = None
     dlogsumexp_tangent: Any = None
 
+    def of_forward(self) -> "Saved":
+        """What the forward gave, without cotangents."""
+        return Saved(out=self.out, m=self.m, l=self.l, rounding=self.rounding)
+
     def present(self) -> dict[str, Any]:
         """The arrays that are given."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax._src import config, dispatch, sharding_impls, source_info_util
 from jax._src.export import _export
-from jax.interpreters import mlir
+from jax.interpreters import mlir, partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -90,6 +90,12 @@ def is_partitioned(ctx) -> bool:
 def see_devices_when_lowering(primitive) -> None:
     """Has jit hand the devices and their mesh to the primitive's lowering rule, which partitioning needs."""
     dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def def_dce(primitive, rule: Callable) -> None:
+    """`rule(which results are used, equation)` gives which inputs are used, and the equation that is left or None."""
+    # Since JAX 0.12 a rule is also told which inputs live on.
+    partial_eval.dce_rules[primitive] = lambda used, *rest: rule(used, rest[-1])
 
 
 def mesh_axes(sharding, mesh) -> tuple[tuple[str, ...], ...]:

@@ -111,7 +111,8 @@ def jvp(problem: Problem, operands: Operands, tangents: Operands) -> list[Any]:
 
 def tangent(problem: Problem, operands: Operands, saved: Saved, tangents: Operands) -> list[Any]:
     """The tangents of out and log-sum-exp."""
-    return _bind(tangent_p, plain(problem), Inputs(operands=operands, saved=saved, tangents=tangents))
+    inputs = Inputs(operands=operands, saved=saved.of_forward(), tangents=tangents)
+    return _bind(tangent_p, plain(problem), inputs)
 
 
 def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
@@ -132,7 +133,7 @@ def second_tangent(
     problem: Problem, operands: Operands, saved: Saved, tangents: Operands, others: Operands
 ) -> list[Any]:
     """The second derivatives of out and log-sum-exp along two tangents."""
-    inputs = Inputs(operands=operands, saved=saved, tangents=tangents, others=others)
+    inputs = Inputs(operands=operands, saved=saved.of_forward(), tangents=tangents, others=others)
     return _bind(second_tangent_p, plain(problem), inputs)
 
 
@@ -264,6 +265,31 @@ def _batched_tangents(inputs, args, axes, tree, problem):
     return [*primals, *found], [*(None for _ in primals), *(0 for _ in found)]
 
 
+# --- dead code (scan and remat ask for it): results that nobody uses are not computed
+
+
+def _without_unused(kind, used: list[bool], equation):
+    if not any(used):
+        return [False] * len(equation.invars), None
+    params = equation.params
+    problem, tree = params["problem"], params["tree"]
+    names = kind.results(tree.unflatten([x.aval for x in equation.invars]).call(problem))
+    kept = [name for name, use in zip(names, used, strict=True) if use]
+    if kind.gives_gradients:
+        outvars = [x for x, use in zip(equation.outvars, used, strict=True) if use]
+        params = params | {"problem": replace(problem, gradients=tuple(kept))}
+        return [True] * len(equation.invars), equation.replace(outvars=outvars, params=params)
+    if kind is JVP and not set(kept) & set(_TANGENTS):
+        operands, tree = jax.tree.flatten(Inputs(operands=tree.unflatten(equation.invars).operands))
+        outvars = equation.outvars[: len(names) - len(_TANGENTS)]
+        forward = equation.replace(
+            invars=operands, outvars=outvars, primitive=fwd_p, params=params | {"tree": tree}
+        )
+        ours = set(map(id, operands))
+        return [id(x) in ours for x in equation.invars], forward
+    return [True] * len(equation.invars), equation
+
+
 # --- lowering: the backend is chosen here, for the platform that is compiled for
 
 
@@ -323,6 +349,7 @@ def _primitive(name: str, kind: _Kind) -> Primitive:
     primitive.def_impl(partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(partial(_abstract_eval, kind))
     batching.primitive_batchers[primitive] = partial(_batching_rule, kind, primitive)
+    compat.def_dce(primitive, partial(_without_unused, kind))
     rule = partial(_lowering, kind)
     mlir.register_lowering(primitive, rule)
     for platform in backends.PLATFORMS:

@@ -145,11 +145,28 @@ def _attend_and_gradient(q, k, v):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
 
 
+def _second_derivatives(q, k, v):
+    """A jvp, a Hessian-vector product, and the gradient of a jvp and of a gradient."""
+    x, along = (q, k, v), (jnp.cos(q), jnp.sin(k), jnp.cos(v))
+
+    def attend(x):
+        return jax_fa.flash_attention(*x, mask=Causal())
+
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(attend(x))))
+    return (
+        jax.jvp(attend, (x,), (along,)),
+        jax.jvp(gradient, (x,), (along,)),
+        jax.grad(lambda x: jnp.sum(jnp.sin(jax.jvp(attend, (x,), (along,))[1])))(x),
+        jax.vjp(gradient, x)[1](along),
+    )
+
+
+@pytest.mark.parametrize("function", [_attend_and_gradient, _second_derivatives])
 @pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "cuda", "tpu")], ids="+".join)
-def test_export(platforms):
-    """Exported for one platform or several, forward and backward, and called on the CPU."""
+def test_export(platforms, function):
+    """Exported for one platform or several, with derivatives, and called on the CPU."""
     x = [_normal(2, *spec.shape[1:]) for spec in _specs(2)]
-    run = jax.jit(_attend_and_gradient)
+    run = jax.jit(function)
     exported = jax.export.export(run, platforms=platforms)(*_specs(2))
     assert exported.platforms == platforms
     found = jax.tree.leaves(exported.call(*x))
@@ -168,6 +185,16 @@ def test_export_with_a_symbolic_batch():
         np.testing.assert_allclose(out, want.out, atol=1e-5)
         for found, right in zip(gradients, want.gradients(np.cos(want.out)).values(), strict=True):
             np.testing.assert_allclose(found, right, atol=1e-4)
+
+
+def test_export_of_second_derivatives_with_a_symbolic_length():
+    (length,) = jax.export.symbolic_shape("s")
+    specs = [jax.ShapeDtypeStruct((2, length, n, D), jnp.float32) for n in (N, K, K)]
+    run = jax.jit(_second_derivatives)
+    exported = jax.export.export(run, platforms=("cpu",))(*specs)
+    x = [_normal(2, 150, n, D) for n in (N, K, K)]
+    for a, b in zip(jax.tree.leaves(exported.call(*x)), jax.tree.leaves(run(*x)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 # --- programs are shared, and always give the same
