@@ -205,7 +205,7 @@ def _with_cotangents(x: Inputs, given: dict[str, Any]) -> Saved:
 
 def _cotangents_of(linear: Inputs, **found: dict[str, Any]) -> Inputs:
     parts = {part: rules.fitted(arrays, getattr(linear, part)) for part, arrays in found.items()}
-    return Inputs(operands=Operands(), **parts)
+    return Inputs(**parts)
 
 
 _NO_COTANGENTS = Saved(out=None, m=None, l=None)

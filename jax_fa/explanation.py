@@ -73,7 +73,7 @@ class Explanation:
     def __str__(self) -> str:
         d = self.dims
         title = f"{self.entry}: B={d.B} Sq={d.Sq} Skv={d.Skv} N={d.N} K={d.K} D={d.D} Dv={d.Dv} {self.dtype}"
-        rows = [("on", "backend", "gradient", "tangent", "second", "computes in")]
+        rows: list[tuple[str, ...]] = [("on", "backend", "gradient", "tangent", "second", "computes in")]
         derivatives = (self.backward, self.tangent, self.second)
         rows += [
             (

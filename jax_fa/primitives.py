@@ -25,12 +25,12 @@ from jax_fa.sharding import Partition
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a primitive takes."""
+    """What a primitive takes. (Each primitive has the parts it needs: the types do not say which.)"""
 
-    operands: Any  # `Operands`; None in what stands for tangents of inputs, where none of them moves
-    saved: Saved | None = None
-    tangents: Operands | None = None
-    others: Operands | None = None  # the second tangents of a second derivative
+    operands: Any = None  # Operands
+    saved: Any = None  # Saved
+    tangents: Any = None  # Operands
+    others: Any = None  # Operands, the other tangents of a second derivative
 
     def call(self, problem: Problem) -> Call:
         return Call.of(problem, self.operands, self.saved, self.tangents, self.others)

@@ -14,13 +14,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa.backends import native
+from jax_fa.backends import cpu, native
+from jax_fa.call import STORED, Operands, Saved
 from jax_fa.masks import Causal
 from jax_fa.testing.cases import Case, check
 
@@ -102,10 +104,23 @@ def _statistics():
     return jax.jit(run), (x["query"], x["key"], x["value"])
 
 
+def _tangents(case: Case):
+    """Tangents of a call, with the forward and from what it saved, along its own operands."""
+    call = dense.call_of(case, "cpu")
+
+    def run(operands):
+        again = call.replace(operands=operands)
+        out, m, l, *tangents = cpu.backend.jvp(again, operands)
+        return *tangents, *cpu.backend.tangent(again, operands, Saved(out=out, m=m, l=l))
+
+    return jax.jit(run), (Operands(**{name: getattr(call.operands, name) for name in STORED}),)
+
+
 def child_results(path: str) -> None:
     """Runs all calls twice and saves the bits of what they return."""
     programs = {case.name: _gradient(case) for case in CALLS}
     programs |= {"subnormal": _subnormal(_LONG), "statistics": _statistics()}
+    programs["tangents"] = _tangents(replace(_LONG, name="threads-tangents", mask=None))
     found = {}
     for name, (run, args) in programs.items():
         first, again = (jax.tree.leaves(run(*args)) for _ in range(2))
@@ -332,22 +347,30 @@ def _resident(what: str) -> int:
     return 1024 * int(status.split(f"{what}:")[1].split()[0])
 
 
-def child_memory(S: int, limit: int) -> None:
-    """Forward and backward of one causal call; `limit` bounds what they need beyond arguments and results."""
+def _backward(q, k, v, dout):
+    """Forward and backward of one causal call."""
+    attend = partial(jax_fa.flash_attention, mask=Causal(), implementation="cpu")
+    out, pullback = jax.vjp(attend, q, k, v)
+    return out, pullback(dout)
+
+
+def _jvp(q, k, v, other):
+    """Forward and tangents, from the backend itself."""
+    request = jax_fa.flash_attention.request(q, k, v, mask=Causal(), implementation="cpu")
+    out, _, _, *tangents = cpu.backend.jvp(request.call, Operands(query=other, key=v, value=q))
+    return out, tangents
+
+
+def child_memory(function: str, S: int, D: int, limit: int) -> None:
+    """One causal call; `limit` bounds what it needs beyond arguments and results."""
 
     def program(S: int):
-        x = jax.ShapeDtypeStruct((1, S, 8, 64), jnp.float32)
-
-        def run(q, k, v, dout):
-            attend = partial(jax_fa.flash_attention, mask=Causal(), implementation="cpu")
-            out, pullback = jax.vjp(attend, q, k, v)
-            return out, pullback(dout)
-
-        return jax.jit(run).lower(x, x, x, x).compile()
+        x = jax.ShapeDtypeStruct((1, S, 8, D), jnp.float32)
+        return jax.jit(globals()[function]).lower(x, x, x, x).compile()
 
     def arguments(S: int) -> list[jax.Array]:
         def make(i: int) -> jax.Array:
-            x = np.random.default_rng(i).standard_normal((1, S, 8, 64), np.float32)
+            x = np.random.default_rng(i).standard_normal((1, S, 8, D), np.float32)
             return jax.block_until_ready(jnp.asarray(x))
 
         return [make(i) for i in range(4)]
@@ -358,20 +381,26 @@ def child_memory(S: int, limit: int) -> None:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew: making the arguments took memory too
     before = _resident("VmRSS")
-    out, gradients = jax.block_until_ready(run(*args))
-    results = 4 * args[0].nbytes
+    found = jax.tree.leaves(jax.block_until_ready(run(*args)))
+    results = sum(x.nbytes for x in found)
     grown, planned = _resident("VmHWM") - before - results, run.memory_analysis().temp_size_in_bytes
     print(f"S={S}: {grown / MIB:.1f} MiB grown, {planned / MIB:.1f} MiB of it planned")
     assert grown < limit and planned < limit
-    assert all(bool(jnp.isfinite(x).all()) for x in (out, *gradients))
+    assert all(bool(jnp.isfinite(x).all()) for x in found)
 
 
 @pytest.mark.parametrize(
-    ("S", "limit"), [(8192, 64 * MIB), pytest.param(32768, 200 * 10**6, marks=pytest.mark.slow)]
+    ("function", "S", "D", "limit"),
+    [
+        (_backward, 8192, 64, 64 * MIB),
+        pytest.param(_backward, 32768, 64, 200 * 10**6, marks=pytest.mark.slow),
+        (_jvp, 4096, 64, 64 * MIB),
+        (_jvp, 4096, 128, 64 * MIB),
+    ],
 )
-def test_memory(S, limit):
+def test_memory(function, S, D, limit):
     """Beyond arguments and results a call needs little; its logits would be 2 GiB, and 32 GiB.
 
     On two processors: each thread has memory of its own.
     """
-    print(_run(child_memory, S, limit, cpus=2, timeout=600))
+    print(_run(child_memory, function.__name__, S, D, limit, cpus=2, timeout=600))

@@ -166,7 +166,11 @@ def _run(problem: Problem, operands: Operands, cotangents, tangents) -> dict[str
 
 
 def check(setting: Setting, moving=ALL) -> None:
-    want, naive, ours = setting.reference(moving), setting.reference(moving, np.float32), setting.native(moving)
+    want, naive, ours = (
+        setting.reference(moving),
+        setting.reference(moving, np.float32),
+        setting.native(moving),
+    )
     assert sorted(ours) == sorted(want)
     for name, x in ours.items():
         assert x.dtype == (setting.x | setting.cotangents)[name].dtype
@@ -176,8 +180,12 @@ def check(setting: Setting, moving=ALL) -> None:
             assert np.linalg.norm(x.astype(np.float64)) <= 1e-3, name
             continue
         plain = naive[name].astype(x.dtype)
-        for error, allowed in zip(oracle.errors(x, want[name]), oracle.errors(plain, want[name]), strict=True):
-            assert error <= 2 * allowed + floor, f"{name}: {error:.3g}, naive {allowed:.3g}, floor {floor:.3g}"
+        for error, allowed in zip(
+            oracle.errors(x, want[name]), oracle.errors(plain, want[name]), strict=True
+        ):
+            assert error <= 2 * allowed + floor, (
+                f"{name}: {error:.3g}, naive {allowed:.3g}, floor {floor:.3g}"
+            )
 
 
 @cache
@@ -194,7 +202,11 @@ def test_every_tangent(case):
 # --- parts: tangents that are absent, gradients that are not wanted
 
 EVERYTHING = BY_NAME["everything"]
-_MOVING = (*((name,) for name in ALL if name not in ("scale", "soft_cap")), ("query", "key", "value"), ("dout", "bias"))
+_MOVING = (
+    *((name,) for name in ALL if name not in ("scale", "soft_cap")),
+    ("query", "key", "value"),
+    ("dout", "bias"),
+)
 
 
 @cache
@@ -267,10 +279,15 @@ def test_no_tangent():
 def test_it_is_symmetric():
     """<y, H x> == <x, H y> for tangents x and y of all operands and cotangents."""
     setting, random = heads(), np.random.default_rng(5)
-    other = {name: jnp.asarray(random.standard_normal(a.shape), a.dtype) for name, a in setting.tangents.items()}
+    other = {
+        name: jnp.asarray(random.standard_normal(a.shape), a.dtype) for name, a in setting.tangents.items()
+    }
 
     def product(tangents, results):
-        return sum(np.vdot(np.asarray(tangents[name], np.float64), np.asarray(a, np.float64)) for name, a in results.items())
+        return sum(
+            np.vdot(np.asarray(tangents[name], np.float64), np.asarray(a, np.float64))
+            for name, a in results.items()
+        )
 
     along = setting.native(**{f"{name}_tangent": a for name, a in other.items()})
     left, right = product(other, setting.native()), product(setting.tangents, along)
@@ -290,7 +307,9 @@ def test_batch_dims_that_broadcast():
     for operands, mapped in ((one, 1), (full, 0)):
         narrow = Setting.__new__(Setting)
         narrow.__dict__.update(setting.__dict__)
-        narrow.call = replace(call, problem=replace(problem, mapped=mapped), operands=replace(call.operands, **operands))
+        narrow.call = replace(
+            call, problem=replace(problem, mapped=mapped), operands=replace(call.operands, **operands)
+        )
         narrow.x = operands
         results.append(narrow.native())
     for name, x in results[0].items():
@@ -324,5 +343,7 @@ def test_blocks_with_a_bias(bias):
 @pytest.mark.parametrize("mask", [None, "causal_bottom", "window_bottom"])
 def test_keys_that_are_too_many_to_keep(mask):
     """The second pass computes again what does not fit, but where the mask leaves few keys to a block of rows."""
-    case = Case(name=f"second-long-{mask}", B=(1,), Sq=130, Skv=13000, N=1, K=1, D=8, Dv=8, mask=mask, slopes="N")
+    case = Case(
+        name=f"second-long-{mask}", B=(1,), Sq=130, Skv=13000, N=1, K=1, D=8, Dv=8, mask=mask, slopes="N"
+    )
     check(setting_of(case))

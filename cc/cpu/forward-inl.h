@@ -238,7 +238,7 @@ template <bool kPairs>
 void ForwardAs(const Call& c, const Runner& runner) {
   const ForwardPlan<kPairs> plan(c);
   const Partials<kPairs> partials(c, plan);
-  const SharedBlocks<Packed> shared(c, plan.shared, plan.key_block, plan.BlockSize(),
+  const SharedBlocks<Packed> shared(c, 0, plan.shared ? c.B * c.K : 0, plan.key_block, plan.BlockSize(),
                                     [&](float* memory) { return plan.Place(memory); });
   shared.Pack(c, runner, [&](int64_t b, int64_t k, int64_t j0, int64_t width, float* stage, Packed* to) {
     PackBlock<kPairs>(c, b, k, j0, width, stage, to);

@@ -258,12 +258,16 @@ inline void TangentTask(const Call& c, const TangentPlan& plan, const SharedBloc
 
 inline void TangentAs(const Call& c, const Runner& runner) {
   const TangentPlan plan(c);
-  const SharedBlocks<TangentBlock> shared(c, plan.shared, plan.key_block, plan.BlockSize(),
-                                          [&](float* memory) { return plan.Place(memory); });
-  shared.Pack(c, runner, [&](int64_t b, int64_t k, int64_t j0, int64_t width, float* stage, TangentBlock* to) {
-    PackTangentBlock(c, b, k, j0, width, stage, to);
-  });
-  Run(runner, c.B * c.K * plan.blocks, [&](int64_t task) { TangentTask(c, plan, shared, task); });
+  const int64_t heads = c.B * c.K;
+  for (int64_t first = 0; first < heads; first += plan.wave) {
+    const int64_t n = first + plan.wave < heads ? plan.wave : heads - first;
+    const SharedBlocks<TangentBlock> shared(c, first, plan.shared ? n : 0, plan.key_block, plan.BlockSize(),
+                                            [&](float* memory) { return plan.Place(memory); });
+    shared.Pack(c, runner, [&](int64_t b, int64_t k, int64_t j0, int64_t width, float* stage, TangentBlock* to) {
+      PackTangentBlock(c, b, k, j0, width, stage, to);
+    });
+    Run(runner, n * plan.blocks, [&](int64_t task) { TangentTask(c, plan, shared, first * plan.blocks + task); });
+  }
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ struct TangentPlan {
   bool logits;                     // whether logits have tangents
   bool values;                     // whether products take values
   bool key_tangents, value_tangents;
-  bool shared;  // packed once for all tasks
+  int64_t wave;  // key heads whose tasks run together: so many that their blocks may be shared
+  bool shared;   // packed once for all tasks
 
   explicit TangentPlan(const Call& c) {
     rows = c.G() * c.Sq;
@@ -35,11 +36,13 @@ struct TangentPlan {
     values = logits || c.with_forward;
     key_tangents = bool{c.key_tangent};
     value_tangents = bool{c.value_tangent};
-    const int64_t heads = c.B * c.K, key_blocks = (c.Skv + key_block - 1) / key_block;
-    shared = rows > kTangentRows && heads * key_blocks * BlockSize() <= kTangentSharedFloats;
+    const int64_t heads = c.B * c.K, head_size = (c.Skv + key_block - 1) / key_block * BlockSize();
+    shared = rows > kTangentRows && head_size > 0 && head_size <= kTangentSharedFloats;
+    const int64_t most = shared ? kTangentSharedFloats / head_size : heads;
+    const int64_t waves = heads > 0 ? (heads + most - 1) / most : 1;
+    wave = (heads + waves - 1) / waves;
     task_rows = kTaskRows;
-    while (shared && task_rows > kTangentRows && heads * ((rows + task_rows - 1) / task_rows) < kFewTasks)
-      task_rows /= 2;
+    while (task_rows > kTangentRows && wave * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;
   }
 

@@ -68,10 +68,10 @@ constexpr int64_t kGroupRows = 96;
 constexpr KeyBlock kForwardKeys[] = {{128, 512}, {256, 256}, {INT64_MAX, 128}};
 
 // Tangents: the same blocks of keys, so that a forward with tangents gives the bits of the forward. Logits and their
-// tangents of a group of rows, 2 x 48 x 512 floats, take as much as the logits of a forward's; a packed block holds two
-// more arrays, 4 x 512 x 128 floats = 1 MiB at most, which 6 products of 48 rows read at a fraction of the third cache's
-// rate.
-constexpr int64_t kTangentRows = 48;
+// tangents of a group of rows take 2 x 96 x 512 floats = 384 KiB. A packed block holds two more arrays, 4 x 512 x 128
+// floats = 1 MiB at most, and may come from the third cache for each group: the more rows, the less often. With 48 rows a
+// head_dim of 128 took 4 % longer.
+constexpr int64_t kTangentRows = 96;
 
 // Backward: p and ds of a block of rows stay there, 2 x 192 x 256 floats = 384 KiB for a head_dim up to 64. For a wider
 // one the products take longer than reading p and ds again, and longer blocks of keys pack q and dout less often. Beyond
@@ -113,8 +113,8 @@ constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
 // Forward: packed keys and values of all heads may take this many floats (80 MiB); beyond, each task packs for itself.
 constexpr int64_t kSharedFloats = int64_t{20} << 20;
 
-// Tangents: the same, of up to four arrays (48 MiB), so that all memory of a call stays below 64 MiB. Packing takes each
-// task of kTaskRows rows a thirtieth of its time.
+// Tangents: the same, of up to four arrays (48 MiB), so that all memory of a call stays below 64 MiB. Beyond, heads take
+// turns in waves; a head that is larger by itself is packed by each task, which takes a thirtieth of its time.
 constexpr int64_t kTangentSharedFloats = int64_t{12} << 20;
 
 // Backward: with fewer tasks than kBackwardTasks the keys are split, which takes a dq per part: up to kSplitBytes of them
