@@ -81,7 +81,7 @@ def test_double_backward(case, backend):
 
 
 @pytest.mark.parametrize(
-    "case", _by_default(*(BY_NAME[n] for n in ("mqa", "everything", "bfloat16-everything"))), ids=str
+    "case", _by_default(*(BY_NAME[n] for n in ("mqa", "everything", "bfloat16-bias"))), ids=str
 )
 def test_every_second_order(case, backend):
     """Forward over reverse, reverse over forward, and forward over forward."""
@@ -170,7 +170,7 @@ def _in_float64() -> list:
     kept = {
         replace(c, name="", dtype="float64", bias_dtype=None, feature=True): c for c in CASES if c.spread == 1
     }
-    few = ("everything", "soft-cap", "mask-segments_mixed")
+    few = ("everything", "mask-segments_mixed")
     return [
         pytest.param(
             replace(c, name=case.name), id=case.name, marks=() if case.name in few else pytest.mark.slow
@@ -257,7 +257,6 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     "jvp of grad": lambda f, x, t: jax.jvp(jax.grad(partial(_loss, f)), (x,), (t,)),
     "grad of jvp": lambda f, x, t: jax.grad(lambda x: jnp.sum(jax.jvp(f, (x,), (t,))[1] ** 2))(x),
     "grad of grad": lambda f, x, t: jax.grad(partial(_penalty, f))(x),
-    "linearize of grad": lambda f, x, t: jax.linearize(jax.grad(partial(_loss, f)), x)[1](t),
 }
 KEEP = jax.checkpoint_policies.save_only_these_names(jax_fa.OUT_NAME, jax_fa.STATS_NAME)
 
@@ -567,7 +566,7 @@ def test_an_unmapped_bias_has_no_gradient_per_example(backend):
 # --- what is masked does not leak
 
 
-@pytest.mark.parametrize("garbage", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("garbage", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)], ids=str)
 def test_garbage_in_masked_positions(garbage, backend):
     """Of operands, cotangents and tangents: it changes no bit."""
     case = Case(name="nan-derivatives", mask="lengths", bias="BNQK", dropout=0.2)

@@ -49,6 +49,13 @@ def _without_backward(monkeypatch):
     jax.grad(lambda x: attend(x, X, X, implementation="cpu").sum())(X)
 
 
+def _third_order():
+    def sum_of_gradient(function):
+        return lambda x: jax.grad(function)(x).sum()
+
+    jax.grad(sum_of_gradient(sum_of_gradient(lambda x: (attend(x) ** 2).sum())))(X)
+
+
 def _on_cuda(x=X):
     run = jax.jit(lambda x: attend(x, x, x, implementation="mosaic"))
     run.trace(x.astype(jnp.bfloat16) if x is X else x).lower(lowering_platforms=("cuda",))
@@ -147,6 +154,7 @@ PROVOKED: dict[str, Callable[..., object]] = {
         monkeypatch, False
     ),
     "implementation='...' cannot serve the gradient of this call": _without_backward,
+    "jax_fa serves derivatives of the third order and above in forward mode only": _third_order,
     "implementation='mosaic' cannot serve this call on platform 'cuda'. mosaic: ...": _old_jax,
     "the GPU is not known where this is lowered": _unknown_gpu,
     "needs a Hopper GPU (compute capability 9.0), this one has 8.0": _ampere,

@@ -170,7 +170,8 @@ def attention(
     does, and with them their derivatives; `narrow_gradient` the derivatives of the logits.
     """
     q, k, v = (x[name] for name in _STORED)
-    scale, cap = (x.get(name, constants[name]) for name in ("scale", "soft_cap"))
+    scalars = constants | x
+    scale, cap = scalars["scale"], scalars["soft_cap"]
     visible = constants["visible"]
     s = jnp.einsum("hgid,hxjd->hgij", q, k, preferred_element_type=scale.dtype)
     s = _narrow_derivatives(s, narrow_gradient) * scale
@@ -289,7 +290,7 @@ def check(case: Case, what: str, found) -> None:
     want, by_naive = getattr(expected(case), what), getattr(naive(case), what)
     if isinstance(want, Results):
         found, want, by_naive = (dict(zip(Results._fields, x, strict=True)) for x in (found, want, by_naive))
-        dtypes = {"out": case.dtype, "lse": case.acc}
+        dtypes: dict[str, Any] = {"out": case.dtype, "lse": case.acc}
     else:
         dtypes = {name: x.dtype for name, x in case.operands().items()}
     assert sorted(found) == sorted(want)
