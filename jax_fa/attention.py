@@ -7,7 +7,7 @@ and sum l. Every derivative recomputes the probabilities as exp(s - m) / l, so n
 The primitives are a closed set. Let x be the operands, F(x) = (out, log-sum-exp) and w cotangents of these:
 
     primitive       computes                               its derivative              its transpose
-    forward         F(x)                                   tangent (with F: jvp)       -
+    forward         F(x)                                   tangent (with F: jvp)       (of value, in which out is linear)
     tangent         F'(x) u                                second_tangent + tangent    backward
     backward        F'(x)^T w, as `jax.grad` wants it      second                      tangent
     second          the Hessian of <w, F(x)> by x and w,   the portable backend's      second: it is symmetric
@@ -151,6 +151,20 @@ def _third(kind, problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
 # --- transposes: (problem, inputs, avals of the linear ones, cotangents of the results) -> cotangents of the linear ones
 
 
+def _forward_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[str, Any]) -> Inputs:
+    """Of out as a function of value, in which it is linear (`jax.linear_transpose`)."""
+    names = [] if linear.operands is None else list(linear.operands.present())
+    if names != ["value"]:
+        raise NotImplementedError(f"attention is linear in value alone, and has no transpose in {', '.join(names)}.")
+    value = jnp.zeros(linear.operands.value.shape, linear.operands.value.dtype)
+    operands = replace(x.operands, value=value)
+    saved = primitives.forward_saved(problem, operands)
+    dout = given["out"] if "out" in given else jnp.zeros_like(saved.out)
+    asked = rules.asking(problem, operands, linear.operands)
+    gradients = primitives.backward(asked, operands, replace(saved, dout=dout))
+    return _cotangents_of(linear, operands=gradients.present())
+
+
 def _tangent_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[str, Any]) -> Inputs:
     asked = rules.asking(problem, x.operands, linear.tangents)
     gradients = primitives.backward(asked, x.operands, _with_cotangents(x, given))
@@ -219,6 +233,7 @@ for primitive, rule in (
 ):
     rules.def_jvp(primitive, rule)
 for primitive, transpose in (
+    (primitives.fwd_p, _forward_transpose),
     (primitives.tangent_p, _tangent_transpose),
     (primitives.bwd_p, _backward_transpose),
     (primitives.second_p, _second_transpose),

@@ -129,6 +129,20 @@ def test_reverse_over_reverse(is_causal, backend):
     np.testing.assert_allclose(found, penalty(jax.nn.dot_product_attention), rtol=1e-4, atol=1e-4)
 
 
+def test_linear_transpose(backend):
+    """jax.linear_transpose in value, in which attention is linear, against jax.nn; in no other."""
+    q, k, v, ct = (_normal(2, 9, heads, 4) for heads in (4, 2, 2, 4))
+
+    def transpose(attention):
+        run = partial(attention, is_causal=True)
+        return jax.jit(lambda q, ct: jax.linear_transpose(lambda v: run(q, k, v), v)(ct)[0])(q, ct)
+
+    found = transpose(partial(jax_fa.dot_product_attention, implementation=backend))
+    np.testing.assert_allclose(found, transpose(jax.nn.dot_product_attention), rtol=1e-5, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="linear in value alone, and has no transpose in query"):
+        jax.linear_transpose(lambda q: jax_fa.dot_product_attention(q, k, v), q)(ct)
+
+
 # --- export
 
 
