@@ -22,12 +22,13 @@ Implementation: TypeAlias = Any
 class Backend(Protocol):
     """Runs attention calls on some platforms. `forward` and `backward` are plain traceable functions.
 
-    It may have more of them. What it lacks, the portable backend computes:
-      tangent(call, tangents, saved): the tangents of out and log-sum-exp (`*B N Sq`) along `tangents`, the `Operands` that
-        move; from what the forward saved.
-      jvp(call, tangents): what `forward` and `tangent` give together, in one pass.
-      second(call, tangents, saved): the derivative of `backward` along tangents, as `Operands`, and the gradients by its
-        cotangents dout and dlogsumexp. `saved` may hold tangents of the cotangents.
+    A backend may have three methods more; what it lacks, the portable backend computes.
+
+    * `tangent(call, tangents, saved)`: the tangents of out and log-sum-exp (`*B N Sq`) along `tangents`, the `Operands` that
+      move; from what the forward saved.
+    * `jvp(call, tangents)`: what `forward` and `tangent` give together, in one pass.
+    * `second(call, tangents, saved)`: the derivative of `backward` along tangents, as `Operands`, and the gradients by its
+      cotangents dout and dlogsumexp. `saved` may hold tangents of the cotangents.
 
     Attributes:
       name: what `implementation=` calls it.
