@@ -22,7 +22,7 @@ import pytest
 
 import jax_fa
 from jax_fa.backends import cpu, native
-from jax_fa.call import STORED, Operands, Saved
+from jax_fa.call import DIFFERENTIABLE, STORED, Operands, Saved
 from jax_fa.masks import Causal
 from jax_fa.testing.cases import Case, check
 
@@ -116,11 +116,27 @@ def _tangents(case: Case):
     return jax.jit(run), (Operands(**{name: getattr(call.operands, name) for name in STORED}),)
 
 
+def _second(case: Case):
+    """The second derivative along the operands themselves and the cotangents."""
+    call = dense.call_of(case, "cpu")
+
+    def run(operands, cotangents):
+        again = call.replace(operands=operands)
+        out, m, l = cpu.backend.forward(again)
+        saved = Saved(out=out, m=m, l=l, **cotangents, dout_tangent=out)
+        return cpu.backend.second(again, Operands(**{x: getattr(operands, x) for x in along}), saved)
+
+    along = [name for name in DIFFERENTIABLE if getattr(call.operands, name) is not None]
+    dout, dlse = case.cotangents()
+    return jax.jit(run), (call.operands, {"dout": case.stored(dout), "dlogsumexp": dlse})
+
+
 def child_results(path: str) -> None:
     """Runs all calls twice and saves the bits of what they return."""
     programs = {case.name: _gradient(case) for case in CALLS}
     programs |= {"subnormal": _subnormal(_LONG), "statistics": _statistics()}
     programs["tangents"] = _tangents(replace(_LONG, name="threads-tangents", mask=None))
+    programs |= {f"second {case.name}": _second(case) for case in CALLS if case.dtype == "float32"}
     found = {}
     for name, (run, args) in programs.items():
         first, again = (jax.tree.leaves(run(*args)) for _ in range(2))

@@ -4,15 +4,15 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
+import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jax_fa
 from jax_fa.backends import native
 from jax_fa.backends.cpu import backend
-from jax_fa.call import DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved, has_rounding
+from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved, has_rounding
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, FEATURES, Case
 
@@ -25,67 +25,12 @@ ISA = "JAX_FA_CPU_ISA"
 ALL = (*DIFFERENTIABLE, "dout", "dlogsumexp")  # what may move, and what has a gradient
 
 
-def call_of(case: Case) -> Call:
-    request = jax_fa.flash_attention.request(
-        **case.stored_operands(),
-        **case.arrays(),
-        scale=case.scale,
-        logits_soft_cap=case.soft_cap,
-        dropout_rate=case.dropout,
-        layout=case.layout,
-        return_logsumexp=True,
-        implementation="cpu",
-    )
-    return request.call
-
-
 # --- the reference
-
-
-def _stored_back(problem: Problem, name: str, x):
-    return x.transpose(problem.axes(name)) if name in (*STORED, "dout") else x
-
-
-def dense(call: Call, visible, keep, x: dict[str, Any]) -> tuple[Any, Any]:
-    """(out, log-sum-exp), out as stored, of the differentiable operands, in their dtype."""
-    problem, ops, d = call.problem, call.operands, call.dims
-    acc = x["query"].dtype
-    q, k, v = (x[name].transpose(problem.axes(name)) for name in STORED)
-    group = (*q.shape[:-2], d.K, d.G, d.D)
-    s = jnp.einsum("...ikgd,...jkd->...kgij", q.reshape(group), k)
-    s = s.reshape(*s.shape[:-4], d.N, d.Sq, d.Skv)
-    s = s * (x["scale"][..., None, None] if "scale" in x else problem.scale)
-    if "bias" in x:
-        bias = x["bias"]
-        if ops.bias_offset is not None:
-            at = np.asarray(ops.bias_offset)[..., None] + np.arange(d.Skv)
-            full = np.broadcast_shapes(bias.shape[:-1], at.shape[:-2])
-            at = np.clip(np.broadcast_to(at, (*full, *at.shape[-2:])), 0, bias.shape[-1] - 1)
-            bias = jnp.broadcast_to(bias[..., None, :], (*full, 1, bias.shape[-1]))
-            bias = jnp.take_along_axis(bias, at, axis=-1)
-        s = s + bias
-    if "alibi_slopes" in x:
-        row = np.arange(d.Sq) if ops.position is None else np.asarray(ops.position)
-        away = np.abs(np.arange(d.Skv) - row[..., None]).astype(acc)
-        s = s - x["alibi_slopes"][..., None] * (np.sqrt(away) if problem.alibi == "sqrt" else away)
-    cap = x["soft_cap"][..., None, None] if "soft_cap" in x else problem.logits_soft_cap
-    if cap is not None:
-        s = cap * jnp.tanh(s / cap)
-    s = jnp.where(visible, s, -1e30)
-    m = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-1e30))
-    p = jnp.where(visible, jnp.exp(s - m), 0)
-    l = jnp.sum(p, axis=-1, keepdims=True)
-    empty = l == 0
-    l = jnp.where(empty, 1, l)
-    w = p / l * keep.astype(acc)
-    out = jnp.einsum("...kgij,...jkd->...ikgd", w.reshape(*w.shape[:-3], d.K, d.G, d.Sq, d.Skv), v)
-    lse = jnp.where(empty, -oracle.FLT_MAX, m + jnp.log(l))[..., 0]
-    return out.reshape(*out.shape[:-3], d.N, d.Dv).transpose(np.argsort(problem.out_axes)), lse
 
 
 def _second(call: Call, visible, keep, x, cotangents, dx, dcotangents) -> dict[str, Any]:
     """The derivative of the gradients along (dx, dcotangents); and the tangents of out and log-sum-exp."""
-    function = partial(dense, call, visible, keep)
+    function = partial(dense.attention, call, visible, keep)
 
     def gradients(x, cotangents):
         return jax.vjp(function, x)[1](cotangents)[0]
@@ -200,7 +145,9 @@ def check(setting: Setting, moving=ALL) -> None:
 @cache
 def setting_of(case: Case) -> Setting:
     keep = case.keep()
-    return Setting.of(call_of(case), case.visible(), None if keep is None else keep / case.keep_prob)
+    return Setting.of(
+        dense.call_of(case, "cpu"), case.visible(), None if keep is None else keep / case.keep_prob
+    )
 
 
 @pytest.mark.parametrize("case", [c for c in FEATURES if c.dtype != "float64"], ids=str)

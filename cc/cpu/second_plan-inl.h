@@ -156,7 +156,7 @@ struct SecondScratch {
   float *q, *q_tangent, *dout, *dout_tangent;                              // rows of a block
   float *q_panels, *q_tangent_panels, *dout_panels, *dout_tangent_panels;  // ... as panels
   float *gq, *out;                                                         // ... and their results
-  float *dk, *dv;                                                          // results of all keys
+  float* sums;                                                             // dk, then dv, of all keys
   float* packed;                                                           // keys: see PackedKeys
   int32_t* packed_for;                                                     // ... and for what each block of them is
   float* arrays;                                                           // see SecondArray
@@ -183,8 +183,7 @@ struct SecondScratch {
     dout_tangent_panels = take(more, n * plan.dv_row);
     gq = arena.Take(n * plan.dq_row);
     out = arena.Take(n * plan.dv_row);
-    dk = take(own_sums, plan.dk_size);
-    dv = take(own_sums, plan.dv_size);
+    sums = take(own_sums, plan.dk_size + plan.dv_size);
     packed = arena.Take(plan.key_slots * KeySizes(c, plan).All());
     packed_for = arena.Take<int32_t>(plan.key_slots);
     arrays = arena.Take(plan.kept_blocks * plan.BlockFloats());
@@ -200,7 +199,7 @@ struct SecondScratch {
     hi = arena.Take<int32_t>(n);
   }
 
-  const ThreadParts memory;  // the last member, as it fills in those above
+  const BufferParts memory;  // the last member, as it fills in those above; too large to be kept by each thread
 };
 
 }  // namespace
