@@ -197,7 +197,7 @@ inline void FinishSums(const Call& c, const SecondTerms& terms, const SecondScra
 // what the second reads if it fits; else that computes it again. dk, dv: sums of the key head.
 inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondRows& x, float* dk,
                         float* dv, const HeadSums& sums) {
-  RowTile tiles[kSecondRows + kRows];
+  RowTile tiles[kMostSecondRows];
   const int64_t first = x.visible.lo / plan.key_block, last = (x.visible.hi + plan.key_block - 1) / plan.key_block;
   const bool kept = last - first <= plan.kept_blocks;
   const auto over_keys = [&](const auto& fn) {

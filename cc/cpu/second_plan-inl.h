@@ -93,10 +93,8 @@ struct SecondPlan {
     PlaceArrays(c);
     PlanBlocks(c);
     PlanSplits(c);
-    const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
     const bool again = (splits > 1 ? split_positions : rows) > block_rows;  // more than one block of rows reads them
-    key_slots = again && key_blocks * KeySizes(c, *this).All() <= kSecondPackedFloats ? key_blocks : 1;
-    key_slots = key_slots > 1 ? key_slots : 1;
+    key_slots = again && PacksFit(c) && c.Skv > 0 ? (c.Skv + key_block - 1) / key_block : 1;
   }
 
   int64_t BlockFloats() const { return arrays * block_rows * s_row; }  // of one block of rows and keys
@@ -111,12 +109,20 @@ struct SecondPlan {
     for (int i = 0; i < kSecondArrays; ++i) at[i] = given[i] ? arrays++ : -1;
   }
 
+  // Whether all packed keys and values of a key head may stay.
+  bool PacksFit(const Call& c) const {
+    return (c.Skv + key_block - 1) / key_block * KeySizes(c, *this).All() <= kSecondPackedFloats;
+  }
+
   // As many rows as leave room for all keys; where that would be too few, the products of the second pass are computed
   // again, unless a mask leaves few enough of the keys.
   void PlanBlocks(const Call& c) {
-    const int64_t key_blocks = (c.Skv + key_block - 1) / key_block, most = RoundUp(kSecondRows, kRows);
+    const bool packed = PacksFit(c);
+    const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
+    const int64_t most = RoundUp(packed ? kSecondRows : kMostSecondRows, kRows);
+    const int64_t least = packed ? kLeastSecondRows : kLeastUnpackedRows;
     const int64_t fit = kSecondFloats / (arrays * s_row * (key_blocks > 0 ? key_blocks : 1)) / kRows * kRows;
-    block_rows = fit >= most || fit < kLeastSecondRows ? most : fit;
+    block_rows = fit >= most || fit < least ? most : fit;
     block_rows = block_rows < rows ? block_rows : rows > 0 ? rows : 1;
     kept_blocks = kSecondFloats / BlockFloats();
     kept_blocks = kept_blocks < key_blocks ? kept_blocks : key_blocks;

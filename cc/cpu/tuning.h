@@ -80,21 +80,27 @@ constexpr int64_t kBackwardRows = 192;
 constexpr KeyBlock kBackwardKeys[] = {{64, 256}, {128, 512}, {256, 256}, {INT64_MAX, 128}};
 constexpr int64_t kMostBackwardKeys = 512;
 
-// Second derivative: the arrays of a block of rows and keys (four and more), 4 x 96 x 128 floats = 192 KiB, eight packed
-// forms of the keys, of which one pass reads four, 4 x 128 x 128 floats = 256 KiB, and the rows.
-constexpr int64_t kSecondRows = 96;
+// Second derivative: of a block of rows and keys, the arrays (four and more), 4 x 96 x 128 floats = 192 KiB, and the packed
+// keys and values of one pass, 4 x 128 x 128 floats = 256 KiB. Where those are packed again for each block of rows, twice
+// the rows do it half as often.
+constexpr int64_t kSecondRows = 96, kMostSecondRows = 192;
 constexpr KeyBlock kSecondKeys[] = {{64, 256}, {INT64_MAX, 128}};
 constexpr int64_t kMostSecondKeys = 256;
 
-// ---- third cache (2 MiB or more per core) ----
+// ---- third cache, or memory ----
 
 // Second derivative: the arrays of a block of rows and all of its keys are kept from the first pass to the second up to
 // this many floats (4 MiB). Each number is written twice and read twice, 64 bytes a pair next to 1536 operations and more.
-// With fewer than kLeastSecondRows rows, packing the keys for them takes longer than the four products that it saves.
-constexpr int64_t kSecondFloats = int64_t{1} << 20, kLeastSecondRows = 24;
+constexpr int64_t kSecondFloats = int64_t{1} << 20;
 
-// ... and all packed keys and values of a key head up to these (16 MiB); beyond, each block of rows packs them again.
+// ... and so are all packed keys and values of a key head, for its next block of rows, up to this many (20 MiB: 4096 keys
+// and values of 128 elements, with tangents). Packed for each block of 54 rows they took a third of the time.
 constexpr int64_t kSecondPackedFloats = int64_t{5} << 20;
+
+// Fewest rows for which arrays are kept. With 30, and packed keys that stay, the second derivative took 2.8 times as long as
+// the backward, and 3.4 times where the second pass computed four products again. Where keys are packed for each block, 54
+// rows and 192 with those products took the same time.
+constexpr int64_t kLeastSecondRows = 24, kLeastUnpackedRows = 60;
 
 // ---- tasks ----
 
