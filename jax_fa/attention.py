@@ -155,7 +155,9 @@ def _forward_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[
     """Of out as a function of value, in which it is linear (`jax.linear_transpose`)."""
     names = [] if linear.operands is None else list(linear.operands.present())
     if names != ["value"]:
-        raise NotImplementedError(f"attention is linear in value alone, and has no transpose in {', '.join(names)}.")
+        raise NotImplementedError(
+            f"attention is linear in value alone, and has no transpose in {', '.join(names)}."
+        )
     value = jnp.zeros(linear.operands.value.shape, linear.operands.value.dtype)
     operands = replace(x.operands, value=value)
     saved = primitives.forward_saved(problem, operands)
