@@ -147,7 +147,7 @@ def forward_saved(problem: Problem, operands: Operands) -> Saved:
 
 
 def _bind(primitive, problem: Problem, inputs: Inputs) -> list[Any]:
-    if primitive not in (fwd_p, bwd_p):  # a backend that takes hints has these two alone
+    if primitive in (second_p, second_tangent_p):  # the transposes of the others have use for hints
         inputs = replace(inputs, operands=replace(inputs.operands, hints=None))
     leaves, tree = jax.tree.flatten(compat.vary_alike(inputs))
     return primitive.bind(*leaves, tree=tree, problem=problem)

@@ -172,9 +172,7 @@ def _partial_eval(trace, *tracers, tree, problem):
     if not known or all(x.is_known() for x in tracers):
         return trace.default_process_primitive(primitives.jvp_p, tracers, {"tree": tree, "problem": problem})
     saved = named(primitives.forward_saved(problem, operands))
-    leaves, tree = jax.tree.flatten(
-        Inputs(operands=replace(operands, hints=None), saved=saved, tangents=inputs.tangents)
-    )
+    leaves, tree = jax.tree.flatten(Inputs(operands=operands, saved=saved, tangents=inputs.tangents))
     staged = [trace.to_jaxpr_tracer(x) for x in leaves]
     tangents = trace.default_process_primitive(
         primitives.tangent_p, staged, {"tree": tree, "problem": primitives.plain(problem)}
