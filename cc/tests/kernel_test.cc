@@ -489,10 +489,10 @@ int Main(const std::vector<std::string>& args) {
     CheckBitsOfForward();
     CheckAccuracy();
     CheckTable(!quick);
-    CheckBroadcasts(quick ? 3 : 1);
-    CheckSizes(quick ? 11 : full ? 1 : 5);
-    CheckLengths(quick ? 37 : full ? 1 : 5);
-    CheckRandom(0, quick ? 40 : full ? kSmallSeeds + 500 : 120);
+    CheckBroadcasts(quick ? 7 : 1);
+    CheckSizes(quick ? 23 : full ? 1 : 5);
+    CheckLengths(quick ? 71 : full ? 1 : 5);
+    CheckRandom(0, quick ? 25 : full ? kSmallSeeds + 500 : 120);
     alarm(quick ? 120 : 600);
     CheckTasks();
   } else if (mode == "threads") {
