@@ -80,7 +80,7 @@ class SecondReference : public Reference {
     const double dlse_tangent = p_.dlogsumexp_tangent ? p_.dlogsumexp_tangent.at(b, n, i) : 0.0;
     bool gradients_tainted = !std::isfinite(dlse) || !std::isfinite(dlse_tangent);
     pairs_.clear();
-    double p_size = 0.0, t_size = 0.0, dp_size = FiniteSize(dlse);
+    double t_size = 0.0, dp_size = FiniteSize(dlse);
     for (int64_t d = 0; d < p_.Dv; ++d) dp_size += FiniteSize(dout[d] * out[d]);
     Bounded tau, delta{-dlse, 0.0};
     for (const Seen& x : seen_) {
@@ -110,7 +110,7 @@ class SecondReference : public Reference {
         tau = {tau.value + x.p * moved.t, tau.error + y.p.error * std::fabs(moved.t) + x.p * moved.error};
         delta = {delta.value + x.p * y.inner.value,
                  delta.error + y.p.error * std::fabs(y.inner.value) + x.p * y.inner.error};
-        p_size += x.p, t_size += x.p * std::fabs(moved.t), dp_size += x.p * std::fabs(y.inner.value);
+        t_size += x.p * std::fabs(moved.t), dp_size += x.p * std::fabs(y.inner.value);
       }
       pairs_.push_back(y);
     }

@@ -210,7 +210,7 @@ void CheckShapes() {
       for (const size_t i : {size_t{0}, jax_fa::kDifferentiables - 1}) {
         GivenCall fewer = right;
         fewer.saved |= jax_fa::UnwantedBit(i);
-        fewer.Refused("there are ", ("results; expected " + std::to_string(right.rets.size() - 1)).c_str());
+        fewer.Refused("there are ", "results; expected " + std::to_string(right.rets.size() - 1));
         fewer.rets.erase(fewer.rets.begin() + static_cast<std::ptrdiff_t>(i));
         if (const std::string message = fewer.Message(); !message.empty()) Fail("refused: %s", message.c_str());
       }
