@@ -23,9 +23,9 @@ from jax_fa.testing.cases import BY_NAME, CASES, FEATURES, REAL_TILES, Case, exp
 _SECOND = tuple(case for case in CASES if not (case.spread >= 500 and case.dtype in ("bfloat16", "float16")))
 
 
-def _by_default(*cases: Case) -> list:
-    """All that have a second order; the others are slow, as it compiles for a second and more."""
-    return [case if case in cases else pytest.param(case, marks=pytest.mark.slow) for case in _SECOND]
+def _by_default(*cases: Case, of: tuple[Case, ...] = _SECOND) -> list:
+    """All cases `of` a tuple; those not named are slow, as each compiles for a second and more."""
+    return [case if case in cases else pytest.param(case, marks=pytest.mark.slow) for case in of]
 
 
 def _directions(case: Case) -> dict[str, Any]:
@@ -48,7 +48,13 @@ def _tangent(attend, x, x_tangent):
     return jax.jvp(attend, (x,), (x_tangent,))[1]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+_TANGENT = (
+    *FEATURES,
+    *(case for case in CASES if case.dtype != "float32" or case.name.startswith("lengths")),
+)
+
+
+@pytest.mark.parametrize("case", _by_default(*_TANGENT, of=CASES), ids=str)
 def test_tangent(case, backend):
     """jax.jvp of the output and the log-sum-exp."""
     attend = partial(case.flash_attention, implementation=backend)
