@@ -26,6 +26,8 @@ Above this file stand the public functions, which turn their arguments into a `C
 backend when they are lowered.
 """
 
+import functools
+import operator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -81,12 +83,16 @@ def _tangent(problem: Problem, x: Inputs, along: Inputs):
 
 def _along(problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
     """The derivative of the tangent, which is linear in its tangents."""
-    found: list[list[Any]] = []
+    parts = []
     if along.tangents is not None:
-        found.append(primitives.tangent(problem, x.operands, x.saved, along.tangents))
+        parts.append(primitives.tangent(problem, x.operands, x.saved, along.tangents))
     if along.operands is not None:
-        found.append(primitives.second_tangent(problem, x.operands, x.saved, x.tangents, along.operands))
-    return [a + b for a, b in zip(*found, strict=True)] if len(found) == 2 else (found or [[None, None]])[0]
+        parts.append(primitives.second_tangent(problem, x.operands, x.saved, x.tangents, along.operands))
+    return _added(parts) or [None, None]
+
+
+def _added(parts: list[list[Any]]) -> list[Any]:
+    return [functools.reduce(operator.add, terms) for terms in zip(*parts, strict=True)]
 
 
 def _backward(problem: Problem, x: Inputs, along: Inputs):
@@ -137,7 +143,7 @@ def _second_tangent(problem: Problem, x: Inputs, along: Inputs):
         for a, b in pairs
         if a is not None and b is not None
     ]
-    return results, [a + b for a, b in zip(*parts, strict=True)] if len(parts) == 2 else parts[0]
+    return results, _added(parts)
 
 
 def _third(kind, problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
@@ -161,7 +167,7 @@ def _forward_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[
     value = jnp.zeros(linear.operands.value.shape, linear.operands.value.dtype)
     operands = replace(x.operands, value=value)
     saved = primitives.forward_saved(problem, operands)
-    dout = given["out"] if "out" in given else jnp.zeros_like(saved.out)
+    dout = _or_zeros(given.get("out"), saved.out)
     asked = rules.asking(problem, operands, linear.operands)
     gradients = primitives.backward(asked, operands, replace(saved, dout=dout))
     return _cotangents_of(linear, operands=gradients.present())
@@ -215,7 +221,7 @@ def _hessian_product(
 
 
 def _with_cotangents(x: Inputs, given: dict[str, Any]) -> Saved:
-    dout = given["dout"] if "dout" in given else jnp.zeros_like(x.saved.out)
+    dout = _or_zeros(given.get("dout"), x.saved.out)
     return replace(x.saved, dout=dout, dlogsumexp=given.get("dlogsumexp"))
 
 

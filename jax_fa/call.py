@@ -174,6 +174,12 @@ def narrowed(x, dtype: Any) -> tuple[Any, Any]:
     return narrow, x - narrow.astype(x.dtype)
 
 
+def widened(x, lost, dtype: Any):
+    """x in the dtype, with what rounding took from it (`Saved.rounding`) where that is known."""
+    wide = x.astype(dtype)
+    return wide if lost is None else wide + lost.astype(dtype) * rounding_unit(x.dtype)
+
+
 def has_rounding(dtype: Any) -> bool:
     """Whether an output of this dtype is rounded from a wider sum."""
     return jnp.dtype(dtype).itemsize < 4

@@ -146,6 +146,20 @@ def forward_saved(problem: Problem, operands: Operands) -> Saved:
     return Saved(out=out, m=m, l=l)
 
 
+def forward_results(problem: Problem, saved: Saved) -> list[Any]:
+    """Those of what is saved that the problem's forward gives."""
+    return [saved.out, saved.m, saved.l, *([saved.rounding] if problem.saves_rounding else [])]
+
+
+def two_steps(
+    problem: Problem, tree, *leaves, keep: Callable[[Saved], Saved] = lambda saved: saved
+) -> list[Any]:
+    """A jvp as the forward, and the tangent from what it saves; `keep` may name that."""
+    inputs = tree.unflatten(leaves)
+    saved = keep(forward_saved(problem, inputs.operands))
+    return [*forward_results(problem, saved), *tangent(problem, inputs.operands, saved, inputs.tangents)]
+
+
 def _bind(primitive, problem: Problem, inputs: Inputs) -> list[Any]:
     if primitive in (second_p, second_tangent_p):  # the transposes of the others have use for hints
         inputs = replace(inputs, operands=replace(inputs.operands, hints=None))
@@ -257,7 +271,7 @@ def _batched_tangents(inputs, args, axes, tree, problem):
         return tree.unflatten(filled).tangents
 
     saved = forward_saved(problem, inputs.operands)
-    primals = [getattr(saved, name) for name in _forward_results(inputs.call(problem))]
+    primals = forward_results(problem, saved)
     found = jax.vmap(
         lambda *mapped: tangent(problem, inputs.operands, saved, tangents_of(*mapped)),
         in_axes=[axes[i] for i in lead],
@@ -308,10 +322,9 @@ def _lowering(kind, ctx, *args, tree, problem):
     call = inputs.call(problem)
     what = "forward" if kind is JVP else kind.what
     chosen = [backends.choose(platform, call, what) for platform in platforms]
-    if not all(
-        hasattr(backend, kind.what) for backend in chosen
-    ):  # a jvp in two steps, each by its own backend
-        return compat.lower_plain(partial(_two_steps, problem, tree), ctx, *args)
+    if not all(hasattr(backend, kind.what) for backend in chosen):
+        # A jvp in two steps, each by its own backend.
+        return compat.lower_plain(partial(two_steps, problem, tree), ctx, *args)
     first, *others = (partial(_run, kind, backend, problem, tree) for backend in chosen)
     fn: Callable[..., Any] = first
     if len(set(map(id, chosen))) > 1:
@@ -323,14 +336,6 @@ def _lowering(kind, ctx, *args, tree, problem):
             fn, inputs.shapes(), [(name, _shape(call, name)) for name in kind.results(call)]
         )
     return compat.lower_plain(fn, ctx, *args)
-
-
-def _two_steps(problem, tree, *leaves):
-    """A jvp as the forward, and the tangent from what it saves."""
-    inputs = tree.unflatten(leaves)
-    saved = forward_saved(problem, inputs.operands)
-    primals = [getattr(saved, name) for name in _forward_results(inputs.call(problem))]
-    return [*primals, *tangent(problem, inputs.operands, saved, inputs.tangents)]
 
 
 def _without_hints(tree):

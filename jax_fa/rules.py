@@ -23,8 +23,8 @@ from jax_fa.call import (
     Saved,
     accumulator_dtype,
     has_rounding,
-    rounding_unit,
     sum_to,
+    widened,
 )
 from jax_fa.primitives import Inputs
 
@@ -153,17 +153,6 @@ def jvp_saved(problem: Problem, operands: Operands, tangents: Operands) -> tuple
     return named(Saved(out=out, m=m, l=l, rounding=rounding[0] if rounding else None)), [dout, dlogsumexp]
 
 
-def _two_steps(problem: Problem, tree, *leaves) -> list[Any]:
-    inputs = tree.unflatten(leaves)
-    saved = named(primitives.forward_saved(problem, inputs.operands))
-    tangents = primitives.tangent(problem, inputs.operands, saved, inputs.tangents)
-    return [*_results(problem, saved), *tangents]
-
-
-def _results(problem: Problem, saved: Saved) -> list[Any]:
-    return [saved.out, saved.m, saved.l, *([saved.rounding] if problem.saves_rounding else [])]
-
-
 def _partial_eval(trace, *tracers, tree, problem):
     """`jax.grad`, `jax.linearize`, also of a scan: of a jvp, the operands are known and the tangents are not."""
     inputs = tree.unflatten(tracers)
@@ -177,12 +166,13 @@ def _partial_eval(trace, *tracers, tree, problem):
     tangents = trace.default_process_primitive(
         primitives.tangent_p, staged, {"tree": tree, "problem": primitives.plain(problem)}
     )
-    return [*_results(problem, saved), *tangents]
+    return [*primitives.forward_results(problem, saved), *tangents]
 
 
 def _partial_eval_by_policy(saveable, unknown, instantiated, equation):
     """Remat: the policy decides which results of the forward are kept, as it would for two equations in a jit."""
-    steps = jax.jit(partial(_two_steps, equation.params["problem"], equation.params["tree"]))
+    params = equation.params
+    steps = jax.jit(partial(primitives.two_steps, params["problem"], params["tree"], keep=named))
     (call,) = jax.make_jaxpr(steps)(*(x.aval for x in equation.invars)).eqns
     equation = equation.replace(primitive=call.primitive, params=call.params, effects=call.effects)
     rule = partial_eval.partial_eval_jaxpr_custom_rules[call.primitive]
@@ -198,10 +188,8 @@ partial_eval.partial_eval_jaxpr_custom_rules[primitives.jvp_p] = _partial_eval_b
 
 def forward_derivative(kind, problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
     """The derivative of a primitive's results; what is saved of `along` must be there."""
-    lost = x.saved.rounding
-    if lost is not None:  # in one array, so that it moves as one
-        wide = accumulator_dtype(x.saved.out.dtype)
-        out = x.saved.out.astype(wide) + lost.astype(wide) * rounding_unit(x.saved.out.dtype)
+    if x.saved.rounding is not None:  # in one array, so that it moves as one
+        out = widened(x.saved.out, x.saved.rounding, accumulator_dtype(x.saved.out.dtype))
         x = replace(x, saved=replace(x.saved, out=out, rounding=None))
 
     def moving(part: str):

@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_fa import compat, dropout
 from jax_fa.backends import native
-from jax_fa.call import DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved, canonical_shape, stored_shape
+from jax_fa.call import DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_HEAD_DIM = 768
@@ -60,10 +60,8 @@ class Cpu:
         return _run("jvp", call, [*_forward_results(call), _like_out(call), _stats(call)], tangents=tangents)
 
     def tangent(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Any, Any]:
-        saved = Saved(out=saved.out, m=saved.m, l=saved.l, rounding=saved.rounding)
-        out, logsumexp = _run(
-            "tangent", call, [_like_out(call), _stats(call)], saved=saved, tangents=tangents
-        )
+        results = [_like_out(call), _stats(call)]
+        out, logsumexp = _run("tangent", call, results, saved=saved.of_forward(), tangents=tangents)
         return out, logsumexp
 
     def backward(self, call: Call, saved: Saved) -> Operands:
@@ -107,12 +105,8 @@ def _forward_results(call: Call) -> list[jax.ShapeDtypeStruct]:
 
 
 def _gradient(call: Call, name: str) -> jax.ShapeDtypeStruct:
-    """As the kernels give it: in the full batch where it is in an order of its own."""
-    if name not in STORED:  # sums over broadcast dims are float32, also where the operand is not
-        return jax.ShapeDtypeStruct(call.gradient_shape(name), jnp.float32)
-    axes, batch = call.problem.axes(name), call.dims.B
-    shape = (*batch, *canonical_shape(getattr(call.operands, name).shape, axes)[len(batch) :])
-    return jax.ShapeDtypeStruct(stored_shape(shape, axes), call.dtype)
+    """As the kernels give it: sums over broadcast dims are float32, also where the operand is not."""
+    return jax.ShapeDtypeStruct(call.gradient_shape(name), call.dtype if name in STORED else jnp.float32)
 
 
 def _run(

@@ -30,7 +30,7 @@ from jax_fa.backends.ascend.options import Options
 from jax_fa.backends.ascend.shift import masks_fully
 from jax_fa.backends.ascend.translation import Translation
 from jax_fa.backends.xla import backend as portable
-from jax_fa.call import STORED, Call, Dims, Operands, Problem, Saved, narrowed, rounding_unit
+from jax_fa.call import STORED, Call, Dims, Operands, Problem, Saved, narrowed, rounding_unit, widened
 from jax_fa.softmax import FLT_MAX
 
 
@@ -157,8 +157,7 @@ def _residuals(plan: Translation, op: OperatorCall, saved: Saved):
     call, d, kept = plan.call, plan.call.dims, plan.keep_factor()
     m, l, dlse, out, dout = saved.m, saved.l, saved.dlogsumexp, saved.out, saved.dout
     if saved.rounding is not None and (op.query.dtype != out.dtype or kept is not None):
-        lost = saved.rounding.astype(jnp.float32) * rounding_unit(out.dtype)
-        out = out.astype(jnp.float32) + lost
+        out = widened(out, saved.rounding, jnp.float32)
     out, dout = (layouts.to_layout(call, "out", x, op.layout) for x in (out, dout))
     if kept is not None:
         out, dout = layouts.times(out, op.layout, d.N, kept), layouts.times(dout, op.layout, d.N, 1 / kept)

@@ -21,7 +21,7 @@ from jax_fa.backends.mosaic.geometry import LOG2E, Geometry, is_plain
 from jax_fa.backends.mosaic.inputs import BY_HEAD, Inputs
 from jax_fa.backends.mosaic.tuning import ROWS
 from jax_fa.backends.mosaic.widths import padded_head_dim
-from jax_fa.call import STORED, Axes, Call, Operands, Saved, rounding_unit
+from jax_fa.call import STORED, Axes, Call, Operands, Saved, widened
 from jax_fa.softmax import FLT_MAX
 
 
@@ -44,9 +44,7 @@ class RowStatistics:
     @classmethod
     def of(cls, call: Call, saved: Saved) -> "RowStatistics":
         """From the forward's results and the cotangents; one pass over out and dout."""
-        out, m, l, dout = saved.out.astype(jnp.float32), saved.m, saved.l, saved.dout
-        if saved.rounding is not None:
-            out = out + saved.rounding.astype(jnp.float32) * rounding_unit(dout.dtype)
+        out, m, l, dout = widened(saved.out, saved.rounding, jnp.float32), saved.m, saved.l, saved.dout
         delta = jnp.sum(out * dout.astype(jnp.float32), axis=-1)
         *batch, seq, heads, _ = call.problem.out_axes
         delta = delta.transpose(*batch, heads, seq)

@@ -10,7 +10,7 @@ from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.backends.xla.logits import Logits, Tile, every, finite, nan_unless_finite
 from jax_fa.backends.xla.tangents import LogitTangent, Tangents
 from jax_fa.backends.xla.tiling import tiling
-from jax_fa.call import Operands, Saved, rounding_unit
+from jax_fa.call import Operands, Saved, widened
 
 
 class Vectors(NamedTuple):
@@ -60,7 +60,7 @@ class Tiles:
 
     def row(self, t) -> Row:
         call, rows, problem = self.call, self.rows, self.call.problem
-        out = exact_out(self.call, self.like_out("out", t), self.like_out("rounding", t))
+        out = widened(self.like_out("out", t), self.like_out("rounding", t), call.acc)
         q, q_tangent = (
             None if x is None else call.query_tile(x, problem.query_axes, rows, t)
             for x in (call.operands.query, self.tangents.query)
@@ -173,12 +173,6 @@ class Pairs:
         if self.visible is None:
             return weights
         return weights + self.shown(nan_marker(self.call, self.v_tangent))
-
-
-def exact_out(call: Canonical, out, rounding):
-    """The output as it was before rounding, or what is known of it."""
-    out = out.astype(call.acc)
-    return out if rounding is None else out + rounding.astype(call.acc) * rounding_unit(call.dtype)
 
 
 def nan_marker(call: Canonical, x):

@@ -11,11 +11,11 @@ from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.backends.xla.forward import normalized, put
 from jax_fa.backends.xla.forward import start as forward_start
 from jax_fa.backends.xla.logits import Tile, finite, nan_unless_finite
-from jax_fa.backends.xla.pairs import Pairs, Row, Tiles, exact_out, nan_marker
+from jax_fa.backends.xla.pairs import Pairs, Row, Tiles, nan_marker
 from jax_fa.backends.xla.products import wide_product
 from jax_fa.backends.xla.tangents import Tangents
 from jax_fa.backends.xla.tiling import key_ranges, loop, tiling
-from jax_fa.call import Call, Operands, Saved
+from jax_fa.call import Call, Operands, Saved, widened
 
 
 def tangent(call: Canonical, tangents: Operands, saved: Saved, dtype: Any = None) -> tuple[Any, Any]:
@@ -84,7 +84,7 @@ def second_tangent(call: Call, tangents: Operands, others: Operands, saved: Save
     With the max taken for the log-sum-exp that moves, and the sum for a constant.
     """
     canonical = Canonical(call)
-    saved = Saved(out=exact_out(canonical, saved.out, saved.rounding), m=saved.m, l=saved.l)
+    saved = Saved(out=widened(saved.out, saved.rounding, call.acc), m=saved.m, l=saved.l)
     dout, dlogsumexp = tangent(canonical, others, saved, call.acc)
     moving = {name: _alike(getattr(call.operands, name), x) for name, x in others.present().items()}
 
