@@ -170,6 +170,9 @@ View OtherView(const ProblemAttr& p, const CallShapes& call, const OtherArray& f
 const Kernels& Chosen() {
   const Kernels* kernels = ChosenKernels();
   if (kernels == nullptr) throw BadCall("JAX_FA_CPU_ISA names no instruction set that this machine has");
+  if (!CachesAreValid())
+    throw BadCall(
+        "JAX_FA_CPU_CACHES must be three numbers of bytes, of the first, second and third cache: 32768,524288,16777216");
   return *kernels;
 }
 

@@ -49,7 +49,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   add_compile_definitions(JAX_FA_X86)
 endif()
 
-add_library(jax_fa_kernels STATIC ${KERNELS} "${CPU}/kernel.cc" "${CPU}/memory.cc")
+add_library(jax_fa_kernels STATIC ${KERNELS} "${CPU}/kernel.cc" "${CPU}/caches.cc" "${CPU}/memory.cc")
 # -ffp-contract=fast: a * b + c is one rounding. GCC's own AVX-512 headers trip its uninitialized warnings.
 jax_fa_target(jax_fa_kernels)
 target_compile_options(jax_fa_kernels PRIVATE -ffp-contract=fast -fno-math-errno

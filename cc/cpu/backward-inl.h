@@ -36,7 +36,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
                          int64_t k, int64_t key0, int64_t key1, float* dq, const HeadSums& sums) {
   const bool one_scale = HaveOneScale(c, b, k);
   const float key_scale = one_scale ? ScaleOf(c, b, k * c.G()) : 1.0f;
-  RowTile tiles[kBackwardRows];
+  RowTile tiles[kMostRows];
   PrepareRows<kPairs>(c, plan, s, b, k);
   Fill(dq, 0, plan.dq_size + BalanceSize<kPairs>(plan), 0.0f);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
@@ -54,7 +54,8 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
                             [&](int64_t j) { return Row{b, k, j0 + j}; });
         packed = true;
       }
-      const int64_t g0 = block * kBackwardRows, rows = g0 + kBackwardRows < plan.rows ? kBackwardRows : plan.rows - g0;
+      const int64_t g0 = block * plan.block_rows,
+                    rows = g0 + plan.block_rows < plan.rows ? plan.block_rows : plan.rows - g0;
       const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
       const RowBlock x{b, k, g0, rows, j0, width, count, tiles};
       if (count > 0) BackwardBlock<kPairs>(c, plan, s, x, dq, one_scale, sums);

@@ -113,15 +113,15 @@ inline void BlockWeights(const Call& c, const BackwardScratch<kPairs>& s, const 
 template <bool kPairs>
 inline void QueryGradients(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, const RowBlock& x,
                            float* dq) {
-  const int64_t per = Unit<kPairs>::kElements;
+  const int64_t per = Unit<kPairs>::kElements, chunk = Chunk();
   const float* ds_rows = kPairs ? s.ds_rows : s.ds;
   const int64_t ds_row = kPairs ? s.half_row : s.s_row, key_units = Units<kPairs>(x.width);
   for (int64_t d = 0; d < Panels(c.D); ++d) {
-    for (int64_t u0 = 0; u0 < key_units; u0 += kChunk) {
+    for (int64_t u0 = 0; u0 < key_units; u0 += chunk) {
       for (int64_t t = 0; t < x.count; ++t) {
         const RowTile& tile = x.tiles[t];
         const int64_t from = tile.from / per > u0 ? tile.from / per : u0, end = Units<kPairs>(tile.to);
-        const int64_t to = end < u0 + kChunk ? end : u0 + kChunk;
+        const int64_t to = end < u0 + chunk ? end : u0 + chunk;
         if (from >= to) continue;
         Gemm<kPairs, true>(tile.n, to - from, ds_rows + tile.r * ds_row + from, ds_row, 1,
                            s.keys + (d * key_units + from) * kPanel, dq + (x.g0 + tile.r) * plan.dq_row + d * kPanel,
@@ -134,8 +134,8 @@ inline void QueryGradients(const Call& c, const BackwardPlan& plan, const Backwa
 // dk and dv of a block: tiles of kRows keys, over the rows to which any of them is visible, a chunk of rows at a time.
 template <bool kPairs>
 inline void KeyGradients(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, const RowBlock& x) {
-  const int64_t per = Unit<kPairs>::kElements, units = Units<kPairs>(x.rows);
-  Range visible_to[kMostBackwardKeys / kRows + 1];
+  const int64_t per = Unit<kPairs>::kElements, units = Units<kPairs>(x.rows), chunk = Chunk();
+  Range visible_to[kMostKeys / kRows + 1];
   const int64_t parts = KeyTiles<kPairs>(x.tiles, x.count, units, x.width, visible_to);
   struct Product {
     bool wanted;
@@ -149,11 +149,11 @@ inline void KeyGradients(const Call& c, const BackwardPlan& plan, const Backward
   for (const Product& y : products) {
     if (!y.wanted) continue;
     for (int64_t d = 0; d < y.panel_count; ++d) {
-      for (int64_t u0 = 0; u0 < units; u0 += kChunk) {
+      for (int64_t u0 = 0; u0 < units; u0 += chunk) {
         for (int64_t t = 0; t < parts; ++t) {
           const int64_t a = x.width * t / parts, e = x.width * (t + 1) / parts;
           const int64_t from = visible_to[t].lo > u0 ? visible_to[t].lo : u0;
-          const int64_t to = visible_to[t].hi < u0 + kChunk ? visible_to[t].hi : u0 + kChunk;
+          const int64_t to = visible_to[t].hi < u0 + chunk ? visible_to[t].hi : u0 + chunk;
           if (from >= to) continue;
           Gemm<kPairs, true>(e - a, to - from, y.weights + from * weights_row + a, 1, weights_row,
                              y.panels + (d * units + from) * kPanel, y.sum + a * y.sum_row + d * kPanel, y.sum_row);
@@ -170,7 +170,7 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
   const int64_t keys = RoundUp(x.width, Unit<kPairs>::kElements * kLanes);
   PackQueries<kPairs>(c, s, x);
   BlockProducts<kPairs>(c, s, x);
-  float scales[kBackwardRows];
+  float scales[kMostRows];
   if (!one_scale)
     for (int64_t r = 0; r < x.rows; ++r) scales[r] = ScaleOf(c, x.At(c, r));
   BlockWeights<kPairs>(c, s, x, keys, sums);

@@ -12,19 +12,21 @@ namespace jax_fa::JAX_FA_ISA {
 namespace {
 
 struct BackwardPlan {
-  int64_t rows, row_blocks, key_block, dq_row, splits, split_keys;
+  int64_t rows, block_rows, row_blocks, key_block, dq_row, splits, split_keys;
   int64_t dq_size;  // floats of the dq of a key head; 0 where it is not wanted
   bool writes_all_bias;
   const HeadGroups groups;
 
   explicit BackwardPlan(const Call& c) : groups(c) {
     writes_all_bias = c.dbias && WritesAllBias(c);
+    const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
+    block_rows = tiles.backward_rows;
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
-    key_block = KeysOf(kBackwardKeys, wide);
+    key_block = KeysOf(tiles.backward_keys, wide);
     dq_row = Panels(c.D) * kPanel;
     dq_size = c.dquery ? rows * dq_row : 0;
-    row_blocks = (rows + kBackwardRows - 1) / kBackwardRows;
+    row_blocks = (rows + block_rows - 1) / block_rows;
     const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
     const int64_t dq_bytes = c.B * c.K * rows * dq_row * 4 + 1;
     const int64_t count = groups.count;
@@ -67,7 +69,7 @@ struct BackwardScratch {
 
  private:
   void Place(const Call& c, const BackwardPlan& plan, bool own_dq, Arena& arena) {
-    const int64_t kb = RoundUp(plan.key_block, kPanel), n = kBackwardRows, row_units = Units<kPairs>(n);
+    const int64_t kb = RoundUp(plan.key_block, kPanel), n = plan.block_rows, row_units = Units<kPairs>(n);
     q_row = RoundUp(Units<kPairs>(c.D), kLanes);
     dout_row = RoundUp(Units<kPairs>(c.Dv), kLanes);
     dv_row = Panels(c.Dv) * kPanel;

@@ -52,8 +52,8 @@ inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardS
     const Range v = Visible(c, row);
     s.lo[r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);
     s.hi[r] = static_cast<int32_t>(v.Empty() ? 0 : v.hi);
-    int32_t &from = s.block_lo[r / kBackwardRows], &to = s.block_hi[r / kBackwardRows];
-    if (r % kBackwardRows == 0) from = INT32_MAX, to = 0;
+    int32_t &from = s.block_lo[r / plan.block_rows], &to = s.block_hi[r / plan.block_rows];
+    if (r % plan.block_rows == 0) from = INT32_MAX, to = 0;
     if (!v.Empty()) {
       from = s.lo[r] < from ? s.lo[r] : from;
       to = s.hi[r] > to ? s.hi[r] : to;

@@ -27,12 +27,13 @@ inline void PackBlock(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t w
   if (!PackValues<kPairs>(c.value, c.Dv, b, k, j0, width, stage, nan_marker, to->values)) to->nan_marker = nullptr;
 }
 
-// Up to kGroupRows rows [g0, g0 + rows) of a task over one block of keys.
+// Up to group_rows rows [g0, g0 + rows) of a task over one block of keys.
 template <bool kPairs>
 inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r0, int64_t g0,
                          int64_t rows, int64_t j0, int64_t width, const Packed& packed) {
   const int64_t per = Unit<kPairs>::kElements, depth = Units<kPairs>(c.D), dv = Panels(c.Dv) * kPanel;
-  RowTile tiles[kGroupRows];
+  RowTile tiles[kMostRows];
+  const int64_t chunk = Chunk();
   const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
   const float* q = s.q + g0 * s.q_row;
   float* acc = s.acc + g0 * dv;
@@ -60,12 +61,12 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
   }
   const int64_t units = Units<kPairs>(width);
   for (int64_t p = 0; p < Panels(c.Dv); ++p) {
-    for (int64_t u0 = first / kChunk * kChunk; u0 < last; u0 += kChunk) {
+    for (int64_t u0 = first / chunk * chunk; u0 < last; u0 += chunk) {
       for (int64_t t = 0; t < count; ++t) {
         const RowTile& tile = tiles[t];
-        const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + kChunk ? tile.to : u0 + kChunk;
+        const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + chunk ? tile.to : u0 + chunk;
         if (from >= to) continue;
-        if (u0 + kChunk < last) Prefetch(packed.values + (p * units + u0 + kChunk) * kPanel, kChunk * kPanel, t, count);
+        if (u0 + chunk < last) Prefetch(packed.values + (p * units + u0 + chunk) * kPanel, chunk * kPanel, t, count);
         Gemm<kPairs, true>(tile.n, to - from, s.logits + tile.r * s.s_row + from, s.s_row, 1,
                            packed.values + (p * units + from) * kPanel, acc + tile.r * dv + p * kPanel, dv);
       }
@@ -109,8 +110,8 @@ inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const Fo
     const int64_t width = (j0 + plan.key_block < c.Skv ? j0 + plan.key_block : c.Skv) - j0;
     Packed packed = plan.shared ? block_at(j0) : s.own;
     if (!plan.shared) PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
-    for (int64_t g0 = 0; g0 < n; g0 += kGroupRows)
-      ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + kGroupRows < n ? kGroupRows : n - g0, j0, width, packed);
+    for (int64_t g0 = 0; g0 < n; g0 += plan.group_rows)
+      ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + plan.group_rows < n ? plan.group_rows : n - g0, j0, width, packed);
   }
 }
 

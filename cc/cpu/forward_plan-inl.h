@@ -20,6 +20,7 @@ struct Packed {
 template <bool kPairs>
 struct ForwardPlan {
   int64_t rows;               // query rows of a key head, over all heads of its group
+  int64_t group_rows;         // rows whose logits are kept together
   int64_t task_rows, blocks;  // rows of a task, tasks of a key head and split
   int64_t key_block, key_blocks;
   int64_t splits, split_keys;      // key ranges whose partial results are merged
@@ -29,22 +30,24 @@ struct ForwardPlan {
   bool shared;                     // packed once for all tasks
 
   explicit ForwardPlan(const Call& c) {
+    const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
+    group_rows = tiles.group_rows;
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
     direct = IsDirect(c);
-    key_block = direct ? kDirectKeys : KeysOf(kForwardKeys, wide);
+    key_block = direct ? kDirectKeys : KeysOf(tiles.forward_keys, wide);
     key_blocks = (c.Skv + key_block - 1) / key_block;
     keys_size = RoundUp(key_block, kPanel) * Units<kPairs>(c.D);
     values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
     const int64_t heads = c.B * c.K;
-    shared = !direct && rows > kGroupRows && heads * key_blocks * BlockSize() <= kSharedFloats;
+    shared = !direct && rows > group_rows && heads * key_blocks * BlockSize() <= kSharedFloats;
     task_heads = direct ? c.K : 1;
     task_rows = kTaskRows;
-    while (task_rows > kGroupRows && heads * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
+    while (task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
     const int64_t tasks = heads / task_heads * blocks;
-    splits = tasks == 0 || tasks >= kEnoughTasks || rows > kGroupRows ? 1 : (kFewTasks + tasks - 1) / tasks;
+    splits = tasks == 0 || tasks >= kEnoughTasks || rows > kSplitRows ? 1 : (kFewTasks + tasks - 1) / tasks;
     const int64_t most = c.Skv / kSplitKeys;
     splits = splits < most ? splits : most;
     splits = splits > 1 ? splits : 1;
@@ -78,7 +81,7 @@ struct ForwardScratch {
     acc = arena.Take(n * dv);
     m = arena.Take(n);
     l = arena.Take(n);
-    logits = arena.Take((n > kGroupRows ? n : kGroupRows) * s_row);
+    logits = arena.Take((n > plan.group_rows ? n : plan.group_rows) * s_row);
     stage = arena.Take(StageSize(c));
     tmp = arena.Take(kb);
     own.keys = arena.Take(plan.shared || plan.direct ? 0 : plan.keys_size);

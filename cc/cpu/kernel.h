@@ -1,7 +1,10 @@
 // The kernels of every instruction set that was compiled, and the choice among them.
 #pragma once
 
+#include <string>
+
 #include "call.h"
+#include "cpu/tuning.h"
 
 namespace jax_fa {
 
@@ -23,5 +26,14 @@ const Kernels* AllKernels(int* count);
 
 // The best one supported, or the one that JAX_FA_CPU_ISA names. nullptr if that is not to be had.
 const Kernels* ChosenKernels();
+
+// Whether JAX_FA_CPU_CACHES, if it is set, holds three numbers of bytes above 0, separated by commas.
+bool CachesAreValid();
+
+// For tests: from here on as if the machine had these caches. No kernel may be running.
+void UseCaches(const Caches& caches);
+
+// The instruction set, the caches and the sizes of blocks that calls run with, in a line.
+std::string DescribeTuning(const Kernels& kernels);
 
 }  // namespace jax_fa

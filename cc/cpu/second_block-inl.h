@@ -123,16 +123,17 @@ inline void AddToRows(const Call& c, const SecondPlan& plan, const SecondScratch
       {plan.terms.weights && c.out_tangent, x[kTangent], of.values, s.out, plan.dv_row, dv, c.dvalue ? plan.dv_row : 0},
       {plan.terms.values, x[kKept], of.values_tangent, s.out, plan.dv_row, nullptr, 0},
   };
+  const int64_t chunk = Chunk();
   for (const Product& y : products) {
     if (!y.wanted) continue;
     const int64_t panels = y.sum_row / kPanel, next = x.width * y.next_row;
     for (int64_t d = 0; d < panels; ++d) {
-      for (int64_t u0 = 0; u0 < x.width; u0 += kChunk) {
+      for (int64_t u0 = 0; u0 < x.width; u0 += chunk) {
         for (int64_t t = 0; t < x.count; ++t) {
           const RowTile& tile = x.tiles[t];
           if (u0 == 0 && d + 1 < panels) Prefetch(y.panels + (d + 1) * x.width * kPanel, x.width * kPanel, t, x.count);
           if (u0 == 0 && next > 0) Prefetch(y.next + x.j0 * y.next_row, next, d * x.count + t, panels * x.count);
-          const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + kChunk ? tile.to : u0 + kChunk;
+          const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + chunk ? tile.to : u0 + chunk;
           if (from >= to) continue;
           Gemm<false, true>(tile.n, to - from, y.weights + tile.r * x.row + from, x.row, 1,
                             y.panels + (d * x.width + from) * kPanel, y.sum + tile.r * y.sum_row + d * kPanel,
@@ -159,16 +160,16 @@ inline void AddToKeys(const Call& c, const SecondPlan& plan, const SecondScratch
       {plan.terms.weights && c.dvalue, x[kTangent], s.dout_panels, dv, plan.dv_row},
       {plan.terms.douts, x[kKept], s.dout_tangent_panels, dv, plan.dv_row},
   };
-  Range visible_to[kMostSecondKeys / kRows + 1];
-  const int64_t parts = KeyTiles<false>(x.tiles, x.count, rows, x.width, visible_to);
+  Range visible_to[kMostKeys / kRows + 1];
+  const int64_t parts = KeyTiles<false>(x.tiles, x.count, rows, x.width, visible_to), chunk = Chunk();
   for (const Product& y : products) {
     if (!y.wanted) continue;
     for (int64_t d = 0; d < y.sum_row; d += kPanel) {
-      for (int64_t u0 = 0; u0 < rows; u0 += kChunk) {
+      for (int64_t u0 = 0; u0 < rows; u0 += chunk) {
         for (int64_t t = 0; t < parts; ++t) {
           const int64_t a = x.width * t / parts, e = x.width * (t + 1) / parts;
           const int64_t from = visible_to[t].lo > u0 ? visible_to[t].lo : u0;
-          const int64_t to = visible_to[t].hi < u0 + kChunk ? visible_to[t].hi : u0 + kChunk;
+          const int64_t to = visible_to[t].hi < u0 + chunk ? visible_to[t].hi : u0 + chunk;
           if (from >= to) continue;
           Gemm<false, true>(e - a, to - from, y.weights + from * x.row + a, 1, x.row,
                             y.panels + d * rows + from * kPanel, y.sum + (x.j0 + a) * y.sum_row + d, y.sum_row);
@@ -197,7 +198,7 @@ inline void FinishSums(const Call& c, const SecondTerms& terms, const SecondScra
 // what the second reads if it fits; else that computes it again. dk, dv: sums of the key head.
 inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondRows& x, float* dk,
                         float* dv, const HeadSums& sums) {
-  RowTile tiles[kMostSecondRows];
+  RowTile tiles[kMostRows];
   const int64_t first = x.visible.lo / plan.key_block, last = (x.visible.hi + plan.key_block - 1) / plan.key_block;
   const bool kept = last - first <= plan.kept_blocks;
   const auto over_keys = [&](const auto& fn) {

@@ -83,7 +83,7 @@ struct SecondPlan {
   explicit SecondPlan(const Call& c) : terms(c), groups(c) {
     writes_all_bias = c.dbias && WritesAllBias(c);
     rows = c.G() * c.Sq;
-    key_block = KeysOf(kSecondKeys, c.D > c.Dv ? c.D : c.Dv);
+    key_block = KeysOf(TilesInUse().second_keys, c.D > c.Dv ? c.D : c.Dv);
     q_row = Panels(c.D > c.Dv ? c.D : c.Dv) * kPanel;
     dq_row = Panels(c.D) * kPanel;
     dv_row = Panels(c.Dv) * kPanel;
@@ -119,7 +119,7 @@ struct SecondPlan {
   void PlanBlocks(const Call& c) {
     const bool packed = PacksFit(c);
     const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
-    const int64_t most = RoundUp(packed ? kSecondRows : kMostSecondRows, kRows);
+    const int64_t most = RoundUp(packed ? TilesInUse().second_rows : TilesInUse().most_second_rows, kRows);
     const int64_t least = packed ? kLeastSecondRows : kLeastUnpackedRows;
     const int64_t fit = kSecondFloats / (arrays * s_row * (key_blocks > 0 ? key_blocks : 1)) / kRows * kRows;
     block_rows = fit >= most || fit < least ? most : fit;

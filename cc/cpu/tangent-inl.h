@@ -36,12 +36,12 @@ inline void PackTangentBlock(const Call& c, int64_t b, int64_t k, int64_t j0, in
   to->tangent_marker = pack(c.value_tangent, to->value_tangents, to->tangent_marker);
 }
 
-// Up to kTangentRows rows [g0, g0 + rows) of a task over one block of keys j0 + [0, width), and their tiles.
+// Up to group_rows rows [g0, g0 + rows) of a task over one block of keys j0 + [0, width), and their tiles.
 struct TangentGroup {
   int64_t b, k, r0, g0, j0, width;
   TangentBlock block;
   int64_t count;
-  RowTile tiles[kTangentRows];
+  RowTile tiles[kMostRows];
 };
 
 // The products q.k to logits, and a.k + q.b to tangents.
@@ -137,6 +137,7 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
 // of values stays in the first cache meanwhile; `more`, if not null, are other weights for the same values.
 inline void TangentSums(const Call& c, const TangentScratch& s, const TangentGroup& x, const float* values,
                         const float* weights, float* sums, const float* more, float* more_sums) {
+  const int64_t chunk = Chunk();
   int64_t first = x.width, last = 0;
   for (int64_t t = 0; t < x.count; ++t) {
     first = x.tiles[t].from < first ? x.tiles[t].from : first;
@@ -144,12 +145,12 @@ inline void TangentSums(const Call& c, const TangentScratch& s, const TangentGro
   }
   for (int64_t p = 0; p < Panels(c.Dv); ++p) {
     const float* panel = values + p * x.width * kPanel;
-    for (int64_t u0 = first / kChunk * kChunk; u0 < last; u0 += kChunk) {
+    for (int64_t u0 = first / chunk * chunk; u0 < last; u0 += chunk) {
       for (int64_t t = 0; t < x.count; ++t) {
         const RowTile& tile = x.tiles[t];
-        const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + kChunk ? tile.to : u0 + kChunk;
+        const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + chunk ? tile.to : u0 + chunk;
         if (from >= to) continue;
-        if (u0 + kChunk < last) Prefetch(panel + (u0 + kChunk) * kPanel, kChunk * kPanel, t, x.count);
+        if (u0 + chunk < last) Prefetch(panel + (u0 + chunk) * kPanel, chunk * kPanel, t, x.count);
         const int64_t at = tile.r * s.s_row + from, to_row = (x.g0 + tile.r) * s.out_row + p * kPanel;
         Gemm<false, true>(tile.n, to - from, weights + at, s.s_row, 1, panel + from * kPanel, sums + to_row, s.out_row);
         if (more != nullptr)
@@ -246,8 +247,8 @@ inline void TangentTask(const Call& c, const TangentPlan& plan, const SharedBloc
       x.block = plan.Place(s.block);
       PackTangentBlock(c, b, k, j0, x.width, s.stage, &x.block);
     }
-    for (x.g0 = 0; x.g0 < n; x.g0 += kTangentRows) {
-      const int64_t rows = x.g0 + kTangentRows < n ? kTangentRows : n - x.g0;
+    for (x.g0 = 0; x.g0 < n; x.g0 += plan.group_rows) {
+      const int64_t rows = x.g0 + plan.group_rows < n ? plan.group_rows : n - x.g0;
       x.count = MakeTiles(s.lo + x.g0, s.hi + x.g0, rows, j0, x.width, x.tiles);
       if (x.count > 0) RunGroup(c, plan, s, x);
     }

@@ -18,6 +18,7 @@ struct TangentBlock {
 
 struct TangentPlan {
   int64_t rows;               // query rows of a key head, over all heads of its group
+  int64_t group_rows;         // rows whose logits are kept together
   int64_t task_rows, blocks;  // rows of a task, tasks of a key head
   int64_t key_block;
   int64_t keys_size, values_size;  // floats of an array of a packed block
@@ -28,8 +29,10 @@ struct TangentPlan {
   bool shared;   // packed once for all tasks
 
   explicit TangentPlan(const Call& c) {
+    const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
-    key_block = KeysOf(kForwardKeys, c.D > c.Dv ? c.D : c.Dv);
+    group_rows = tiles.tangent_rows;
+    key_block = KeysOf(tiles.forward_keys, c.D > c.Dv ? c.D : c.Dv);
     keys_size = RoundUp(key_block, kPanel) * c.D;
     values_size = Panels(c.Dv) * kPanel * key_block;
     logits = MovesLogits(c);
@@ -37,12 +40,12 @@ struct TangentPlan {
     key_tangents = bool{c.key_tangent};
     value_tangents = bool{c.value_tangent};
     const int64_t heads = c.B * c.K, head_size = (c.Skv + key_block - 1) / key_block * BlockSize();
-    shared = rows > kTangentRows && head_size > 0 && head_size <= kTangentSharedFloats;
+    shared = rows > group_rows && head_size > 0 && head_size <= kTangentSharedFloats;
     const int64_t most = shared ? kTangentSharedFloats / head_size : heads;
     const int64_t waves = heads > 0 ? (heads + most - 1) / most : 1;
     wave = (heads + waves - 1) / waves;
     task_rows = kTaskRows;
-    while (task_rows > kTangentRows && wave * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
+    while (task_rows > group_rows && wave * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;
   }
 
@@ -92,8 +95,8 @@ struct TangentScratch {
     l = arena.Take(n);
     center = arena.Take(n);
     moved = arena.Take(n);
-    logits = arena.Take(kTangentRows * s_row);
-    tangents = arena.Take(plan.logits ? kTangentRows * s_row : 0);
+    logits = arena.Take(plan.group_rows * s_row);
+    tangents = arena.Take(plan.logits ? plan.group_rows * s_row : 0);
     by_x = arena.Take(kb);
     by_cap = arena.Take(kb);
     stage = arena.Take(StageSize(c));

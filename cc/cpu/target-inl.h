@@ -22,8 +22,10 @@ namespace {
 
 constexpr int kLanes = kTarget.lanes, kPanelVectors = kTarget.vectors, kRows = kTarget.rows;
 constexpr int kPanel = kLanes * kPanelVectors;  // columns of a packed panel
-constexpr int64_t kChunk = kChunkFloats / kPanel;
 constexpr bool kHasPairs = kTarget.pairs;
+
+inline const Tiles& TilesInUse() { return TuningInUse().tiles; }
+inline int64_t Chunk() { return TuningInUse().chunk_floats / kPanel; }  // rows of a panel
 
 // What the products are made of: 32-bit units in the lanes of a vector, one float or (where the instruction set has
 // products of bfloat16) two neighbours along the sum, the first in the low half.

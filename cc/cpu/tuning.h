@@ -39,16 +39,12 @@ constexpr Target kTarget{16, 4, 6, 32, true};
 static_assert(portable::kTarget.Fits() && avx2::kTarget.Fits() && avx512::kTarget.Fits() &&
               avx512_bf16::kTarget.Fits());
 
-// ---- first cache (32 KiB or more) ----
+// ---- caches ----
 
-// Floats of a panel that a product reads again and again while tiles of rows pass: 24 KiB, the rest is for the rows.
-constexpr int64_t kChunkFloats = 6144;
-
-// Value rows that the few-row forward reads of one head before it goes to the next one, so that heads that lie side by
-// side are read in the order of the memory.
-constexpr int64_t kDirectStep = 16;
-
-// ---- second cache (512 KiB or more) ----
+// Bytes of a core's first and second cache, and of the third, which cores share.
+struct Caches {
+  int64_t first, second, third;
+};
 
 // Keys of a block, for a head_dim (the larger of D and Dv) up to `head_dim`.
 struct KeyBlock {
@@ -56,36 +52,102 @@ struct KeyBlock {
 };
 
 template <int kCount>
-JAX_FA_INLINE int64_t KeysOf(const KeyBlock (&blocks)[kCount], int64_t head_dim) {
+JAX_FA_INLINE constexpr int64_t KeysOf(const KeyBlock (&blocks)[kCount], int64_t head_dim) {
   int i = 0;
   while (i + 1 < kCount && head_dim > blocks[i].head_dim) ++i;
   return blocks[i].keys;
 }
 
-// Forward: the logits of a group of rows stay there, 96 x 512 floats = 192 KiB, while a packed block of keys and values,
-// 2 x 512 x 128 floats = 512 KiB at most, is read once for each group.
-constexpr int64_t kGroupRows = 96;
-constexpr KeyBlock kForwardKeys[] = {{128, 512}, {256, 256}, {INT64_MAX, 128}};
-
+// What depends on the second cache.
+//
+// Forward: the logits of a group of rows stay in it while a packed block of keys and values is read once for each group.
 // Tangents: the same blocks of keys, so that a forward with tangents gives the bits of the forward. Logits and their
-// tangents of a group of rows take 2 x 96 x 512 floats = 384 KiB. A packed block holds two more arrays, 4 x 512 x 128
-// floats = 1 MiB at most, and may come from the third cache for each group: the more rows, the less often. With 48 rows a
-// head_dim of 128 took 4 % longer.
-constexpr int64_t kTangentRows = 96;
+// tangents take twice as much; a packed block holds two more arrays and may come from the third cache for each group: the
+// more rows, the less often. With 48 rows instead of 96 a head_dim of 128 took 4 % longer.
+// Backward: p and ds of a block of rows and keys stay there; q and dout, as rows and as panels, pass once for each block.
+// For a wider head_dim the products take longer than reading p and ds again, and longer blocks of keys pack q and dout less
+// often. Beyond 128, dk, dv, and the keys and values in both of their packed forms bound the block.
+// Second derivative: the arrays of a block of rows and keys, four and more, and the packed keys and values of one pass.
+// Where those are packed again for each block of rows, twice the rows do it half as often.
+struct Tiles {
+  int64_t second_cache;  // for one of at least so many bytes
+  int64_t group_rows;    // of the forward
+  KeyBlock forward_keys[3];
+  int64_t tangent_rows;
+  int64_t backward_rows;
+  KeyBlock backward_keys[4];
+  int64_t second_rows, most_second_rows;
+  KeyBlock second_keys[2];
+};
 
-// Backward: p and ds of a block of rows stay there, 2 x 192 x 256 floats = 384 KiB for a head_dim up to 64. For a wider
-// one the products take longer than reading p and ds again, and longer blocks of keys pack q and dout less often. Beyond
-// 128, dk, dv, and the keys and values in both of their packed forms bound the block: 256 x 256 floats = 256 KiB each.
-constexpr int64_t kBackwardRows = 192;
-constexpr KeyBlock kBackwardKeys[] = {{64, 256}, {128, 512}, {256, 256}, {INT64_MAX, 128}};
-constexpr int64_t kMostBackwardKeys = 512;
+// The least first. Beside each, the KiB of its largest blocks at head_dim 64 and 128.
+constexpr Tiles kTiles[] = {
+    // Forward 24 logits + 128 keys and values, both; backward 48 p and ds + 96 keys and values + 64 dk and dv, at 128 twice
+    // the latter two; second 96 arrays + 128, both.
+    {0,
+     48,
+     {{64, 256}, {128, 128}, {INT64_MAX, 128}},
+     48,
+     48,
+     {{64, 128}, {128, 128}, {256, 64}, {INT64_MAX, 64}},
+     48,
+     96,
+     {{64, 128}, {INT64_MAX, 64}}},
+    // Forward 96 + 256, 48 + 256; backward 96 + 96 + 64, at 128 twice the latter two; second 192 + 128, + 256.
+    {int64_t{512} << 10,
+     48,
+     {{64, 512}, {128, 256}, {INT64_MAX, 128}},
+     96,
+     96,
+     {{64, 128}, {128, 128}, {256, 128}, {INT64_MAX, 64}},
+     96,
+     192,
+     {{64, 128}, {INT64_MAX, 128}}},
+    // Forward 192 + 256, + 512; backward 384 + 192 + 128, 768 + 768 + 512; second 384 + 256, 192 + 256.
+    {int64_t{1} << 20,
+     96,
+     {{128, 512}, {256, 256}, {INT64_MAX, 128}},
+     96,
+     192,
+     {{64, 256}, {128, 512}, {256, 256}, {INT64_MAX, 128}},
+     96,
+     192,
+     {{64, 256}, {INT64_MAX, 128}}},
+};
 
-// Second derivative: of a block of rows and keys, the arrays (four and more), 4 x 96 x 128 floats = 192 KiB, and the packed
-// keys and values of one pass, 4 x 128 x 128 floats = 256 KiB. Where those are packed again for each block of rows, twice
-// the rows do it half as often.
-constexpr int64_t kSecondRows = 96, kMostSecondRows = 192;
-constexpr KeyBlock kSecondKeys[] = {{64, 256}, {INT64_MAX, 128}};
-constexpr int64_t kMostSecondKeys = 256;
+// The most of any row above: what arrays on the stack hold.
+constexpr int64_t kMostRows = 192, kMostKeys = 512;
+
+constexpr bool StackHolds(const Tiles& t) {
+  return t.group_rows <= kMostRows && t.tangent_rows <= kMostRows && t.backward_rows <= kMostRows &&
+         t.most_second_rows <= kMostRows && KeysOf(t.forward_keys, 0) <= kMostKeys &&
+         KeysOf(t.backward_keys, 0) <= kMostKeys && KeysOf(t.backward_keys, 128) <= kMostKeys &&
+         KeysOf(t.second_keys, 0) <= kMostKeys;
+}
+static_assert(StackHolds(kTiles[0]) && StackHolds(kTiles[1]) && StackHolds(kTiles[2]));
+
+// Floats of a panel that a product reads again and again while tiles of rows pass: the rest of the first cache is for the
+// rows, as many floats of each as the panel has rows. 24 of 48 KiB, and 16 of 32.
+JAX_FA_INLINE int64_t ChunkFloats(const Caches& caches) { return caches.first >= (int64_t{48} << 10) ? 6144 : 4096; }
+
+JAX_FA_INLINE const Tiles& TilesFor(const Caches& caches) {
+  const Tiles* chosen = kTiles;
+  for (const Tiles& t : kTiles)
+    if (caches.second >= t.second_cache) chosen = &t;
+  return *chosen;
+}
+
+// What this machine runs with: its caches, or those that JAX_FA_CPU_CACHES names. See caches.cc.
+struct Tuning {
+  Caches caches;
+  Tiles tiles;
+  int64_t chunk_floats;
+};
+const Tuning& TuningInUse();
+
+// Value rows that the few-row forward reads of one head before it goes to the next one, so that heads that lie side by
+// side are read in the order of the memory.
+constexpr int64_t kDirectStep = 16;
 
 // ---- third cache, or memory ----
 
@@ -104,13 +166,14 @@ constexpr int64_t kLeastSecondRows = 24, kLeastUnpackedRows = 60;
 
 // ---- tasks ----
 
-// Forward: rows of a task, which reads every packed key and value for each kGroupRows of them. Halved, down to one group,
+// Forward: rows of a task, which reads every packed key and value for each group_rows of them. Halved, down to one group,
 // while there are fewer tasks than kFewTasks.
 constexpr int64_t kTaskRows = 384, kFewTasks = 64;
 
 // Forward of few rows (decoding): with fewer than kEnoughTasks tasks the keys are split so that there are about kFewTasks,
-// of at least kSplitKeys keys each; below that the merging costs more than it gains.
-constexpr int64_t kEnoughTasks = 32, kSplitKeys = 256;
+// of at least kSplitKeys keys each, below which the merging costs more than it gains. Not for more than kSplitRows rows of
+// a key head.
+constexpr int64_t kEnoughTasks = 32, kSplitKeys = 256, kSplitRows = 96;
 
 // With at most this many query rows per key head, keys and values are read in place, kDirectKeys at a time: the time is
 // that of reading them once, and packing would write and read them once more.
