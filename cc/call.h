@@ -94,6 +94,7 @@ JAX_FA_INLINE bool WritesAllBias(const Call& c) {
 struct Runner {
   using Task = void (*)(void* context, int64_t index);
   void (*run)(const Runner* self, int64_t count, Task fn, void* context);
+  int64_t threads = 1;  // about so many at a time; results do not depend on it
 };
 
 // Defined once, for the baseline instruction set: this thread's scratch of at least that many floats, aligned

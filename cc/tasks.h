@@ -21,7 +21,7 @@ namespace jax_fa {
 template <typename Pool>
 class PoolRunner : public Runner {
  public:
-  explicit PoolRunner(Pool& pool) : Runner{&PoolRunner::RunAll}, pool_(pool) {}
+  explicit PoolRunner(Pool& pool) : Runner{&PoolRunner::RunAll, pool.num_threads()}, pool_(pool) {}
 
  private:
   struct Shared {

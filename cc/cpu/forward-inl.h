@@ -8,6 +8,7 @@
 #pragma once
 
 #include "call.h"
+#include "cpu/ahead-inl.h"
 #include "cpu/arrays-inl.h"
 #include "cpu/direct-inl.h"
 #include "cpu/forward_plan-inl.h"
@@ -30,7 +31,7 @@ inline void PackBlock(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t w
 // Up to group_rows rows [g0, g0 + rows) of a task over one block of keys.
 template <bool kPairs>
 inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r0, int64_t g0,
-                         int64_t rows, int64_t j0, int64_t width, const Packed& packed) {
+                         int64_t rows, int64_t j0, int64_t width, const Packed& packed, Ahead* ahead) {
   const int64_t per = Unit<kPairs>::kElements, depth = Units<kPairs>(c.D), dv = Panels(c.Dv) * kPanel;
   RowTile tiles[kMostRows];
   const int64_t chunk = Chunk();
@@ -42,8 +43,11 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
       const RowTile& tile = tiles[t];
       if (tile.to <= p * kPanel || tile.from >= (p + 1) * kPanel) continue;
       if (p + 1 < Panels(width)) Prefetch(packed.keys + (p + 1) * depth * kPanel, depth * kPanel, t, count);
-      Gemm<kPairs, false>(tile.n, depth, q + tile.r * s.q_row, s.q_row, 1, packed.keys + p * depth * kPanel,
-                          s.logits + tile.r * s.s_row + p * kPanel, s.s_row);
+      ahead->Some();
+      const int64_t from = tile.from - p * kPanel, to = tile.to - p * kPanel;
+      GemmVectors<kPairs>(tile.n, depth, q + tile.r * s.q_row, s.q_row, packed.keys + p * depth * kPanel,
+                          s.logits + tile.r * s.s_row + p * kPanel, s.s_row, from > 0 ? from / kLanes : 0,
+                          to < kPanel ? to : kPanel);
     }
   }
   int64_t first = width, last = 0;
@@ -66,6 +70,7 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
         const RowTile& tile = tiles[t];
         const int64_t from = tile.from > u0 ? tile.from : u0, to = tile.to < u0 + chunk ? tile.to : u0 + chunk;
         if (from >= to) continue;
+        ahead->Some();
         if (u0 + chunk < last) Prefetch(packed.values + (p * units + u0 + chunk) * kPanel, chunk * kPanel, t, count);
         Gemm<kPairs, true>(tile.n, to - from, s.logits + tile.r * s.s_row + from, s.s_row, 1,
                            packed.values + (p * units + from) * kPanel, acc + tile.r * dv + p * kPanel, dv);
@@ -99,6 +104,30 @@ inline Range StartRows(const Call& c, const ForwardScratch<kPairs>& s, int64_t b
   return all;
 }
 
+// What a task that packs keys and values itself touches after those before `from`, of which `to` is the end: its next
+// block of them, or its rows of the output and what its thread's next head begins with.
+template <bool kPairs>
+inline Ahead NextRows(const Call& c, const ForwardPlan<kPairs>& plan, int64_t b, int64_t k, int64_t from, int64_t to) {
+  Ahead ahead;
+  const auto keys = [&](int64_t b, int64_t k, int64_t j0) {
+    const int64_t n = j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0;
+    ahead.Add(c.key, b, k, j0, n, c.D);
+    ahead.Add(c.value, b, k, j0, n, c.Dv);
+  };
+  if (plan.shared) return ahead;
+  if (from < to) {
+    keys(b, k, from);
+  } else if (plan.blocks * plan.splits == 1) {
+    const int64_t next = b * c.K + k + plan.threads;
+    if (c.G() == 1) ahead.Add(c.out, b, k, 0, c.Sq, c.Dv, true);
+    if (next < c.B * c.K) {
+      if (c.G() == 1) ahead.Add(c.query, next / c.K, next % c.K, 0, c.Sq, c.D);
+      keys(next / c.K, next % c.K, 0);
+    }
+  }
+  return ahead;
+}
+
 // Rows [r0, r0 + n) of key head k of batch entry b over keys [key0, key1). Leaves the unnormalized output, max and sum
 // in the scratch. `block_at(j)` gives the shared packed block of keys from j on.
 template <bool kPairs, typename BlockAt>
@@ -110,8 +139,11 @@ inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const Fo
     const int64_t width = (j0 + plan.key_block < c.Skv ? j0 + plan.key_block : c.Skv) - j0;
     Packed packed = plan.shared ? block_at(j0) : s.own;
     if (!plan.shared) PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
+    Ahead ahead = NextRows(c, plan, b, k, j0 + width, all.hi);
+    ahead.Spread((Panels(width) + Panels(c.Dv)) * (n / kRows + 1));
     for (int64_t g0 = 0; g0 < n; g0 += plan.group_rows)
-      ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + plan.group_rows < n ? plan.group_rows : n - g0, j0, width, packed);
+      ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + plan.group_rows < n ? plan.group_rows : n - g0, j0, width, packed,
+                           &ahead);
   }
 }
 
@@ -237,7 +269,7 @@ inline void ForwardTask(const Call& c, const ForwardPlan<kPairs>& plan, const Sh
 
 template <bool kPairs>
 void ForwardAs(const Call& c, const Runner& runner) {
-  const ForwardPlan<kPairs> plan(c);
+  const ForwardPlan<kPairs> plan(c, runner.threads);
   const Partials<kPairs> partials(c, plan);
   const SharedBlocks<Packed> shared(c, 0, plan.shared ? c.B * c.K : 0, plan.key_block, plan.BlockSize(),
                                     [&](float* memory) { return plan.Place(memory); });

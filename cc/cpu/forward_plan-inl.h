@@ -28,8 +28,9 @@ struct ForwardPlan {
   bool direct;                     // few rows: keys and values are read in place
   int64_t task_heads;              // key heads of a task
   bool shared;                     // packed once for all tasks
+  int64_t threads;
 
-  explicit ForwardPlan(const Call& c) {
+  ForwardPlan(const Call& c, int64_t threads) : threads(threads) {
     const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
     group_rows = tiles.group_rows;
@@ -40,11 +41,12 @@ struct ForwardPlan {
     keys_size = RoundUp(key_block, kPanel) * Units<kPairs>(c.D);
     values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
     const int64_t heads = c.B * c.K;
-    shared = !direct && rows > group_rows && heads * key_blocks * BlockSize() <= kSharedFloats;
     task_heads = direct ? c.K : 1;
     task_rows = kTaskRows;
-    while (task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
+    while (task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
+      task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;
+    shared = !direct && blocks > 1 && heads * key_blocks * BlockSize() <= kSharedFloats;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
     const int64_t tasks = heads / task_heads * blocks;
     splits = tasks == 0 || tasks >= kEnoughTasks || rows > kSplitRows ? 1 : (kFewTasks + tasks - 1) / tasks;

@@ -65,6 +65,18 @@ inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t
   }
 }
 
+// The same without a sum that was there before, for the vectors of a panel from `first` to the one with column to - 1.
+template <bool kPairs, int kVectors = 1>
+inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row,
+                        int64_t first, int64_t to) {
+  const int64_t vectors = (to + kLanes - 1) / kLanes - first;
+  if constexpr (kVectors < kPanelVectors) {
+    if (vectors > kVectors) return GemmVectors<kPairs, kVectors + 1>(rows, K, a, a_row, b, c, c_row, first, to);
+  }
+  const int64_t skipped = (kVectors < kPanelVectors ? first : 0) * kLanes;
+  Gemm<kPairs, false, kVectors>(rows, K, a, a_row, 1, b + skipped, c + skipped, c_row);
+}
+
 // Asks for part `i` of `parts` of n floats that the next products read, so that they do not wait for the caches
 // beyond the first.
 inline void Prefetch(const float* p, int64_t n, int64_t i, int64_t parts) {

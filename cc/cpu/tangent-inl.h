@@ -258,7 +258,7 @@ inline void TangentTask(const Call& c, const TangentPlan& plan, const SharedBloc
 }
 
 inline void TangentAs(const Call& c, const Runner& runner) {
-  const TangentPlan plan(c);
+  const TangentPlan plan(c, runner.threads);
   const int64_t heads = c.B * c.K;
   for (int64_t first = 0; first < heads; first += plan.wave) {
     const int64_t n = first + plan.wave < heads ? plan.wave : heads - first;

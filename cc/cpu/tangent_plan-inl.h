@@ -28,7 +28,7 @@ struct TangentPlan {
   int64_t wave;  // key heads whose tasks run together: so many that their blocks may be shared
   bool shared;   // packed once for all tasks
 
-  explicit TangentPlan(const Call& c) {
+  TangentPlan(const Call& c, int64_t threads) {
     const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
     group_rows = tiles.tangent_rows;
@@ -45,7 +45,8 @@ struct TangentPlan {
     const int64_t waves = heads > 0 ? (heads + most - 1) / most : 1;
     wave = (heads + waves - 1) / waves;
     task_rows = kTaskRows;
-    while (task_rows > group_rows && wave * ((rows + task_rows - 1) / task_rows) < kFewTasks) task_rows /= 2;
+    while (task_rows > group_rows && wave * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
+      task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;
   }
 

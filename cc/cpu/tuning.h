@@ -167,13 +167,14 @@ constexpr int64_t kLeastSecondRows = 24, kLeastUnpackedRows = 60;
 // ---- tasks ----
 
 // Forward: rows of a task, which reads every packed key and value for each group_rows of them. Halved, down to one group,
-// while there are fewer tasks than kFewTasks.
-constexpr int64_t kTaskRows = 384, kFewTasks = 64;
+// while there are fewer tasks than kThreadTasks for each thread: no row's result depends on the task it is in. Keys and
+// values of which one task takes all rows are packed there, and stay in its caches.
+constexpr int64_t kTaskRows = 384, kThreadTasks = 8;
 
 // Forward of few rows (decoding): with fewer than kEnoughTasks tasks the keys are split so that there are about kFewTasks,
 // of at least kSplitKeys keys each, below which the merging costs more than it gains. Not for more than kSplitRows rows of
 // a key head.
-constexpr int64_t kEnoughTasks = 32, kSplitKeys = 256, kSplitRows = 96;
+constexpr int64_t kEnoughTasks = 32, kFewTasks = 64, kSplitKeys = 256, kSplitRows = 96;
 
 // With at most this many query rows per key head, keys and values are read in place, kDirectKeys at a time: the time is
 // that of reading them once, and packing would write and read them once more.
