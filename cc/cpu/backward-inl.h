@@ -38,6 +38,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
   const float key_scale = one_scale ? ScaleOf(c, b, k * c.G()) : 1.0f;
   RowTile tiles[kMostRows];
   PrepareRows<kPairs>(c, plan, s, b, k);
+  for (int64_t block = 0; block < plan.row_blocks; ++block) s.has_rows[block] = 0;
   Fill(dq, 0, plan.dq_size + BalanceSize<kPairs>(plan), 0.0f);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
@@ -57,7 +58,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
       const int64_t g0 = block * plan.block_rows,
                     rows = g0 + plan.block_rows < plan.rows ? plan.block_rows : plan.rows - g0;
       const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
-      const RowBlock x{b, k, g0, rows, j0, width, count, tiles};
+      const RowBlock x = {b, k, g0, rows, j0, width, count, tiles, PackedRowsOf<kPairs>(plan, s, block)};
       if (count > 0) BackwardBlock<kPairs>(c, plan, s, x, dq, one_scale, sums);
     }
     for (int64_t j = 0; c.dkey && j < width; ++j)

@@ -51,12 +51,12 @@ inline void AddMissing(const Call& c, const Row& row, int64_t k, const Balance& 
   Combine(c.D, dq, key, [&](F x, F y) { return Fma(missing, y, x); });
 }
 
-// Floats of p and ds, columns [0, keys), to pairs: of rows in place (in the first of each two rows), and ds of
-// neighbouring columns to ds_rows, which are added to the balance of rows g0 + [0, rows). `scales`: null, or what each row
-// of ds is multiplied by for the products with q.
+// Floats of rows r and, if `two`, r + 1 of p and ds, columns [0, keys), to pairs: of rows in place (in the
+// first of the two), and ds of neighbouring columns to ds_rows, which are added to the balance of rows g0 + r on. `scales`:
+// null, or what each row of ds is multiplied by for the products with q.
 template <bool kPairs>
-inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, int64_t g0, int64_t rows, int64_t j0,
-                     int64_t keys, const float* scales) {
+inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, int64_t g0, int64_t r, bool two,
+                     int64_t j0, int64_t keys, const float* scales) {
   using U = Unit<kPairs>;
   const auto put = [](F a, F b, float* to) {
     F low, high;
@@ -64,36 +64,33 @@ inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, i
     Store(to, low);
     Store(to + kLanes, high);
   };
-  for (int64_t r = 0; r < rows; r += 2) {
-    const bool two = r + 1 < rows;
-    float *first = s.p + r * s.s_row, *second = first + s.s_row;
-    for (int64_t j = 0; j < keys; j += 2 * kLanes)
-      put(U::Join(Load(first + j), Load(first + j + kLanes)),
-          two ? U::Join(Load(second + j), Load(second + j + kLanes)) : Set(0.0f), first + j);
-    first = s.ds + r * s.s_row, second = first + s.s_row;
-    float *ds = s.ds_rows + r * s.half_row, *second_ds = ds + s.half_row;
-    F sum = Set(0.0f), second_sum = sum, most = sum, second_most = sum;
-    for (int64_t j = 0; j < keys; j += 2 * kLanes) {
-      F a = U::Join(Load(first + j), Load(first + j + kLanes)), b = Set(0.0f);
-      Store(ds + j / 2, a);
-      sum = U::Add(sum, a);
-      most = U::Larger(most, a);
-      if (two) {
-        b = U::Join(Load(second + j), Load(second + j + kLanes));
-        Store(second_ds + j / 2, b);
-        second_sum = U::Add(second_sum, b);
-        second_most = U::Larger(second_most, b);
-      }
-      if (scales != nullptr) {
-        const F f = Set(scales[r]), g = Set(two ? scales[r + 1] : 0.0f);
-        a = U::Join(Load(first + j) * f, Load(first + j + kLanes) * f);
-        if (two) b = U::Join(Load(second + j) * g, Load(second + j + kLanes) * g);
-      }
-      put(a, b, first + j);
+  float *first = s.p + r * s.s_row, *second = first + s.s_row;
+  for (int64_t j = 0; j < keys; j += 2 * kLanes)
+    put(U::Join(Load(first + j), Load(first + j + kLanes)),
+        two ? U::Join(Load(second + j), Load(second + j + kLanes)) : Set(0.0f), first + j);
+  first = s.ds + r * s.s_row, second = first + s.s_row;
+  float *ds = s.ds_rows + r * s.half_row, *second_ds = ds + s.half_row;
+  F sum = Set(0.0f), second_sum = sum, most = sum, second_most = sum;
+  for (int64_t j = 0; j < keys; j += 2 * kLanes) {
+    F a = U::Join(Load(first + j), Load(first + j + kLanes)), b = Set(0.0f);
+    Store(ds + j / 2, a);
+    sum = U::Add(sum, a);
+    most = U::Larger(most, a);
+    if (two) {
+      b = U::Join(Load(second + j), Load(second + j + kLanes));
+      Store(second_ds + j / 2, b);
+      second_sum = U::Add(second_sum, b);
+      second_most = U::Larger(second_most, b);
     }
-    AddToBalance<kPairs>(balance, g0 + r, j0, keys, ds, sum, most);
-    if (two) AddToBalance<kPairs>(balance, g0 + r + 1, j0, keys, second_ds, second_sum, second_most);
+    if (scales != nullptr) {
+      const F f = Set(scales[r]), g = Set(two ? scales[r + 1] : 0.0f);
+      a = U::Join(Load(first + j) * f, Load(first + j + kLanes) * f);
+      if (two) b = U::Join(Load(second + j) * g, Load(second + j + kLanes) * g);
+    }
+    put(a, b, first + j);
   }
+  AddToBalance<kPairs>(balance, g0 + r, j0, keys, ds, sum, most);
+  if (two) AddToBalance<kPairs>(balance, g0 + r + 1, j0, keys, second_ds, second_sum, second_most);
 }
 
 }  // namespace

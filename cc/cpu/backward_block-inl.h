@@ -28,26 +28,41 @@ inline void PackClean(const View& x, bool masked, int64_t n, int64_t width, floa
   });
 }
 
+// Rows of query and dout as products take them: as units, and as panels.
+struct PackedRows {
+  float *q, *dout, *q_panels, *dout_panels;
+  int32_t* there;
+};
+
+// Those of a block.
+template <bool kPairs>
+inline PackedRows PackedRowsOf(const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t block) {
+  const int64_t at = plan.keeps_rows ? block * plan.block_rows : 0;
+  const int64_t units = plan.keeps_rows ? block * Units<kPairs>(plan.block_rows) : 0;
+  return {s.q + at * s.q_row, s.dout + at * s.dout_row, s.q_panels + units * plan.dq_row,
+          s.dout_panels + units * s.dv_row, s.has_rows + block};
+}
+
 // Rows [g0, g0 + rows) of key head k over keys j0 + [0, width), and the tiles of rows to which any of them is visible.
 struct RowBlock {
   int64_t b, k, g0, rows, j0, width;
   int64_t count;
   const RowTile* tiles;
+  PackedRows packed;
 
   Row At(const Call& c, int64_t i) const { return RowAt(c, b, k, g0 + i); }
 };
 
-// q and dout of the block, as rows and as panels.
 template <bool kPairs>
 inline void PackQueries(const Call& c, const BackwardScratch<kPairs>& s, const RowBlock& x) {
   Row from = x.At(c, 0);
   for (int64_t r = 0; r < x.rows; ++r, from = After(c, from)) {
-    CopyRow<kPairs>(c.query, x.b, from.n, from.i, c.D, s.q + r * s.q_row);
-    CopyRow<kPairs>(c.dout, x.b, from.n, from.i, c.Dv, s.dout + r * s.dout_row);
+    CopyRow<kPairs>(c.query, x.b, from.n, from.i, c.D, x.packed.q + r * s.q_row);
+    CopyRow<kPairs>(c.dout, x.b, from.n, from.i, c.Dv, x.packed.dout + r * s.dout_row);
   }
   const auto row_at = [&](int64_t i) { return x.At(c, i); };
-  if (c.dkey) PackClean<kPairs>(c.query, IsMasked(c), x.rows, c.D, s.stage, s.q_panels, row_at);
-  if (c.dvalue) PackClean<kPairs>(c.dout, IsMasked(c), x.rows, c.Dv, s.stage, s.dout_panels, row_at);
+  if (c.dkey) PackClean<kPairs>(c.query, IsMasked(c), x.rows, c.D, s.stage, x.packed.q_panels, row_at);
+  if (c.dvalue) PackClean<kPairs>(c.dout, IsMasked(c), x.rows, c.Dv, s.stage, x.packed.dout_panels, row_at);
 }
 
 // The products q.k into p and dout.v into ds, of tiles of rows and the panels of keys that are visible to them.
@@ -62,31 +77,35 @@ inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const
       last = x.tiles[t].to > last ? x.tiles[t].to : last;
     }
     for (int64_t j = first / kLanes * kLanes; j < last; j += kLanes)
-      DirectDots<kPairs>(c, x.b, x.k, x.rows, s.q, s.q_row, x.j0 + j, x.j0 + last, s.stage, s.p + j, s.s_row);
+      DirectDots<kPairs>(c, x.b, x.k, x.rows, x.packed.q, s.q_row, x.j0 + j, x.j0 + last, s.stage, s.p + j, s.s_row);
   }
   for (int64_t panel = 0; panel < Panels(x.width); ++panel) {
     for (int64_t t = 0; t < x.count; ++t) {
       const RowTile& tile = x.tiles[t];
       if (tile.to <= panel * kPanel || tile.from >= (panel + 1) * kPanel) continue;
       const int64_t at = tile.r * s.s_row + panel * kPanel;
+      const int64_t from = tile.from - panel * kPanel, end = tile.to - panel * kPanel;
+      const int64_t first = from > 0 ? from / kLanes : 0, to = end < kPanel ? end : kPanel;
       if (!direct)
-        Gemm<kPairs, false>(tile.n, depth, s.q + tile.r * s.q_row, s.q_row, 1, s.keys_t + panel * depth * kPanel,
-                            s.p + at, s.s_row);
-      Gemm<kPairs, false>(tile.n, dv_depth, s.dout + tile.r * s.dout_row, s.dout_row, 1,
-                          s.values_t + panel * dv_depth * kPanel, s.ds + at, s.s_row);
+        GemmVectors<kPairs>(tile.n, depth, x.packed.q + tile.r * s.q_row, s.q_row, s.keys_t + panel * depth * kPanel,
+                            s.p + at, s.s_row, first, to);
+      GemmVectors<kPairs>(tile.n, dv_depth, x.packed.dout + tile.r * s.dout_row, s.dout_row,
+                          s.values_t + panel * dv_depth * kPanel, s.ds + at, s.s_row, first, to);
     }
   }
 }
 
 // From products to weights and ds, in columns [0, keys) of p and ds; 0 where no key is visible.
-template <bool kPairs>
+// `join(r)` is called for each two rows from r on as soon as they are there, while the first cache holds them.
+template <bool kPairs, typename Join>
 inline void BlockWeights(const Call& c, const BackwardScratch<kPairs>& s, const RowBlock& x, int64_t keys,
-                         const HeadSums& sums) {
+                         const HeadSums& sums, const Join& join) {
   int64_t done = 0;
   const auto clear = [&](int64_t to) {  // rows to which none of these keys is visible
     for (; done < to; ++done) {
       Fill(s.p + done * s.s_row, 0, keys, 0.0f);
       Fill(s.ds + done * s.s_row, 0, keys, 0.0f);
+      if (done % 2 == 1) join(done - 1);
     }
   };
   for (int64_t t = 0; t < x.count; ++t) {
@@ -103,10 +122,12 @@ inline void BlockWeights(const Call& c, const BackwardScratch<kPairs>& s, const 
         Fill(y, 0, c0, 0.0f);
         Fill(y, c1, keys, 0.0f);
       }
+      if (r % 2 == 1) join(r - 1);
     }
     done = tile.r + tile.n;
   }
   clear(x.rows);
+  if (x.rows % 2 == 1) join(x.rows - 1);
 }
 
 // Adds to dq what the keys of the block give, a chunk of keys at a time.
@@ -143,8 +164,8 @@ inline void KeyGradients(const Call& c, const BackwardPlan& plan, const Backward
     float* sum;
     int64_t sum_row, panel_count;
   };
-  const Product products[] = {{bool{c.dvalue}, s.p, s.dout_panels, s.dv, s.dv_row, Panels(c.Dv)},
-                              {bool{c.dkey}, s.ds, s.q_panels, s.dk, plan.dq_row, Panels(c.D)}};
+  const Product products[] = {{bool{c.dvalue}, s.p, x.packed.dout_panels, s.dv, s.dv_row, Panels(c.Dv)},
+                              {bool{c.dkey}, s.ds, x.packed.q_panels, s.dk, plan.dq_row, Panels(c.D)}};
   const int64_t weights_row = per * s.s_row;  // pairs of rows lie in every second one
   for (const Product& y : products) {
     if (!y.wanted) continue;
@@ -168,14 +189,16 @@ template <bool kPairs>
 inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, const RowBlock& x,
                           float* dq, bool one_scale, const HeadSums& sums) {
   const int64_t keys = RoundUp(x.width, Unit<kPairs>::kElements * kLanes);
-  PackQueries<kPairs>(c, s, x);
+  if (!*x.packed.there) PackQueries<kPairs>(c, s, x);
+  *x.packed.there = plan.keeps_rows;
   BlockProducts<kPairs>(c, s, x);
   float scales[kMostRows];
   if (!one_scale)
     for (int64_t r = 0; r < x.rows; ++r) scales[r] = ScaleOf(c, x.At(c, r));
-  BlockWeights<kPairs>(c, s, x, keys, sums);
-  if constexpr (kPairs)
-    JoinRows<kPairs>(s, BalanceOf(plan, dq), x.g0, x.rows, x.j0, keys, one_scale ? nullptr : scales);
+  BlockWeights<kPairs>(c, s, x, keys, sums, [&](int64_t r) {
+    if constexpr (kPairs)
+      JoinRows<kPairs>(s, BalanceOf(plan, dq), x.g0, r, r + 1 < x.rows, x.j0, keys, one_scale ? nullptr : scales);
+  });
   if (c.dquery) QueryGradients<kPairs>(c, plan, s, x, dq);
   if (!kPairs && !one_scale) {
     for (int64_t r = 0; r < x.rows; ++r) {

@@ -14,6 +14,7 @@ namespace {
 struct BackwardPlan {
   int64_t rows, block_rows, row_blocks, key_block, dq_row, splits, split_keys;
   int64_t dq_size;  // floats of the dq of a key head; 0 where it is not wanted
+  bool keeps_rows;  // packed rows of query and dout are those of all blocks
   bool writes_all_bias;
   const HeadGroups groups;
 
@@ -27,6 +28,7 @@ struct BackwardPlan {
     dq_row = Panels(c.D) * kPanel;
     dq_size = c.dquery ? rows * dq_row : 0;
     row_blocks = (rows + block_rows - 1) / block_rows;
+    keeps_rows = row_blocks * block_rows * 4 * RoundUp(wide, kPanel) <= kKeptRowFloats;
     const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
     const int64_t dq_bytes = c.B * c.K * rows * dq_row * 4 + 1;
     const int64_t count = groups.count;
@@ -51,8 +53,9 @@ inline int64_t BalanceSize(const BackwardPlan& plan) {
 
 template <bool kPairs>
 struct BackwardScratch {
-  float *q, *dout;                         // rows of a block, as units
+  float *q, *dout;                         // rows of a block, or of all, as units
   float *q_panels, *dout_panels;           // ... and as panels
+  int32_t* has_rows;                       // of each block of rows: whether these are there
   float *p, *ds, *ds_rows;                 // rows of logits, then weights, and of ds; ds_rows: those of ds as pairs
   float *slope, *by_cap, *products;        // of one row: derivatives of the soft cap, products q.k
   float *keys_t, *values_t, *keys;         // a block of keys and values, packed
@@ -75,10 +78,12 @@ struct BackwardScratch {
     dv_row = Panels(c.Dv) * kPanel;
     s_row = kb + kLanes;
     half_row = kb / 2 + kLanes;
-    q = arena.Take(n * q_row);
-    dout = arena.Take(n * dout_row);
-    q_panels = arena.Take(row_units * plan.dq_row);
-    dout_panels = arena.Take(row_units * dv_row);
+    const int64_t kept = plan.keeps_rows ? plan.row_blocks : 1;
+    q = arena.Take(kept * n * q_row);
+    dout = arena.Take(kept * n * dout_row);
+    q_panels = arena.Take(kept * row_units * plan.dq_row);
+    dout_panels = arena.Take(kept * row_units * dv_row);
+    has_rows = arena.Take<int32_t>(plan.row_blocks);
     p = arena.Take(n * s_row);
     ds = arena.Take(n * s_row);
     ds_rows = arena.Take(kPairs ? n * half_row : 0);

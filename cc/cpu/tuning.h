@@ -80,40 +80,26 @@ struct Tiles {
   KeyBlock second_keys[2];
 };
 
-// The least first. Beside each, the KiB of its largest blocks at head_dim 64 and 128.
+// The least first. The KiB beside each are those of its largest blocks at head_dim 64, then 128.
+// clang-format off
 constexpr Tiles kTiles[] = {
-    // Forward 24 logits + 128 keys and values, both; backward 48 p and ds + 96 keys and values + 64 dk and dv, at 128 twice
-    // the latter two; second 96 arrays + 128, both.
     {0,
-     48,
-     {{64, 256}, {128, 128}, {INT64_MAX, 128}},
-     48,
-     48,
-     {{64, 128}, {128, 128}, {256, 64}, {INT64_MAX, 64}},
-     48,
-     96,
-     {{64, 128}, {INT64_MAX, 64}}},
-    // Forward 96 + 256, 48 + 256; backward 96 + 96 + 64, at 128 twice the latter two; second 192 + 128, + 256.
+     48, {{64, 256}, {128, 128}, {INT64_MAX, 128}},              // logits 48, keys and values 128; 24, 128
+     48,                                                         // logits and their tangents 96; 48
+     48, {{64, 128}, {128, 128}, {256, 64}, {INT64_MAX, 64}},    // p and ds 48, keys and values 96, dk and dv 64; 48, 192, 128
+     48, 96, {{64, 128}, {INT64_MAX, 64}}},                      // four arrays 96, keys and values 128; 48, 128
     {int64_t{512} << 10,
-     48,
-     {{64, 512}, {128, 256}, {INT64_MAX, 128}},
-     96,
-     96,
-     {{64, 128}, {128, 128}, {256, 128}, {INT64_MAX, 64}},
-     96,
-     192,
-     {{64, 128}, {INT64_MAX, 128}}},
-    // Forward 192 + 256, + 512; backward 384 + 192 + 128, 768 + 768 + 512; second 384 + 256, 192 + 256.
+     48, {{64, 512}, {128, 256}, {INT64_MAX, 128}},              // 96, 256; 48, 256
+     96,                                                         // 384; 192
+     96, {{64, 128}, {128, 128}, {256, 128}, {INT64_MAX, 64}},   // 96, 96, 64; 96, 192, 128
+     96, 192, {{64, 128}, {INT64_MAX, 128}}},                    // 192, 128; 192, 256
     {int64_t{1} << 20,
-     96,
-     {{128, 512}, {256, 256}, {INT64_MAX, 128}},
-     96,
-     192,
-     {{64, 256}, {128, 512}, {256, 256}, {INT64_MAX, 128}},
-     96,
-     192,
-     {{64, 256}, {INT64_MAX, 128}}},
+     96, {{128, 512}, {256, 256}, {INT64_MAX, 128}},             // 192, 256; 192, 512
+     96,                                                         // 384; 384
+     192, {{64, 256}, {128, 512}, {256, 256}, {INT64_MAX, 128}}, // 384, 192, 128; 768, 768, 512
+     96, 192, {{64, 256}, {INT64_MAX, 128}}},                    // 384, 256; 192, 256
 };
+// clang-format on
 
 // The most of any row above: what arrays on the stack hold.
 constexpr int64_t kMostRows = 192, kMostKeys = 512;
@@ -190,6 +176,10 @@ constexpr int64_t kTangentSharedFloats = int64_t{12} << 20;
 // Backward: with fewer tasks than kBackwardTasks the keys are split, which takes a dq per part: up to kSplitBytes of them
 // or, however large they are, as many as give kLeastBackwardTasks tasks.
 constexpr int64_t kBackwardTasks = 16, kLeastBackwardTasks = 4, kSplitBytes = int64_t{64} << 20;
+
+// Backward: the rows of query and dout of a key head, in the forms in which products take them, are kept for all of its
+// blocks of keys up to this many floats (8 MiB). Made again for each block they took up to an eighth of the time.
+constexpr int64_t kKeptRowFloats = int64_t{2} << 20;
 
 // Second derivative: likewise, of rows; each part has sums for all keys.
 constexpr int64_t kSecondTasks = 16, kLeastSecondTasks = 4, kSecondSplitBytes = int64_t{32} << 20;
