@@ -28,7 +28,7 @@ __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, in
     }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const F ai = Set(a[i * a_row + k * a_k]);
+      const F ai = Repeat(a + i * a_row + k * a_k);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) acc[i][v] = Unit<kPairs>::MulAdd(ai, bv[v], acc[i][v]);
     }

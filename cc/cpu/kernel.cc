@@ -19,6 +19,8 @@ namespace jax_fa {
 JAX_FA_DECLARE(avx512_bf16)
 JAX_FA_DECLARE(avx512)
 JAX_FA_DECLARE(avx2)
+#elif defined(JAX_FA_AARCH64)
+JAX_FA_DECLARE(neon)
 #endif
 JAX_FA_DECLARE(portable)
 
@@ -53,6 +55,8 @@ constexpr Kernels kAll[] = {
     {"avx512_bf16", HasAvx512Bf16, PrefersBf16, JAX_FA_ENTRIES(avx512_bf16)},
     {"avx512", HasAvx512, Always, JAX_FA_ENTRIES(avx512)},
     {"avx2", HasAvx2, Always, JAX_FA_ENTRIES(avx2)},
+#elif defined(JAX_FA_AARCH64)
+    {"neon", Always, Always, JAX_FA_ENTRIES(neon)},  // part of AArch64
 #endif
     {"portable", Always, Always, JAX_FA_ENTRIES(portable)},
 };
