@@ -49,6 +49,13 @@ template <bool kPairs, bool kAdd, int kVectors = kPanelVectors, bool kPart = fal
 inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
                  int64_t c_row, int64_t b_row = kPanel, int last = kLanes) {
   static_assert(kRows <= 6, "the cases below");
+  if constexpr (kPairs && kHasMatrix && kVectors == kPanelVectors && !kPart) {
+    const int64_t done = Matrix<kPairs>::template Product<kAdd>(rows, K, a, a_row, a_k, b, b_row, c, c_row);
+    if (done > 0) {
+      if (done < K) Gemm<kPairs, true>(rows, K - done, a + done * a_k, a_row, a_k, b + done * b_row, c, c_row, b_row);
+      return;
+    }
+  }
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t i0 = rows * t / tiles, n = rows * (t + 1) / tiles - i0;

@@ -15,10 +15,11 @@ namespace jax_fa {
 // rows x vectors multiply-adds: the larger the tile, the less the loads count, and as soon as it exceeds the registers,
 // the compiler keeps sums in memory.
 struct Target {
-  int lanes;          // floats of a vector
-  int vectors, rows;  // of a tile
-  int registers;      // vector registers
-  bool pairs;         // whether it multiplies pairs of bfloat16
+  int lanes;            // floats of a vector
+  int vectors, rows;    // of a tile
+  int registers;        // vector registers
+  bool pairs;           // whether it multiplies pairs of bfloat16
+  bool matrix = false;  // ... and those of whole tiles by AMX
 
   constexpr bool Fits() const { return rows * vectors + vectors + 1 <= registers; }
 };
@@ -44,8 +45,15 @@ constexpr Target kTarget{16, 4, 6, 32, false};  // 29 of 32 zmm
 namespace avx512_bf16 {
 constexpr Target kTarget{16, 4, 6, 32, true};
 }
+namespace amx_bf16 {
+// Vectors as above for all but the products of pairs. Those keep 16 rows x 64 columns in four of the eight tiles of AMX,
+// beside one tile of A and three of B, so that a product does not wait for the load of the next one: a step of 16 units
+// loads five tiles for four products, which take 16 cycles each, as the load of 16 lines takes 8. On paper: it has been
+// run with emulated tiles only, never on a processor that has them.
+constexpr Target kTarget{16, 4, 6, 32, true, true};
+}  // namespace amx_bf16
 static_assert(portable::kTarget.Fits() && neon::kTarget.Fits() && avx2::kTarget.Fits() && avx512::kTarget.Fits() &&
-              avx512_bf16::kTarget.Fits());
+              avx512_bf16::kTarget.Fits() && amx_bf16::kTarget.Fits());
 
 // ---- first cache (32 KiB or more) ----
 
