@@ -45,17 +45,10 @@ __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, in
 // The same for any number of rows, split as evenly as possible. With kAdd the sum over k starts from zero
 // and is added to C at the end: continuing C's accumulation would cost accuracy. kVectors: those of a panel that are
 // there, and with kPart only `last` lanes of the last one.
-template <bool kPairs, bool kAdd, int kVectors = kPanelVectors, bool kPart = false>
-inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
-                 int64_t c_row, int64_t b_row = kPanel, int last = kLanes) {
+template <bool kPairs, bool kAdd, int kVectors, bool kPart>
+inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
+                        int64_t c_row, int64_t b_row, int last) {
   static_assert(kRows <= 6, "the cases below");
-  if constexpr (kPairs && kHasMatrix && kVectors == kPanelVectors && !kPart) {
-    const int64_t done = Matrix<kPairs>::template Product<kAdd>(rows, K, a, a_row, a_k, b, b_row, c, c_row);
-    if (done > 0) {
-      if (done < K) Gemm<kPairs, true>(rows, K - done, a + done * a_k, a_row, a_k, b + done * b_row, c, c_row, b_row);
-      return;
-    }
-  }
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t i0 = rows * t / tiles, n = rows * (t + 1) / tiles - i0;
@@ -70,6 +63,21 @@ inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t
       default: GemmRows<kPairs, 6, kAdd, kVectors, kPart>(K, at, a_row, a_k, b, b_row, ct, c_row, last); break;
     }
   }
+}
+
+// ... of which the set's matrix tiles take what fills them.
+template <bool kPairs, bool kAdd, int kVectors = kPanelVectors, bool kPart = false>
+inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
+                 int64_t c_row, int64_t b_row = kPanel, int last = kLanes) {
+  if constexpr (kPairs && kHasMatrix && kVectors == kPanelVectors && !kPart) {
+    const int64_t done = Matrix<kPairs>::template Product<kAdd>(rows, K, a, a_row, a_k, b, b_row, c, c_row);
+    if (done > 0) {
+      if (done == K) return;
+      a += done * a_k, b += done * b_row;
+      return GemmVectors<kPairs, true, kVectors, kPart>(rows, K - done, a, a_row, a_k, b, c, c_row, b_row, last);
+    }
+  }
+  GemmVectors<kPairs, kAdd, kVectors, kPart>(rows, K, a, a_row, a_k, b, c, c_row, b_row, last);
 }
 
 // Asks for part `i` of `parts` of n floats that the next products read, so that they do not wait for the caches

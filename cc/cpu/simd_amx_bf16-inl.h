@@ -24,8 +24,8 @@ struct Matrix<true> {
   // depends on K alone, and tiles of rows begin at whole tiles of keys (see kTileKeys), so that a row's sum is made of the
   // same parts however rows are grouped.
   template <bool kAdd>
-  static inline int64_t Product(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b,
-                                int64_t b_row, float* c, int64_t c_row) {
+  static int64_t Product(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b,
+                         int64_t b_row, float* c, int64_t c_row) {
     const int64_t steps = K / kTileSide;
     if (steps == 0) return 0;
     alignas(64) float sums[kTileSide * kPanel];
@@ -44,8 +44,8 @@ struct Matrix<true> {
 
  private:
   // Four tiles of sums, one of A, and one of B for each of them.
-  static inline void Sums(int n, int64_t steps, const float* a, int64_t a_row, int64_t a_k, const float* b,
-                          int64_t b_row, float* sums) {
+  static void Sums(int n, int64_t steps, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row,
+                   float* sums) {
     static_assert(kPanel == 4 * kTileSide && kLanes == kTileSide, "the tiles below");
     alignas(64) float packed[kTileSide * kTileSide];
     TileZero<0>();
@@ -77,7 +77,7 @@ struct Matrix<true> {
   }
 
   // A tile of A by rows, with zeros from row n on; nothing behind A's rows is read.
-  static inline void Pack(int n, const float* a, int64_t a_row, int64_t a_k, float* packed) {
+  static void Pack(int n, const float* a, int64_t a_row, int64_t a_k, float* packed) {
     if (a_k == 1) {
       for (int i = 0; i < kTileSide; ++i) Store(packed + i * kTileSide, i < n ? Load(a + i * a_row) : Set(0.0f));
     } else {  // by columns
