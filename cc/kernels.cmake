@@ -2,6 +2,7 @@
 # the C++ tests, after CXX is enabled; needs a compiler and nothing else.
 set(JAX_FA_SANITIZE "" CACHE STRING "Sanitizers to build with, e.g. address,undefined")
 option(JAX_FA_WERROR "Treat warnings as errors" OFF)
+option(JAX_FA_EMULATE_AMX "Compute what AMX does in plain C++, for tests" OFF)
 
 # CANN is loaded from shared objects of Linux; elsewhere the adapter and its emulator are left out.
 if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
@@ -21,6 +22,7 @@ if(NOT CMAKE_BUILD_TYPE)
 endif()
 set(CMAKE_CXX_FLAGS_RELEASE "-O3 -DNDEBUG")
 
+include(CheckCXXCompilerFlag)
 find_package(Threads REQUIRED)
 
 # Headers from cc/, warnings, sanitizers.
@@ -47,6 +49,18 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set_source_files_properties("${CPU}/kernel_avx512.cc" PROPERTIES COMPILE_OPTIONS "${AVX512}")
   set_source_files_properties("${CPU}/kernel_avx512_bf16.cc" PROPERTIES COMPILE_OPTIONS "${AVX512};-mavx512bf16")
   add_compile_definitions(JAX_FA_X86)
+  if(CMAKE_SYSTEM_NAME STREQUAL "Linux")  # which gives a process the tiles on request
+    check_cxx_compiler_flag("-mamx-bf16" JAX_FA_HAS_AMX)
+  endif()
+  if(JAX_FA_HAS_AMX)
+    list(APPEND KERNELS "${CPU}/kernel_amx_bf16.cc")
+    set_source_files_properties("${CPU}/kernel_amx_bf16.cc" PROPERTIES
+      COMPILE_OPTIONS "${AVX512};-mavx512bf16;-mamx-tile;-mamx-bf16")
+    add_compile_definitions(JAX_FA_AMX $<$<BOOL:${JAX_FA_EMULATE_AMX}>:JAX_FA_EMULATE_AMX>)
+  endif()
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
+  list(APPEND KERNELS "${CPU}/kernel_neon.cc")
+  add_compile_definitions(JAX_FA_AARCH64)
 endif()
 
 add_library(jax_fa_kernels STATIC ${KERNELS} "${CPU}/kernel.cc" "${CPU}/caches.cc" "${CPU}/memory.cc")

@@ -1,6 +1,7 @@
 """The C++ tests of the native kernels and of the adapter to CANN: builds them as a project of their own and runs them."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,6 +12,11 @@ import pytest
 CC = Path(__file__).parent.parent / "cc"
 COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")
 HEADERS = sorted(str(path.relative_to(CC)) for path in CC.rglob("*.h"))
+CROSS = ("aarch64-linux-gnu-g++", "qemu-aarch64")  # Debian: g++-aarch64-linux-gnu, qemu-user
+ON_ARM = platform.machine() in ("aarch64", "arm64")
+CPUINFO = Path("/proc/cpuinfo")
+# AMX is tested where the processor has it, elsewhere its arithmetic in plain C++.
+HAS_AMX = CPUINFO.exists() and "amx_bf16" in CPUINFO.read_text()
 
 if shutil.which("cmake") is None:
     pytest.skip("needs cmake, which is not installed", allow_module_level=True)
@@ -37,10 +43,22 @@ def _build(directory: Path, **options: str) -> Path:
         CC / "tests",
         "-B",
         directory,
+        f"-DJAX_FA_EMULATE_AMX={'OFF' if HAS_AMX else 'ON'}",
         *(f"-D{name}={value}" for name, value in options.items()),
     )
     _run("cmake", "--build", directory, "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "4"))
     return directory / "kernel_test"
+
+
+def _run_emulated(directory: Path, mode: str) -> str:
+    for tool in CROSS:
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {' and '.join(CROSS)}; {tool} is not installed")
+    toolchain = str(CC / "tests/aarch64.cmake")
+    program = _build(directory, CMAKE_TOOLCHAIN_FILE=toolchain, JAX_FA_CANN="OFF", JAX_FA_WERROR="ON")
+    found = _run(CROSS[1], "-L", "/usr/aarch64-linux-gnu", program, mode)
+    assert found.startswith("neon portable")
+    return found
 
 
 def _run_cann(directory: Path, mode: str, **environment: str) -> str:
@@ -68,16 +86,36 @@ def _shared_code(directory: Path) -> list[str]:
 def test_header_is_complete(header):
     """It can be parsed alone, with no flags of an instruction set, as editors and linters do."""
     flags = ("-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", "-I", CC, "-I", CC / "tests")
-    for compiler in filter(shutil.which, ("g++", "clang++")):
+    compilers = ("g++", "clang++")
+    if ON_ARM != ("simd_neon" in header):
+        if ON_ARM and re.search("simd_(avx|amx)", header):
+            pytest.skip("of another processor")
+        compilers = compilers if ON_ARM else CROSS[:1]
+    if not any(map(shutil.which, compilers)):
+        pytest.skip(f"needs {' or '.join(compilers)}, which is not installed")
+    for compiler in filter(shutil.which, compilers):
         _run(compiler, *flags, "-include", header, "-x", "c++", os.devnull)
 
 
 def test_quick(tmp_path):
     program = _build(tmp_path)
-    print(_run(program, "quick"))
+    found = _run(program, "quick")
+    print(found)
+    sets = found.split("(")[0].split()
+    assert platform.system() != "Linux" or ("amx_bf16" in sets) == ("avx512_bf16" in sets)
     print(_run_cann(tmp_path, "quick"))
     if shutil.which("nm"):
         assert _shared_code(tmp_path) == []
+
+
+def test_neon_emulated(tmp_path):
+    """The kernels for AArch64, built by a cross compiler, in an emulator of the processor."""
+    print(_run_emulated(tmp_path, "sample"))
+
+
+@pytest.mark.slow
+def test_neon_emulated_quick(tmp_path):
+    print(_run_emulated(tmp_path, "emulated"))
 
 
 @pytest.mark.slow

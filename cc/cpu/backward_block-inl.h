@@ -87,9 +87,9 @@ inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const
       const int64_t from = tile.from - panel * kPanel, end = tile.to - panel * kPanel;
       const int64_t first = from > 0 ? from / kLanes : 0, to = end < kPanel ? end : kPanel;
       if (!direct)
-        GemmVectors<kPairs>(tile.n, depth, x.packed.q + tile.r * s.q_row, s.q_row, s.keys_t + panel * depth * kPanel,
+        GemmColumns<kPairs>(tile.n, depth, x.packed.q + tile.r * s.q_row, s.q_row, s.keys_t + panel * depth * kPanel,
                             s.p + at, s.s_row, first, to);
-      GemmVectors<kPairs>(tile.n, dv_depth, x.packed.dout + tile.r * s.dout_row, s.dout_row,
+      GemmColumns<kPairs>(tile.n, dv_depth, x.packed.dout + tile.r * s.dout_row, s.dout_row,
                           s.values_t + panel * dv_depth * kPanel, s.ds + at, s.s_row, first, to);
     }
   }

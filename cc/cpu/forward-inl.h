@@ -45,7 +45,7 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
       if (p + 1 < Panels(width)) Prefetch(packed.keys + (p + 1) * depth * kPanel, depth * kPanel, t, count);
       ahead->Some();
       const int64_t from = tile.from - p * kPanel, to = tile.to - p * kPanel;
-      GemmVectors<kPairs>(tile.n, depth, q + tile.r * s.q_row, s.q_row, packed.keys + p * depth * kPanel,
+      GemmColumns<kPairs>(tile.n, depth, q + tile.r * s.q_row, s.q_row, packed.keys + p * depth * kPanel,
                           s.logits + tile.r * s.s_row + p * kPanel, s.s_row, from > 0 ? from / kLanes : 0,
                           to < kPanel ? to : kPanel);
     }

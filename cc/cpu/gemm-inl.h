@@ -28,7 +28,7 @@ __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, in
     }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const F ai = Set(a[i * a_row + k * a_k]);
+      const F ai = Repeat(a + i * a_row + k * a_k);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) acc[i][v] = Unit<kPairs>::MulAdd(ai, bv[v], acc[i][v]);
     }
@@ -45,9 +45,9 @@ __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, in
 // The same for any number of rows, split as evenly as possible. With kAdd the sum over k starts from zero
 // and is added to C at the end: continuing C's accumulation would cost accuracy. kVectors: those of a panel that are
 // there, and with kPart only `last` lanes of the last one.
-template <bool kPairs, bool kAdd, int kVectors = kPanelVectors, bool kPart = false>
-inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
-                 int64_t c_row, int64_t b_row = kPanel, int last = kLanes) {
+template <bool kPairs, bool kAdd, int kVectors, bool kPart>
+inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
+                        int64_t c_row, int64_t b_row, int last) {
   static_assert(kRows <= 6, "the cases below");
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -65,16 +65,33 @@ inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t
   }
 }
 
-// The same without a sum that was there before, for the vectors of a panel from `first` to the one with column to - 1.
-template <bool kPairs, int kVectors = 1>
-inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row,
-                        int64_t first, int64_t to) {
-  const int64_t vectors = (to + kLanes - 1) / kLanes - first;
-  if constexpr (kVectors < kPanelVectors) {
-    if (vectors > kVectors) return GemmVectors<kPairs, kVectors + 1>(rows, K, a, a_row, b, c, c_row, first, to);
+// ... of which the set's matrix tiles take what fills them.
+template <bool kPairs, bool kAdd, int kVectors = kPanelVectors, bool kPart = false>
+inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
+                 int64_t c_row, int64_t b_row = kPanel, int last = kLanes) {
+  if constexpr (kPairs && kHasMatrix && kVectors == kPanelVectors && !kPart) {
+    const int64_t done = Matrix<kPairs>::template Product<kAdd>(rows, K, a, a_row, a_k, b, b_row, c, c_row);
+    if (done > 0) {
+      if (done == K) return;
+      a += done * a_k, b += done * b_row;
+      return GemmVectors<kPairs, true, kVectors, kPart>(rows, K - done, a, a_row, a_k, b, c, c_row, b_row, last);
+    }
   }
-  const int64_t skipped = (kVectors < kPanelVectors ? first : 0) * kLanes;
-  Gemm<kPairs, false, kVectors>(rows, K, a, a_row, 1, b + skipped, c + skipped, c_row);
+  GemmVectors<kPairs, kAdd, kVectors, kPart>(rows, K, a, a_row, a_k, b, c, c_row, b_row, last);
+}
+
+// The same without a sum that was there before, for the vectors of a panel from `first` to the one with column to - 1.
+// Matrix tiles take whole panels: other sums would not have the same bits for every tile of rows.
+template <bool kPairs, int kVectors = 1>
+inline void GemmColumns(int64_t rows, int64_t K, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row,
+                        int64_t first, int64_t to) {
+  if constexpr (kVectors == kPanelVectors || (kPairs && kHasMatrix)) {
+    Gemm<kPairs, false>(rows, K, a, a_row, 1, b, c, c_row);
+  } else if ((to + kLanes - 1) / kLanes - first > kVectors) {
+    GemmColumns<kPairs, kVectors + 1>(rows, K, a, a_row, b, c, c_row, first, to);
+  } else {
+    Gemm<kPairs, false, kVectors>(rows, K, a, a_row, 1, b + first * kLanes, c + first * kLanes, c_row);
+  }
 }
 
 // Asks for part `i` of `parts` of n floats that the next products read, so that they do not wait for the caches

@@ -71,10 +71,10 @@ inline Range Within(int32_t lo, int32_t hi, int64_t j0, int64_t width) {
   return v.Empty() ? Range{0, 0} : v;
 }
 
-// Tiles of up to kRows of `rows` rows with ranges lo, hi; fully masked ones are left out. Returns how many.
+// Tiles of up to kTileRows of `rows` rows with ranges lo, hi; fully masked ones are left out. Returns how many.
 inline int64_t MakeTiles(const int32_t* lo, const int32_t* hi, int64_t rows, int64_t j0, int64_t width,
                          RowTile* tiles) {
-  const int64_t parts = (rows + kRows - 1) / kRows;
+  const int64_t parts = (rows + kTileRows - 1) / kTileRows;
   int64_t count = 0;
   for (int64_t t = 0; t < parts; ++t) {
     RowTile tile{rows * t / parts, 0, width, 0};
@@ -85,16 +85,20 @@ inline int64_t MakeTiles(const int32_t* lo, const int32_t* hi, int64_t rows, int
       tile.from = v.lo < tile.from ? v.lo : tile.from;
       tile.to = v.hi > tile.to ? v.hi : tile.to;
     }
-    if (tile.from < tile.to) tiles[count++] = tile;
+    if (tile.from >= tile.to) continue;
+    tile.from = tile.from / kTileKeys * kTileKeys;
+    tile.to = (tile.to + kTileKeys - 1) / kTileKeys * kTileKeys;
+    tile.to = tile.to < width ? tile.to : width;
+    tiles[count++] = tile;
   }
   return count;
 }
 
-// The other way round: tiles of up to kRows of `width` keys, and the rows, in units, to which any key of each is visible.
+// The other way round: tiles of up to kTileRows of `width` keys, and the rows, in units, to which any key of each is visible.
 // Returns how many; tile t begins at key width * t / how many.
 template <bool kPairs>
 inline int64_t KeyTiles(const RowTile* tiles, int64_t count, int64_t units, int64_t width, Range* visible_to) {
-  const int64_t per = Unit<kPairs>::kElements, parts = (width + kRows - 1) / kRows;
+  const int64_t per = Unit<kPairs>::kElements, parts = (width + kTileRows - 1) / kTileRows;
   for (int64_t t = 0; t < parts; ++t) {
     const int64_t a = width * t / parts, e = width * (t + 1) / parts;
     visible_to[t] = {units, 0};

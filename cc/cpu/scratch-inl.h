@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.h"
+#include "cpu/simd-inl.h"
 #include "cpu/target-inl.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -121,7 +122,12 @@ class BufferParts {
 template <typename Fn>
 inline void Run(const Runner& runner, int64_t count, const Fn& fn) {
   runner.run(
-      &runner, count, [](void* context, int64_t i) { (*static_cast<const Fn*>(context))(i); }, const_cast<Fn*>(&fn));
+      &runner, count,
+      [](void* context, int64_t i) {
+        [[maybe_unused]] const TaskState<kHasMatrix> state{};
+        (*static_cast<const Fn*>(context))(i);
+      },
+      const_cast<Fn*>(&fn));
 }
 
 }  // namespace

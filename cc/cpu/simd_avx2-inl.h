@@ -18,6 +18,7 @@ using Mask = __m256;
 inline F Load(const float* p) { return _mm256_loadu_ps(p); }
 inline void Store(float* p, F x) { _mm256_storeu_ps(p, x); }
 inline F Set(float x) { return _mm256_set1_ps(x); }
+inline F Repeat(const float* p) { return Set(*p); }
 inline F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F Max(F a, F b) { return _mm256_max_ps(a, b); }
 inline __m256i FirstInt(int n) {

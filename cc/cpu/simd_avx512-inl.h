@@ -18,6 +18,7 @@ using Mask = __mmask16;
 inline F Load(const float* p) { return _mm512_loadu_ps(p); }
 inline void Store(float* p, F x) { _mm512_storeu_ps(p, x); }
 inline F Set(float x) { return _mm512_set1_ps(x); }
+inline F Repeat(const float* p) { return Set(*p); }
 inline F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F Max(F a, F b) { return _mm512_max_ps(a, b); }
 inline Mask First(int n) { return static_cast<Mask>((1u << n) - 1u); }

@@ -21,6 +21,7 @@ inline F Load(const float* p) {
 }
 inline void Store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
 inline F Set(float x) { return F{x, x, x, x}; }
+inline F Repeat(const float* p) { return Set(*p); }
 inline F Fma(F a, F b, F c) { return a * b + c; }
 inline F Max(F a, F b) { return a > b ? a : b; }
 inline Mask First(int n) { return Mask{0, 1, 2, 3} < Mask{n, n, n, n}; }

@@ -22,7 +22,12 @@ namespace {
 
 constexpr int kLanes = kTarget.lanes, kPanelVectors = kTarget.vectors, kRows = kTarget.rows;
 constexpr int kPanel = kLanes * kPanelVectors;  // columns of a packed panel
-constexpr bool kHasPairs = kTarget.pairs;
+constexpr bool kHasPairs = kTarget.pairs, kHasMatrix = kTarget.matrix;
+
+// Rows of a tile of rows, which a product takes at once, and the multiple of keys at which its keys begin and end: with
+// AMX, 16 pairs.
+constexpr int kTileRows = kHasMatrix ? 16 : kRows;
+constexpr int64_t kTileKeys = kHasMatrix ? 32 : 1;
 
 inline const Tiles& TilesInUse() { return TuningInUse().tiles; }
 inline int64_t Chunk() { return TuningInUse().chunk_floats / kPanel; }  // rows of a panel
@@ -31,6 +36,12 @@ inline int64_t Chunk() { return TuningInUse().chunk_floats / kPanel; }  // rows 
 // products of bfloat16) two neighbours along the sum, the first in the low half.
 template <bool kPairs>
 struct Unit;
+
+// Products of pairs in tiles of a matrix, and what a task needs for them while it runs.
+template <bool kPairs>
+struct Matrix;
+template <bool kHasMatrix>
+struct TaskState {};
 
 }  // namespace
 }  // namespace jax_fa::JAX_FA_ISA

@@ -15,10 +15,11 @@ namespace jax_fa {
 // rows x vectors multiply-adds: the larger the tile, the less the loads count, and as soon as it exceeds the registers,
 // the compiler keeps sums in memory.
 struct Target {
-  int lanes;          // floats of a vector
-  int vectors, rows;  // of a tile
-  int registers;      // vector registers
-  bool pairs;         // whether it multiplies pairs of bfloat16
+  int lanes;            // floats of a vector
+  int vectors, rows;    // of a tile
+  int registers;        // vector registers
+  bool pairs;           // whether it multiplies pairs of bfloat16
+  bool matrix = false;  // ... and those of whole tiles by AMX
 
   constexpr bool Fits() const { return rows * vectors + vectors + 1 <= registers; }
 };
@@ -27,6 +28,14 @@ namespace portable {
 // 21 of the 32 registers of Arm. SSE has 16, and some sums are kept in memory.
 constexpr Target kTarget{4, 4, 4, 32, false};
 }  // namespace portable
+namespace neon {
+// 29 of the 32 registers of AArch64. Of a step's 24 FMLA, which take 12 cycles in two pipes (Cortex-A76, Neoverse N1 and
+// N2) and 6 in four (Cortex-X, Neoverse V1 and V2, Apple M), none waits: 24 sums cover a latency of 4 in four pipes, for
+// which 16 would do. The packed operand takes two loads of a pair of vectors, and FMLA by element reads the other one from
+// one lane, so that a row's element is a plain load of 4 bytes: 8 loads of two or three a cycle, and no slot of the pipes,
+// one of which a load that repeats an element (LD1R) takes on these cores: 6 for 24 FMLA, a fifth of the time.
+constexpr Target kTarget{4, 4, 6, 32, false};
+}  // namespace neon
 namespace avx2 {
 constexpr Target kTarget{8, 2, 6, 16, false};  // 15 of 16 ymm
 }
@@ -36,8 +45,15 @@ constexpr Target kTarget{16, 4, 6, 32, false};  // 29 of 32 zmm
 namespace avx512_bf16 {
 constexpr Target kTarget{16, 4, 6, 32, true};
 }
-static_assert(portable::kTarget.Fits() && avx2::kTarget.Fits() && avx512::kTarget.Fits() &&
-              avx512_bf16::kTarget.Fits());
+namespace amx_bf16 {
+// Vectors as above for all but the products of pairs. Those keep 16 rows x 64 columns in four of the eight tiles of AMX,
+// beside one tile of A and three of B, so that a product does not wait for the load of the next one: a step of 16 units
+// loads five tiles for four products, which take 16 cycles each, as the load of 16 lines takes 8. On paper: it has been
+// run with emulated tiles only, never on a processor that has them.
+constexpr Target kTarget{16, 4, 6, 32, true, true};
+}  // namespace amx_bf16
+static_assert(portable::kTarget.Fits() && neon::kTarget.Fits() && avx2::kTarget.Fits() && avx512::kTarget.Fits() &&
+              avx512_bf16::kTarget.Fits() && amx_bf16::kTarget.Fits());
 
 // ---- caches ----
 

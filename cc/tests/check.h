@@ -100,6 +100,9 @@ std::vector<const Kernels*> Supported() {
   return list;
 }
 
+// Whether it multiplies pairs of bfloat16, which also takes numbers below the normal ones for zero.
+bool HasPairs(const Kernels& kernels) { return std::strstr(kernels.name, "_bf16") != nullptr; }
+
 // One task after the other, from the first or from the last.
 struct Serial : Runner {
   explicit Serial(bool backwards) : Runner{&Serial::RunAll}, backwards(backwards) {}
@@ -297,9 +300,7 @@ class CaseTest {
   }
 
   // Products of bfloat16 pairs round the weights to bfloat16 before they are summed up. Tangents have none.
-  static bool InPairs(const Kernels& kernels, const Call& c) {
-    return std::strcmp(kernels.name, "avx512_bf16") == 0 && !c.out_tangent;
-  }
+  static bool InPairs(const Kernels& kernels, const Call& c) { return HasPairs(kernels) && !c.out_tangent; }
 
   double Bound(const Result& result, size_t i, bool pairs) const {
     const DType t = result.array->dtype;
