@@ -7,7 +7,8 @@
 #include "cpu/backward_plan-inl.h"
 #include "cpu/backward_rows-inl.h"
 #include "cpu/backward_sums-inl.h"
-#include "cpu/direct-inl.h"
+#include "cpu/direct_dots-inl.h"
+#include "cpu/forward_plan-inl.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/pack-inl.h"
 #include "cpu/rows-inl.h"
@@ -76,8 +77,8 @@ inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const
       first = x.tiles[t].from < first ? x.tiles[t].from : first;
       last = x.tiles[t].to > last ? x.tiles[t].to : last;
     }
-    for (int64_t j = first / kLanes * kLanes; j < last; j += kLanes)
-      DirectDots<kPairs>(c, x.b, x.k, x.rows, x.packed.q, s.q_row, x.j0 + j, x.j0 + last, s.stage, s.p + j, s.s_row);
+    for (int64_t j = first; j < last; j += kDirectTile)
+      DirectDots<kPairs>(c, x.b, x.k, x.rows, x.packed.q, s.q_row, x.j0, j, 1, last, s.stage, s.p, s.s_row);
   }
   for (int64_t panel = 0; panel < Panels(x.width); ++panel) {
     for (int64_t t = 0; t < x.count; ++t) {

@@ -153,6 +153,7 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
                        int64_t key0, int64_t key1) {
   const int64_t n = plan.rows;
   Range all{key1, key0};
+  Fill(s.zeros, 0, c.Dv, 0.0f);
   for (int64_t k = 0; k < c.K; ++k) {
     const Range visible = StartRows<kPairs>(c, s, b, k, 0, n, k * n, key0, key1);
     all.lo = visible.lo < all.lo ? visible.lo : all.lo;
@@ -160,7 +161,8 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
   }
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
-    DirectBlock<kPairs>(c, s, b, n, j0, width, all);
+    const int64_t first = all.lo > j0 ? all.lo - j0 : 0, last = all.hi < j0 + width ? all.hi - j0 : width;
+    if (first < last) DirectBlock<kPairs>{c, s, b, n, j0, width, first, last}.Run();
   }
 }
 

@@ -67,6 +67,7 @@ template <bool kPairs>
 struct ForwardScratch {
   float *q, *acc, *m, *l, *logits, *stage, *tmp;
   Packed own;
+  float *sums, *before_m, *before_l, *zeros;  // of few rows: see DirectBlock
   int32_t *lo, *hi;
   int64_t q_row, s_row;
 
@@ -89,6 +90,11 @@ struct ForwardScratch {
     own.keys = arena.Take(plan.shared || plan.direct ? 0 : plan.keys_size);
     own.values = arena.Take(plan.shared ? 0 : plan.values_size);
     own.nan_marker = arena.Take(kb);
+    const int64_t few = plan.direct ? n : 0;
+    sums = arena.Take(few * dv);
+    before_m = arena.Take(few);
+    before_l = arena.Take(few);
+    zeros = arena.Take(plan.direct ? c.Dv : 0);
     lo = arena.Take<int32_t>(n);
     hi = arena.Take<int32_t>(n);
   }

@@ -4,7 +4,7 @@
 //
 //   Load, Store, LoadFirst, StoreFirst (the first n lanes), LoadBF16, LoadF16, LoadFirstBF16, LoadFirstF16, StoreBF16,
 //   StoreF16; Set, Repeat (an element, for the products), Count (0, 1, 2, ...); Fma, Max, Abs, Sqrt, and the operators + - * / of the compiler's vectors;
-//   First, Bits, NonZero, IsZero, Equal (masks), Select; Sum, MaxOf (over lanes), SumEach, TransposeBlock; Rounded;
+//   First, Bits, NonZero, IsZero, Equal (masks), Select; Sum, MaxOf (over lanes), SumFour, TransposeBlock; Rounded;
 //   Fraction, NotBelow, ScaleByPowerOf2 (parts of exp); KeepColumns (see philox.h); Unit<true> where it has pairs.
 #pragma once
 

@@ -135,11 +135,12 @@ inline void TransposeBlock(const float* src, int64_t src_row, float* dst, int64_
   }
 }
 
-// Lane j of the result: the sum of the lanes of x[j].
-inline F SumEach(const F* x) {
-  float sums[kLanes];
-  for (int i = 0; i < kLanes; ++i) sums[i] = Sum(x[i]);
-  return Load(sums);
+// sums[i]: the sum of the lanes of x[i].
+inline void SumFour(const F* x, float* sums) {
+  const F a = _mm256_add_ps(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+  const F b = _mm256_add_ps(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+  const F c = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)));
 }
 
 }  // namespace

@@ -110,8 +110,10 @@ inline void TransposeBlock(const float* src, int64_t src_row, float* dst, int64_
   Store(dst + 3 * dst_row, vreinterpretq_f32_f64(vtrn2q_f64(ab1, cd1)));
 }
 
-// Lane j of the result: the sum of the lanes of x[j].
-inline F SumEach(const F* x) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
+// sums[i]: the sum of the lanes of x[i].
+inline void SumFour(const F* x, float* sums) {
+  Store(sums, vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])));
+}
 
 // One round of Philox for four counters.
 JAX_FA_INLINE void PhiloxRound(uint32x4_t (&c)[4], uint32_t key0, uint32_t key1) {

@@ -125,11 +125,9 @@ inline void TransposeBlock(const float* src, int64_t src_row, float* dst, int64_
     for (int j = 0; j < kLanes; ++j) dst[j * dst_row + i] = src[i * src_row + j];
 }
 
-// Lane j of the result: the sum of the lanes of x[j].
-inline F SumEach(const F* x) {
-  float sums[kLanes];
-  for (int i = 0; i < kLanes; ++i) sums[i] = Sum(x[i]);
-  return Load(sums);
+// sums[i]: the sum of the lanes of x[i].
+inline void SumFour(const F* x, float* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = Sum(x[i]);
 }
 
 }  // namespace

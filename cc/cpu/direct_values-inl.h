@@ -1,0 +1,118 @@
+// Few query rows (decoding): weights times values that are read in place, and converted in registers.
+#pragma once
+
+#include "call.h"
+#include "cpu/arrays-inl.h"
+#include "cpu/direct_dots-inl.h"
+#include "cpu/simd-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// What a product adds up: `count` units, each `step` bytes of values and `weight_step` units of weights after the one
+// before. `second`: with kPairs the row whose elements are the other ones of the pairs.
+struct ValueRows {
+  int64_t count, step, weight_step;
+  const char *first, *second;
+};
+
+// kV vectors of units from column d on, or (kRest) the last `rest` columns and zeros.
+template <bool kPairs, DType kType, int kV, bool kRest>
+JAX_FA_INLINE void LoadValues(const char* first, const char* second, int64_t d, int rest, F* v) {
+  if constexpr (kPairs) {
+    const auto load = [&](const char* p, int64_t at) {
+      const uint16_t* x = reinterpret_cast<const uint16_t*>(p) + at;
+      return kRest ? Unit<kPairs>::LoadFirst(x, rest) : Load(reinterpret_cast<const float*>(x));
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < kV; i += 2) {
+      const int64_t at = d + i * kLanes;
+      Unit<kPairs>::Interleave(load(first, at), load(second, at), v + i, v + i + 1);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kV; ++i)
+      v[i] = kRest ? LoadRest<kPairs, kType>(first, d, rest) : LoadAs<kPairs, kType>(first, d + i * kLanes);
+  }
+}
+
+// Adds to kV vectors of kR rows of sums their weights times values.
+template <bool kPairs, DType kType, int kR, int kV, bool kRest>
+__attribute__((noinline)) void AddValues(const ValueRows& x, int64_t d, int rest, const float* weights, int64_t s_row,
+                                         float* sums, int64_t dv) {
+  F acc[kR][kV];
+#pragma GCC unroll 4
+  for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < kV; ++i) acc[r][i] = Load(sums + r * dv + i * kLanes);
+  const char *first = x.first, *second = x.second;
+  for (int64_t u = x.count; u > 0; --u, first += x.step, second += x.step, weights += x.weight_step) {
+    F v[kV];
+    LoadValues<kPairs, kType, kV, kRest>(first, second, d, rest, v);
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) {
+      const F w = Set(weights[r * s_row]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kV; ++i) acc[r][i] = Unit<kPairs>::MulAdd(w, v[i], acc[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < kV; ++i) Store(sums + r * dv + i * kLanes, acc[r][i]);
+}
+
+// The same for all `columns`: kV vectors at a time, then half of them.
+template <bool kPairs, DType kType, int kR, int kV>
+inline void AddColumns(const ValueRows& x, int64_t d, int64_t columns, const float* weights, int64_t s_row, float* sums,
+                       int64_t dv) {
+  constexpr int kLeast = kPairs ? 2 : 1;
+  for (; d + kV * kLanes <= columns; d += kV * kLanes)
+    AddValues<kPairs, kType, kR, kV, false>(x, d, 0, weights, s_row, sums + d, dv);
+  if constexpr (kV > kLeast) {
+    AddColumns<kPairs, kType, kR, kV / 2>(x, d, columns, weights, s_row, sums, dv);
+  } else if (d < columns) {
+    AddValues<kPairs, kType, kR, kLeast, true>(x, d, static_cast<int>(columns - d), weights, s_row, sums + d, dv);
+  }
+}
+
+// The same for n rows and an array's type of values. One row takes twice the vectors, for sums that do not wait for
+// each other.
+template <bool kPairs>
+inline void AddRows(DType type, const ValueRows& x, int64_t columns, int64_t n, const float* weights, int64_t s_row,
+                    float* sums, int64_t dv) {
+  WithElements<kPairs>(type, [&](auto elements) {
+    constexpr DType kType = decltype(elements)::kOf;
+    for (int64_t r = 0, done; r < n; r += done) {
+      const float* w = weights + r * s_row;
+      float* to = sums + r * dv;
+      done = n - r >= 4 ? 4 : n - r >= 2 ? 2 : 1;
+      switch (done) {
+        case 4: AddColumns<kPairs, kType, 4, kPanelVectors>(x, 0, columns, w, s_row, to, dv); break;
+        case 2: AddColumns<kPairs, kType, 2, kPanelVectors>(x, 0, columns, w, s_row, to, dv); break;
+        default: AddColumns<kPairs, kType, 1, 2 * kPanelVectors>(x, 0, columns, w, s_row, to, dv);
+      }
+    }
+  });
+}
+
+// Adds to the sums of the n rows of head k its `count` values, or pairs of them, j, j + apart and so on, counted from key
+// j0, which is column 0 of the weights. `zeros` stands for what lacks in the pair of the last of all, key `end` - 1.
+template <bool kPairs>
+inline void DirectValues(const Call& c, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t j, int64_t apart,
+                         int64_t count, int64_t end, const float* zeros, const float* weights, int64_t s_row,
+                         float* sums, int64_t dv) {
+  constexpr int64_t kPer = Unit<kPairs>::kElements;
+  const int64_t row = c.value.row * ItemSize(c.value.dtype);
+  const char* first = c.value.Bytes(b, k, j0 + j);
+  weights += j / kPer;
+  const bool half = kPairs && j + (count - 1) * apart + 1 == end;
+  ValueRows x{half ? count - 1 : count, apart * row, apart / kPer, first, first + (kPairs ? row : 0)};
+  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights, s_row, sums, dv);
+  if (!half) return;
+  x = {1, 0, 0, first + (count - 1) * x.step, reinterpret_cast<const char*>(zeros)};
+  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights + (count - 1) * (apart / kPer), s_row, sums, dv);
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA
