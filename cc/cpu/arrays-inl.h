@@ -82,6 +82,9 @@ inline void StoreRounded(const float* src, float factor, void* dst, int64_t stri
 
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t Panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+inline int64_t PanelEnd(int64_t panel, int64_t columns) {
+  return (panel + 1) * kPanel < columns ? (panel + 1) * kPanel : columns;
+}
 
 inline void Fill(float* p, int64_t from, int64_t to, float x) {
   const F v = Set(x);

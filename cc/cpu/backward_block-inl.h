@@ -69,6 +69,7 @@ inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const
       const RowTile& tile = x.tiles[t];
       if (tile.to <= panel * kPanel || tile.from >= (panel + 1) * kPanel) continue;
       const int64_t at = tile.r * s.s_row + panel * kPanel;
+      PrefetchLogits(c, x.At(c, tile.r), tile.n, x.j0, panel * kPanel, PanelEnd(panel, x.width));
       if (!direct)
         Gemm<kPairs, false>(tile.n, depth, s.q + tile.r * s.q_row, s.q_row, 1, s.keys_t + panel * depth * kPanel,
                             s.p + at, s.s_row);

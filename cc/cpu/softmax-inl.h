@@ -27,7 +27,7 @@ inline float RowMax(const float* s, int64_t from, int64_t to) {
 
 // exp(scale x - m), the one formula of both passes: the weights of the backward are those that the sum l is made of. The
 // logit scale x is rounded like the max among them, so that the largest weight is 1 exactly.
-JAX_FA_INLINE F Weight(F x, F scale, F m) { return Exp2((Rounded(x * scale) - m) * Set(kLog2E)); }
+JAX_FA_INLINE F Weight(F x, F scale, F m) { return Exp(Rounded(x * scale) - m); }
 
 // p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
 // rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros.
@@ -94,24 +94,49 @@ inline void Rescale(float factor, int64_t n, float* x) {
   for (int64_t d = 0; d < n; d += kLanes) Store(x + d, Load(x + d) * f);
 }
 
-// Turns a row's products with keys j0 + [c0, c1) into weights, of which [v.lo, v.hi) are visible, and updates its
-// max, sum and output.
+// Rows whose online softmax goes on, each with its next products, the first kLanes-aligned column of which is c0: max, sum
+// and output. `visible(r)`: which of the columns [c0, c1) are.
+struct SoftmaxRows {
+  float *x, *m, *l, *acc;
+  int64_t x_row, acc_row;
+};
+
+// Turns products of n <= kRows rows, from `row` on, with keys j0 + [c0, c1) into weights. First the logits and the max of
+// all rows, then their weights: the weights of a row do not wait for its own max alone.
+template <bool kPairs, typename Visible>
+inline void Softmax(const Call& c, const Row& row, int64_t n, int64_t j0, int64_t c0, int64_t c1,
+                    const float* nan_marker, float* tmp, const SoftmaxRows& rows, const Visible& visible) {
+  float scale[kRows];
+  Range v[kRows];
+  Row at = row;
+  for (int64_t r = 0; r < n; ++r, at = After(c, at)) {
+    float *x = rows.x + r * rows.x_row, *m = rows.m + r;
+    v[r] = visible(r);
+    if (v[r].Empty()) v[r] = {c0, c0};
+    scale[r] = RowLogits(c, at, j0, v[r], c0, c1, nan_marker, {}, tmp, x);
+    if (const float rescale = RaiseMax(x, c0, c1, scale[r], m); rescale != 1.0f) {
+      Rescale(rescale, Panels(c.Dv) * kPanel, rows.acc + r * rows.acc_row);
+      rows.l[r] *= rescale;
+    }
+  }
+  at = row;
+  for (int64_t r = 0; r < n; ++r, at = After(c, at)) {
+    float* x = rows.x + r * rows.x_row;
+    if (c.seed || c.drop_bits) {
+      rows.l[r] += RowExp<false>(x, c0, c1, scale[r], rows.m[r]);
+      Drop(c, at, j0, v[r].lo, v[r].hi, x);
+      if constexpr (kPairs) RowJoin<kPairs>(x, c0, c1);
+    } else {
+      rows.l[r] += RowExp<kPairs>(x, c0, c1, scale[r], rows.m[r]);
+    }
+  }
+}
+
+// The same for a row alone.
 template <bool kPairs>
 inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
                        const float* nan_marker, float* tmp, float* x, float* m, float* l, float* acc) {
-  if (v.Empty()) v = {c0, c0};
-  const float scale = RowLogits(c, row, j0, v, c0, c1, nan_marker, {}, tmp, x);
-  if (const float rescale = RaiseMax(x, c0, c1, scale, m); rescale != 1.0f) {
-    Rescale(rescale, Panels(c.Dv) * kPanel, acc);
-    *l *= rescale;
-  }
-  if (c.seed || c.drop_bits) {
-    *l += RowExp<false>(x, c0, c1, scale, *m);
-    Drop(c, row, j0, v.lo, v.hi, x);
-    if constexpr (kPairs) RowJoin<kPairs>(x, c0, c1);
-  } else {
-    *l += RowExp<kPairs>(x, c0, c1, scale, *m);
-  }
+  Softmax<kPairs>(c, row, 1, j0, c0, c1, nan_marker, tmp, {x, m, l, acc, 0, 0}, [&](int64_t) { return v; });
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ constexpr int kLanes = kTarget.lanes, kPanelVectors = kTarget.vectors, kRows = k
 constexpr int kPanel = kLanes * kPanelVectors;  // columns of a packed panel
 constexpr int64_t kChunk = kChunkFloats / kPanel;
 constexpr bool kHasPairs = kTarget.pairs;
+constexpr float kLog2E = 1.44269504088896340736f;
 
 // What the products are made of: 32-bit units in the lanes of a vector, one float or (where the instruction set has
 // products of bfloat16) two neighbours along the sum, the first in the low half.
