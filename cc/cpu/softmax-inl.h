@@ -30,13 +30,16 @@ inline float RowMax(const float* s, int64_t from, int64_t to) {
 JAX_FA_INLINE F Weight(F x, F scale, F m) { return Exp(Rounded(x * scale) - m); }
 
 // p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
-// rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros.
+// rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros. Asks for what
+// lies `ahead` of them.
 template <bool kPairs>
-inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
+inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m, int64_t ahead = 0) {
   const F mv = Set(m), f = Set(scale);
   F a = Set(0.0f), b = a;
   int64_t j = from;
   for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
+    __builtin_prefetch(s + j + ahead);
+    if (kLanes == 16) __builtin_prefetch(s + j + kLanes + ahead);
     const F x = Weight(Load(s + j), f, mv), y = Weight(Load(s + j + kLanes), f, mv);
     if constexpr (kPairs) {
       Store(s + j / 2, Unit<kPairs>::Join(x, y));
@@ -84,7 +87,8 @@ inline float RowLogits(const Call& c, const Row& row, int64_t j0, Range v, int64
 inline float RaiseMax(const float* x, int64_t c0, int64_t c1, float scale, float* m) {
   const float most = Rounded(RowMax(x, c0, c1) * scale);
   if (!(most > *m)) return 1.0f;
-  const float rescale = __builtin_expf(*m - most);
+  const float change = *m - most;  // of the first keys a huge one, for which expf takes its slow path to 0
+  const float rescale = change < -104.0f ? 0.0f : __builtin_expf(change);
   *m = most;
   return rescale;
 }
@@ -123,11 +127,11 @@ inline void Softmax(const Call& c, const Row& row, int64_t n, int64_t j0, int64_
   for (int64_t r = 0; r < n; ++r, at = After(c, at)) {
     float* x = rows.x + r * rows.x_row;
     if (c.seed || c.drop_bits) {
-      rows.l[r] += RowExp<false>(x, c0, c1, scale[r], rows.m[r]);
+      rows.l[r] += RowExp<false>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
       Drop(c, at, j0, v[r].lo, v[r].hi, x);
       if constexpr (kPairs) RowJoin<kPairs>(x, c0, c1);
     } else {
-      rows.l[r] += RowExp<kPairs>(x, c0, c1, scale[r], rows.m[r]);
+      rows.l[r] += RowExp<kPairs>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
     }
   }
 }
