@@ -8,51 +8,52 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// `n` elements with the given stride to contiguous floats.
-inline void LoadRow(const void* src, DType dtype, int64_t stride, int64_t n, float* dst) {
+// n elements that lie side by side vector by vector, the last one moved back so that it ends with them; else one by one.
+template <typename Vector, typename Element>
+JAX_FA_INLINE void EachElement(int64_t n, int64_t stride, const Vector& vector, const Element& element) {
   int64_t i = 0;
-  if (dtype == DType::kF32) {
-    const float* s = static_cast<const float*>(src);
-    if (stride == 1) {
-      for (; i + kLanes <= n; i += kLanes) Store(dst + i, Load(s + i));
-    }
-    for (; i < n; ++i) dst[i] = s[i * stride];
+  if (stride == 1 && n >= kLanes) {
+    for (; i + kLanes <= n; i += kLanes) vector(i);
+    if (i < n) vector(n - kLanes);
     return;
   }
-  const uint16_t* s = static_cast<const uint16_t*>(src);
-  if (dtype == DType::kBF16) {
-    if (stride == 1) {
-      for (; i + kLanes <= n; i += kLanes) Store(dst + i, LoadBF16(s + i));
-    }
-    for (; i < n; ++i) dst[i] = ToFloatBF16(s[i * stride]);
+  for (; i < n; ++i) element(i);
+}
+
+// `n` elements with the given stride to contiguous floats.
+inline void LoadRow(const void* src, DType dtype, int64_t stride, int64_t n, float* dst) {
+  const float* s = static_cast<const float*>(src);
+  const uint16_t* h = static_cast<const uint16_t*>(src);
+  if (dtype == DType::kF32) {
+    EachElement(n, stride, [&](int64_t i) { Store(dst + i, Load(s + i)); }, [&](int64_t i) { dst[i] = s[i * stride]; });
+  } else if (dtype == DType::kBF16) {
+    EachElement(
+        n, stride, [&](int64_t i) { Store(dst + i, LoadBF16(h + i)); },
+        [&](int64_t i) { dst[i] = ToFloatBF16(h[i * stride]); });
   } else {
-    if (stride == 1) {
-      for (; i + kLanes <= n; i += kLanes) Store(dst + i, LoadF16(s + i));
-    }
-    for (; i < n; ++i) dst[i] = ToFloatF16(s[i * stride]);
+    EachElement(
+        n, stride, [&](int64_t i) { Store(dst + i, LoadF16(h + i)); },
+        [&](int64_t i) { dst[i] = ToFloatF16(h[i * stride]); });
   }
 }
 
 // `n` floats, times `factor`, to where and as what they are stored.
 inline void StoreRow(const float* src, float factor, void* dst, DType dtype, int64_t stride, int64_t n) {
   const F f = Set(factor);
-  int64_t i = 0;
+  float* d = static_cast<float*>(dst);
+  uint16_t* h = static_cast<uint16_t*>(dst);
   if (dtype == DType::kF32) {
-    float* d = static_cast<float*>(dst);
-    if (stride == 1)
-      for (; i + kLanes <= n; i += kLanes) Store(d + i, Load(src + i) * f);
-    for (; i < n; ++i) d[i * stride] = src[i] * factor;
-    return;
-  }
-  uint16_t* d = static_cast<uint16_t*>(dst);
-  if (dtype == DType::kBF16) {
-    if (stride == 1)
-      for (; i + kLanes <= n; i += kLanes) StoreBF16(d + i, Load(src + i) * f);
-    for (; i < n; ++i) d[i * stride] = FromFloatBF16(src[i] * factor);
+    EachElement(
+        n, stride, [&](int64_t i) { Store(d + i, Load(src + i) * f); },
+        [&](int64_t i) { d[i * stride] = src[i] * factor; });
+  } else if (dtype == DType::kBF16) {
+    EachElement(
+        n, stride, [&](int64_t i) { StoreBF16(h + i, Load(src + i) * f); },
+        [&](int64_t i) { h[i * stride] = FromFloatBF16(src[i] * factor); });
   } else {
-    if (stride == 1)
-      for (; i + kLanes <= n; i += kLanes) StoreF16(d + i, Load(src + i) * f);
-    for (; i < n; ++i) d[i * stride] = FromFloatF16(src[i] * factor);
+    EachElement(
+        n, stride, [&](int64_t i) { StoreF16(h + i, Load(src + i) * f); },
+        [&](int64_t i) { h[i * stride] = FromFloatF16(src[i] * factor); });
   }
 }
 
@@ -82,6 +83,9 @@ inline void StoreRounded(const float* src, float factor, void* dst, int64_t stri
 
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t Panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+inline int64_t PanelEnd(int64_t panel, int64_t columns) {
+  return (panel + 1) * kPanel < columns ? (panel + 1) * kPanel : columns;
+}
 
 inline void Fill(float* p, int64_t from, int64_t to, float x) {
   const F v = Set(x);

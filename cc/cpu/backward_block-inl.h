@@ -87,6 +87,7 @@ inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const
       const int64_t at = tile.r * s.s_row + panel * kPanel;
       const int64_t from = tile.from - panel * kPanel, end = tile.to - panel * kPanel;
       const int64_t first = from > 0 ? from / kLanes : 0, to = end < kPanel ? end : kPanel;
+      PrefetchLogits(c, x.At(c, tile.r), tile.n, x.j0, panel * kPanel, PanelEnd(panel, x.width));
       if (!direct)
         GemmColumns<kPairs>(tile.n, depth, x.packed.q + tile.r * s.q_row, s.q_row, s.keys_t + panel * depth * kPanel,
                             s.p + at, s.s_row, first, to);

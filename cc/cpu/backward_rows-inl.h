@@ -69,6 +69,32 @@ inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardS
   }
 }
 
+// Turns n logits but for a scale into weights p, and dout.v into ds. `keep`: 1 / keep_prob or 0; `flags`: whether a key is
+// visible, else both are 0, whatever the products are.
+template <bool kDrops, bool kMasks>
+inline void ToGradients(int64_t n, F scale, F m, F inverse, F delta, const float* keep, const uint8_t* flags, float* p,
+                        float* ds) {
+  const F none = Set(0.0f);
+  EachVector(n, [&](int64_t j, auto lanes) {
+    const F w = Weight(lanes.Get(p + j), scale, m) * inverse;
+    F weight = w, dp = lanes.Get(ds + j);
+    if constexpr (kDrops) {
+      const F kept = lanes.Get(keep + j);
+      const Mask dropped = IsZero(kept);  // a product 0 * NaN would not be 0
+      weight = Select(dropped, none, w * kept);
+      dp = Select(dropped, none, dp * kept);
+    }
+    F by_logit = w * (dp - delta);
+    if constexpr (kMasks) {
+      const Mask visible = lanes.Flags(flags + j);
+      weight = Select(visible, weight, none);
+      by_logit = Select(visible, by_logit, none);
+    }
+    lanes.Put(p + j, weight);
+    lanes.Put(ds + j, by_logit);
+  });
+}
+
 // Turns a row of products q.k and dout.v with keys j0 + [c0, c1), of which v are visible, into weights p and ds,
 // in place, 0 where masked.
 template <bool kPairs>
@@ -86,24 +112,20 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   Fill(p, c0, v.lo, -__builtin_inff());
   Fill(p, v.hi, c1, -__builtin_inff());
   const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
+  const uint8_t* flags = slope == nullptr ? FlagsOf(c, row, j0, v.lo) : nullptr;
+  const int64_t first = flags != nullptr ? v.lo : c0, n = (flags != nullptr ? v.hi : c1) - first;
+  const auto to_gradients = [&](auto* run, const float* keep) {
+    run(n, scale, m, inverse, delta, keep, flags, p + first, ds + first);
+  };
   if (!c.seed && !c.drop_bits) {
-    for (int64_t j = c0; j < c1; j += kLanes) {
-      const F w = Weight(Load(p + j), scale, m) * inverse;
-      Store(p + j, w);
-      Store(ds + j, w * (Load(ds + j) - delta));
-    }
+    to_gradients(flags != nullptr ? ToGradients<false, true> : ToGradients<false, false>, nullptr);
   } else {
-    float* keep = s.tmp;  // 1 / keep_prob or 0
-    Fill(keep, 0, c1, 0.0f);
+    float* keep = s.tmp;
+    Fill(keep, c0, v.lo, 0.0f);
     Fill(keep, v.lo, v.hi, 1.0f / KeepProbOf(c, row));
+    Fill(keep, v.hi, c1, 0.0f);
     Drop(c, row, j0, v.lo, v.hi, keep);
-    const F none = Set(0.0f);
-    for (int64_t j = c0; j < c1; j += kLanes) {
-      const F w = Weight(Load(p + j), scale, m) * inverse, kept = Load(keep + j);
-      const Mask dropped = IsZero(kept);  // a product 0 * NaN would not be 0
-      Store(p + j, Select(dropped, none, w * kept));
-      Store(ds + j, w * (Select(dropped, none, Load(ds + j) * kept) - delta));
-    }
+    to_gradients(flags != nullptr ? ToGradients<true, true> : ToGradients<true, false>, keep + first);
   }
   if (by_cap != nullptr && !v.Empty()) {
     Combine(v.hi - v.lo, by_cap + v.lo, ds + v.lo, [](F by, F x) { return x * by; });
@@ -117,7 +139,7 @@ inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const 
   for (float* x : both) {  // masked products may be NaN, and so may `inverse`
     Fill(x, c0, v.lo, 0.0f);
     Fill(x, v.hi, c1, 0.0f);
-    if (!v.Empty()) MaskOut(c, row, j0, v.lo, v.hi, 0.0f, x);
+    if (!v.Empty() && flags == nullptr) MaskOut(c, row, j0, v.lo, v.hi, 0.0f, x);
   }
   if (v.Empty()) return;
   if (c.dbias) AddToBias(c, s.writes_all_bias, row, j0, v.lo, v.hi, ds);

@@ -43,6 +43,7 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
       const RowTile& tile = tiles[t];
       if (tile.to <= p * kPanel || tile.from >= (p + 1) * kPanel) continue;
       if (p + 1 < Panels(width)) Prefetch(packed.keys + (p + 1) * depth * kPanel, depth * kPanel, t, count);
+      PrefetchLogits(c, RowAt(c, b, k, r0 + g0 + tile.r), tile.n, j0, p * kPanel, PanelEnd(p, width));
       ahead->Some();
       const int64_t from = tile.from - p * kPanel, to = tile.to - p * kPanel;
       GemmColumns<kPairs>(tile.n, depth, q + tile.r * s.q_row, s.q_row, packed.keys + p * depth * kPanel,
@@ -54,10 +55,10 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
   for (int64_t t = 0; t < count; ++t) {
     RowTile& tile = tiles[t];
     const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
-    Row row = RowAt(c, b, k, r0 + g0 + tile.r);
-    for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row))
-      SoftmaxRow<kPairs>(c, row, j0, Within(s.lo[g0 + r], s.hi[g0 + r], j0, width), c0, c1, packed.nan_marker, s.tmp,
-                         s.logits + r * s.s_row, s.m + g0 + r, s.l + g0 + r, acc + r * dv);
+    const int64_t at = g0 + tile.r;
+    Softmax<kPairs>(c, RowAt(c, b, k, r0 + at), tile.n, j0, c0, c1, packed.nan_marker, s.tmp,
+                    {s.logits + tile.r * s.s_row, s.m + at, s.l + at, acc + tile.r * dv, s.s_row, dv},
+                    [&](int64_t r) { return Within(s.lo[at + r], s.hi[at + r], j0, width); });
     tile.from /= per;  // from here on in units
     tile.to = Units<kPairs>(tile.to);
     first = tile.from < first ? tile.from : first;

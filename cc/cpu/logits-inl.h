@@ -52,15 +52,48 @@ inline const float* BiasOf(const Call& c, const View& bias, const Row& row, int6
   return tmp;
 }
 
+// How a vector is read and written: as a whole, or its first n lanes, with nothing behind them read or written. Masked
+// stores are slow on some processors, so only the end of a row takes them.
+struct AllLanes {
+  static JAX_FA_INLINE F Get(const float* p) { return Load(p); }
+  static JAX_FA_INLINE void Put(float* p, F x) { Store(p, x); }
+  static JAX_FA_INLINE Mask Flags(const uint8_t* p) { return NonZero(p); }
+  static JAX_FA_INLINE Mask Same(const int32_t* p, int32_t x) { return Equal(p, x); }
+};
+struct FirstLanes {
+  int n;
+  JAX_FA_INLINE F Get(const float* p) const { return LoadFirst(p, n); }
+  JAX_FA_INLINE void Put(float* p, F x) const { StoreFirst(p, x, n); }
+  JAX_FA_INLINE Mask Flags(const uint8_t* p) const {
+    uint8_t flags[kLanes] = {};
+    for (int i = 0; i < n; ++i) flags[i] = p[i];
+    return NonZero(flags);
+  }
+  JAX_FA_INLINE Mask Same(const int32_t* p, int32_t x) const {
+    int32_t y[kLanes];
+    for (int i = 0; i < kLanes; ++i) y[i] = p[i < n ? i : 0];
+    return Equal(y, x);
+  }
+};
+
+// Calls each(j, lanes) for every vector of n elements.
+template <typename Each>
+JAX_FA_INLINE void EachVector(int64_t n, const Each& each) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) each(j, AllLanes{});
+  if (j < n) each(j, FirstLanes{static_cast<int>(n - j)});
+}
+
 // x[j] = what(x[j], more[j]) for j < n, vector by vector; the last one is not written, nor `more` read, past n.
 template <typename What>
 inline void Combine(int64_t n, float* x, const float* more, const What& what) {
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) Store(x + j, what(Load(x + j), Load(more + j)));
-  if (j < n) {
-    const int rest = static_cast<int>(n - j);
-    StoreFirst(x + j, what(LoadFirst(x + j, rest), LoadFirst(more + j, rest)), rest);
-  }
+  EachVector(n, [&](int64_t j, auto lanes) { lanes.Put(x + j, what(lanes.Get(x + j), lanes.Get(more + j))); });
+}
+
+// The flags of the row's keys from j0 + from on, where they are what masks keys one by one and lie side by side.
+inline const uint8_t* FlagsOf(const Call& c, const Row& row, int64_t j0, int64_t from) {
+  if (!c.mask || c.mask.col != 1 || c.segment_row) return nullptr;
+  return c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + from);
 }
 
 // Sets x[0..n) to `value` where the row's segment is not that of the key.
@@ -68,10 +101,9 @@ inline void MaskOtherSegments(const Call& c, const Row& row, int64_t first, int6
   const int32_t segment = *c.segment_row.At<int32_t>(row.b, row.n, row.i);
   if (segment < 0) return;
   const int32_t* keys = c.segment_key.At<int32_t>(row.b, row.n, 0, first);
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) Store(x + j, Select(Equal(keys + j, segment), Load(x + j), Set(value)));
-  for (; j < n; ++j)
-    if (keys[j] != segment) x[j] = value;
+  EachVector(n, [&](int64_t j, auto lanes) {
+    lanes.Put(x + j, Select(lanes.Same(keys + j, segment), lanes.Get(x + j), Set(value)));
+  });
 }
 
 // Sets x[from..to) to `value` where the key is masked for this row, by the mask or by segments.
@@ -85,13 +117,30 @@ inline void MaskOut(const Call& c, const Row& row, int64_t j0, int64_t from, int
     if (!*visible) Fill(x, 0, n, value);
     return;
   }
-  int64_t j = 0;
   if (c.mask.col == 1) {
-    // Not up to the last vector: a vector of flags may be read in one piece that is longer than a vector of floats.
-    for (; j + 16 <= n; j += kLanes) Store(x + j, Select(NonZero(visible + j), Load(x + j), Set(value)));
+    EachVector(n, [&](int64_t j, auto lanes) {
+      lanes.Put(x + j, Select(lanes.Flags(visible + j), lanes.Get(x + j), Set(value)));
+    });
+    return;
   }
-  for (; j < n; ++j)
+  for (int64_t j = 0; j < n; ++j)
     if (!visible[j * c.mask.col]) x[j] = value;
+}
+
+// Asks for the bias and the flags of a row's keys j0 + [from, to). A row is read in pieces of a block of keys, too short
+// for the processor's own prefetching, from memory or the third cache; asked for at once they would wait for each other,
+// so it is done bit by bit, beside products. Inlined, as GCC takes a function that only prefetches for one without effect and drops its calls.
+JAX_FA_INLINE void PrefetchLogits(const Call& c, const Row& row, int64_t n, int64_t j0, int64_t from, int64_t to) {
+  if (!c.bias && !c.mask) return;
+  const View views[] = {c.bias_offset ? View{} : c.bias, c.mask};
+  Row at = row;
+  for (int64_t i = 0; i < n; ++i, at = After(c, at)) {
+    for (const View& x : views) {
+      if (!x || x.col != 1) continue;
+      const char *p = x.Bytes(at.b, at.n, at.i, j0 + from), *end = x.Bytes(at.b, at.n, at.i, j0 + to);
+      for (; p < end; p += 64) __builtin_prefetch(p);
+    }
+  }
 }
 
 inline F Within9(F u) { return Max(Set(-9.0f), Set(0.0f) - Max(Set(-9.0f), Set(0.0f) - u)); }
@@ -122,10 +171,10 @@ template <typename What>
 inline void WithDistances(const Call& c, const Row& row, int64_t j0, int64_t n, float* x, const What& what) {
   const F count = Count();
   const int64_t base = j0 - PositionOf(c, row);  // as a float exact up to 2^24, as slopes are defined
-  for (int64_t j = 0; j < n; j += kLanes) {
+  EachVector(n, [&](int64_t j, auto lanes) {
     const F away = Abs(count + Set(static_cast<float>(base + j)));
-    StoreFirst(x + j, what(LoadFirst(x + j, Rest(n - j)), c.alibi == Alibi::kSqrt ? Sqrt(away) : away), Rest(n - j));
-  }
+    lanes.Put(x + j, what(lanes.Get(x + j), c.alibi == Alibi::kSqrt ? Sqrt(away) : away));
+  });
 }
 
 // Turns products q.k of keys j0 + [from, to) into logits, in place; `cap_rows` take derivatives of the soft cap. Columns
@@ -136,9 +185,19 @@ inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, in
   const int64_t n = to - from;
   const F scale = Set(ScaleOf(c, row));
   s += from;
-  const float* bias = nullptr;
-  if (c.bias) {
-    bias = BiasOf(c, c.bias, row, j0, from, to, tmp);
+  // What was asked for may have left the near caches again: rows whose stride is a power of 2 share few sets.
+  if (row.i + kRows < c.Sq) PrefetchLogits(c, {row.b, row.n, row.i + kRows}, 1, j0, from, to);
+  const float* bias = c.bias ? BiasOf(c, c.bias, row, j0, from, to, tmp) : nullptr;
+  const bool last = !c.slopes && SoftCapOf(c, row) == 0.0f && nan_marker == nullptr;
+  if (const uint8_t* flags = last ? FlagsOf(c, row, j0, from) : nullptr; flags != nullptr) {
+    const F minus_inf = Set(-__builtin_inff());
+    EachVector(n, [&](int64_t j, auto lanes) {
+      const F x = lanes.Get(s + j), y = bias != nullptr ? Fma(x, scale, lanes.Get(bias + j)) : x * scale;
+      lanes.Put(s + j, Select(lanes.Flags(flags + j), y, minus_inf));
+    });
+    return;
+  }
+  if (bias != nullptr) {
     Combine(n, s, bias, [&](F x, F y) { return Fma(x, scale, y); });
   } else {
     Combine(n, s, s, [&](F x, F) { return x * scale; });
@@ -149,18 +208,17 @@ inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, in
   }
   if (const float soft_cap = SoftCapOf(c, row); soft_cap != 0.0f) {
     const F inverse = Set(1.0f / soft_cap), cap = Set(soft_cap), none = Set(0.0f), minus_inf = Set(-__builtin_inff());
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const int rest = Rest(n - j);
-      const F u = LoadFirst(s + j, rest) * inverse, t = Tanh(u), b = bias ? LoadFirst(bias + j, rest) : none;
+    EachVector(n, [&](int64_t j, auto lanes) {
+      const F u = lanes.Get(s + j) * inverse, t = Tanh(u), b = bias != nullptr ? lanes.Get(bias + j) : none;
       const Mask masked = Equal(b, minus_inf);
-      StoreFirst(s + j, Select(masked, minus_inf, t * cap), rest);
+      lanes.Put(s + j, Select(masked, minus_inf, t * cap));
       const F by_x = Set(1.0f) - t * t;
-      const auto put = [&](float* to, F x) { StoreFirst(to + from + j, Select(masked, none, x), rest); };
+      const auto put = [&](float* to, F x) { lanes.Put(to + from + j, Select(masked, none, x)); };
       if (cap_rows.by_x != nullptr) put(cap_rows.by_x, by_x);
       if (cap_rows.by_cap != nullptr) put(cap_rows.by_cap, ByCap(u, t));
       if (cap_rows.by_xx != nullptr) put(cap_rows.by_xx, Set(-2.0f) * t * by_x * inverse);
       if (cap_rows.u != nullptr) put(cap_rows.u, Within9(u));
-    }
+    });
   }
   if (nan_marker != nullptr) Combine(n, s, nan_marker + from, [](F x, F more) { return x + more; });
   MaskOut(c, row, j0, from, to, -__builtin_inff(), s - from);

@@ -3,9 +3,10 @@
 // A simd_<set>-inl.h header defines the vector of kLanes floats F, the type Mask of its comparisons, and
 //
 //   Load, Store, LoadFirst, StoreFirst (the first n lanes), LoadBF16, LoadF16, LoadFirstBF16, LoadFirstF16, StoreBF16,
-//   StoreF16; Set, Repeat (an element, for the products), Count (0, 1, 2, ...); Fma, Max, Abs, Sqrt, and the operators + - * / of the compiler's vectors;
-//   First, Bits, NonZero, IsZero, Equal (masks), Select; Sum, MaxOf (over lanes), SumFour, TransposeBlock; Rounded;
-//   Fraction, NotBelow, ScaleByPowerOf2 (parts of exp); KeepColumns (see philox.h); Unit<true> where it has pairs.
+//   StoreF16; Set, Repeat (an element, for the products), Count (0, 1, 2, ...); Fma, Max, Abs, Sqrt, and the operators
+//   + - * / of the compiler's vectors; First, Bits, NonZero (of kLanes bytes), IsZero, Equal (masks), Select; Sum, MaxOf
+//   (over lanes), SumFour, TransposeBlock; Rounded; Octaves, SplitOctaves, ScaleByOctaves (parts of exp); KeepColumns (see
+//   philox.h); Unit<true> where it has pairs.
 #pragma once
 
 #include "cpu/target-inl.h"
@@ -15,20 +16,20 @@ namespace jax_fa::JAX_FA_ISA {
 namespace {
 
 constexpr float kFloatMax = 3.40282346638528859812e+38f;
-constexpr float kLog2E = 1.44269504088896340736f;
 
-// 2^x for x <= 0 up to rounding, by a polynomial on [-1/2, 1/2]: of all with p(0) = 1 the one of least relative error.
-// Relative error about 1e-7 near 0; 2^0 is 1 exactly, -inf gives 0, NaN gives NaN.
-inline F Exp2(F x) {
-  const F t = NotBelow(x, -300.0f);
-  const F f = Fraction(t);
+// e^x for x <= 0 up to rounding, as 2^n times a polynomial in f in [-1/2, 1/2], x log2(e) being n + f: of all with p(0) = 1
+// the one of least relative error. Relative error at most 1.5e-7 for f = x log2(e), beyond that rounding f adds to it;
+// e^0 is 1 exactly, -inf gives 0, NaN gives NaN.
+inline F Exp(F x) {
+  const Octaves t = SplitOctaves(x);
+  const F f = t.fraction;
   F p = Set(1.32029823e-3f);
   p = Fma(p, f, Set(9.67495193e-3f));
   p = Fma(p, f, Set(5.55104738e-2f));
   p = Fma(p, f, Set(2.40221660e-1f));
   p = Fma(p, f, Set(6.93146596e-1f));
   p = Fma(p, f, Set(1.0f));
-  return ScaleByPowerOf2(p, t - f);
+  return ScaleByOctaves(p, t);
 }
 
 // tanh(x) = x P(x^2) / Q(x^2) on [-9, 9] (a rational minimax approximation; a few ulp). NaN stays NaN.

@@ -7,7 +7,7 @@
 
 #include <immintrin.h>
 
-#include "cpu/philox_loops-inl.h"
+#include "cpu/philox.h"
 #include "cpu/target-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
@@ -91,14 +91,18 @@ inline Mask Equal(const int32_t* p, int32_t x) {
   const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(y, _mm256_set1_epi32(x)));
 }
-inline F Fraction(F t) { return t - _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline F NotBelow(F x, float least) { return _mm256_max_ps(_mm256_set1_ps(least), x); }  // NaN stays
-inline F ScaleByPowerOf2(F x, F n) {
-  const F lowest = _mm256_set1_ps(-126.0f);
-  const Mask tiny = _mm256_cmp_ps(n, lowest, _CMP_LT_OQ);
-  const __m256i e =
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(lowest, n)), _mm256_set1_epi32(127)), 23);
-  return _mm256_blendv_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(e)), _mm256_setzero_ps(), tiny);
+// x log2(e) = n + f with n integral and f in [-1/2, 1/2], for x from -88 on; below, 2^n is 0. With n + 127 in the low bits of
+// `whole`, shifting it gives the bits of 2^n.
+struct Octaves {
+  F whole, fraction;
+};
+inline Octaves SplitOctaves(F x) {
+  const F t = _mm256_max_ps(Set(-88.0296919f), x), magic = Set(0x1.8p23f + 127.0f);  // NaN stays
+  const F whole = Fma(t, Set(kLog2E), magic);
+  return {whole, Fma(t, Set(kLog2E), magic - whole)};
+}
+inline F ScaleByOctaves(F x, const Octaves& t) {
+  return x * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t.whole), 23));
 }
 
 // x as it is: the compiler does not merge the multiplication that gave it with an addition into one rounding.
@@ -141,6 +145,57 @@ inline void SumFour(const F* x, float* sums) {
   const F b = _mm256_add_ps(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
   const F c = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)));
+}
+
+// See philox.h.
+inline void KeepColumns(const uint32_t seed[2], const uint32_t stream[2], uint32_t row, uint32_t block,
+                        uint32_t threshold, uint32_t keep[4]) {
+  if (threshold > 0xffffu) {
+    keep[0] = keep[1] = keep[2] = keep[3] = ~0u;
+    return;
+  }
+  // Four counters a vector, each word in the low half of 64 bits: the multiplication reads only that half, so what is
+  // left in the high half does no harm. Two vectors at a time: with all four the words would not fit the registers.
+  const __m256i mul0 = _mm256_set1_epi64x(kMul0), mul1 = _mm256_set1_epi64x(kMul1);
+  const __m256i limit = _mm256_set1_epi16(static_cast<int16_t>(threshold));
+  const __m256i in_order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+  for (int b = 0; b < 4; b += 2) {
+    __m256i c0[2], c1[2], c2[2], c3[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      c0[h] = _mm256_add_epi64(_mm256_setr_epi64x(0, 1, 2, 3),
+                               _mm256_set1_epi64x(static_cast<int64_t>(block) * 16 + 4 * (b + h)));
+      c1[h] = _mm256_set1_epi64x(row);
+      c2[h] = _mm256_set1_epi64x(stream[0]);
+      c3[h] = _mm256_set1_epi64x(stream[1]);
+    }
+    uint32_t k0 = seed[0], k1 = seed[1];
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const __m256i p0 = _mm256_mul_epu32(c0[h], mul0), p1 = _mm256_mul_epu32(c2[h], mul1);
+        c0[h] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1[h], key0));
+        c2[h] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3[h], key1));
+        c1[h] = p1;
+        c3[h] = p0;
+      }
+      k0 += kWeyl0;
+      k1 += kWeyl1;
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      // Words 0 and 1, then 2 and 3, of the four counters; where a half is not below the limit, the difference is 0.
+      const auto dropped = [&](__m256i even, __m256i odd) {
+        const __m256i both = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+        const __m256i x = _mm256_permutevar8x32_epi32(both, in_order);
+        return _mm256_cmpeq_epi16(_mm256_subs_epu16(limit, x), _mm256_setzero_si256());
+      };
+      const __m256i bytes = _mm256_packs_epi16(dropped(c0[h], c1[h]), dropped(c2[h], c3[h]));
+      keep[b + h] = ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)));
+    }
+  }
 }
 
 }  // namespace

@@ -61,11 +61,15 @@ inline Mask Equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline Mask Equal(const int32_t* p, int32_t x) {
   return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(x));
 }
-// t = n + f with n integral and f in [-1/2, 1/2]; for t = -inf, f is 0.
-inline F Fraction(F t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// x * 2^n for integral n <= 0; 0 below the normal numbers.
-inline F ScaleByPowerOf2(F x, F n) { return _mm512_scalef_ps(x, n); }
-inline F NotBelow(F x, float) { return x; }  // Fraction and ScaleByPowerOf2 take any x
+// x log2(e) = n + f with n integral and f in [-1/2, 1/2]; for x = -inf, f is 0.
+struct Octaves {
+  F whole, fraction;
+};
+inline Octaves SplitOctaves(F x) {
+  const F t = x * Set(kLog2E), f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return {t - f, f};
+}
+inline F ScaleByOctaves(F x, const Octaves& t) { return _mm512_scalef_ps(x, t.whole); }
 
 // x as it is: the compiler does not merge the multiplication that gave it with an addition into one rounding.
 JAX_FA_INLINE F Rounded(F x) {

@@ -81,12 +81,18 @@ inline Mask Bits(uint32_t bits) { return vtstq_u32(vdupq_n_u32(bits), uint32x4_t
 inline Mask IsZero(F x) { return vceqzq_f32(x); }
 inline Mask Equal(F a, F b) { return vceqq_f32(a, b); }
 inline Mask Equal(const int32_t* p, int32_t x) { return vceqq_s32(vld1q_s32(p), vdupq_n_s32(x)); }
-inline F Fraction(F t) { return t - vrndnq_f32(t); }
-inline F NotBelow(F x, float least) { return vmaxq_f32(x, Set(least)); }  // NaN stays
-inline F ScaleByPowerOf2(F x, F n) {
-  const F lowest = Set(-126.0f);
-  const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(vmaxq_f32(n, lowest)), vdupq_n_s32(127));
-  return Select(vcltq_f32(n, lowest), Set(0.0f), x * vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+// x log2(e) = n + f with n integral and f in [-1/2, 1/2], for x from -88 on; below, 2^n is 0. With n + 127 in the low bits of
+// `whole`, shifting it gives the bits of 2^n.
+struct Octaves {
+  F whole, fraction;
+};
+inline Octaves SplitOctaves(F x) {
+  const F t = vmaxq_f32(x, Set(-88.0296919f)), magic = Set(0x1.8p23f + 127.0f);  // NaN stays
+  const F whole = Fma(t, Set(kLog2E), magic);
+  return {whole, Fma(t, Set(kLog2E), magic - whole)};
+}
+inline F ScaleByOctaves(F x, const Octaves& t) {
+  return x * vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(t.whole), 23));
 }
 
 // x as it is: the compiler does not merge the multiplication that gave it with an addition into one rounding.

@@ -81,26 +81,6 @@ inline Mask Bits(uint32_t bits) {
 inline Mask IsZero(F x) { return x == Set(0.0f); }
 inline Mask Equal(F a, F b) { return a == b; }
 inline Mask Equal(const int32_t* p, int32_t x) { return Mask{p[0], p[1], p[2], p[3]} == Mask{x, x, x, x}; }
-inline F Fraction(F t) {
-  F f;
-  for (int i = 0; i < 4; ++i) f[i] = t[i] - __builtin_rintf(t[i]);
-  return f;
-}
-inline F NotBelow(F x, float least) {
-  const F v = Set(least);
-  return x < v ? v : x;
-}  // NaN stays
-inline F ScaleByPowerOf2(F x, F n) {
-  const F lowest = Set(-126.0f);
-  const Mask tiny = n < lowest;
-  F clamped = n < lowest ? lowest : n;
-  clamped = clamped == clamped ? clamped : Set(0.0f);
-  const Mask e = (__builtin_convertvector(clamped, Mask) + 127) << 23;
-  F power;
-  __builtin_memcpy(&power, &e, sizeof power);
-  return tiny ? Set(0.0f) : x * power;
-}
-
 // x as it is: the compiler does not merge the multiplication that gave it with an addition into one rounding.
 #if defined(__x86_64__)
 #define JAX_FA_ANY_PLACE "+x"  // a vector register, as the compiler calls it here
@@ -118,6 +98,22 @@ JAX_FA_INLINE float Rounded(float x) {
   return x;
 }
 #undef JAX_FA_ANY_PLACE
+
+// x log2(e) = n + f with n integral and f in [-1/2, 1/2], for x from -88 on; below, 2^n is 0. With n + 127 in the low bits of
+// `whole`, shifting it gives the bits of 2^n.
+struct Octaves {
+  F whole, fraction;
+};
+inline Octaves SplitOctaves(F x) {
+  const F least = Set(-88.0296919f), t = x < least ? least : x, magic = Set(0x1.8p23f + 127.0f);  // NaN stays
+  const F whole = Rounded(Fma(t, Set(kLog2E), magic));
+  return {whole, Fma(t, Set(kLog2E), Rounded(magic - whole))};
+}
+inline F ScaleByOctaves(F x, const Octaves& t) {
+  F power;
+  for (int i = 0; i < 4; ++i) power[i] = BitsToFloat(FloatToBits(t.whole[i]) << 23);
+  return x * power;
+}
 
 // kLanes rows of kLanes floats each, transposed in registers.
 inline void TransposeBlock(const float* src, int64_t src_row, float* dst, int64_t dst_row) {

@@ -27,16 +27,19 @@ inline float RowMax(const float* s, int64_t from, int64_t to) {
 
 // exp(scale x - m), the one formula of both passes: the weights of the backward are those that the sum l is made of. The
 // logit scale x is rounded like the max among them, so that the largest weight is 1 exactly.
-JAX_FA_INLINE F Weight(F x, F scale, F m) { return Exp2((Rounded(x * scale) - m) * Set(kLog2E)); }
+JAX_FA_INLINE F Weight(F x, F scale, F m) { return Exp(Rounded(x * scale) - m); }
 
 // p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
-// rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros.
+// rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros. Asks for what
+// lies `ahead` of them.
 template <bool kPairs>
-inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m) {
+inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m, int64_t ahead = 0) {
   const F mv = Set(m), f = Set(scale);
   F a = Set(0.0f), b = a;
   int64_t j = from;
   for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
+    __builtin_prefetch(s + j + ahead);
+    if (kLanes == 16) __builtin_prefetch(s + j + kLanes + ahead);
     const F x = Weight(Load(s + j), f, mv), y = Weight(Load(s + j + kLanes), f, mv);
     if constexpr (kPairs) {
       Store(s + j / 2, Unit<kPairs>::Join(x, y));
@@ -84,7 +87,8 @@ inline float RowLogits(const Call& c, const Row& row, int64_t j0, Range v, int64
 inline float RaiseMax(const float* x, int64_t c0, int64_t c1, float scale, float* m) {
   const float most = Rounded(RowMax(x, c0, c1) * scale);
   if (!(most > *m)) return 1.0f;
-  const float rescale = __builtin_expf(*m - most);
+  const float change = *m - most;  // of the first keys a huge one, for which expf takes its slow path to 0
+  const float rescale = change < -104.0f ? 0.0f : __builtin_expf(change);
   *m = most;
   return rescale;
 }
@@ -94,24 +98,49 @@ inline void Rescale(float factor, int64_t n, float* x) {
   for (int64_t d = 0; d < n; d += kLanes) Store(x + d, Load(x + d) * f);
 }
 
-// Turns a row's products with keys j0 + [c0, c1) into weights, of which [v.lo, v.hi) are visible, and updates its
-// max, sum and output.
+// Rows whose online softmax goes on, each with its next products, the first kLanes-aligned column of which is c0: max, sum
+// and output. `visible(r)`: which of the columns [c0, c1) are.
+struct SoftmaxRows {
+  float *x, *m, *l, *acc;
+  int64_t x_row, acc_row;
+};
+
+// Turns products of n <= kRows rows, from `row` on, with keys j0 + [c0, c1) into weights. First the logits and the max of
+// all rows, then their weights: the weights of a row do not wait for its own max alone.
+template <bool kPairs, typename Visible>
+inline void Softmax(const Call& c, const Row& row, int64_t n, int64_t j0, int64_t c0, int64_t c1,
+                    const float* nan_marker, float* tmp, const SoftmaxRows& rows, const Visible& visible) {
+  float scale[kRows];
+  Range v[kRows];
+  Row at = row;
+  for (int64_t r = 0; r < n; ++r, at = After(c, at)) {
+    float *x = rows.x + r * rows.x_row, *m = rows.m + r;
+    v[r] = visible(r);
+    if (v[r].Empty()) v[r] = {c0, c0};
+    scale[r] = RowLogits(c, at, j0, v[r], c0, c1, nan_marker, {}, tmp, x);
+    if (const float rescale = RaiseMax(x, c0, c1, scale[r], m); rescale != 1.0f) {
+      Rescale(rescale, Panels(c.Dv) * kPanel, rows.acc + r * rows.acc_row);
+      rows.l[r] *= rescale;
+    }
+  }
+  at = row;
+  for (int64_t r = 0; r < n; ++r, at = After(c, at)) {
+    float* x = rows.x + r * rows.x_row;
+    if (c.seed || c.drop_bits) {
+      rows.l[r] += RowExp<false>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
+      Drop(c, at, j0, v[r].lo, v[r].hi, x);
+      if constexpr (kPairs) RowJoin<kPairs>(x, c0, c1);
+    } else {
+      rows.l[r] += RowExp<kPairs>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
+    }
+  }
+}
+
+// The same for a row alone.
 template <bool kPairs>
 inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
                        const float* nan_marker, float* tmp, float* x, float* m, float* l, float* acc) {
-  if (v.Empty()) v = {c0, c0};
-  const float scale = RowLogits(c, row, j0, v, c0, c1, nan_marker, {}, tmp, x);
-  if (const float rescale = RaiseMax(x, c0, c1, scale, m); rescale != 1.0f) {
-    Rescale(rescale, Panels(c.Dv) * kPanel, acc);
-    *l *= rescale;
-  }
-  if (c.seed || c.drop_bits) {
-    *l += RowExp<false>(x, c0, c1, scale, *m);
-    Drop(c, row, j0, v.lo, v.hi, x);
-    if constexpr (kPairs) RowJoin<kPairs>(x, c0, c1);
-  } else {
-    *l += RowExp<kPairs>(x, c0, c1, scale, *m);
-  }
+  Softmax<kPairs>(c, row, 1, j0, c0, c1, nan_marker, tmp, {x, m, l, acc, 0, 0}, [&](int64_t) { return v; });
 }
 
 }  // namespace

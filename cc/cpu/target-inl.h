@@ -23,6 +23,7 @@ namespace {
 constexpr int kLanes = kTarget.lanes, kPanelVectors = kTarget.vectors, kRows = kTarget.rows;
 constexpr int kPanel = kLanes * kPanelVectors;  // columns of a packed panel
 constexpr bool kHasPairs = kTarget.pairs, kHasMatrix = kTarget.matrix;
+constexpr float kLog2E = 1.44269504088896340736f;
 
 // Rows of a tile of rows, which a product takes at once, and the multiple of keys at which its keys begin and end: with
 // AMX, 16 pairs.
