@@ -1,6 +1,8 @@
 // The kernels of every instruction set that was compiled, and the choice among them.
 #pragma once
 
+#include <string>
+
 #include "call.h"
 
 namespace jax_fa {
@@ -23,5 +25,8 @@ const Kernels* AllKernels(int* count);
 
 // The best one supported, or the one that JAX_FA_CPU_ISA names. nullptr if that is not to be had.
 const Kernels* ChosenKernels();
+
+// PLACEHOLDER until the tiles are chosen at run time: the set alone.
+inline std::string DescribeTiles(const Kernels& kernels) { return std::string(kernels.name) + ": one row of tiles"; }
 
 }  // namespace jax_fa
