@@ -47,8 +47,10 @@ class Shape:
 
 def shapes(count: int, seed: int) -> list[Shape]:
     """All corners, then `count` more, drawn from all combinations that are not too large. The same for a seed."""
-    extremes = itertools.product(*((sizes[0], sizes[-1]) for sizes in (S, B, N, D)))
-    corners = (_fitted(Shape(*sizes, dtype, False)) for sizes in extremes for dtype in DTYPES)
+    ends_s, ends_b, ends_n, ends_d = ((sizes[0], sizes[-1]) for sizes in (S, B, N, D))
+    corners = map(
+        _fitted, itertools.starmap(Shape, itertools.product(ends_s, ends_b, ends_n, ends_d, DTYPES, (False,)))
+    )
     every = (Shape(*sizes) for sizes in itertools.product(S, B, N, D, DTYPES, (False, True)))
     found = list(dict.fromkeys(corners))
     rest = [shape for shape in every if shape.fits and shape not in found]
