@@ -56,48 +56,50 @@ DType ToDType(Element e) {
 // Builds views of arrays whose shapes were checked; owns their tables of batch offsets.
 class Views {
  public:
-  explicit Views(const std::vector<int64_t>& batch) : batch_(batch) {}
+  explicit Views(const std::vector<int64_t>& batch) : batch_(batch) {
+    tables_.reserve(CallShapes::kMostArrays);
+    for (int64_t size : batch) entries_ *= static_cast<size_t>(size);
+  }
 
   // An array stored canonically, `*#B` and then what `roles` names.
-  View Canonical(const ffi::AnyBuffer& x, const char* roles) {
-    std::string axes;
-    for (size_t i = 0; i < x.dimensions().size(); ++i) axes.push_back(static_cast<char>('a' + i));
-    return Stored(x, axes, roles);
-  }
+  View Canonical(const ffi::AnyBuffer& x, const char* roles) { return Stored(x, {}, roles); }
 
   // An array stored in the order `axes`; `roles` names what follows `*#B`: h head, r row, c col, - anything else.
   View Stored(const ffi::AnyBuffer& x, std::string_view axes, const char* roles) {
-    const size_t rank = axes.size(), lead = batch_.size();
-    std::vector<int64_t> stride(rank, 1);
-    for (size_t i = rank; i-- > 1;) stride[i - 1] = stride[i] * x.dimensions()[i];
-    const auto at = [&](size_t i) {  // stride of canonical dim i, 0 where it broadcasts
-      const size_t axis = static_cast<size_t>(axes[i] - 'a');
-      return x.dimensions()[axis] == 1 ? 0 : stride[axis];
+    const size_t lead = batch_.size();
+    const auto dims = x.dimensions();
+    const auto stride = [&](size_t i) {  // of canonical dim i, 0 where it broadcasts
+      const size_t axis = axes.empty() ? i : static_cast<size_t>(axes[i] - 'a');
+      if (dims[axis] == 1) return int64_t{0};
+      int64_t elements = 1;
+      for (size_t inner = axis + 1; inner < dims.size(); ++inner) elements *= dims[inner];
+      return elements;
     };
     View v;
     v.data = static_cast<char*>(x.untyped_data());
     v.dtype = ToDType(ToElement(x.element_type()));
     for (size_t i = 0; roles[i] != 0; ++i) {
-      if (roles[i] == 'h') v.head = at(lead + i);
-      if (roles[i] == 'r') v.row = at(lead + i);
-      if (roles[i] == 'c') v.col = at(lead + i);
+      if (roles[i] == 'h') v.head = stride(lead + i);
+      if (roles[i] == 'r') v.row = stride(lead + i);
+      if (roles[i] == 'c') v.col = stride(lead + i);
     }
-    std::vector<int64_t> offsets{0};
-    for (size_t i = 0; i < lead; ++i) {  // one dim after the other, outermost first
-      std::vector<int64_t> inner;
-      inner.reserve(offsets.size() * static_cast<size_t>(batch_[i]));
-      for (int64_t offset : offsets)
-        for (int64_t b = 0; b < batch_[i]; ++b) inner.push_back(offset + b * at(i));
-      offsets = std::move(inner);
+    std::vector<int64_t>& offsets = tables_.emplace_back();
+    offsets.reserve(entries_);
+    offsets.push_back(0);
+    for (size_t i = lead; i-- > 0;) {  // one dim after the other, innermost first: copies of what is there, further on
+      const int64_t step = stride(i);
+      const size_t inner = offsets.size();
+      for (int64_t b = 1; b < batch_[i]; ++b)
+        for (size_t j = 0; j < inner; ++j) offsets.push_back(offsets[j] + b * step);
     }
-    tables_.push_back(std::move(offsets));
-    v.batch = tables_.back().data();
+    v.batch = offsets.data();
     return v;
   }
 
  private:
   const std::vector<int64_t>& batch_;
-  std::vector<std::vector<int64_t>> tables_;
+  size_t entries_ = 1;
+  std::vector<std::vector<int64_t>> tables_;  // their data stays where it is
 };
 
 ffi::AnyBuffer Arg(const ffi::RemainingArgs& args, size_t i) {
@@ -121,6 +123,8 @@ CallShapes ShapesOf(Pass pass, const ProblemAttr& p, const ffi::RemainingArgs& a
   call.present = p.present, call.saved = p.saved;
   call.query_axes = p.query_axes, call.key_axes = p.key_axes, call.value_axes = p.value_axes;
   call.out_axes = p.out_axes;
+  call.args.reserve(args.size());
+  call.rets.reserve(rets.size());
   for (size_t i = 0; i < args.size(); ++i) call.args.push_back(shape(Arg(args, i)));
   for (size_t i = 0; i < rets.size(); ++i) call.rets.push_back(shape(Ret(rets, i)));
   return call;
@@ -167,6 +171,14 @@ View OtherView(const ProblemAttr& p, const CallShapes& call, const OtherArray& f
   return OperandView(p, call, form.operand, x, views);
 }
 
+// Whether a call takes less time than another thread needs to wake (3 to 10 us). Tasks are the same, and so are results.
+bool IsTiny(const Call& c) {
+  constexpr double kMost = 1 << 18;  // multiply-adds of the forward, and as many for what each array element costs
+  const double rows = static_cast<double>(c.B) * static_cast<double>(c.N * (c.Sq + c.Skv));
+  const double pairs = static_cast<double>(c.B * c.N) * static_cast<double>(c.Sq) * static_cast<double>(c.Skv);
+  return (pairs + 16 * rows) * static_cast<double>(c.D + c.Dv) < kMost;
+}
+
 const Kernels& Chosen() {
   const Kernels* kernels = ChosenKernels();
   if (kernels == nullptr) throw BadCall("JAX_FA_CPU_ISA names no instruction set that this machine has");
@@ -210,7 +222,8 @@ template <Pass kPass>
 ffi::Error Compute(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, ProblemAttr p) {
   return Guard([&] {
     const CallShapes call = ShapesOf(kPass, p, args, rets);
-    const Sizes sizes = ShapeCheck::Of(call);
+    const std::vector<OtherArray> others = call.OtherArgs(), results = call.Results();
+    const Sizes sizes = ShapeCheck::Of(call, others, results);
     Call c = PlainCall(p, sizes);
     if (c.B == 0 || c.N == 0 || (c.Sq == 0 && !HasCotangents(kPass))) {  // what broadcasts still has a gradient
       for (size_t i = 0; i < rets.size(); ++i) Clear(Ret(rets, i));
@@ -219,14 +232,14 @@ ffi::Error Compute(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
     Views views(sizes.B);
     ReadOperands(p, call, args, views, c);
     size_t next = call.Operands(), result = 0;
-    for (const OtherArray& x : call.OtherArgs()) c.*x.view = OtherView(p, call, x, Arg(args, next++), views);
-    for (const OtherArray& x : call.Results()) {
+    for (const OtherArray& x : others) c.*x.view = OtherView(p, call, x, Arg(args, next++), views);
+    for (const OtherArray& x : results) {
       const ffi::AnyBuffer to = Ret(rets, result++);
       c.*x.view = OtherView(p, call, x, to, views);
       if (x.view == &Call::dbias && !WritesAllBias(c)) Clear(to);
     }
     c.with_forward = kPass == Pass::kJvp;
-    PoolRunner<ffi::ThreadPool> runner(pool);
+    PoolRunner<ffi::ThreadPool> runner(pool, IsTiny(c));
     const Kernels& kernels = Chosen();
     switch (kPass) {
       case Pass::kForward: return kernels.forward(c, runner);

@@ -1,5 +1,6 @@
 // The Python module jax_fa._native: FFI handlers, and what the processor offers.
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -50,6 +51,15 @@ py::tuple NamesOf(const Names& table) {
   return py::tuple(names);
 }
 
+// Four streams at a time, which the processor's prefetching follows: with one it reads a sixth less.
+uint64_t ReadAll(const uint64_t* x, int64_t size) {
+  const int64_t quarter = size / 4;
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < quarter; ++i) sum += x[i] ^ x[i + quarter] ^ x[i + 2 * quarter] ^ x[i + 3 * quarter];
+  for (int64_t i = 4 * quarter; i < size; ++i) sum += x[i];
+  return sum;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -94,6 +104,11 @@ PYBIND11_MODULE(_native, module) {
     const jax_fa::Kernels* chosen = jax_fa::ChosenKernels();
     return chosen == nullptr ? py::object(py::none()) : py::object(py::str(chosen->name));
   });
+  // What the tiles of the set that runs are made from, and their sizes; None as above.
+  module.def("cpu_tuning", []() -> py::object {
+    const jax_fa::Kernels* chosen = jax_fa::ChosenKernels();
+    return chosen == nullptr ? py::object(py::none()) : py::object(py::str(jax_fa::DescribeTiles(*chosen)));
+  });
   // For benchmarks: runs the multiply-adds that one instruction set uses for a dtype, alone, on this thread; returns
   // how many operations.
   module.def("fma_operations", [](const std::string& isa, int64_t iterations, bool bf16) {
@@ -106,5 +121,12 @@ PYBIND11_MODULE(_native, module) {
       return kernels[i].fma(iterations, bf16, sink);
     }
     throw py::value_error("isa must be an instruction set that this machine has; got " + isa);
+  });
+  // ... and reads all of an array, on this thread.
+  module.def("read_memory", [](const py::array_t<uint64_t, py::array::c_style>& x) {
+    const uint64_t* data = x.data();
+    const py::ssize_t size = x.size();
+    const py::gil_scoped_release release;
+    return ReadAll(data, size);
   });
 }

@@ -26,10 +26,19 @@ struct Shape {
   size_t rank = 0;
 };
 
+// What messages call an array. Put together only when there is a message: this is checked in every call.
+struct Label {
+  constexpr Label(const char* text) : text(text) {}  // NOLINT(google-explicit-constructor)
+  constexpr Label(const char* what, const char* of) : text(what), of(of) {}
+  std::string Text() const { return std::string(text) + of; }
+  const char* text;
+  const char* of = "";
+};
+
 // An array of a call besides its operands: its view, and what it is like.
 struct OtherArray {
   enum Like : uint8_t { kOut, kStatistic, kTangent, kGradient };  // the last two: like `operand`
-  std::string text;                                               // what messages call it
+  Label label;
   View Call::* view;
   Like like;
   Operand operand = kQuery;
@@ -37,6 +46,7 @@ struct OtherArray {
 
 // One call: its static part, and its arrays in order.
 struct CallShapes {
+  static constexpr size_t kMostArrays = 16;  // but for rare ones: memory is asked for once
   Pass pass = Pass::kForward;
   uint32_t present = 0, saved = 0;
   std::string_view query_axes, key_axes, value_axes, out_axes;  // canonical dim i is stored dim axes[i] - 'a'
@@ -51,6 +61,7 @@ struct CallShapes {
   // The arguments that follow the operands.
   std::vector<OtherArray> OtherArgs() const {
     std::vector<OtherArray> list;
+    list.reserve(kMostArrays);
     if (!IsForward(pass)) AddSaved(list);
     for (size_t i = 0; i < kDifferentiables; ++i)
       if (saved & TangentBit(i)) AddLikeOperand("the tangent of ", OtherArray::kTangent, i, list);
@@ -59,6 +70,7 @@ struct CallShapes {
 
   std::vector<OtherArray> Results() const {
     std::vector<OtherArray> list;
+    list.reserve(kMostArrays);
     if (IsForward(pass)) AddSaved(list);
     if (HasCotangents(pass))
       for (size_t i = 0; i < kDifferentiables; ++i)
@@ -79,8 +91,8 @@ struct CallShapes {
   }
   static void AddLikeOperand(const char* what, OtherArray::Like like, size_t i, std::vector<OtherArray>& list) {
     const Differentiable& x = kDifferentiable[i];
-    list.push_back({std::string(what) + kForms[x.operand].name, like == OtherArray::kTangent ? x.tangent : x.gradient,
-                    like, x.operand});
+    list.push_back(
+        {{what, kForms[x.operand].name}, like == OtherArray::kTangent ? x.tangent : x.gradient, like, x.operand});
   }
 };
 
@@ -92,17 +104,19 @@ struct Sizes {
 class ShapeCheck {
  public:
   // Throws BadCall, which names the array, what it is and what it should be.
-  static Sizes Of(const CallShapes& call) {
+  static Sizes Of(const CallShapes& call) { return Of(call, call.OtherArgs(), call.Results()); }
+
+  static Sizes Of(const CallShapes& call, const std::vector<OtherArray>& others,
+                  const std::vector<OtherArray>& results) {
     ShapeCheck check(call);
     check.Static();
-    const std::vector<OtherArray> others = call.OtherArgs(), results = call.Results();
     check.Count("arguments", call.args.size(), call.Operands() + others.size());
     check.Count("results", call.rets.size(), results.size());
     check.ReadSizes(others, results);
     check.Operands();
     for (size_t i = 0; i < others.size(); ++i) check.Other(others[i], call.args[call.Operands() + i], false);
     for (size_t i = 0; i < results.size(); ++i) check.Other(results[i], call.rets[i], true);
-    return check.sizes_;
+    return std::move(check.sizes_);
   }
 
  private:
@@ -193,9 +207,9 @@ class ShapeCheck {
     if (sizes_.Skv >= INT32_MAX || sizes_.Sq >= INT32_MAX) throw BadCall("a sequence is longer than 2^31 - 2");
   }
 
-  void Rank(const char* name, const Shape& x, size_t rank) {
+  void Rank(const Label& label, const Shape& x, size_t rank) {
     if (x.rank != rank)
-      throw BadCall(std::string(name) + " is " + Text(x) + ", of rank " + std::to_string(x.rank) + "; expected rank " +
+      throw BadCall(label.Text() + " is " + Text(x) + ", of rank " + std::to_string(x.rank) + "; expected rank " +
                     std::to_string(rank));
   }
 
@@ -225,11 +239,10 @@ class ShapeCheck {
   }
 
   void Other(const OtherArray& form, const Shape& x, bool result) {
-    const char* name = form.text.c_str();
     if (form.like == OtherArray::kOut) {
-      Stored(name, x, call_.out_axes, "SNV", Bit(call_.args[0].element), result);
+      Stored(form.label, x, call_.out_axes, "SNV", Bit(call_.args[0].element), result);
     } else if (form.like == OtherArray::kStatistic) {
-      Canonical(name, x, "NS", kFloat, result);
+      Canonical(form.label, x, "NS", kFloat, result);
     } else {
       LikeOperand(form, x);
     }
@@ -239,49 +252,62 @@ class ShapeCheck {
   // value full, and those of other gradients full or the operand's.
   void LikeOperand(const OtherArray& form, const Shape& x) {
     const Shape& operand = call_.args[call_.At(form.operand)];
-    const char* name = form.text.c_str();
     const bool stored = form.operand <= kValue, tangent = form.like == OtherArray::kTangent;
-    const uint32_t elements = stored || tangent ? Bit(operand.element) : kFloat;
     const std::string_view axes = AxesOf(form.operand);
-    Rank(name, x, operand.rank);
-    std::vector<std::string> expected(operand.rank);
-    bool fits = elements >> static_cast<int>(x.element) & 1;
-    for (size_t i = 0; i < operand.rank; ++i) {
-      const size_t at = axes.empty() ? i : static_cast<size_t>(axes[i] - 'a');
+    Rank(form.label, x, operand.rank);
+    Fits(form.label, x, axes, stored || tangent ? Bit(operand.element) : kFloat, [&](size_t i, size_t at) {
       const int64_t own = operand.dims[at], full = i < sizes_.B.size() ? sizes_.B[i] : own;
-      const int64_t other = i >= sizes_.B.size() ? own : tangent ? 1 : stored ? full : own;
-      fits = fits && (x.dims[at] == other || x.dims[at] == full);
-      expected[at] = (other == full ? "" : std::to_string(other) + " or ") + std::to_string(full);
-    }
-    if (!fits) Differs(name, x, elements, expected);
+      return Expected{i >= sizes_.B.size() ? own : tangent ? 1 : stored ? full : own, full};
+    });
   }
 
-  void Canonical(const char* name, const Shape& x, const char* sizes, uint32_t elements, bool full) {
-    std::string axes;
-    for (size_t i = 0; i < sizes_.B.size() + std::string_view(sizes).size(); ++i)
-      axes.push_back(static_cast<char>('a' + i));
-    Stored(name, x, axes, sizes, elements, full);
+  void Canonical(const Label& label, const Shape& x, std::string_view sizes, uint32_t elements, bool full) {
+    Rank(label, x, sizes_.B.size() + sizes.size());
+    Sized(label, x, {}, sizes, elements, full);
   }
 
   // `full`: all batch dims are.
-  void Stored(const char* name, const Shape& x, std::string_view axes, std::string_view sizes, uint32_t elements,
+  void Stored(const Label& label, const Shape& x, std::string_view axes, std::string_view sizes, uint32_t elements,
               bool full) {
-    Rank(name, x, axes.size());
-    std::vector<std::string> expected(axes.size());
-    bool fits = elements >> static_cast<int>(x.element) & 1;
-    for (size_t i = 0; i < axes.size(); ++i) {
-      const size_t at = static_cast<size_t>(axes[i] - 'a'), lead = sizes_.B.size();
+    Rank(label, x, axes.size());
+    Sized(label, x, axes, sizes, elements, full);
+  }
+
+  void Sized(const Label& label, const Shape& x, std::string_view axes, std::string_view sizes, uint32_t elements,
+             bool full) {
+    Fits(label, x, axes, elements, [&](size_t i, size_t) {
+      const size_t lead = sizes_.B.size();
       const char letter = i < lead ? 0 : sizes[i - lead];
-      if (letter == 'e') {
-        expected[at] = "any";
-        continue;
-      }
+      if (letter == 'e') return Expected{kAny, kAny};
       const bool one = i < lead ? !full : letter >= 'a' && letter <= 'z';
       const int64_t size = i < lead ? sizes_.B[i] : SizeOf(letter);
-      fits = fits && (x.dims[at] == size || (one && x.dims[at] == 1));
-      expected[at] = (one && size != 1 ? "1 or " : "") + std::to_string(size);
+      return Expected{one ? 1 : size, size};
+    });
+  }
+
+  // One of two sizes of a dim.
+  struct Expected {
+    int64_t other, size;
+  };
+  static constexpr int64_t kAny = -1;
+
+  // Whether the dims are those that `expected(canonical dim, stored dim)` gives. Without axes they are stored canonically.
+  template <typename Fn>
+  static void Fits(const Label& label, const Shape& x, std::string_view axes, uint32_t elements, const Fn& expected) {
+    const auto at = [&](size_t i) { return axes.empty() ? i : static_cast<size_t>(axes[i] - 'a'); };
+    bool fits = elements >> static_cast<int>(x.element) & 1;
+    for (size_t i = 0; i < x.rank; ++i) {
+      const Expected e = expected(i, at(i));
+      fits = fits && (e.size == kAny || x.dims[at(i)] == e.size || x.dims[at(i)] == e.other);
     }
-    if (!fits) Differs(name, x, elements, expected);
+    if (fits) return;
+    std::vector<std::string> dims(x.rank);
+    for (size_t i = 0; i < x.rank; ++i) {
+      const Expected e = expected(i, at(i));
+      dims[at(i)] =
+          e.size == kAny ? "any" : (e.other == e.size ? "" : std::to_string(e.other) + " or ") + std::to_string(e.size);
+    }
+    Differs(label, x, elements, dims);
   }
 
   int64_t SizeOf(char letter) const {
@@ -299,12 +325,12 @@ class ShapeCheck {
     }
   }
 
-  [[noreturn]] static void Differs(const char* name, const Shape& x, uint32_t elements,
+  [[noreturn]] static void Differs(const Label& label, const Shape& x, uint32_t elements,
                                    const std::vector<std::string>& dims) {
     std::vector<std::string> names;
     for (int e = 0; e < static_cast<int>(Element::kOther); ++e)
       if (elements >> e & 1) names.push_back(Name(static_cast<Element>(e)));
-    throw BadCall(std::string(name) + " is " + Text(x) + "; expected " + Text(names, " or ") + " (" + Text(dims, ", ") +
+    throw BadCall(label.Text() + " is " + Text(x) + "; expected " + Text(names, " or ") + " (" + Text(dims, ", ") +
                   ")");
   }
 

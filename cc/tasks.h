@@ -21,7 +21,9 @@ namespace jax_fa {
 template <typename Pool>
 class PoolRunner : public Runner {
  public:
-  explicit PoolRunner(Pool& pool) : Runner{&PoolRunner::RunAll, pool.num_threads()}, pool_(pool) {}
+  // `alone`: the calling thread runs all tasks, which takes less time than waking others where there is little to do.
+  explicit PoolRunner(Pool& pool, bool alone = false)
+      : Runner{&PoolRunner::RunAll, alone ? 1 : pool.num_threads()}, pool_(pool), alone_(alone) {}
 
  private:
   struct Shared {
@@ -53,9 +55,10 @@ class PoolRunner : public Runner {
   };
 
   static void RunAll(const Runner* self, int64_t count, Task fn, void* context) {
-    Pool& pool = static_cast<const PoolRunner*>(self)->pool_;
+    const auto* const runner = static_cast<const PoolRunner*>(self);
+    Pool& pool = runner->pool_;
     const int64_t helpers = count - 1 < pool.num_threads() ? count - 1 : pool.num_threads();
-    if (helpers <= 0) {
+    if (helpers <= 0 || runner->alone_) {
       for (int64_t i = 0; i < count; ++i) fn(context, i);
       return;
     }
@@ -75,6 +78,7 @@ class PoolRunner : public Runner {
   }
 
   Pool& pool_;
+  const bool alone_;
 };
 
 }  // namespace jax_fa

@@ -92,6 +92,16 @@ def test_what_it_computes_in(dtype, platform, text):
     assert text in str(told)
 
 
+@pytest.mark.skipif(native.missing is not None, reason="needs the native extension")
+def test_the_cpu_kernels_say_what_they_chose(monkeypatch):
+    for isa in ("portable", native.extension.chosen_instruction_set()):
+        monkeypatch.setenv("JAX_FA_CPU_ISA", isa)
+        told = jax_fa.explain(X, X, X, platforms="cpu")
+        (note,) = told.notes["cpu"]
+        assert note == f"kernels {native.extension.cpu_tuning()}" and note.startswith(f"kernels {isa}: ")
+        assert note in str(told)
+
+
 # --- a checkout in front of the installed package
 
 

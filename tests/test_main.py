@@ -42,6 +42,14 @@ def _wrong(attention, factor=1.1):
     return call
 
 
+def test_versions(capsys):
+    assert demo.main(["--versions"]) == 0
+    text = capsys.readouterr().out
+    tuning = "none" if native.missing is not None else native.extension.cpu_tuning()
+    assert f"jax_fa {jax_fa.__version__}, " in text and text.endswith(f"CPU kernels: {tuning}\n")
+    assert "Backends" not in text
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -20,7 +20,7 @@ class Ahead {
   // All of them are to be asked for in so many calls of Some.
   void Spread(int64_t calls) { some_ = left_ / (calls > 0 ? calls : 1) + 1; }
 
-  void Some() {
+  JAX_FA_INLINE void Some() {
     for (int64_t i = 0; i < some_ && at_ < count_; ++i) {
       Span& span = spans_[at_];
       for (int64_t line = 0; line < span.bytes; line += kLine) {

@@ -117,7 +117,7 @@ bool CachesAreValid() { return Chosen().valid; }
 
 void UseCaches(const Caches& caches) { Chosen().tuning = For(caches); }
 
-std::string DescribeTuning(const Kernels& kernels) {
+std::string DescribeTiles(const Kernels& kernels) {
   const Tuning& t = TuningInUse();
   const auto kib = [](int64_t bytes) { return std::to_string(bytes / kKiB) + " KiB"; };
   const auto tile = [](int64_t rows, int64_t keys) { return std::to_string(rows) + "x" + std::to_string(keys); };

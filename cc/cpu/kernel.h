@@ -34,6 +34,6 @@ bool CachesAreValid();
 void UseCaches(const Caches& caches);
 
 // The instruction set, the caches and the sizes of blocks that calls run with, in a line.
-std::string DescribeTuning(const Kernels& kernels);
+std::string DescribeTiles(const Kernels& kernels);
 
 }  // namespace jax_fa

@@ -57,15 +57,16 @@ void CheckPools() {
     for (const Kernels* kernels : Supported()) {
       Doing(kernels->name, "serial", spec.Text());
       const Values expected = RunEvery(*kernels, p, Serial(false));
-      const auto check = [&](int64_t threads, Manner manner) {
+      const auto check = [&](int64_t threads, Manner manner, bool alone) {
         Doing(kernels->name, Text(threads, manner).c_str(), spec.Text());
         FakePool pool(threads, manner);
-        const PoolRunner<FakePool> runner(pool);
+        const PoolRunner<FakePool> runner(pool, alone);
         const std::string difference = Difference(results, expected, RunEvery(*kernels, p, runner));
         if (!difference.empty()) Fail("threads change %s", difference.c_str());
       };
-      for (int64_t threads : {1, 2, 3, 8}) check(threads, Manner::kPrompt);
-      for (Manner manner : {Manner::kLate, Manner::kNever, Manner::kInline, Manner::kThrows}) check(3, manner);
+      for (int64_t threads : {1, 2, 3, 8}) check(threads, Manner::kPrompt, false);
+      for (Manner manner : {Manner::kLate, Manner::kNever, Manner::kInline, Manner::kThrows}) check(3, manner, false);
+      check(3, Manner::kPrompt, true);
     }
   }
 }

@@ -51,7 +51,7 @@ class Cpu:
         return None
 
     def notes(self, call: Call) -> tuple[str, ...]:
-        return ()
+        return (f"kernels {tuning()}",)
 
     def forward(self, call: Call) -> tuple[Any, ...]:
         return _run("forward", call, _forward_results(call))
@@ -85,6 +85,11 @@ backend = Cpu()
 def instruction_set() -> str | None:
     """The one that calls take here; None where there is none."""
     return None if native.extension is None else native.extension.chosen_instruction_set()
+
+
+def tuning() -> str | None:
+    """Its caches and tiles, as the kernels describe them; None likewise."""
+    return None if native.extension is None else native.extension.cpu_tuning()
 
 
 def _available() -> str:

@@ -43,9 +43,10 @@ def environment() -> dict[str, Any]:
     versions = {name: _version(name) for name in ("jax", "jaxlib", "numpy", "torch")}
     return {
         "devices": sorted({f"{device.platform}: {device.device_kind}" for device in jax.devices()}),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instruction_set": cpu.instruction_set(),
+        "tuning": cpu.tuning(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "jax_fa": jax_fa.__version__,
@@ -59,7 +60,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

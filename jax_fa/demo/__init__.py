@@ -21,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the self-test; returns its exit code: 0 all values agree, 1 some do not, 3 the plot could not be written."""
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.versions:
+        report.environment()
+        return OK
     try:
         if options.plot:
             program.check_plot(options.plot)
@@ -76,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Checks jax_fa against float64 and jax.nn.dot_product_attention, then trains a small GPT "
         "on Python's own documentation, once with each, and compares losses, step times and memory.",
         epilog="Exit codes: 0 all values agree, 1 some do not, 2 bad arguments, 3 the plot could not be written.",
+    )
+    parser.add_argument(
+        "--versions",
+        action="store_true",
+        help="print versions, devices and what the CPU kernels chose, and end",
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, a smaller model: under a minute")
     parser.add_argument(

@@ -12,6 +12,7 @@ import jax
 import jaxlib
 
 import jax_fa
+from jax_fa.backends import cpu
 from jax_fa.demo.checks import Case, Result
 from jax_fa.demo.colours import colour
 from jax_fa.demo.comparison import Agreement, Run
@@ -23,6 +24,7 @@ def _title(text: str) -> None:
 
 
 def environment() -> None:
+    """Versions, devices, and what the CPU kernels chose here."""
     versions = {
         "jax_fa": jax_fa.__version__,
         "Python": platform.python_version(),
@@ -32,6 +34,7 @@ def environment() -> None:
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     kinds = Counter(f"{device.platform} ({device.device_kind})" for device in jax.devices())
     print(f"devices: {', '.join(f'{count} x {kind}' for kind, count in kinds.items())}")
+    print(f"CPU kernels: {cpu.tuning() or 'none'}")
 
 
 def backends(explanation: jax_fa.Explanation) -> None:

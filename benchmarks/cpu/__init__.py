@@ -1,0 +1,1 @@
+"""What `cpu_attention.py` and `cpu_sweep.py` are made of."""

@@ -1,0 +1,56 @@
+"""The machine's limits, as all cores reach them together: multiply-adds from registers, and reading memory."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from jax_fa import _native
+
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+BURSTS = 3  # the best counts: in each of them something else may have run
+ITERATIONS = 3_000_000  # some 10 ms
+READ_BYTES = 2**28
+
+
+def fma_peak(dtype: str = "float32") -> float:
+    """Multiply-add operations per second, of the kind that the kernels use for a dtype."""
+    isa, bf16 = _native.chosen_instruction_set(), dtype == "bfloat16"
+    if isa is None:
+        raise SystemExit(f"JAX_FA_CPU_ISA must be one of {_native.instruction_sets()}")
+    operations = _native.fma_operations(isa, 1, bf16) * ITERATIONS
+    return _together(operations, lambda _: _native.fma_operations(isa, ITERATIONS, bf16))
+
+
+_memory: list[np.ndarray] = []
+
+
+def read_bandwidth() -> float:
+    """Bytes per second."""
+    if not _memory:
+        _memory.extend(np.array_split(np.ones(READ_BYTES // 8, np.uint64), THREADS))
+    return _together(READ_BYTES / THREADS, lambda i: _native.read_memory(_memory[i]))
+
+
+def _together(amount: float, work: Callable[[int], object]) -> float:
+    """The sum over all threads of what each does a second, while the others do the same."""
+    best = 0.0
+    for _ in range(BURSTS):
+        rates = [0.0] * THREADS
+        ready = threading.Barrier(THREADS)
+
+        def run(i: int, rates: list[float] = rates, ready: threading.Barrier = ready) -> None:
+            ready.wait()
+            start = time.perf_counter()
+            work(i)
+            rates[i] = amount / (time.perf_counter() - start)
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, sum(rates))
+    return best
