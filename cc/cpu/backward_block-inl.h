@@ -78,7 +78,7 @@ inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const
       last = x.tiles[t].to > last ? x.tiles[t].to : last;
     }
     for (int64_t j = first; j < last; j += kDirectTile)
-      DirectDots<kPairs>(c, x.b, x.k, x.rows, x.packed.q, s.q_row, x.j0, j, 1, last, s.stage, s.p, s.s_row);
+      DirectDots<kPairs>(c, x.b, x.k, x.rows, x.packed.q, s.q_row, x.j0, j, last, s.stage, s.p, s.s_row);
   }
   for (int64_t panel = 0; panel < Panels(x.width); ++panel) {
     for (int64_t t = 0; t < x.count; ++t) {
@@ -146,9 +146,9 @@ inline void QueryGradients(const Call& c, const BackwardPlan& plan, const Backwa
         const int64_t from = tile.from / per > u0 ? tile.from / per : u0, end = Units<kPairs>(tile.to);
         const int64_t to = end < u0 + chunk ? end : u0 + chunk;
         if (from >= to) continue;
-        Gemm<kPairs, true>(tile.n, to - from, ds_rows + tile.r * ds_row + from, ds_row, 1,
-                           s.keys + (d * key_units + from) * kPanel, dq + (x.g0 + tile.r) * plan.dq_row + d * kPanel,
-                           plan.dq_row);
+        AddGemm<kPairs>(c.D - d * kPanel, tile.n, to - from, ds_rows + tile.r * ds_row + from, ds_row, 1,
+                        s.keys + (d * key_units + from) * kPanel, dq + (x.g0 + tile.r) * plan.dq_row + d * kPanel,
+                        plan.dq_row);
       }
     }
   }
@@ -164,22 +164,22 @@ inline void KeyGradients(const Call& c, const BackwardPlan& plan, const Backward
     bool wanted;
     const float *weights, *panels;
     float* sum;
-    int64_t sum_row, panel_count;
+    int64_t sum_row, columns;
   };
-  const Product products[] = {{bool{c.dvalue}, s.p, x.packed.dout_panels, s.dv, s.dv_row, Panels(c.Dv)},
-                              {bool{c.dkey}, s.ds, x.packed.q_panels, s.dk, plan.dq_row, Panels(c.D)}};
+  const Product products[] = {{bool{c.dvalue}, s.p, x.packed.dout_panels, s.dv, s.dv_row, c.Dv},
+                              {bool{c.dkey}, s.ds, x.packed.q_panels, s.dk, plan.dq_row, c.D}};
   const int64_t weights_row = per * s.s_row;  // pairs of rows lie in every second one
   for (const Product& y : products) {
     if (!y.wanted) continue;
-    for (int64_t d = 0; d < y.panel_count; ++d) {
+    for (int64_t d = 0; d < Panels(y.columns); ++d) {
       for (int64_t u0 = 0; u0 < units; u0 += chunk) {
         for (int64_t t = 0; t < parts; ++t) {
           const int64_t a = x.width * t / parts, e = x.width * (t + 1) / parts;
           const int64_t from = visible_to[t].lo > u0 ? visible_to[t].lo : u0;
           const int64_t to = visible_to[t].hi < u0 + chunk ? visible_to[t].hi : u0 + chunk;
           if (from >= to) continue;
-          Gemm<kPairs, true>(e - a, to - from, y.weights + from * weights_row + a, 1, weights_row,
-                             y.panels + (d * units + from) * kPanel, y.sum + a * y.sum_row + d * kPanel, y.sum_row);
+          AddGemm<kPairs>(y.columns - d * kPanel, e - a, to - from, y.weights + from * weights_row + a, 1, weights_row,
+                          y.panels + (d * units + from) * kPanel, y.sum + a * y.sum_row + d * kPanel, y.sum_row);
         }
       }
     }

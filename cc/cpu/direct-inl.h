@@ -15,27 +15,18 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// Calls what(k, j, apart, count) for all heads and `per` elements at a time of [first, last): those at j, j + apart and so
-// on, `count` of them, at most `most`. Where heads lie side by side, these are from as many parts of the range: each part
-// then is read in the order of the memory, which the processor's own prefetching follows.
+// Calls what(k, j, count) for all heads and `per` elements at a time of [first, last), `count` of them from j on and at
+// most `most`. Where heads lie side by side, a few neighbours of each head in turn, which is near the order of the memory.
 template <typename What>
 inline void ReadInOrder(const Call& c, const View& x, int64_t first, int64_t last, int64_t per, int64_t most,
                         const What& what) {
-  const int64_t n = last - first;
-  const bool side_by_side = c.K > 1 && x.head < x.row;
-  const int64_t part = RoundUp((n + most - 1) / most, per), step = side_by_side ? per : per * most;
-  const int64_t apart = side_by_side ? part : per, end = side_by_side ? part : n;
-  const auto visit = [&](int64_t k, int64_t i) {
-    const int64_t given = (n - i + apart - 1) / apart;
-    what(k, first + i, apart, given < most ? given : most);
-  };
-  if (side_by_side) {
-    for (int64_t i = 0; i < end; i += step)
-      for (int64_t k = 0; k < c.K; ++k) visit(k, i);
-  } else {
+  const int64_t n = last - first, together = c.K > 1 && x.head < x.row ? DirectNeighbours(x.dtype) : n;
+  for (int64_t from = 0; from < n; from += together)
     for (int64_t k = 0; k < c.K; ++k)
-      for (int64_t i = 0; i < end; i += step) visit(k, i);
-  }
+      for (int64_t i = from; i < n && i < from + together; i += per * most) {
+        const int64_t given = (n - i + per - 1) / per;
+        what(k, first + i, given < most ? given : most);
+      }
 }
 
 // The rows of all key heads (n of each, one head after the other in the scratch) over the keys j0 + [0, width), of which
@@ -49,9 +40,9 @@ struct DirectBlock {
   int64_t b, n, j0, width, first, last;
   int64_t dv = Panels(c.Dv) * kPanel;
 
-  void Dots(int64_t k, int64_t j, int64_t apart) const {
-    DirectDots<kPairs>(c, b, k, n, s.q + k * n * s.q_row, s.q_row, j0, j, apart, last, s.stage,
-                       s.logits + k * n * s.s_row, s.s_row);
+  void Dots(int64_t k, int64_t j) const {
+    DirectDots<kPairs>(c, b, k, n, s.q + k * n * s.q_row, s.q_row, j0, j, last, s.stage, s.logits + k * n * s.s_row,
+                       s.s_row);
   }
 
   void Soften(int64_t k, const float* nan_marker) const {
@@ -78,7 +69,7 @@ struct DirectBlock {
   void Again(int64_t k) const {
     for (int64_t r = k * n; r < (k + 1) * n; ++r)
       s.l[r] = s.before_l[r] * (s.m[r] > s.before_m[r] ? __builtin_expf(s.before_m[r] - s.m[r]) : 1.0f);
-    for (int64_t j = first; j < last; j += kDirectTile) Dots(k, j, 1);
+    for (int64_t j = first; j < last; j += kDirectTile) Dots(k, j);
     Packed(k);
   }
 
@@ -91,8 +82,7 @@ struct DirectBlock {
 
   void Run() const {
     const int64_t rows = n * c.K;
-    ReadInOrder(c, c.key, first, last, 1, kDirectTile,
-                [&](int64_t k, int64_t j, int64_t apart, int64_t) { Dots(k, j, apart); });
+    ReadInOrder(c, c.key, first, last, 1, kDirectTile, [&](int64_t k, int64_t j, int64_t) { Dots(k, j); });
     if (c.value.col != 1) {
       for (int64_t k = 0; k < c.K; ++k) Packed(k);
       return;
@@ -101,10 +91,10 @@ struct DirectBlock {
     __builtin_memcpy(s.before_l, s.l, sizeof(float) * static_cast<size_t>(rows));
     for (int64_t k = 0; k < c.K; ++k) Soften(k, nullptr);
     Fill(s.sums, 0, rows * dv, 0.0f);
-    ReadInOrder(c, c.value, first / kPer * kPer, last, kPer, n <= kFewRows ? kFewValues : kManyValues,
-                [&](int64_t k, int64_t j, int64_t apart, int64_t count) {
-                  DirectValues<kPairs>(c, b, k, n, j0, j, apart, count, last, s.zeros, s.logits + k * n * s.s_row,
-                                       s.s_row, s.sums + k * n * dv, dv);
+    ReadInOrder(c, c.value, first / kPer * kPer, last, kPer, DirectNeighbours(c.value.dtype) / kPer,
+                [&](int64_t k, int64_t j, int64_t count) {
+                  DirectValues<kPairs>(c, b, k, n, j0, j, count, last, s.zeros, s.logits + k * n * s.s_row, s.s_row,
+                                       s.sums + k * n * dv, dv);
                 });
     for (int64_t k = 0; k < c.K; ++k) AddSums(k);
   }

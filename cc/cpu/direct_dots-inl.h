@@ -57,7 +57,8 @@ JAX_FA_INLINE void WithElements(DType type, const What& what) {
 
 // One step of kR x kKeys products: a vector from unit d on, or (kRest) the last `rest` elements.
 template <bool kPairs, DType kType, int kR, int kKeys, bool kRest>
-JAX_FA_INLINE void DotStep(const float* q, int64_t q_row, const char* const* keys, int64_t d, int rest, F* sums) {
+JAX_FA_INLINE void DotStep(const float* q, int64_t q_row, const char* const* keys, int64_t d, int rest, F* sums,
+                           int64_t ahead) {
   F x[kR];
 #pragma GCC unroll 4
   for (int r = 0; r < kR; ++r) {
@@ -67,6 +68,7 @@ JAX_FA_INLINE void DotStep(const float* q, int64_t q_row, const char* const* key
 #pragma GCC unroll 4
   for (int i = 0; i < kKeys; ++i) {
     const F key = kRest ? LoadRest<kPairs, kType>(keys[i], d, rest) : LoadAs<kPairs, kType>(keys[i], d);
+    if (!kRest) __builtin_prefetch(keys[i] + d * (kPairs || kType == DType::kF32 ? 4 : 2) + ahead);
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) sums[r * kKeys + i] = Unit<kPairs>::MulAdd(key, x[r], sums[r * kKeys + i]);
   }
@@ -76,7 +78,7 @@ JAX_FA_INLINE void DotStep(const float* q, int64_t q_row, const char* const* key
 // many keys are taken at a time as sums fit half of the registers.
 template <bool kPairs, DType kType, int kR>
 __attribute__((noinline)) void DotTile(const float* q, int64_t q_row, int64_t D, const char* const* keys,
-                                       float* const* to, int64_t s_row) {
+                                       float* const* to, int64_t s_row, int64_t ahead) {
   constexpr int kSums = kTarget.registers / 2;
   constexpr int kKeys = kSums / kR < kDirectTile ? kSums / kR : kDirectTile;
   constexpr int64_t kPer = Unit<kPairs>::kElements;
@@ -88,9 +90,10 @@ __attribute__((noinline)) void DotTile(const float* q, int64_t q_row, int64_t D,
 #pragma GCC unroll 4
     for (int i = 0; i < kKeys; ++i) own[i] = keys[i];
     int64_t d = 0;
-    for (; d + kLanes <= D / kPer; d += kLanes) DotStep<kPairs, kType, kR, kKeys, false>(q, q_row, own, d, 0, sums);
+    for (; d + kLanes <= D / kPer; d += kLanes)
+      DotStep<kPairs, kType, kR, kKeys, false>(q, q_row, own, d, 0, sums, ahead);
     if (const int rest = static_cast<int>(D - d * kPer); rest > 0)
-      DotStep<kPairs, kType, kR, kKeys, true>(q, q_row, own, d, rest, sums);
+      DotStep<kPairs, kType, kR, kKeys, true>(q, q_row, own, d, rest, sums, ahead);
     float lanes[kR * kKeys];
 #pragma GCC unroll 4
     for (int i = 0; i < kR * kKeys; i += 4) SumFour(sums + i, lanes + i);
@@ -104,7 +107,7 @@ __attribute__((noinline)) void DotTile(const float* q, int64_t q_row, int64_t D,
 // The same for n rows and an array's type of keys.
 template <bool kPairs>
 inline void DotRows(DType type, int64_t n, const float* q, int64_t q_row, int64_t D, const char* const* keys,
-                    float* const* to, int64_t s_row) {
+                    float* const* to, int64_t s_row, int64_t ahead) {
   WithElements<kPairs>(type, [&](auto elements) {
     constexpr DType kType = decltype(elements)::kOf;
     float* at[kDirectTile];
@@ -113,26 +116,26 @@ inline void DotRows(DType type, int64_t n, const float* q, int64_t q_row, int64_
       const float* rows = q + r * q_row;
       done = n - r >= 4 ? 4 : n - r >= 2 ? 2 : 1;
       switch (done) {
-        case 4: DotTile<kPairs, kType, 4>(rows, q_row, D, keys, at, s_row); break;
-        case 2: DotTile<kPairs, kType, 2>(rows, q_row, D, keys, at, s_row); break;
-        default: DotTile<kPairs, kType, 1>(rows, q_row, D, keys, at, s_row);
+        case 4: DotTile<kPairs, kType, 4>(rows, q_row, D, keys, at, s_row, ahead); break;
+        case 2: DotTile<kPairs, kType, 2>(rows, q_row, D, keys, at, s_row, ahead); break;
+        default: DotTile<kPairs, kType, 1>(rows, q_row, D, keys, at, s_row, ahead);
       }
       for (int i = 0; i < kDirectTile; ++i) at[i] += done * s_row;
     }
   });
 }
 
-// The products of the n rows of head k, as units in q, with up to kDirectTile keys, j, j + apart and so on below `end`,
+// The products of the n rows of head k, as units in q, with up to kDirectTile keys from j on below `end`,
 // counted from key j0, which is column 0 of logits. The last column of these rows takes the others. `stage` holds kLanes
 // rows.
 template <bool kPairs>
 inline void DirectDots(const Call& c, int64_t b, int64_t k, int64_t n, const float* q, int64_t q_row, int64_t j0,
-                       int64_t j, int64_t apart, int64_t end, float* stage, float* logits, int64_t s_row) {
+                       int64_t j, int64_t end, float* stage, float* logits, int64_t s_row) {
   const char* keys[kDirectTile];
   float* to[kDirectTile];
   const bool in_place = c.key.col == 1;
   const int64_t ld = RoundUp(Units<kPairs>(c.D), kLanes);
-  for (int i = 0; i < kDirectTile; ++i, j += apart) {
+  for (int i = 0; i < kDirectTile; ++i, ++j) {
     keys[i] = i > 0 ? keys[i - 1] : nullptr;
     to[i] = logits + s_row - 1;
     if (j >= end) continue;
@@ -142,7 +145,8 @@ inline void DirectDots(const Call& c, int64_t b, int64_t k, int64_t n, const flo
     CopyRow<kPairs>(c.key, b, k, j0 + j, c.D, stage + i * ld);
     keys[i] = reinterpret_cast<const char*>(stage + i * ld);
   }
-  DotRows<kPairs>(in_place ? c.key.dtype : DType::kF32, n, q, q_row, c.D, keys, to, s_row);
+  DotRows<kPairs>(in_place ? c.key.dtype : DType::kF32, n, q, q_row, c.D, keys, to, s_row,
+                  DirectNeighbours(c.key.dtype) * c.key.row * ItemSize(c.key.dtype));
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ namespace {
 struct ValueRows {
   int64_t count, step, weight_step;
   const char *first, *second;
+  int64_t ahead;  // bytes
 };
 
 // kV vectors of units from column d on, or (kRest) the last `rest` columns and zeros.
@@ -49,6 +50,12 @@ __attribute__((noinline)) void AddValues(const ValueRows& x, int64_t d, int rest
   for (int64_t u = x.count; u > 0; --u, first += x.step, second += x.step, weights += x.weight_step) {
     F v[kV];
     LoadValues<kPairs, kType, kV, kRest>(first, second, d, rest, v);
+    constexpr int kItem = kType == DType::kF32 && !kPairs ? 4 : 2;
+#pragma GCC unroll 8
+    for (int64_t at = 0; at < kV * kLanes * kItem; at += 64) {
+      __builtin_prefetch(first + d * kItem + at + x.ahead);
+      if (kPairs) __builtin_prefetch(second + d * kItem + at + x.ahead);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
       const F w = Set(weights[r * s_row]);
@@ -96,22 +103,27 @@ inline void AddRows(DType type, const ValueRows& x, int64_t columns, int64_t n, 
   });
 }
 
-// Adds to the sums of the n rows of head k its `count` values, or pairs of them, j, j + apart and so on, counted from key
+// Adds to the sums of the n rows of head k its `count` values, or pairs of them, from j on, counted from key
 // j0, which is column 0 of the weights. `zeros` stands for what lacks in the pair of the last of all, key `end` - 1.
 template <bool kPairs>
-inline void DirectValues(const Call& c, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t j, int64_t apart,
-                         int64_t count, int64_t end, const float* zeros, const float* weights, int64_t s_row,
-                         float* sums, int64_t dv) {
+inline void DirectValues(const Call& c, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t j, int64_t count,
+                         int64_t end, const float* zeros, const float* weights, int64_t s_row, float* sums,
+                         int64_t dv) {
   constexpr int64_t kPer = Unit<kPairs>::kElements;
   const int64_t row = c.value.row * ItemSize(c.value.dtype);
   const char* first = c.value.Bytes(b, k, j0 + j);
   weights += j / kPer;
-  const bool half = kPairs && j + (count - 1) * apart + 1 == end;
-  ValueRows x{half ? count - 1 : count, apart * row, apart / kPer, first, first + (kPairs ? row : 0)};
+  const bool half = kPairs && j + (count - 1) * kPer + 1 == end;
+  ValueRows x{half ? count - 1 : count,
+              kPer * row,
+              1,
+              first,
+              first + (kPairs ? row : 0),
+              DirectNeighbours(c.value.dtype) * row};
   AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights, s_row, sums, dv);
   if (!half) return;
-  x = {1, 0, 0, first + (count - 1) * x.step, reinterpret_cast<const char*>(zeros)};
-  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights + (count - 1) * (apart / kPer), s_row, sums, dv);
+  x = {1, 0, 0, first + (count - 1) * x.step, reinterpret_cast<const char*>(zeros), 0};
+  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights + (count - 1), s_row, sums, dv);
 }
 
 }  // namespace

@@ -73,8 +73,8 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
         if (from >= to) continue;
         ahead->Some();
         if (u0 + chunk < last) Prefetch(packed.values + (p * units + u0 + chunk) * kPanel, chunk * kPanel, t, count);
-        Gemm<kPairs, true>(tile.n, to - from, s.logits + tile.r * s.s_row + from, s.s_row, 1,
-                           packed.values + (p * units + from) * kPanel, acc + tile.r * dv + p * kPanel, dv);
+        AddGemm<kPairs>(c.Dv - p * kPanel, tile.n, to - from, s.logits + tile.r * s.s_row + from, s.s_row, 1,
+                        packed.values + (p * units + from) * kPanel, acc + tile.r * dv + p * kPanel, dv);
       }
     }
   }

@@ -94,6 +94,19 @@ inline void GemmColumns(int64_t rows, int64_t K, const float* a, int64_t a_row, 
   }
 }
 
+// Adds the product with a panel of which the first `columns` count.
+template <bool kPairs, int kVectors = 1>
+inline void AddGemm(int64_t columns, int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k,
+                    const float* b, float* c, int64_t c_row) {
+  if constexpr (kVectors == kPanelVectors || (kPairs && kHasMatrix)) {
+    Gemm<kPairs, true>(rows, K, a, a_row, a_k, b, c, c_row);
+  } else if (columns > kVectors * kLanes) {
+    AddGemm<kPairs, kVectors + 1>(columns, rows, K, a, a_row, a_k, b, c, c_row);
+  } else {
+    Gemm<kPairs, true, kVectors>(rows, K, a, a_row, a_k, b, c, c_row);
+  }
+}
+
 // Asks for part `i` of `parts` of n floats that the next products read, so that they do not wait for the caches
 // beyond the first. Always inlined: GCC drops calls of a function that does nothing but this.
 JAX_FA_INLINE void Prefetch(const float* p, int64_t n, int64_t i, int64_t parts) {

@@ -28,7 +28,9 @@ inline void PackTransposed(const View& x, int64_t width, int64_t b, int64_t k, i
   const int64_t units = Units<kPairs>(width), ld = RoundUp(units, kLanes), per = Unit<kPairs>::kElements;
   const bool direct =
       (kPairs || x.dtype == DType::kF32) && x.col == 1 && width % (kLanes * per) == 0 && x.row % per == 0;
-  for (int64_t r = 0; r < Panels(n) * kPanel; r += kLanes) {
+  // Columns without a row are not looked at: whole vectors of them stay as they are, but for what matrix tiles load.
+  const int64_t columns = kPairs && kHasMatrix ? Panels(n) * kPanel : RoundUp(n, kLanes);
+  for (int64_t r = 0; r < columns; r += kLanes) {
     float* dst = panels + (r / kPanel) * units * kPanel + r % kPanel;
     if (direct && r + kLanes <= n) {
       const float* src = reinterpret_cast<const float*>(x.Bytes(b, k, j0 + r));
