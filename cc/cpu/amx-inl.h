@@ -16,8 +16,8 @@ namespace {
 constexpr int kTileSide = 16;
 
 // A thread has tiles while this exists; what other libraries do with them comes before or after.
-struct Tiles {
-  Tiles() {
+struct MatrixTiles {
+  MatrixTiles() {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes_of_row[16] = {};
@@ -30,9 +30,9 @@ struct Tiles {
     }
     asm volatile("ldtilecfg %0" ::"m"(shapes));
   }
-  ~Tiles() { asm volatile("tilerelease"); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+  ~MatrixTiles() { asm volatile("tilerelease"); }
+  MatrixTiles(const MatrixTiles&) = delete;
+  MatrixTiles& operator=(const MatrixTiles&) = delete;
 };
 
 template <int kTile>

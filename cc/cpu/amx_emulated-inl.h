@@ -21,14 +21,14 @@ JAX_FA_INLINE EmulatedTiles& UseTiles(bool configured = true) {
   return emulated_tiles;
 }
 
-struct Tiles {
-  Tiles() {
+struct MatrixTiles {
+  MatrixTiles() {
     UseTiles(false).configured = true;
     __builtin_memset(emulated_tiles.tile, 0, sizeof emulated_tiles.tile);
   }
-  ~Tiles() { UseTiles().configured = false; }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+  ~MatrixTiles() { UseTiles().configured = false; }
+  MatrixTiles(const MatrixTiles&) = delete;
+  MatrixTiles& operator=(const MatrixTiles&) = delete;
 };
 
 template <int kTile>

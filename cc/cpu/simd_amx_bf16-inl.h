@@ -15,7 +15,7 @@ namespace {
 
 template <>
 struct TaskState<true> {
-  Tiles tiles;
+  MatrixTiles tiles;
 };
 
 template <>

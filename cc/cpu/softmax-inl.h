@@ -105,13 +105,13 @@ struct SoftmaxRows {
   int64_t x_row, acc_row;
 };
 
-// Turns products of n <= kRows rows, from `row` on, with keys j0 + [c0, c1) into weights. First the logits and the max of
+// Turns products of n <= kTileRows rows, from `row` on, with keys j0 + [c0, c1) into weights. First the logits and the max of
 // all rows, then their weights: the weights of a row do not wait for its own max alone.
 template <bool kPairs, typename Visible>
 inline void Softmax(const Call& c, const Row& row, int64_t n, int64_t j0, int64_t c0, int64_t c1,
                     const float* nan_marker, float* tmp, const SoftmaxRows& rows, const Visible& visible) {
-  float scale[kRows];
-  Range v[kRows];
+  float scale[kTileRows];
+  Range v[kTileRows];
   Row at = row;
   for (int64_t r = 0; r < n; ++r, at = After(c, at)) {
     float *x = rows.x + r * rows.x_row, *m = rows.m + r;

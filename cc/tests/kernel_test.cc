@@ -79,8 +79,15 @@ Spec RandomSpec(uint64_t seed) {
   return s;
 }
 
+// With the tiles of every size of caches in turn.
 void CheckRandom(uint64_t from, uint64_t to) {
-  for (uint64_t seed = from; seed < to; ++seed) Check(RandomSpec(seed));
+  const jax_fa::Caches own = jax_fa::TuningInUse().caches;
+  for (uint64_t seed = from; seed < to; ++seed) {
+    const jax_fa::Tiles& tiles = jax_fa::kTiles[seed % (sizeof jax_fa::kTiles / sizeof *jax_fa::kTiles)];
+    jax_fa::UseCaches({seed % 2 == 0 ? 32768 : 49152, tiles.second_cache, own.third});
+    Check(RandomSpec(seed));
+  }
+  jax_fa::UseCaches(own);
 }
 
 // Every pair of lengths (every `stride`-th of them), with causal and other bounds in turn.
