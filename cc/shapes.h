@@ -28,7 +28,7 @@ struct Shape {
 
 // What messages call an array. Put together only when there is a message: this is checked in every call.
 struct Label {
-  constexpr Label(const char* text) : text(text) {}  // NOLINT(google-explicit-constructor)
+  constexpr Label(const char* text) : text(text) {}  // NOLINT(google-explicit-constructor,misc-explicit-constructor)
   constexpr Label(const char* what, const char* of) : text(what), of(of) {}
   std::string Text() const { return std::string(text) + of; }
   const char* text;
