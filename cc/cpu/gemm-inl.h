@@ -10,10 +10,9 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-template <bool kPairs, int M, bool kAdd, int kVectors, bool kPart>
+template <bool kPairs, int M, bool kAdd, int kVectors>
 __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k,
-                                        const float* __restrict b, int64_t b_row, float* __restrict c, int64_t c_row,
-                                        int last) {
+                                        const float* __restrict b, float* __restrict c, int64_t c_row) {
   F acc[M][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
@@ -22,10 +21,7 @@ __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, in
   for (int64_t k = 0; k < K; ++k) {
     F bv[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const float* p = b + k * b_row + v * kLanes;
-      bv[v] = kPart && v == kVectors - 1 ? LoadFirst(p, last) : Load(p);
-    }
+    for (int v = 0; v < kVectors; ++v) bv[v] = Load(b + k * kPanel + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const F ai = Repeat(a + i * a_row + k * a_k);
@@ -44,10 +40,10 @@ __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, in
 
 // The same for any number of rows, split as evenly as possible. With kAdd the sum over k starts from zero
 // and is added to C at the end: continuing C's accumulation would cost accuracy. kVectors: those of a panel that are
-// there, and with kPart only `last` lanes of the last one.
-template <bool kPairs, bool kAdd, int kVectors, bool kPart>
+// there.
+template <bool kPairs, bool kAdd, int kVectors>
 inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
-                        int64_t c_row, int64_t b_row, int last) {
+                        int64_t c_row) {
   static_assert(kRows <= 6, "the cases below");
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -55,29 +51,29 @@ inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, 
     const float* at = a + i0 * a_row;
     float* ct = c + i0 * c_row;
     switch (n) {
-      case 1: GemmRows<kPairs, 1, kAdd, kVectors, kPart>(K, at, a_row, a_k, b, b_row, ct, c_row, last); break;
-      case 2: GemmRows<kPairs, 2, kAdd, kVectors, kPart>(K, at, a_row, a_k, b, b_row, ct, c_row, last); break;
-      case 3: GemmRows<kPairs, 3, kAdd, kVectors, kPart>(K, at, a_row, a_k, b, b_row, ct, c_row, last); break;
-      case 4: GemmRows<kPairs, 4, kAdd, kVectors, kPart>(K, at, a_row, a_k, b, b_row, ct, c_row, last); break;
-      case 5: GemmRows<kPairs, 5, kAdd, kVectors, kPart>(K, at, a_row, a_k, b, b_row, ct, c_row, last); break;
-      default: GemmRows<kPairs, 6, kAdd, kVectors, kPart>(K, at, a_row, a_k, b, b_row, ct, c_row, last); break;
+      case 1: GemmRows<kPairs, 1, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
+      case 2: GemmRows<kPairs, 2, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
+      case 3: GemmRows<kPairs, 3, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
+      case 4: GemmRows<kPairs, 4, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
+      case 5: GemmRows<kPairs, 5, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
+      default: GemmRows<kPairs, 6, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
     }
   }
 }
 
 // ... of which the set's matrix tiles take what fills them.
-template <bool kPairs, bool kAdd, int kVectors = kPanelVectors, bool kPart = false>
+template <bool kPairs, bool kAdd, int kVectors = kPanelVectors>
 inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
-                 int64_t c_row, int64_t b_row = kPanel, int last = kLanes) {
-  if constexpr (kPairs && kHasMatrix && kVectors == kPanelVectors && !kPart) {
-    const int64_t done = Matrix<kPairs>::template Product<kAdd>(rows, K, a, a_row, a_k, b, b_row, c, c_row);
+                 int64_t c_row) {
+  if constexpr (kPairs && kHasMatrix && kVectors == kPanelVectors) {
+    const int64_t done = Matrix<kPairs>::template Product<kAdd>(rows, K, a, a_row, a_k, b, kPanel, c, c_row);
     if (done > 0) {
       if (done == K) return;
-      a += done * a_k, b += done * b_row;
-      return GemmVectors<kPairs, true, kVectors, kPart>(rows, K - done, a, a_row, a_k, b, c, c_row, b_row, last);
+      a += done * a_k, b += done * kPanel;
+      return GemmVectors<kPairs, true, kVectors>(rows, K - done, a, a_row, a_k, b, c, c_row);
     }
   }
-  GemmVectors<kPairs, kAdd, kVectors, kPart>(rows, K, a, a_row, a_k, b, c, c_row, b_row, last);
+  GemmVectors<kPairs, kAdd, kVectors>(rows, K, a, a_row, a_k, b, c, c_row);
 }
 
 // The same without a sum that was there before, for the vectors of a panel from `first` to the one with column to - 1.

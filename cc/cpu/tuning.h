@@ -33,7 +33,7 @@ namespace neon {
 // N2) and 6 in four (Cortex-X, Neoverse V1 and V2, Apple M), none waits: 24 sums cover a latency of 4 in four pipes, for
 // which 16 would do. The packed operand takes two loads of a pair of vectors, and FMLA by element reads the other one from
 // one lane, so that a row's element is a plain load of 4 bytes: 8 loads of two or three a cycle, and no slot of the pipes,
-// one of which a load that repeats an element (LD1R) takes on these cores: 6 for 24 FMLA, a fifth of the time.
+// one of which a load that repeats an element (LD1R) takes on these cores. Counted, not measured.
 constexpr Target kTarget{4, 4, 6, 32, false};
 }  // namespace neon
 namespace avx2 {
