@@ -1,7 +1,7 @@
 """Times the native CPU kernels against the machine's own limits, `jax.nn` and PyTorch, all in one run.
 
     python -P benchmarks/cpu_attention.py [--rounds 7] [--only TEXT] [--instruction-set NAME] [--json FILE]
-    python -P benchmarks/cpu_attention.py --readme FILE
+    python -P benchmarks/cpu_attention.py --tables
 
 All that is compared in a row is called in turn within one process, and every figure is of one run; see README.md
 beside this file. `cpu/cases.py` says what is measured, `cpu/bounds.py` what must come out.
@@ -22,10 +22,11 @@ def main() -> None:
     if options.instruction_set:
         os.environ["JAX_FA_CPU_ISA"] = options.instruction_set
     # After that, since what the kernels choose may be chosen at import.
-    from cpu import bounds, cases, limits, machine, measure, programs, report
+    from cpu import bounds, cases, limits, machine, measure, programs, report, tables
 
-    if options.readme:
-        report.write_readme(options.readme)
+    if options.tables:
+        for document in tables.DOCUMENTS:
+            tables.write(document)
         return
     found = machine.describe()
     path = options.json or HERE / "results" / machine.file_name(found)
@@ -80,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where all figures go (default: results/PROCESSOR-SET.json, and none with --only)",
     )
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="measure nothing: make the README's table from FILE"
+        "--tables",
+        action="store_true",
+        help="measure nothing: make the tables of documents from result files",
     )
     return parser
 
