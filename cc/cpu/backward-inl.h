@@ -103,14 +103,14 @@ void BackwardAs(const Call& c, const Runner& runner) {
   const AllSums sums(c, plan.splits);
 
   const bool large = head_size > kThreadFloats;
-  Run(runner, plan.groups.count * plan.splits, [&](int64_t task) {
+  Run(runner, plan.groups.count() * plan.splits, [&](int64_t task) {
     const int64_t group = task / plan.splits, split = task % plan.splits;
     const int64_t key0 = split * plan.split_keys;
     const int64_t key1 = key0 + plan.split_keys < c.Skv ? key0 + plan.split_keys : c.Skv;
     const BackwardScratch<kPairs> s(c, plan, plan.splits == 1 && !large);
     const Buffer own_dq(plan.splits == 1 && large ? head_size : 0);
-    for (int64_t i = plan.groups.starts[group]; i < plan.groups.starts[group + 1]; ++i) {
-      const int64_t head = plan.groups.heads[i], b = head / c.K, k = head % c.K, part = head * plan.splits + split;
+    for (int64_t i = plan.groups.Begin(group); i < plan.groups.End(group); ++i) {
+      const int64_t head = plan.groups.Head(i), b = head / c.K, k = head % c.K, part = head * plan.splits + split;
       float* dq = plan.splits > 1 ? dq_parts.get() + part * head_size : large ? own_dq.get() : s.dq;
       BackwardHead<kPairs>(c, plan, s, b, k, key0, key1, dq, sums.Of(head, split));
       if (plan.splits > 1) continue;

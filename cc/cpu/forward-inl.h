@@ -46,9 +46,9 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
       PrefetchLogits(c, RowAt(c, b, k, r0 + g0 + tile.r), tile.n, j0, p * kPanel, PanelEnd(p, width));
       ahead->Some();
       const int64_t from = tile.from - p * kPanel, to = tile.to - p * kPanel;
-      GemmColumns<kPairs>(tile.n, depth, q + tile.r * s.q_row, s.q_row, packed.keys + p * depth * kPanel,
-                          s.logits + tile.r * s.s_row + p * kPanel, s.s_row, from > 0 ? from / kLanes : 0,
-                          to < kPanel ? to : kPanel);
+      GemmColumns<kPairs, false>({from > 0 ? from : 0, to < kPanel ? to : kPanel}, tile.n, depth, q + tile.r * s.q_row,
+                                 s.q_row, 1, packed.keys + p * depth * kPanel, s.logits + tile.r * s.s_row + p * kPanel,
+                                 s.s_row);
     }
   }
   int64_t first = width, last = 0;
@@ -73,8 +73,9 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
         if (from >= to) continue;
         ahead->Some();
         if (u0 + chunk < last) Prefetch(packed.values + (p * units + u0 + chunk) * kPanel, chunk * kPanel, t, count);
-        AddGemm<kPairs>(c.Dv - p * kPanel, tile.n, to - from, s.logits + tile.r * s.s_row + from, s.s_row, 1,
-                        packed.values + (p * units + from) * kPanel, acc + tile.r * dv + p * kPanel, dv);
+        GemmColumns<kPairs, true>({0, c.Dv - p * kPanel}, tile.n, to - from, s.logits + tile.r * s.s_row + from,
+                                  s.s_row, 1, packed.values + (p * units + from) * kPanel,
+                                  acc + tile.r * dv + p * kPanel, dv);
       }
     }
   }

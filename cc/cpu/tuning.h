@@ -189,6 +189,9 @@ constexpr int64_t kEnoughTasks = 32, kFewTasks = 64, kSplitKeys = 256, kSplitRow
 // that of reading them once, and packing would write and read them once more.
 constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
 
+// With at most this many rows and keys of a key head, packing them takes longer than it saves.
+constexpr int64_t kSmallRows = 16, kSmallKeys = 16;
+
 // Forward: packed keys and values of all heads may take this many floats (80 MiB); beyond, each task packs for itself.
 constexpr int64_t kSharedFloats = int64_t{20} << 20;
 

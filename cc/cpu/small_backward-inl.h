@@ -1,0 +1,81 @@
+// The backward of small heads: see backward-inl.h.
+#pragma once
+
+#include "call.h"
+#include "cpu/backward-inl.h"
+#include "cpu/backward_rows-inl.h"
+#include "cpu/backward_sums-inl.h"
+#include "cpu/groups-inl.h"
+#include "cpu/rows-inl.h"
+#include "cpu/small-inl.h"
+
+namespace jax_fa::JAX_FA_ISA {
+namespace {
+
+// delta as in Deltas: where out is a value, its product with dout and that value's have the same bits.
+inline void SmallDeltas(const Call& c, const SmallScratch& s, int64_t b, int64_t h, int64_t n, const FloatRows& dout) {
+  const FloatRows out = ReadRows(c.out, b, h, n, c.Sq, c.Dv, s.out);
+  if (c.rounding) {  // then out is of 16 bits, and its rows are copies
+    const FloatRows rest = ReadRows(c.rounding, b, h, n, c.Sq, c.Dv, s.sums);
+    const F unit = Set(RoundingUnit(c));
+    Combine(n * out.stride, s.out, rest.first, [&](F x, F lost) { return Fma(lost, unit, x); });
+  }
+  RowDots(n, dout, out, c.Dv, s.delta);
+  Row row{b, h, 0};
+  for (int64_t r = 0; c.dlogsumexp && r < n; ++r, row = After(c, row))
+    s.delta[r] -= *c.dlogsumexp.At<float>(b, row.n, row.i);
+}
+
+inline void SmallBackwardHead(const Call& c, const SmallScratch& s, int64_t b, int64_t k, const HeadSums& sums) {
+  const int64_t n = c.G() * c.Sq, h = k * c.G();
+  const Row first{b, h, 0};
+  Row row = first;
+  for (int64_t r = 0; r < n; ++r, row = After(c, row)) ReadStatistics(c, row, s.m + r, s.inverse + r);
+  const bool masked = IsMasked(c);
+  float* const marks = masked ? s.inverse : nullptr;
+  const FloatRows q = ReadRows(c.query, b, h, n, c.Sq, c.D, s.q, marks);
+  const FloatRows dout = ReadRows(c.dout, b, h, n, c.Sq, c.Dv, s.dout, marks);
+  const FloatRows keys = ReadRows(c.key, b, k, c.Skv, c.Skv, c.D, s.keys, masked ? s.key_marks : nullptr);
+  const FloatRows values = ReadRows(c.value, b, k, c.Skv, c.Skv, c.Dv, s.values);
+  Dots(n, q, c.Skv, keys, c.D, s.p, s.s_row);
+  Dots(n, dout, c.Skv, values, c.Dv, s.ds, s.s_row);
+  SmallDeltas(c, s, b, h, n, dout);
+  row = first;
+  for (int64_t r = 0; r < n; ++r, row = After(c, row))
+    RowGradients(c, s, row, r, 0, Visible(c, row), 0, s.s_row, s.p + r * s.s_row, s.ds + r * s.s_row, sums);
+  if (c.dquery) {
+    Combination(n, c.Skv, s.ds, s.s_row, 1, keys, c.D, s.sums, s.row);
+    row = first;
+    for (int64_t r = 0; r < n; ++r, row = After(c, row))
+      StoreRow(s.sums + r * s.row, ScaleOf(c, row), c.dquery.Bytes(b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
+  }
+  const auto store = [&](const View& to, const float* weights, const FloatRows& rows, int64_t width, float scale) {
+    if (!to) return;
+    Combination(c.Skv, n, weights, 1, s.s_row, rows, width, s.sums, s.row);
+    for (int64_t j = 0; j < c.Skv; ++j) StoreRow(s.sums + j * s.row, scale, to.Bytes(b, k, j), to.dtype, to.col, width);
+  };
+  const bool one_scale = HaveOneScale(c, b, k);
+  if (!one_scale) {
+    row = first;
+    for (int64_t r = 0; r < n; ++r, row = After(c, row)) Rescale(ScaleOf(c, row), s.s_row, s.ds + r * s.s_row);
+  }
+  store(c.dkey, s.ds, q, c.D, one_scale ? ScaleOf(c, first) : 1.0f);
+  store(c.dvalue, s.p, dout, c.Dv, 1.0f);
+}
+
+inline void SmallBackward(const Call& c, const Runner& runner) {
+  const HeadGroups groups(c);
+  const AllSums sums(c, 1);
+  const bool writes_all_bias = c.dbias && WritesAllBias(c);
+  RunSmall(c, runner, groups.count(), [&](SmallScratch& s, int64_t group) {
+    s.writes_all_bias = writes_all_bias;
+    for (int64_t i = groups.Begin(group); i < groups.End(group); ++i) {
+      const int64_t head = groups.Head(i);
+      SmallBackwardHead(c, s, head / c.K, head % c.K, sums.Of(head, 0));
+    }
+  });
+  sums.Store();
+}
+
+}  // namespace
+}  // namespace jax_fa::JAX_FA_ISA
