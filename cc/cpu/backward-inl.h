@@ -39,11 +39,12 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
   RowTile tiles[kMostRows];
   PrepareRows<kPairs>(c, plan, s, b, k);
   for (int64_t block = 0; block < plan.row_blocks; ++block) s.has_rows[block] = 0;
-  Fill(dq, 0, plan.dq_size + BalanceSize<kPairs>(plan), 0.0f);
+  if (c.dquery) ClearRows(dq, plan.rows, plan.dq_row, c.D);
+  Fill(dq + plan.dq_size, 0, BalanceSize<kPairs>(plan), 0.0f);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
-    Fill(s.dk, 0, width * plan.dq_row, 0.0f);
-    Fill(s.dv, 0, width * s.dv_row, 0.0f);
+    ClearRows(s.dk, width, plan.dq_row, c.D);
+    ClearRows(s.dv, width, s.dv_row, c.Dv);
     bool packed = false;
     for (int64_t block = 0; block < plan.row_blocks; ++block) {
       if (s.block_lo[block] >= j0 + width || s.block_hi[block] <= j0) continue;

@@ -54,16 +54,18 @@ inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardS
   const bool masked = IsMasked(c);
   for (int64_t r = 0; r < plan.rows; r += kDeltas)  // dv is not used yet
     Deltas<kDeltas>(c, b, k, r, r + kDeltas < plan.rows ? kDeltas : plan.rows - r, s.stage, s.dv, s.delta + r);
-  for (int64_t r = 0; r < plan.rows; ++r) {
-    const Row row = RowAt(c, b, k, r);
+  Row row{b, k * c.G(), 0};
+  for (int64_t r = 0, block = -1; r < plan.rows; ++r, row = After(c, row)) {
     const Range v = Visible(c, row);
     s.lo[r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);
     s.hi[r] = static_cast<int32_t>(v.Empty() ? 0 : v.hi);
-    int32_t &from = s.block_lo[r / plan.block_rows], &to = s.block_hi[r / plan.block_rows];
-    if (r % plan.block_rows == 0) from = INT32_MAX, to = 0;
+    if (r == (block + 1) * plan.block_rows) {
+      ++block;
+      s.block_lo[block] = INT32_MAX, s.block_hi[block] = 0;
+    }
     if (!v.Empty()) {
-      from = s.lo[r] < from ? s.lo[r] : from;
-      to = s.hi[r] > to ? s.hi[r] : to;
+      s.block_lo[block] = s.lo[r] < s.block_lo[block] ? s.lo[r] : s.block_lo[block];
+      s.block_hi[block] = s.hi[r] > s.block_hi[block] ? s.hi[r] : s.block_hi[block];
     }
     ReadStatistics(c, row, s.m + r, s.inverse + r);
     if (masked) {

@@ -25,45 +25,86 @@ struct FloatRows {
   const float* operator[](int64_t i) const { return first + i * stride; }
 };
 
+// Whether weights are those of the products alone, within a range of keys of each row.
+inline bool AreWeightsPlain(const Call& c) {
+  return !c.bias && !c.slopes && !c.mask && !c.segment_row && c.soft_cap == 0.0f && !c.soft_cap_of_head &&
+         !c.scale_of_head && !c.seed && !c.drop_bits;
+}
+
+// One row and one key a head, plain: then a vector of heads at a time.
+inline bool TakesOneKey(const Call& c) { return c.Skv == 1 && c.G() * c.Sq == 1 && AreWeightsPlain(c); }
+
+// Products, weights and ds: where an element of a row and a key is. Plain ones are made for a vector of rows at a time, so
+// that no sum or max is one over lanes.
+struct SmallLayout {
+  bool plain;
+  int64_t of_row, of_key;
+
+  explicit SmallLayout(const Call& c)
+      : plain(AreWeightsPlain(c)),
+        of_row(plain ? 1 : RoundUp(c.Skv, kLanes)),
+        of_key(plain ? RoundUp(c.G() * c.Sq, kLanes) : 1) {}
+};
+
 struct SmallScratch : GradientRows {
+  const SmallLayout layout;
   float *q, *keys, *values, *out, *dout, *sums;  // rows
-  float *p, *ds, *l;
-  float* key_marks;  // NaN for each key whose value is not finite
-  int64_t row, s_row;
+  float *p, *ds, *l, *lo, *hi;                   // lo, hi: the visible keys, as floats
+  float* key_marks;                              // NaN for each key whose value is not finite
+  int64_t row;
 
   explicit SmallScratch(const Call& c)
-      : row(RoundUp(c.D > c.Dv ? c.D : c.Dv, kLanes)), s_row(RoundUp(c.Skv, kLanes)), memory([&](Arena& arena) {
-          const int64_t n = c.G() * c.Sq, most = n > c.Skv ? n : c.Skv;
-          q = arena.Take(n * row);
-          out = arena.Take(n * row);
-          dout = arena.Take(n * row);
-          keys = arena.Take(c.Skv * row);
-          values = arena.Take(c.Skv * row);
-          sums = arena.Take(most * row);
-          p = arena.Take(n * s_row);
-          ds = arena.Take(n * s_row);
-          slope = arena.Take(s_row);
-          by_cap = arena.Take(s_row);
-          products = arena.Take(s_row);
-          tmp = arena.Take(s_row);
-          key_marks = arena.Take(s_row);
-          m = arena.Take(RoundUp(n, 4));
-          l = arena.Take(RoundUp(n, 4));
-          inverse = arena.Take(RoundUp(n, 4));
-          delta = arena.Take(RoundUp(n, 4));
+      : layout(c), row(RoundUp(c.D > c.Dv ? c.D : c.Dv, kLanes)), memory([&](Arena& arena) {
+          const int64_t n = c.G() * c.Sq, n_up = RoundUp(n, kLanes), keys_up = RoundUp(c.Skv, kLanes);
+          q = arena.Take(n_up * row);
+          out = arena.Take(n_up * row);
+          dout = arena.Take(n_up * row);
+          keys = arena.Take(keys_up * row);
+          values = arena.Take(keys_up * row);
+          sums = arena.Take((n_up > keys_up ? n_up : keys_up) * row);
+          p = arena.Take(n_up * keys_up);
+          ds = arena.Take(n_up * keys_up);
+          slope = arena.Take(keys_up);
+          by_cap = arena.Take(keys_up);
+          products = arena.Take(keys_up);
+          tmp = arena.Take(keys_up);
+          key_marks = arena.Take(keys_up);
+          m = arena.Take(n_up);
+          l = arena.Take(n_up);
+          inverse = arena.Take(n_up);
+          delta = arena.Take(n_up);
+          lo = arena.Take(n_up);
+          hi = arena.Take(n_up);
         }) {}
 
  private:
   const ThreadParts memory;  // the last member, as it fills in those above
 };
 
-// Calls what(scratch, i) for all i < count, several a task.
+// Calls what(scratch, i) for all i < count, up to `most` of them a task: heads, or vectors of them.
 template <typename What>
-inline void RunSmall(const Call& c, const Runner& runner, int64_t count, const What& what) {
-  const int64_t most = kThreadTasks * runner.threads, tasks = count < most ? count : most;
-  Run(runner, tasks, [&](int64_t task) {
+inline void RunSmall(const Call& c, const Runner& runner, int64_t count, int64_t most, const What& what) {
+  const int64_t fit = kSmallTask / ((c.G() * c.Sq + c.Skv) * (c.D + c.Dv)), each = fit < 1      ? 1
+                                                                                   : fit < most ? fit
+                                                                                                : most;
+  Run(runner, (count + each - 1) / each, [&](int64_t task) {
     SmallScratch s(c);
-    for (int64_t i = count * task / tasks; i < count * (task + 1) / tasks; ++i) what(s, i);
+    for (int64_t i = task * each; i < count && i < (task + 1) * each; ++i) what(s, i);
+  });
+}
+
+// The same for one key: what(scratch, heads, n) with the rows, one of each of n heads, a vector of them at a time.
+template <typename What>
+inline void RunOneKey(const Call& c, const Runner& runner, const What& what) {
+  const int64_t heads = c.B * c.K;
+  RunSmall(c, runner, (heads + kLanes - 1) / kLanes, kSmallHeads / kLanes, [&](const SmallScratch& s, int64_t i) {
+    const int64_t first = i * kLanes, n = heads - first < kLanes ? heads - first : kLanes;
+    Row rows[kLanes], row{first / c.K, first % c.K, 0};
+    for (int64_t r = 0; r < n; ++r) {
+      rows[r] = row;
+      if (++row.n == c.K) row.n = 0, ++row.b;
+    }
+    what(s, rows, n);
   });
 }
 
@@ -72,20 +113,30 @@ inline void RunSmall(const Call& c, const Runner& runner, int64_t count, const W
 inline FloatRows ReadRows(const View& x, int64_t b, int64_t h, int64_t n, int64_t length, int64_t width, float* own,
                           float* marks = nullptr) {
   const int64_t stride = RoundUp(width, kLanes);
-  if (marks == nullptr && x.dtype == DType::kF32 && x.col == 1 && width == stride && (n <= length || length == 1))
-    return {x.At<float>(b, h), n <= length ? x.row : x.head};
+  const auto finite = [&](const FloatRows& rows) {
+    F sum = Set(0.0f);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t d = 0; d < stride; d += kLanes) sum = Fma(Load(rows[i] + d), Set(0.0f), sum);
+    return Sum(sum) == 0.0f;
+  };
+  if (x.dtype == DType::kF32 && x.col == 1 && width == stride && (n <= length || length == 1)) {
+    const FloatRows rows{x.At<float>(b, h), n <= length ? x.row : x.head};
+    if (marks == nullptr || finite(rows)) return rows;
+  }
   for (int64_t i = 0, at = 0; i < n; ++i, ++at) {
     if (at == length) at = 0, ++h;
-    float* to = own + i * stride;
-    LoadRow(x.Bytes(b, h, at), x.dtype, x.col, width, to);
-    Fill(to, width, stride, 0.0f);
-    if (marks == nullptr) continue;
-    const float mark = ZeroOrNaN(to, stride);
+    LoadRow(x.Bytes(b, h, at), x.dtype, x.col, width, own + i * stride);
+    Fill(own + i * stride, width, stride, 0.0f);
+  }
+  const FloatRows rows{own, stride};
+  if (marks == nullptr || finite(rows)) return rows;
+  for (int64_t i = 0; i < n; ++i) {
+    const float mark = ZeroOrNaN(rows[i], stride);
     if (mark == 0.0f) continue;
-    Fill(to, 0, stride, 0.0f);
+    Fill(own + i * stride, 0, stride, 0.0f);
     marks[i] += mark;
   }
-  return {own, stride};
+  return rows;
 }
 
 // The sums over d of x[r + i][d] y[i][d], i < kRows, and of them four at a time over lanes.
@@ -112,7 +163,7 @@ JAX_FA_INLINE void DotTile(const float* x, int64_t x_stride, const float* const*
   for (int r = 0; r < kCount; ++r) SumFour(sums[r], to + r * to_row);
 }
 
-// The products of n rows of x with m rows of y. Columns up to a multiple of four are written.
+// The products of n rows of x with m rows of y, in columns up to a multiple of four.
 inline void Dots(int64_t n, const FloatRows& x, int64_t m, const FloatRows& y, int64_t width, float* to,
                  int64_t to_row) {
   for (int64_t j = 0; j < m; j += 4) {
@@ -126,8 +177,43 @@ inline void Dots(int64_t n, const FloatRows& x, int64_t m, const FloatRows& y, i
   }
 }
 
-// The product of each of n rows of x with that of y, in the order of sums of the above.
-inline void RowDots(int64_t n, const FloatRows& x, const FloatRows& y, int64_t width, float* to) {
+// Those of n rows and the keys, as the layout has them.
+inline void Dots(const Call& c, const SmallLayout& to, int64_t n, const FloatRows& rows, const FloatRows& keys,
+                 int64_t width, float* products) {
+  if (to.plain) {
+    Dots(c.Skv, keys, n, rows, width, products, to.of_key);
+  } else {
+    Dots(n, rows, c.Skv, keys, width, products, to.of_row);
+  }
+}
+
+// Those of one key: see RunOneKey.
+struct HeadRows {
+  const float* of[kLanes];
+  const float* operator[](int64_t i) const { return of[i]; }
+
+  HeadRows(const View& x, const Row* rows, int64_t n, int64_t width, float* own) {
+    const int64_t stride = RoundUp(width, kLanes);
+    for (int64_t i = 0; i < n; ++i) of[i] = ReadRows(x, rows[i].b, rows[i].n, 1, 1, width, own + i * stride).first;
+  }
+};
+
+// The range of visible keys of a row, as floats.
+inline void ReadRange(const Call& c, const SmallScratch& s, const Row& row, int64_t r) {
+  const Range v = Visible(c, row);
+  s.lo[r] = static_cast<float>(v.lo);
+  s.hi[r] = static_cast<float>(v.hi);
+}
+
+// Lanes: rows whose range has key j.
+JAX_FA_INLINE F OnlyVisible(F lo, F hi, int64_t j, F x, F masked) {
+  const F at = Set(static_cast<float>(j)), next = Set(static_cast<float>(j + 1));
+  return Select(Equal(Max(lo, at), at), Select(Equal(Max(hi, next), hi), x, masked), masked);
+}
+
+// The product of each of n rows of x with that of y, in the order of sums of the above; up to a multiple of four.
+template <typename X, typename Y>
+inline void RowDots(int64_t n, const X& x, const Y& y, int64_t width, float* to) {
   for (int64_t r = 0; r < n; r += 4) {
     F sums[4];
     const float *a[4], *b[4];

@@ -190,7 +190,11 @@ constexpr int64_t kEnoughTasks = 32, kFewTasks = 64, kSplitKeys = 256, kSplitRow
 constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
 
 // With at most this many rows and keys of a key head, packing them takes longer than it saves.
-constexpr int64_t kSmallRows = 16, kSmallKeys = 16;
+constexpr int64_t kSmallRows = 32, kSmallKeys = 32;
+
+// ... and several heads are a task, of so many elements or heads: 5 to 20 us, next to which the beginning of a task is
+// little.
+constexpr int64_t kSmallTask = int64_t{1} << 15, kSmallHeads = 64;
 
 // Forward: packed keys and values of all heads may take this many floats (80 MiB); beyond, each task packs for itself.
 constexpr int64_t kSharedFloats = int64_t{20} << 20;

@@ -94,7 +94,7 @@ void CheckPlanning() {
         Fail("a plan takes %.3g ms for %lld entries and %.3g ms for %lld", 1e3 * few, static_cast<long long>(kSmall),
              1e3 * many, static_cast<long long>(kLarge));
       if (bias_of(1) == 0) continue;  // one task or few
-      constexpr int64_t kTasks = 500;
+      constexpr int64_t kTasks = 30;
       const double small_tasks = time(small, kTasks) - few, large_tasks = time(large, kTasks) - many;
       if (large_tasks > 8 * small_tasks + many + 1e-3)
         Fail("%lld tasks take %.3g ms of a small call and %.3g ms of a large one", static_cast<long long>(kTasks),
