@@ -14,8 +14,8 @@ namespace jax_fa::JAX_FA_ISA {
 namespace {
 
 inline bool IsSmall(const Call& c) {
-  const int64_t rows = c.G() * c.Sq;
-  return rows > 0 && rows <= kSmallRows && c.Skv > 0 && c.Skv <= kSmallKeys;
+  const int64_t rows = c.G() * c.Sq, most = KeysOf(kSmallRows, c.D > c.Dv ? c.D : c.Dv);
+  return rows > 0 && rows <= most && c.Skv > 0 && c.Skv <= most;
 }
 
 // A head's rows in floats, each filled up with zeros to whole vectors.
@@ -81,33 +81,6 @@ struct SmallScratch : GradientRows {
   const ThreadParts memory;  // the last member, as it fills in those above
 };
 
-// Calls what(scratch, i) for all i < count, up to `most` of them a task: heads, or vectors of them.
-template <typename What>
-inline void RunSmall(const Call& c, const Runner& runner, int64_t count, int64_t most, const What& what) {
-  const int64_t fit = kSmallTask / ((c.G() * c.Sq + c.Skv) * (c.D + c.Dv)), each = fit < 1      ? 1
-                                                                                   : fit < most ? fit
-                                                                                                : most;
-  Run(runner, (count + each - 1) / each, [&](int64_t task) {
-    SmallScratch s(c);
-    for (int64_t i = task * each; i < count && i < (task + 1) * each; ++i) what(s, i);
-  });
-}
-
-// The same for one key: what(scratch, heads, n) with the rows, one of each of n heads, a vector of them at a time.
-template <typename What>
-inline void RunOneKey(const Call& c, const Runner& runner, const What& what) {
-  const int64_t heads = c.B * c.K;
-  RunSmall(c, runner, (heads + kLanes - 1) / kLanes, kSmallHeads / kLanes, [&](const SmallScratch& s, int64_t i) {
-    const int64_t first = i * kLanes, n = heads - first < kLanes ? heads - first : kLanes;
-    Row rows[kLanes], row{first / c.K, first % c.K, 0};
-    for (int64_t r = 0; r < n; ++r) {
-      rows[r] = row;
-      if (++row.n == c.K) row.n = 0, ++row.b;
-    }
-    what(s, rows, n);
-  });
-}
-
 // Rows i < n of an array, the first of head h, each head having `length`: in place if they are such already, else in
 // `own`. With `marks`, those that are not all finite are 0, and NaN is added to their marks.
 inline FloatRows ReadRows(const View& x, int64_t b, int64_t h, int64_t n, int64_t length, int64_t width, float* own,
@@ -139,7 +112,7 @@ inline FloatRows ReadRows(const View& x, int64_t b, int64_t h, int64_t n, int64_
   return rows;
 }
 
-// The sums over d of x[r + i][d] y[i][d], i < kRows, and of them four at a time over lanes.
+// The products of kCount rows of x with four of y.
 template <int kCount>
 JAX_FA_INLINE void DotTile(const float* x, int64_t x_stride, const float* const* y, int64_t width, float* to,
                            int64_t to_row) {
@@ -177,40 +150,6 @@ inline void Dots(int64_t n, const FloatRows& x, int64_t m, const FloatRows& y, i
   }
 }
 
-// Those of n rows and the keys, as the layout has them.
-inline void Dots(const Call& c, const SmallLayout& to, int64_t n, const FloatRows& rows, const FloatRows& keys,
-                 int64_t width, float* products) {
-  if (to.plain) {
-    Dots(c.Skv, keys, n, rows, width, products, to.of_key);
-  } else {
-    Dots(n, rows, c.Skv, keys, width, products, to.of_row);
-  }
-}
-
-// Those of one key: see RunOneKey.
-struct HeadRows {
-  const float* of[kLanes];
-  const float* operator[](int64_t i) const { return of[i]; }
-
-  HeadRows(const View& x, const Row* rows, int64_t n, int64_t width, float* own) {
-    const int64_t stride = RoundUp(width, kLanes);
-    for (int64_t i = 0; i < n; ++i) of[i] = ReadRows(x, rows[i].b, rows[i].n, 1, 1, width, own + i * stride).first;
-  }
-};
-
-// The range of visible keys of a row, as floats.
-inline void ReadRange(const Call& c, const SmallScratch& s, const Row& row, int64_t r) {
-  const Range v = Visible(c, row);
-  s.lo[r] = static_cast<float>(v.lo);
-  s.hi[r] = static_cast<float>(v.hi);
-}
-
-// Lanes: rows whose range has key j.
-JAX_FA_INLINE F OnlyVisible(F lo, F hi, int64_t j, F x, F masked) {
-  const F at = Set(static_cast<float>(j)), next = Set(static_cast<float>(j + 1));
-  return Select(Equal(Max(lo, at), at), Select(Equal(Max(hi, next), hi), x, masked), masked);
-}
-
 // The product of each of n rows of x with that of y, in the order of sums of the above; up to a multiple of four.
 template <typename X, typename Y>
 inline void RowDots(int64_t n, const X& x, const Y& y, int64_t width, float* to) {
@@ -229,12 +168,74 @@ inline void RowDots(int64_t n, const X& x, const Y& y, int64_t width, float* to)
   }
 }
 
+// The products of n rows with all keys, as the layout has them.
+inline void Dots(const Call& c, const SmallLayout& to, int64_t n, const FloatRows& rows, const FloatRows& keys,
+                 int64_t width, float* products) {
+  if (to.plain) {
+    Dots(c.Skv, keys, n, rows, width, products, to.of_key);
+  } else {
+    Dots(n, rows, c.Skv, keys, width, products, to.of_row);
+  }
+}
+
+// The range of visible keys of a row, as floats.
+inline void ReadRange(const Call& c, const SmallScratch& s, const Row& row, int64_t r) {
+  const Range v = Visible(c, row);
+  s.lo[r] = static_cast<float>(v.lo);
+  s.hi[r] = static_cast<float>(v.hi);
+}
+
+// Lanes: rows whose range has key j.
+JAX_FA_INLINE F OnlyVisible(F lo, F hi, int64_t j, F x, F masked) {
+  const F at = Set(static_cast<float>(j)), next = Set(static_cast<float>(j + 1));
+  return Select(Equal(Max(lo, at), at), Select(Equal(Max(hi, next), hi), x, masked), masked);
+}
+
 // c[i] = sum over k < K of weights a(i, k) times row k of b, i < n, of which `width` columns count.
 inline void Combination(int64_t n, int64_t K, const float* a, int64_t a_row, int64_t a_k, const FloatRows& b,
                         int64_t width, float* c, int64_t c_row) {
   for (int64_t d = 0; d < width; d += kPanel)
     GemmColumns<false, false>({0, width - d}, n, K, a, a_row, a_k, b.first + d, c + d, c_row, b.stride);
 }
+
+// Heads of which a task takes about kSmallTask elements.
+inline int64_t HeadsOfTask(const Call& c) { return kSmallTask / ((c.G() * c.Sq + c.Skv) * (c.D + c.Dv)); }
+
+// Calls what(scratch, i) for all i < count, up to `each` of them a task.
+template <typename What>
+inline void RunSmall(const Call& c, const Runner& runner, int64_t count, int64_t each, const What& what) {
+  each = each < 1 ? 1 : each;
+  Run(runner, (count + each - 1) / each, [&](int64_t task) {
+    SmallScratch s(c);
+    for (int64_t i = task * each; i < count && i < (task + 1) * each; ++i) what(s, i);
+  });
+}
+
+// Calls what(scratch, rows, n) for calls of one key, with the rows of n heads, a vector of them at a time.
+template <typename What>
+inline void RunOneKey(const Call& c, const Runner& runner, const What& what) {
+  const int64_t heads = c.B * c.K;
+  RunSmall(c, runner, (heads + kLanes - 1) / kLanes, HeadsOfTask(c) / kLanes, [&](const SmallScratch& s, int64_t i) {
+    const int64_t first = i * kLanes, n = heads - first < kLanes ? heads - first : kLanes;
+    Row rows[kLanes], row{first / c.K, first % c.K, 0};
+    for (int64_t r = 0; r < n; ++r) {
+      rows[r] = row;
+      if (++row.n == c.K) row.n = 0, ++row.b;
+    }
+    what(s, rows, n);
+  });
+}
+
+// Such rows of one array each.
+struct HeadRows {
+  const float* of[kLanes];
+  const float* operator[](int64_t i) const { return of[i]; }
+
+  HeadRows(const View& x, const Row* rows, int64_t n, int64_t width, float* own) {
+    const int64_t stride = RoundUp(width, kLanes);
+    for (int64_t i = 0; i < n; ++i) of[i] = ReadRows(x, rows[i].b, rows[i].n, 1, 1, width, own + i * stride).first;
+  }
+};
 
 }  // namespace
 }  // namespace jax_fa::JAX_FA_ISA

@@ -128,7 +128,7 @@ inline void SmallBackward(const Call& c, const Runner& runner) {
   const HeadGroups groups(c);
   const AllSums sums(c, 1);
   const bool writes_all_bias = c.dbias && WritesAllBias(c);
-  RunSmall(c, runner, groups.count(), kSmallHeads, [&](SmallScratch& s, int64_t group) {
+  RunSmall(c, runner, groups.count(), HeadsOfTask(c), [&](SmallScratch& s, int64_t group) {
     s.writes_all_bias = writes_all_bias;
     for (int64_t i = groups.Begin(group); i < groups.End(group); ++i) {
       const int64_t head = groups.Head(i);

@@ -93,7 +93,7 @@ inline void SmallForward(const Call& c, const Runner& runner) {
   if (TakesOneKey(c))
     return RunOneKey(c, runner,
                      [&](const SmallScratch& s, const Row* rows, int64_t n) { OneKeyForward(c, s, rows, n); });
-  RunSmall(c, runner, c.B * c.K, kSmallHeads,
+  RunSmall(c, runner, c.B * c.K, HeadsOfTask(c),
            [&](const SmallScratch& s, int64_t head) { SmallForwardHead(c, s, head / c.K, head % c.K); });
 }
 

@@ -4,6 +4,7 @@
 #include <ctime>
 
 #include "check.h"
+#include "cpu/tuning.h"
 #include "tasks_test.h"
 
 namespace jax_fa_test {
@@ -18,8 +19,9 @@ struct ManyEntries {
 
   // `bias_of(b)`: which bias an entry has.
   template <typename BiasOf>
-  ManyEntries(int64_t B, const BiasOf& bias_of) : B(B), memory(static_cast<size_t>(B * 16), 0.5f) {
-    call.B = B, call.Sq = call.Skv = 2, call.N = call.K = call.D = call.Dv = 1;
+  ManyEntries(int64_t B, const BiasOf& bias_of) : B(B), memory(static_cast<size_t>(B * 16 + 128), 0.5f) {
+    call.B = B, call.Sq = 2, call.Skv = jax_fa::KeysOf(jax_fa::kSmallRows, 1) + 1;  // else several heads are a task
+    call.N = call.K = call.D = call.Dv = 1;
     offsets.reserve(3);
     const auto table = [&](const auto& of) {
       offsets.emplace_back(static_cast<size_t>(B));
@@ -94,7 +96,7 @@ void CheckPlanning() {
         Fail("a plan takes %.3g ms for %lld entries and %.3g ms for %lld", 1e3 * few, static_cast<long long>(kSmall),
              1e3 * many, static_cast<long long>(kLarge));
       if (bias_of(1) == 0) continue;  // one task or few
-      constexpr int64_t kTasks = 30;
+      constexpr int64_t kTasks = 500;
       const double small_tasks = time(small, kTasks) - few, large_tasks = time(large, kTasks) - many;
       if (large_tasks > 8 * small_tasks + many + 1e-3)
         Fail("%lld tasks take %.3g ms of a small call and %.3g ms of a large one", static_cast<long long>(kTasks),
