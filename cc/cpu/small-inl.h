@@ -81,6 +81,16 @@ struct SmallScratch : GradientRows {
   const ThreadParts memory;  // the last member, as it fills in those above
 };
 
+inline bool AreFloatRows(const View& x, int64_t width) {
+  return x.dtype == DType::kF32 && x.col == 1 && width % kLanes == 0;
+}
+
+// How many of n rows begin in one set of the first cache, which holds what is 4 KiB apart.
+inline int64_t InOneSet(int64_t n, int64_t floats_apart) {
+  const int64_t power = floats_apart & -floats_apart;
+  return power < 1024 ? n * power / 1024 : n;
+}
+
 // Rows i < n of an array, the first of head h, each head having `length`: in place if they are such already, else in
 // `own`. With `marks`, those that are not all finite are 0, and NaN is added to their marks.
 inline FloatRows ReadRows(const View& x, int64_t b, int64_t h, int64_t n, int64_t length, int64_t width, float* own,
@@ -92,8 +102,9 @@ inline FloatRows ReadRows(const View& x, int64_t b, int64_t h, int64_t n, int64_
       for (int64_t d = 0; d < stride; d += kLanes) sum = Fma(Load(rows[i] + d), Set(0.0f), sum);
     return Sum(sum) == 0.0f;
   };
-  if (x.dtype == DType::kF32 && x.col == 1 && width == stride && (n <= length || length == 1)) {
-    const FloatRows rows{x.At<float>(b, h), n <= length ? x.row : x.head};
+  if (const int64_t apart = n <= length ? x.row : x.head;
+      AreFloatRows(x, width) && (n <= length || length == 1) && InOneSet(n, apart) <= kSmallInPlace) {
+    const FloatRows rows{x.At<float>(b, h), apart};
     if (marks == nullptr || finite(rows)) return rows;
   }
   for (int64_t i = 0, at = 0; i < n; ++i, ++at) {
@@ -233,7 +244,10 @@ struct HeadRows {
 
   HeadRows(const View& x, const Row* rows, int64_t n, int64_t width, float* own) {
     const int64_t stride = RoundUp(width, kLanes);
-    for (int64_t i = 0; i < n; ++i) of[i] = ReadRows(x, rows[i].b, rows[i].n, 1, 1, width, own + i * stride).first;
+    const bool in_place = AreFloatRows(x, width);
+    for (int64_t i = 0; i < n; ++i)
+      of[i] = in_place ? x.At<float>(rows[i].b, rows[i].n)
+                       : ReadRows(x, rows[i].b, rows[i].n, 1, 1, width, own + i * stride).first;
   }
 };
 
