@@ -15,10 +15,6 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-inline bool InPairs(const Call& c) {
-  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16;
-}
-
 // As many independent multiply-adds as fill the pipeline; returns how many floating-point operations.
 template <bool kPairs>
 inline double FmaLoop(int64_t iterations, float* sink) {

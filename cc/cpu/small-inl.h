@@ -13,8 +13,14 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
+// Whether the products of other heads are those of pairs.
+inline bool InPairs(const Call& c) {
+  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16;
+}
+
 inline bool IsSmall(const Call& c) {
-  const int64_t rows = c.G() * c.Sq, most = KeysOf(kSmallRows, c.D > c.Dv ? c.D : c.Dv);
+  const int64_t rows = c.G() * c.Sq, width = c.D > c.Dv ? c.D : c.Dv;
+  const int64_t most = InPairs(c) ? KeysOf(kSmallPairRows, width) : KeysOf(kSmallRows, width);
   return rows > 0 && rows <= most && c.Skv > 0 && c.Skv <= most;
 }
 
@@ -103,7 +109,8 @@ inline FloatRows ReadRows(const View& x, int64_t b, int64_t h, int64_t n, int64_
     return Sum(sum) == 0.0f;
   };
   if (const int64_t apart = n <= length ? x.row : x.head;
-      AreFloatRows(x, width) && (n <= length || length == 1) && InOneSet(n, apart) <= kSmallInPlace) {
+      AreFloatRows(x, width) && (n <= length || length == 1) &&
+      (InOneSet(n, apart) <= kSmallInPlace || width > kSmallCopied)) {
     const FloatRows rows{x.At<float>(b, h), apart};
     if (marks == nullptr || finite(rows)) return rows;
   }
