@@ -74,7 +74,8 @@ struct Call {
   View out_tangent, logsumexp_tangent;
   bool with_forward = false;  // the tangents are wanted together with out, m, l and rounding, which then are results
 
-  JAX_FA_INLINE int64_t G() const { return N / K; }
+  // A division takes as long as much of what is done for a row.
+  JAX_FA_INLINE int64_t G() const { return N == K ? 1 : N / K; }
 };
 
 // Whether two batch entries add to the same bias gradient: then one shares the first's, as an axis broadcasts as a whole.

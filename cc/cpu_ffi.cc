@@ -173,10 +173,11 @@ View OtherView(const ProblemAttr& p, const CallShapes& call, const OtherArray& f
 
 // Whether a call takes less time than another thread needs to wake (3 to 10 us). Tasks are the same, and so are results.
 bool IsTiny(const Call& c) {
-  constexpr double kMost = 1 << 18;  // multiply-adds of the forward, and as many for what each array element costs
+  constexpr double kMost = 1 << 19, kRow = 512;  // multiply-adds of the forward, and what a row costs beside them
+  constexpr double kElement = 4;                 // ... and each element of an array
   const double rows = static_cast<double>(c.B) * static_cast<double>(c.N * (c.Sq + c.Skv));
   const double pairs = static_cast<double>(c.B * c.N) * static_cast<double>(c.Sq) * static_cast<double>(c.Skv);
-  return (pairs + 16 * rows) * static_cast<double>(c.D + c.Dv) < kMost;
+  return (pairs + kElement * rows) * static_cast<double>(c.D + c.Dv) + kRow * rows < kMost;
 }
 
 const Kernels& Chosen() {

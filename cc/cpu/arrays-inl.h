@@ -93,6 +93,13 @@ inline void Fill(float* p, int64_t from, int64_t to, float x) {
   for (; from < to; ++from) p[from] = x;
 }
 
+// Zeros in the columns of `rows` rows of panels, to whole vectors: all that is read of sums.
+inline void ClearRows(float* p, int64_t rows, int64_t row, int64_t columns) {
+  const int64_t width = RoundUp(columns, kLanes);
+  if (width == row) return Fill(p, 0, rows * row, 0.0f);
+  for (int64_t r = 0; r < rows; ++r) Fill(p + r * row, 0, width, 0.0f);
+}
+
 // 0 if all n elements are finite, else NaN.
 inline float ZeroOrNaN(const float* x, int64_t n) {
   F sum = Set(0.0f);

@@ -39,11 +39,12 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
   RowTile tiles[kMostRows];
   PrepareRows<kPairs>(c, plan, s, b, k);
   for (int64_t block = 0; block < plan.row_blocks; ++block) s.has_rows[block] = 0;
-  Fill(dq, 0, plan.dq_size + BalanceSize<kPairs>(plan), 0.0f);
+  if (c.dquery) ClearRows(dq, plan.rows, plan.dq_row, c.D);
+  Fill(dq + plan.dq_size, 0, BalanceSize<kPairs>(plan), 0.0f);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
-    Fill(s.dk, 0, width * plan.dq_row, 0.0f);
-    Fill(s.dv, 0, width * s.dv_row, 0.0f);
+    ClearRows(s.dk, width, plan.dq_row, c.D);
+    ClearRows(s.dv, width, s.dv_row, c.Dv);
     bool packed = false;
     for (int64_t block = 0; block < plan.row_blocks; ++block) {
       if (s.block_lo[block] >= j0 + width || s.block_hi[block] <= j0) continue;
@@ -103,14 +104,14 @@ void BackwardAs(const Call& c, const Runner& runner) {
   const AllSums sums(c, plan.splits);
 
   const bool large = head_size > kThreadFloats;
-  Run(runner, plan.groups.count * plan.splits, [&](int64_t task) {
+  Run(runner, plan.groups.count() * plan.splits, [&](int64_t task) {
     const int64_t group = task / plan.splits, split = task % plan.splits;
     const int64_t key0 = split * plan.split_keys;
     const int64_t key1 = key0 + plan.split_keys < c.Skv ? key0 + plan.split_keys : c.Skv;
     const BackwardScratch<kPairs> s(c, plan, plan.splits == 1 && !large);
     const Buffer own_dq(plan.splits == 1 && large ? head_size : 0);
-    for (int64_t i = plan.groups.starts[group]; i < plan.groups.starts[group + 1]; ++i) {
-      const int64_t head = plan.groups.heads[i], b = head / c.K, k = head % c.K, part = head * plan.splits + split;
+    for (int64_t i = plan.groups.Begin(group); i < plan.groups.End(group); ++i) {
+      const int64_t head = plan.groups.Head(i), b = head / c.K, k = head % c.K, part = head * plan.splits + split;
       float* dq = plan.splits > 1 ? dq_parts.get() + part * head_size : large ? own_dq.get() : s.dq;
       BackwardHead<kPairs>(c, plan, s, b, k, key0, key1, dq, sums.Of(head, split));
       if (plan.splits > 1) continue;

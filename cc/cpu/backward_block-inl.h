@@ -86,13 +86,13 @@ inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const
       if (tile.to <= panel * kPanel || tile.from >= (panel + 1) * kPanel) continue;
       const int64_t at = tile.r * s.s_row + panel * kPanel;
       const int64_t from = tile.from - panel * kPanel, end = tile.to - panel * kPanel;
-      const int64_t first = from > 0 ? from / kLanes : 0, to = end < kPanel ? end : kPanel;
+      const Columns columns{from > 0 ? from : 0, end < kPanel ? end : kPanel};
       PrefetchLogits(c, x.At(c, tile.r), tile.n, x.j0, panel * kPanel, PanelEnd(panel, x.width));
       if (!direct)
-        GemmColumns<kPairs>(tile.n, depth, x.packed.q + tile.r * s.q_row, s.q_row, s.keys_t + panel * depth * kPanel,
-                            s.p + at, s.s_row, first, to);
-      GemmColumns<kPairs>(tile.n, dv_depth, x.packed.dout + tile.r * s.dout_row, s.dout_row,
-                          s.values_t + panel * dv_depth * kPanel, s.ds + at, s.s_row, first, to);
+        GemmColumns<kPairs, false>(columns, tile.n, depth, x.packed.q + tile.r * s.q_row, s.q_row, 1,
+                                   s.keys_t + panel * depth * kPanel, s.p + at, s.s_row);
+      GemmColumns<kPairs, false>(columns, tile.n, dv_depth, x.packed.dout + tile.r * s.dout_row, s.dout_row, 1,
+                                 s.values_t + panel * dv_depth * kPanel, s.ds + at, s.s_row);
     }
   }
 }
@@ -118,7 +118,7 @@ inline void BlockWeights(const Call& c, const BackwardScratch<kPairs>& s, const 
     for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row)) {
       const int64_t at = x.g0 + r;
       float *p = s.p + r * s.s_row, *ds = s.ds + r * s.s_row;
-      RowGradients<kPairs>(c, s, row, at, x.j0, Within(s.lo[at], s.hi[at], x.j0, x.width), c0, c1, p, ds, sums);
+      RowGradients(c, s, row, at, x.j0, Within(s.lo[at], s.hi[at], x.j0, x.width), c0, c1, p, ds, sums);
       float* const both[] = {p, ds};
       for (float* y : both) {
         Fill(y, 0, c0, 0.0f);
@@ -146,9 +146,9 @@ inline void QueryGradients(const Call& c, const BackwardPlan& plan, const Backwa
         const int64_t from = tile.from / per > u0 ? tile.from / per : u0, end = Units<kPairs>(tile.to);
         const int64_t to = end < u0 + chunk ? end : u0 + chunk;
         if (from >= to) continue;
-        AddGemm<kPairs>(c.D - d * kPanel, tile.n, to - from, ds_rows + tile.r * ds_row + from, ds_row, 1,
-                        s.keys + (d * key_units + from) * kPanel, dq + (x.g0 + tile.r) * plan.dq_row + d * kPanel,
-                        plan.dq_row);
+        GemmColumns<kPairs, true>({0, c.D - d * kPanel}, tile.n, to - from, ds_rows + tile.r * ds_row + from, ds_row, 1,
+                                  s.keys + (d * key_units + from) * kPanel,
+                                  dq + (x.g0 + tile.r) * plan.dq_row + d * kPanel, plan.dq_row);
       }
     }
   }
@@ -178,8 +178,9 @@ inline void KeyGradients(const Call& c, const BackwardPlan& plan, const Backward
           const int64_t from = visible_to[t].lo > u0 ? visible_to[t].lo : u0;
           const int64_t to = visible_to[t].hi < u0 + chunk ? visible_to[t].hi : u0 + chunk;
           if (from >= to) continue;
-          AddGemm<kPairs>(y.columns - d * kPanel, e - a, to - from, y.weights + from * weights_row + a, 1, weights_row,
-                          y.panels + (d * units + from) * kPanel, y.sum + a * y.sum_row + d * kPanel, y.sum_row);
+          GemmColumns<kPairs, true>({0, y.columns - d * kPanel}, e - a, to - from, y.weights + from * weights_row + a,
+                                    1, weights_row, y.panels + (d * units + from) * kPanel,
+                                    y.sum + a * y.sum_row + d * kPanel, y.sum_row);
         }
       }
     }

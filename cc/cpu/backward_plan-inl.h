@@ -31,7 +31,7 @@ struct BackwardPlan {
     keeps_rows = row_blocks * block_rows * 4 * RoundUp(wide, kPanel) <= kKeptRowFloats;
     const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
     const int64_t dq_bytes = c.B * c.K * rows * dq_row * 4 + 1;
-    const int64_t count = groups.count;
+    const int64_t count = groups.count();
     splits = count >= kBackwardTasks ? 1 : (kBackwardTasks + count - 1) / (count > 0 ? count : 1);
     const int64_t affordable = kSplitBytes / dq_bytes, least = count > 0 ? kLeastBackwardTasks / count : 1;
     const int64_t most = affordable > least ? affordable : least;
@@ -51,24 +51,31 @@ inline int64_t BalanceSize(const BackwardPlan& plan) {
   return kPairs ? RoundUp(3 * plan.rows, kLanes) : 0;
 }
 
+// What gradients of a row are made with.
+struct GradientRows {
+  float *slope, *by_cap, *products;  // of one row: derivatives of the soft cap, products q.k
+  float* tmp;                        // ... of keep factors or bias
+  float *m, *inverse, *delta;        // of all rows: see PrepareRows
+  bool writes_all_bias;
+};
+
 template <bool kPairs>
-struct BackwardScratch {
+struct BackwardScratch : GradientRows {
   float *q, *dout;                         // rows of a block, or of all, as units
   float *q_panels, *dout_panels;           // ... and as panels
   int32_t* has_rows;                       // of each block of rows: whether these are there
   float *p, *ds, *ds_rows;                 // rows of logits, then weights, and of ds; ds_rows: those of ds as pairs
-  float *slope, *by_cap, *products;        // of one row: derivatives of the soft cap, products q.k
   float *keys_t, *values_t, *keys;         // a block of keys and values, packed
   float *dk, *dv;                          // ... and its gradients
-  float *stage, *tmp;                      // rows on their way into panels; a row of keep factors or bias
-  float *m, *inverse, *delta;              // of all rows: see PrepareRows
+  float* stage;                            // rows on their way into panels
   float* dq;                               // of all rows, and their Balance
   int32_t *lo, *hi, *block_lo, *block_hi;  // visible keys of all rows, and of blocks of rows
   int64_t q_row, dout_row, s_row, half_row, dv_row;
-  bool writes_all_bias;
 
   BackwardScratch(const Call& c, const BackwardPlan& plan, bool own_dq)
-      : writes_all_bias(plan.writes_all_bias), memory([&](Arena& arena) { Place(c, plan, own_dq, arena); }) {}
+      : memory([&](Arena& arena) { Place(c, plan, own_dq, arena); }) {
+    writes_all_bias = plan.writes_all_bias;
+  }
 
  private:
   void Place(const Call& c, const BackwardPlan& plan, bool own_dq, Arena& arena) {

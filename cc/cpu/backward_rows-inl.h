@@ -39,6 +39,13 @@ inline void Deltas(const Call& c, int64_t b, int64_t k, int64_t r, int64_t n, fl
   }
 }
 
+// The saved max, and 1 / sum, or 0 for a fully masked row.
+inline void ReadStatistics(const Call& c, const Row& row, float* m, float* inverse) {
+  const float l = *c.l.At<float>(row.b, row.n, row.i);
+  *m = *c.m.At<float>(row.b, row.n, row.i);
+  *inverse = l == 0.0f ? 0.0f : 1.0f / l;
+}
+
 // Per row: max, 1 / sum (0 for a fully masked row; NaN where q or dout is not finite, which so propagates to the
 // row's visible keys only), delta, and the visible range; that of each block of rows too.
 template <bool kPairs>
@@ -47,20 +54,20 @@ inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardS
   const bool masked = IsMasked(c);
   for (int64_t r = 0; r < plan.rows; r += kDeltas)  // dv is not used yet
     Deltas<kDeltas>(c, b, k, r, r + kDeltas < plan.rows ? kDeltas : plan.rows - r, s.stage, s.dv, s.delta + r);
-  for (int64_t r = 0; r < plan.rows; ++r) {
-    const Row row = RowAt(c, b, k, r);
+  Row row{b, k * c.G(), 0};
+  for (int64_t r = 0, block = -1; r < plan.rows; ++r, row = After(c, row)) {
     const Range v = Visible(c, row);
     s.lo[r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);
     s.hi[r] = static_cast<int32_t>(v.Empty() ? 0 : v.hi);
-    int32_t &from = s.block_lo[r / plan.block_rows], &to = s.block_hi[r / plan.block_rows];
-    if (r % plan.block_rows == 0) from = INT32_MAX, to = 0;
-    if (!v.Empty()) {
-      from = s.lo[r] < from ? s.lo[r] : from;
-      to = s.hi[r] > to ? s.hi[r] : to;
+    if (r == (block + 1) * plan.block_rows) {
+      ++block;
+      s.block_lo[block] = INT32_MAX, s.block_hi[block] = 0;
     }
-    s.m[r] = *c.m.At<float>(b, row.n, row.i);
-    const float l = *c.l.At<float>(b, row.n, row.i);
-    s.inverse[r] = l == 0.0f ? 0.0f : 1.0f / l;
+    if (!v.Empty()) {
+      s.block_lo[block] = s.lo[r] < s.block_lo[block] ? s.lo[r] : s.block_lo[block];
+      s.block_hi[block] = s.hi[r] > s.block_hi[block] ? s.hi[r] : s.block_hi[block];
+    }
+    ReadStatistics(c, row, s.m + r, s.inverse + r);
     if (masked) {
       s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage), c.Dv);
       s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.query, b, row.n, row.i, c.D, s.stage), c.D);
@@ -97,9 +104,8 @@ inline void ToGradients(int64_t n, F scale, F m, F inverse, F delta, const float
 
 // Turns a row of products q.k and dout.v with keys j0 + [c0, c1), of which v are visible, into weights p and ds,
 // in place, 0 where masked.
-template <bool kPairs>
-inline void RowGradients(const Call& c, const BackwardScratch<kPairs>& s, const Row& row, int64_t r, int64_t j0,
-                         Range v, int64_t c0, int64_t c1, float* p, float* ds, const HeadSums& sums) {
+inline void RowGradients(const Call& c, const GradientRows& s, const Row& row, int64_t r, int64_t j0, Range v,
+                         int64_t c0, int64_t c1, float* p, float* ds, const HeadSums& sums) {
   if (v.Empty()) v = {c0, c0};
   float* slope = SoftCapOf(c, row) != 0.0f ? s.slope : nullptr;
   float* by_cap = slope != nullptr && sums.soft_cap != nullptr ? s.by_cap : nullptr;

@@ -1,8 +1,9 @@
 // Forward: out, softmax max and sum (arXiv:2205.14135, 2307.08691).
 //
-// Keys and values are packed once per key head (keys transposed). A task is a group of query rows of one key head;
-// it walks the key blocks that are visible to any of its rows. Its logits stay in the second cache, a panel of keys
-// or a chunk of values in the first while all its tiles of kRows rows pass, and tiles compute only visible panels.
+// A task is a group of query rows of one key head; it walks the blocks of keys that are visible to any of its rows. Keys
+// (transposed) and values are packed once for all tasks of a head, or by the one that takes all rows. Logits stay in the
+// second cache, a panel of keys or a chunk of values in the first while all tiles of kRows rows pass, and tiles compute
+// only visible panels.
 // A row's result does not depend on how rows are grouped: blocks begin at multiples of the block size, and masked
 // keys contribute exact zeros.
 #pragma once
@@ -46,19 +47,23 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
       PrefetchLogits(c, RowAt(c, b, k, r0 + g0 + tile.r), tile.n, j0, p * kPanel, PanelEnd(p, width));
       ahead->Some();
       const int64_t from = tile.from - p * kPanel, to = tile.to - p * kPanel;
-      GemmColumns<kPairs>(tile.n, depth, q + tile.r * s.q_row, s.q_row, packed.keys + p * depth * kPanel,
-                          s.logits + tile.r * s.s_row + p * kPanel, s.s_row, from > 0 ? from / kLanes : 0,
-                          to < kPanel ? to : kPanel);
+      GemmColumns<kPairs, false>({from > 0 ? from : 0, to < kPanel ? to : kPanel}, tile.n, depth, q + tile.r * s.q_row,
+                                 s.q_row, 1, packed.keys + p * depth * kPanel, s.logits + tile.r * s.s_row + p * kPanel,
+                                 s.s_row);
     }
   }
   int64_t first = width, last = 0;
+  bool fresh[kMostRows];  // of each tile: whether its sums begin with this block
   for (int64_t t = 0; t < count; ++t) {
     RowTile& tile = tiles[t];
     const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
     const int64_t at = g0 + tile.r;
-    Softmax<kPairs>(c, RowAt(c, b, k, r0 + at), tile.n, j0, c0, c1, packed.nan_marker, s.tmp,
-                    {s.logits + tile.r * s.s_row, s.m + at, s.l + at, acc + tile.r * dv, s.s_row, dv},
-                    [&](int64_t r) { return Within(s.lo[at + r], s.hi[at + r], j0, width); });
+    fresh[t] = true;
+    for (int64_t r = 0; r < tile.n; ++r) fresh[t] = fresh[t] && s.l[at + r] == 0.0f;
+    Softmax<kPairs>(
+        c, RowAt(c, b, k, r0 + at), tile.n, j0, c0, c1, packed.nan_marker, s.tmp,
+        {s.logits + tile.r * s.s_row, s.m + at, s.l + at, fresh[t] ? nullptr : acc + tile.r * dv, s.s_row, dv},
+        [&](int64_t r) { return Within(s.lo[at + r], s.hi[at + r], j0, width); });
     tile.from /= per;  // from here on in units
     tile.to = Units<kPairs>(tile.to);
     first = tile.from < first ? tile.from : first;
@@ -73,8 +78,14 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
         if (from >= to) continue;
         ahead->Some();
         if (u0 + chunk < last) Prefetch(packed.values + (p * units + u0 + chunk) * kPanel, chunk * kPanel, t, count);
-        AddGemm<kPairs>(c.Dv - p * kPanel, tile.n, to - from, s.logits + tile.r * s.s_row + from, s.s_row, 1,
-                        packed.values + (p * units + from) * kPanel, acc + tile.r * dv + p * kPanel, dv);
+        const float *weights = s.logits + tile.r * s.s_row + from, *panel = packed.values + (p * units + from) * kPanel;
+        float* const sums = acc + tile.r * dv + p * kPanel;
+        const Columns columns{0, c.Dv - p * kPanel};
+        if (fresh[t] && from == tile.from) {
+          GemmColumns<kPairs, false>(columns, tile.n, to - from, weights, s.s_row, 1, panel, sums, dv);
+        } else {
+          GemmColumns<kPairs, true>(columns, tile.n, to - from, weights, s.s_row, 1, panel, sums, dv);
+        }
       }
     }
   }
@@ -85,7 +96,6 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
 template <bool kPairs>
 inline Range StartRows(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r0, int64_t n,
                        int64_t at, int64_t key0, int64_t key1) {
-  const int64_t dv = Panels(c.Dv) * kPanel;
   Range all{key1, key0};
   Row row = RowAt(c, b, k, r0);
   for (int64_t r = 0; r < n; ++r, row = After(c, row)) {
@@ -101,7 +111,6 @@ inline Range StartRows(const Call& c, const ForwardScratch<kPairs>& s, int64_t b
     s.m[at + r] = -kFloatMax;
     s.l[at + r] = 0.0f;
   }
-  Fill(s.acc, at * dv, (at + n) * dv, 0.0f);
   return all;
 }
 
@@ -155,6 +164,7 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
   const int64_t n = plan.rows;
   Range all{key1, key0};
   Fill(s.zeros, 0, c.Dv, 0.0f);
+  Fill(s.acc, 0, c.K * n * Panels(c.Dv) * kPanel, 0.0f);
   for (int64_t k = 0; k < c.K; ++k) {
     const Range visible = StartRows<kPairs>(c, s, b, k, 0, n, k * n, key0, key1);
     all.lo = visible.lo < all.lo ? visible.lo : all.lo;
@@ -167,8 +177,8 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
   }
 }
 
-inline void FinishRow(const Call& c, const Row& row, float* acc, float m, float l) {
-  if (l == 0.0f) Fill(acc, 0, c.Dv, 0.0f);
+// A row's weighted sum of values, max and sum of weights to the results. The values of a fully masked row are 0.
+inline void StoreResult(const Call& c, const Row& row, const float* acc, float m, float l) {
   const float factor = l == 0.0f ? 0.0f : 1.0f / (l * KeepProbOf(c, row));
   char* out = c.out.Bytes(row.b, row.n, row.i);
   if (!c.rounding) {
@@ -183,6 +193,12 @@ inline void FinishRow(const Call& c, const Row& row, float* acc, float m, float 
   }
   *c.m.At<float>(row.b, row.n, row.i) = l == l ? m : l;  // max ignores a NaN
   *c.l.At<float>(row.b, row.n, row.i) = l;
+}
+
+// The same where a fully masked row has any values.
+inline void FinishRow(const Call& c, const Row& row, float* acc, float m, float l) {
+  if (l == 0.0f) Fill(acc, 0, c.Dv, 0.0f);
+  StoreResult(c, row, acc, m, l);
 }
 
 // Merges the partial results of key ranges: output, max and sum of each.
@@ -218,7 +234,11 @@ class Partials {
 
   void Keep(int64_t head, int64_t split, int64_t r, const float* acc, float m, float l) const {
     float* part = Row(head, split, r);
-    __builtin_memcpy(part, acc, sizeof(float) * static_cast<size_t>(dv_));
+    if (l == 0.0f) {  // there may be no sums
+      Fill(part, 0, dv_, 0.0f);
+    } else {
+      __builtin_memcpy(part, acc, sizeof(float) * static_cast<size_t>(dv_));
+    }
     part[dv_] = m;
     part[dv_ + 1] = l;
   }

@@ -12,7 +12,7 @@ namespace {
 
 template <bool kPairs, int M, bool kAdd, int kVectors>
 __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, int64_t a_row, int64_t a_k,
-                                        const float* __restrict b, float* __restrict c, int64_t c_row) {
+                                        const float* __restrict b, int64_t b_row, float* __restrict c, int64_t c_row) {
   F acc[M][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
@@ -21,7 +21,7 @@ __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, in
   for (int64_t k = 0; k < K; ++k) {
     F bv[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) bv[v] = Load(b + k * kPanel + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) bv[v] = Load(b + k * b_row + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const F ai = Repeat(a + i * a_row + k * a_k);
@@ -42,8 +42,8 @@ __attribute__((noinline)) void GemmRows(int64_t K, const float* __restrict a, in
 // and is added to C at the end: continuing C's accumulation would cost accuracy. kVectors: those of a panel that are
 // there.
 template <bool kPairs, bool kAdd, int kVectors>
-inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
-                        int64_t c_row) {
+inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b,
+                        int64_t b_row, float* c, int64_t c_row) {
   static_assert(kRows <= 6, "the cases below");
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -51,12 +51,12 @@ inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, 
     const float* at = a + i0 * a_row;
     float* ct = c + i0 * c_row;
     switch (n) {
-      case 1: GemmRows<kPairs, 1, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
-      case 2: GemmRows<kPairs, 2, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
-      case 3: GemmRows<kPairs, 3, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
-      case 4: GemmRows<kPairs, 4, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
-      case 5: GemmRows<kPairs, 5, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
-      default: GemmRows<kPairs, 6, kAdd, kVectors>(K, at, a_row, a_k, b, ct, c_row); break;
+      case 1: GemmRows<kPairs, 1, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 2: GemmRows<kPairs, 2, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 3: GemmRows<kPairs, 3, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 4: GemmRows<kPairs, 4, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      case 5: GemmRows<kPairs, 5, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
+      default: GemmRows<kPairs, 6, kAdd, kVectors>(K, at, a_row, a_k, b, b_row, ct, c_row); break;
     }
   }
 }
@@ -64,42 +64,35 @@ inline void GemmVectors(int64_t rows, int64_t K, const float* a, int64_t a_row, 
 // ... of which the set's matrix tiles take what fills them.
 template <bool kPairs, bool kAdd, int kVectors = kPanelVectors>
 inline void Gemm(int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, float* c,
-                 int64_t c_row) {
+                 int64_t c_row, int64_t b_row = kPanel) {
   if constexpr (kPairs && kHasMatrix && kVectors == kPanelVectors) {
-    const int64_t done = Matrix<kPairs>::template Product<kAdd>(rows, K, a, a_row, a_k, b, kPanel, c, c_row);
+    const int64_t done = Matrix<kPairs>::template Product<kAdd>(rows, K, a, a_row, a_k, b, b_row, c, c_row);
     if (done > 0) {
       if (done == K) return;
-      a += done * a_k, b += done * kPanel;
-      return GemmVectors<kPairs, true, kVectors>(rows, K - done, a, a_row, a_k, b, c, c_row);
+      a += done * a_k, b += done * b_row;
+      return GemmVectors<kPairs, true, kVectors>(rows, K - done, a, a_row, a_k, b, b_row, c, c_row);
     }
   }
-  GemmVectors<kPairs, kAdd, kVectors>(rows, K, a, a_row, a_k, b, c, c_row);
+  GemmVectors<kPairs, kAdd, kVectors>(rows, K, a, a_row, a_k, b, b_row, c, c_row);
 }
 
-// The same without a sum that was there before, for the vectors of a panel from `first` to the one with column to - 1.
-// Matrix tiles take whole panels: other sums would not have the same bits for every tile of rows.
-template <bool kPairs, int kVectors = 1>
-inline void GemmColumns(int64_t rows, int64_t K, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row,
-                        int64_t first, int64_t to) {
-  if constexpr (kVectors == kPanelVectors || (kPairs && kHasMatrix)) {
-    Gemm<kPairs, false>(rows, K, a, a_row, 1, b, c, c_row);
-  } else if ((to + kLanes - 1) / kLanes - first > kVectors) {
-    GemmColumns<kPairs, kVectors + 1>(rows, K, a, a_row, b, c, c_row, first, to);
-  } else {
-    Gemm<kPairs, false, kVectors>(rows, K, a, a_row, 1, b + first * kLanes, c + first * kLanes, c_row);
-  }
-}
+// Columns of a panel: whole vectors of them are computed, from that with `first` to that with `end` - 1.
+struct Columns {
+  int64_t first, end;
+};
 
-// Adds the product with a panel of which the first `columns` count.
-template <bool kPairs, int kVectors = 1>
-inline void AddGemm(int64_t columns, int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k,
-                    const float* b, float* c, int64_t c_row) {
+// The same for some columns alone. Matrix tiles take whole panels: other sums would not have the same bits for every tile
+// of rows.
+template <bool kPairs, bool kAdd, int kVectors = 1>
+inline void GemmColumns(const Columns& columns, int64_t rows, int64_t K, const float* a, int64_t a_row, int64_t a_k,
+                        const float* b, float* c, int64_t c_row, int64_t b_row = kPanel) {
+  const int64_t first = columns.first / kLanes * kLanes;
   if constexpr (kVectors == kPanelVectors || (kPairs && kHasMatrix)) {
-    Gemm<kPairs, true>(rows, K, a, a_row, a_k, b, c, c_row);
-  } else if (columns > kVectors * kLanes) {
-    AddGemm<kPairs, kVectors + 1>(columns, rows, K, a, a_row, a_k, b, c, c_row);
+    Gemm<kPairs, kAdd>(rows, K, a, a_row, a_k, b, c, c_row, b_row);
+  } else if (columns.end - first > kVectors * kLanes) {
+    GemmColumns<kPairs, kAdd, kVectors + 1>(columns, rows, K, a, a_row, a_k, b, c, c_row, b_row);
   } else {
-    Gemm<kPairs, true, kVectors>(rows, K, a, a_row, a_k, b, c, c_row);
+    Gemm<kPairs, kAdd, kVectors>(rows, K, a, a_row, a_k, b + first, c + first, c_row, b_row);
   }
 }
 

@@ -27,38 +27,48 @@ inline int64_t Classes(const int64_t* offsets, int64_t count, int64_t* class_of)
 }
 
 // Heads that add to the same bias gradient form a group; without one, each head is its own.
-struct HeadGroups {
-  int64_t count = 0;
-  int64_t *heads, *starts;  // key heads b * K + k, group by group, and where each group starts
-
+class HeadGroups {
+ public:
   explicit HeadGroups(const Call& c)
-      : memory([&](Arena& arena) {
-          heads = arena.Take<int64_t>(c.B * c.K);
-          starts = arena.Take<int64_t>(c.B * c.K + 1);
+      : shared_(c.dbias && !c.bias_apart), count_(c.B * c.K), memory_([&](Arena& arena) {
+          if (!shared_) return;
+          heads_ = arena.Take<int64_t>(c.B * c.K);
+          starts_ = arena.Take<int64_t>(c.B * c.K + 1);
         }) {
+    if (shared_) Sort(c);
+  }
+
+  int64_t count() const { return count_; }
+  // The places of a group's heads, and the key head b * K + k at a place.
+  int64_t Begin(int64_t group) const { return shared_ ? starts_[group] : group; }
+  int64_t End(int64_t group) const { return Begin(group + 1); }
+  int64_t Head(int64_t place) const { return shared_ ? heads_[place] : place; }
+
+ private:
+  void Sort(const Call& c) {
     const int64_t all = c.B * c.K;
     int64_t *group_of = nullptr, *next = nullptr;
     const BufferParts own([&](Arena& arena) {
       group_of = arena.Take<int64_t>(all);
       next = arena.Take<int64_t>(all);
     });
-    const bool shared = c.dbias && !c.bias_apart, by_head = shared && c.dbias.head == 0;
-    const bool by_batch = shared && SharesBiasBatch(c);
+    const bool by_head = c.dbias.head == 0, by_batch = SharesBiasBatch(c);
     const int64_t groups_of_batch = by_head ? 1 : c.K;
-    count = (by_batch ? Classes(c.dbias.batch, c.B, next) : c.B) * groups_of_batch;
+    count_ = (by_batch ? Classes(c.dbias.batch, c.B, next) : c.B) * groups_of_batch;
     for (int64_t b = 0; b < c.B; ++b) {
       const int64_t first = (by_batch ? next[b] : b) * groups_of_batch;
       for (int64_t k = 0; k < c.K; ++k) group_of[b * c.K + k] = first + (by_head ? 0 : k);
     }
-    for (int64_t g = 0; g <= count; ++g) starts[g] = 0;
-    for (int64_t head = 0; head < all; ++head) ++starts[group_of[head] + 1];
-    for (int64_t g = 0; g < count; ++g) starts[g + 1] += starts[g];
-    for (int64_t g = 0; g < count; ++g) next[g] = starts[g];
-    for (int64_t head = 0; head < all; ++head) heads[next[group_of[head]]++] = head;
+    for (int64_t g = 0; g <= count_; ++g) starts_[g] = 0;
+    for (int64_t head = 0; head < all; ++head) ++starts_[group_of[head] + 1];
+    for (int64_t g = 0; g < count_; ++g) starts_[g + 1] += starts_[g];
+    for (int64_t g = 0; g < count_; ++g) next[g] = starts_[g];
+    for (int64_t head = 0; head < all; ++head) heads_[next[group_of[head]]++] = head;
   }
 
- private:
-  const BufferParts memory;
+  const bool shared_;
+  int64_t count_, *heads_ = nullptr, *starts_ = nullptr;
+  const BufferParts memory_;  // the last member, as it fills in those above
 };
 
 }  // namespace

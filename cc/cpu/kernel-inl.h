@@ -8,14 +8,12 @@
 #include "cpu/forward-inl.h"
 #include "cpu/second-inl.h"
 #include "cpu/simd-inl.h"
+#include "cpu/small_backward-inl.h"
+#include "cpu/small_forward-inl.h"
 #include "cpu/tangent-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
-
-inline bool InPairs(const Call& c) {
-  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16;
-}
 
 // As many independent multiply-adds as fill the pipeline; returns how many floating-point operations.
 template <bool kPairs>
@@ -41,14 +39,18 @@ double RunFma(int64_t iterations, bool bf16, float* sink) {
   return bf16 ? FmaLoop<kHasPairs>(iterations, sink) : FmaLoop<false>(iterations, sink);
 }
 void RunForward(const Call& c, const Runner& runner) {
-  if (InPairs(c)) {
+  if (IsSmall(c)) {
+    SmallForward(c, runner);
+  } else if (InPairs(c)) {
     ForwardAs<kHasPairs>(c, runner);
   } else {
     ForwardAs<false>(c, runner);
   }
 }
 void RunBackward(const Call& c, const Runner& runner) {
-  if (InPairs(c)) {
+  if (IsSmall(c)) {
+    SmallBackward(c, runner);
+  } else if (InPairs(c)) {
     BackwardAs<kHasPairs>(c, runner);
   } else {
     BackwardAs<false>(c, runner);

@@ -9,7 +9,7 @@ namespace jax_fa::JAX_FA_ISA {
 namespace {
 
 // One row of `n` elements into row `r` of panels of `rows` rows each ([panel][rows][kPanel]); the last panel
-// is filled up with zeros.
+// is filled up with zeros, to whole vectors.
 inline void PackRow(const float* src, int64_t n, int64_t r, int64_t rows, float* panels) {
   for (int64_t p = 0; p * kPanel < n; ++p) {
     float* dst = panels + (p * rows + r) * kPanel;
@@ -17,7 +17,7 @@ inline void PackRow(const float* src, int64_t n, int64_t r, int64_t rows, float*
     int64_t c = 0;
     for (; c + kLanes <= width; c += kLanes) Store(dst + c, Load(src + p * kPanel + c));
     for (; c < width; ++c) dst[c] = src[p * kPanel + c];
-    for (; c < kPanel; ++c) dst[c] = 0.0f;
+    for (; c % kLanes != 0; ++c) dst[c] = 0.0f;
   }
 }
 
@@ -70,7 +70,7 @@ inline void PackPairs(const uint16_t* first, const uint16_t* second, int64_t n, 
       for (int64_t c = 0; c < kPanel; c += 2 * kLanes) put(dst + c, whole(first + at + c), whole(second + at + c));
   }
   for (; at < n; at += kPanel, dst += rows * kPanel) {
-    for (int64_t c = 0; c < kPanel; c += 2 * kLanes) {
+    for (int64_t c = 0; c < kPanel && (kHasMatrix || at + c < n); c += 2 * kLanes) {  // matrix tiles take them all
       const int64_t rest = n - at - c;
       const auto part = [&](const uint16_t* x) {
         return x == nullptr || rest <= 0 ? Set(0.0f)

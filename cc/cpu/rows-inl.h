@@ -13,7 +13,10 @@ struct Row {
   int64_t b, n, i;  // batch entry, query head, position
 };
 
-inline Row RowAt(const Call& c, int64_t b, int64_t k, int64_t r) { return {b, k * c.G() + r / c.Sq, r % c.Sq}; }
+inline Row RowAt(const Call& c, int64_t b, int64_t k, int64_t r) {
+  if (r < c.Sq) return {b, k * c.G(), r};
+  return {b, k * c.G() + r / c.Sq, r % c.Sq};
+}
 
 // The row after it, without the divisions.
 inline Row After(const Call& c, Row row) {

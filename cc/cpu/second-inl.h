@@ -67,11 +67,11 @@ inline void SecondAs(const Call& c, const Runner& runner) {
   const Buffer parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
   const AllSums sums(c, plan.splits);
 
-  Run(runner, plan.groups.count * plan.splits, [&](int64_t task) {
+  Run(runner, plan.groups.count() * plan.splits, [&](int64_t task) {
     const int64_t group = task / plan.splits, split = task % plan.splits;
     const SecondScratch s(c, plan, plan.splits == 1);
-    for (int64_t i = plan.groups.starts[group]; i < plan.groups.starts[group + 1]; ++i) {
-      const int64_t head = plan.groups.heads[i], b = head / c.K, k = head % c.K;
+    for (int64_t i = plan.groups.Begin(group); i < plan.groups.End(group); ++i) {
+      const int64_t head = plan.groups.Head(i), b = head / c.K, k = head % c.K;
       float* part = plan.splits > 1 ? parts.get() + (head * plan.splits + split) * head_size : s.sums;
       float *dk = part, *dv = part + plan.dk_size;
       PackedKeys::Forget(plan, s);

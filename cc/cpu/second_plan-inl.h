@@ -130,7 +130,7 @@ struct SecondPlan {
   }
 
   void PlanSplits(const Call& c) {
-    const int64_t count = groups.count > 0 ? groups.count : 1, bytes = c.B * c.K * (dk_size + dv_size) * 4 + 1;
+    const int64_t count = groups.count() > 0 ? groups.count() : 1, bytes = c.B * c.K * (dk_size + dv_size) * 4 + 1;
     splits = (kSecondTasks + count - 1) / count;
     const int64_t affordable = kSecondSplitBytes / bytes, least = kLeastSecondTasks / count;
     const int64_t most = affordable > least ? affordable : least;

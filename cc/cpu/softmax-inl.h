@@ -99,7 +99,7 @@ inline void Rescale(float factor, int64_t n, float* x) {
 }
 
 // Rows whose online softmax goes on, each with its next products, the first kLanes-aligned column of which is c0: max, sum
-// and output. `visible(r)`: which of the columns [c0, c1) are.
+// and output (null: there is none yet). `visible(r)`: which of the columns [c0, c1) are.
 struct SoftmaxRows {
   float *x, *m, *l, *acc;
   int64_t x_row, acc_row;
@@ -119,7 +119,7 @@ inline void Softmax(const Call& c, const Row& row, int64_t n, int64_t j0, int64_
     if (v[r].Empty()) v[r] = {c0, c0};
     scale[r] = RowLogits(c, at, j0, v[r], c0, c1, nan_marker, {}, tmp, x);
     if (const float rescale = RaiseMax(x, c0, c1, scale[r], m); rescale != 1.0f) {
-      Rescale(rescale, Panels(c.Dv) * kPanel, rows.acc + r * rows.acc_row);
+      if (rows.acc != nullptr) Rescale(rescale, Panels(c.Dv) * kPanel, rows.acc + r * rows.acc_row);
       rows.l[r] *= rescale;
     }
   }

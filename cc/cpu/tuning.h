@@ -62,7 +62,7 @@ struct Caches {
   int64_t first, second, third;
 };
 
-// Keys of a block, for a head_dim (the larger of D and Dv) up to `head_dim`.
+// Keys of a block, or rows, for a head_dim (the larger of D and Dv) up to `head_dim`.
 struct KeyBlock {
   int64_t head_dim, keys;
 };
@@ -188,6 +188,20 @@ constexpr int64_t kEnoughTasks = 32, kFewTasks = 64, kSplitKeys = 256, kSplitRow
 // With at most this many query rows per key head, keys and values are read in place, kDirectKeys at a time: the time is
 // that of reading them once, and packing would write and read them once more.
 constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
+
+// With at most this many rows and as many keys of a key head, packing them takes longer than it saves. (AVX-512, 64 rows of
+// 64 keys: at head_dim 16 packed products took a third longer, at 256 a tenth less, and a third less in bfloat16.)
+constexpr KeyBlock kSmallRows[] = {{32, 64}, {128, 32}, {INT64_MAX, 16}};
+
+// ... and for products of pairs, which are twice as fast: 32 rows of head_dim 128 took an eighth longer unpacked.
+constexpr KeyBlock kSmallPairRows[] = {{32, 64}, {64, 32}, {INT64_MAX, 16}};
+
+// ... which are read in place unless more of them than this begin in one set of the first cache. (float32, 32 rows in one
+// set: copies took a quarter less at head_dim 32, a tenth more at 128; elsewhere a quarter more.)
+constexpr int64_t kSmallInPlace = 16, kSmallCopied = 64;
+
+// ... and several heads are a task, of about so many elements: 5 to 20 us, next to which the beginning of a task is little.
+constexpr int64_t kSmallTask = int64_t{1} << 15;
 
 // Forward: packed keys and values of all heads may take this many floats (80 MiB); beyond, each task packs for itself.
 constexpr int64_t kSharedFloats = int64_t{20} << 20;

@@ -4,6 +4,7 @@
 #include <ctime>
 
 #include "check.h"
+#include "cpu/tuning.h"
 #include "tasks_test.h"
 
 namespace jax_fa_test {
@@ -18,8 +19,9 @@ struct ManyEntries {
 
   // `bias_of(b)`: which bias an entry has.
   template <typename BiasOf>
-  ManyEntries(int64_t B, const BiasOf& bias_of) : B(B), memory(static_cast<size_t>(B * 16), 0.5f) {
-    call.B = B, call.Sq = call.Skv = 2, call.N = call.K = call.D = call.Dv = 1;
+  ManyEntries(int64_t B, const BiasOf& bias_of) : B(B), memory(static_cast<size_t>(B * 16 + 128), 0.5f) {
+    call.B = B, call.Sq = 2, call.Skv = jax_fa::KeysOf(jax_fa::kSmallRows, 1) + 1;  // else several heads are a task
+    call.N = call.K = call.D = call.Dv = 1;
     offsets.reserve(3);
     const auto table = [&](const auto& of) {
       offsets.emplace_back(static_cast<size_t>(B));
@@ -132,11 +134,11 @@ class Sparse {
 // The same call with its arrays side by side, and with more than 2^31 elements between their entries or heads, or from
 // the first row to the last: the same bits.
 void CheckFarApart() {
-  constexpr int64_t kFar = (int64_t{1} << 31) + 64, kB = 2, kSq = 18, kSkv = 20, kN = 2, kD = 4;
+  constexpr int64_t kFar = (int64_t{1} << 31) + 64, kB = 2, kSq = 18, kN = 2;
   constexpr int64_t kBits = 64;  // of drop_bits, for a row
-  const auto run = [&](const Kernels& kernels, int apart, Values& values) {
-    const int64_t batch = apart == 0 ? kFar : 4096, head = apart == 1 ? kFar : 1024, row = apart == 2 ? kFar / 16 : 32;
-    const int64_t extent = (kB - 1) * batch + (kN - 1) * head + kSkv * row + 64;
+  const auto run = [&](const Kernels& kernels, int64_t keys, int64_t width, int apart, Values& values) {
+    const int64_t batch = apart == 0 ? kFar : 16384, head = apart == 1 ? kFar : 4096, row = apart == 2 ? kFar / 16 : 64;
+    const int64_t extent = (kB - 1) * batch + (kN - 1) * head + keys * row + 64;
     std::vector<std::unique_ptr<Sparse>> arrays;
     std::vector<std::vector<int64_t>> offsets;
     offsets.reserve(48);
@@ -165,22 +167,22 @@ void CheckFarApart() {
     };
     const auto normal = [&] { return random.Normal(); };
     Call c;
-    c.B = kB, c.Sq = kSq, c.Skv = kSkv, c.N = c.K = kN, c.D = c.Dv = kD, c.scale = 0.5f, c.keep_prob = 0.75f;
+    c.B = kB, c.Sq = kSq, c.Skv = keys, c.N = c.K = kN, c.D = c.Dv = width, c.scale = 0.5f, c.keep_prob = 0.75f;
     for (View* v : {&c.query, &c.key, &c.value, &c.out, &c.dout, &c.dquery, &c.dkey, &c.dvalue})
       *v = view(DType::kF32, true, true, true);
-    draw(c.query, kSq, kD, normal), draw(c.key, kSkv, kD, normal), draw(c.value, kSkv, kD, normal);
-    draw(c.dout, kSq, kD, normal);
+    draw(c.query, kSq, width, normal), draw(c.key, keys, width, normal), draw(c.value, keys, width, normal);
+    draw(c.dout, kSq, width, normal);
     c.bias = view(DType::kF32, true, true, true), c.dbias = view(DType::kF32, true, true, true);
-    draw(c.bias, kSq, kSkv, normal);
+    draw(c.bias, kSq, keys, normal);
     c.mask = view(DType::kU8, true, true, true);
-    draw(c.mask, kSq, kSkv, [&] { return random.OneIn(3) ? 0.0 : 1.0; });
+    draw(c.mask, kSq, keys, [&] { return random.OneIn(3) ? 0.0 : 1.0; });
     for (View* v : {&c.m, &c.l, &c.upper, &c.segment_row, &c.position}) *v = view(DType::kF32, true, true, false);
     for (View* v : {&c.upper, &c.segment_row, &c.position}) v->dtype = DType::kI32;
-    draw(c.upper, kSq, 1, [&] { return static_cast<double>(random.Below(kSkv + 1)); });
+    draw(c.upper, kSq, 1, [&] { return static_cast<double>(random.Below(keys + 1)); });
     draw(c.segment_row, kSq, 1, [&] { return static_cast<double>(random.Below(3) - 1); });
     draw(c.position, kSq, 1, [&] { return static_cast<double>(random.Below(50) - 10); });
     c.segment_key = view(DType::kI32, true, false, true);
-    draw(c.segment_key, 1, kSkv, [&] { return static_cast<double>(random.Below(2)); });
+    draw(c.segment_key, 1, keys, [&] { return static_cast<double>(random.Below(2)); });
     c.alibi = Alibi::kLinear;
     for (View* v : {&c.slopes, &c.dslopes, &c.scale_of_head, &c.dscale, &c.soft_cap_of_head, &c.dsoft_cap})
       *v = view(DType::kF32, true, false, false);
@@ -201,10 +203,10 @@ void CheckFarApart() {
           *c.drop_bits.At<uint8_t>(b, 0, 0, at + i) = static_cast<uint8_t>(random.Bits());
     for (View* v : {&c.query_tangent, &c.key_tangent, &c.value_tangent, &c.out_tangent})
       *v = view(DType::kF32, true, true, true);
-    draw(c.query_tangent, kSq, kD, normal), draw(c.key_tangent, kSkv, kD, normal);
-    draw(c.value_tangent, kSkv, kD, normal);
+    draw(c.query_tangent, kSq, width, normal), draw(c.key_tangent, keys, width, normal);
+    draw(c.value_tangent, keys, width, normal);
     c.bias_tangent = view(DType::kF32, true, true, true), c.logsumexp_tangent = view(DType::kF32, true, true, false);
-    draw(c.bias_tangent, kSq, kSkv, normal);
+    draw(c.bias_tangent, kSq, keys, normal);
     for (View* v : {&c.slopes_tangent, &c.scale_tangent, &c.soft_cap_tangent}) {
       *v = view(DType::kF32, true, false, false);
       draw(*v, 1, 1, normal);
@@ -219,22 +221,28 @@ void CheckFarApart() {
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t col = 0; col < cols; ++col) values.back().push_back(*v.At<float>(b, h, r, col));
     };
-    take(c.out, kSq, kD), take(c.m, kSq, 1), take(c.l, kSq, 1);
-    take(c.dquery, kSq, kD), take(c.dkey, kSkv, kD), take(c.dvalue, kSkv, kD), take(c.dbias, kSq, kSkv);
-    take(c.out_tangent, kSq, kD), take(c.logsumexp_tangent, kSq, 1);
+    take(c.out, kSq, width), take(c.m, kSq, 1), take(c.l, kSq, 1);
+    take(c.dquery, kSq, width), take(c.dkey, keys, width), take(c.dvalue, keys, width), take(c.dbias, kSq, keys);
+    take(c.out_tangent, kSq, width), take(c.logsumexp_tangent, kSq, 1);
     take(c.dslopes, 1, 1), take(c.dscale, 1, 1), take(c.dsoft_cap, 1, 1);
   };
+  struct Head {
+    int64_t keys, width;
+  };
   for (const Kernels* kernels : Supported()) {
-    Doing(kernels->name, "indices beyond 2^31", "");
-    Values near;
-    run(*kernels, -1, near);
-    for (int apart : {0, 1, 2}) {
-      Values far;
-      run(*kernels, apart, far);
-      for (size_t r = 0; r < near.size(); ++r)
-        for (size_t i = 0; i < near[r].size(); ++i)
-          if (!Same(near[r][i], far[r][i]))
-            return Fail("result %zu, element %zu is %.9g, and far apart (%d) %.9g", r, i, near[r][i], apart, far[r][i]);
+    for (const Head& x : {Head{20, 4}, Head{36, 40}}) {  // a small one, and one that is packed
+      Doing(kernels->name, "indices beyond 2^31", std::to_string(x.keys) + " keys");
+      Values near;
+      run(*kernels, x.keys, x.width, -1, near);
+      for (int apart : {0, 1, 2}) {
+        Values far;
+        run(*kernels, x.keys, x.width, apart, far);
+        for (size_t r = 0; r < near.size(); ++r)
+          for (size_t i = 0; i < near[r].size(); ++i)
+            if (!Same(near[r][i], far[r][i]))
+              return Fail("result %zu, element %zu is %.9g, and far apart (%d) %.9g", r, i, near[r][i], apart,
+                          far[r][i]);
+      }
     }
   }
 }
