@@ -77,8 +77,7 @@ inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const
       first = x.tiles[t].from < first ? x.tiles[t].from : first;
       last = x.tiles[t].to > last ? x.tiles[t].to : last;
     }
-    for (int64_t j = first; j < last; j += kDirectTile)
-      DirectDots<kPairs>(c, x.b, x.k, x.rows, x.packed.q, s.q_row, x.j0, j, last, s.stage, s.p, s.s_row);
+    DirectDots<kPairs>(c, x.b, x.k, x.rows, x.packed.q, s.q_row, x.j0, first, last, s.stage, s.p, s.s_row);
   }
   for (int64_t panel = 0; panel < Panels(x.width); ++panel) {
     for (int64_t t = 0; t < x.count; ++t) {

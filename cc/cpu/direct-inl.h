@@ -15,19 +15,81 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
+// Whether all heads of a row lie side by side, before the next row.
+inline bool HeadsInRow(const Call& c, const View& x) { return c.K > 1 && x.head < x.row; }
+
 // Calls what(k, j, count) for all heads and `per` elements at a time of [first, last), `count` of them from j on and at
-// most `most`. Where heads lie side by side, a few neighbours of each head in turn, which is near the order of the memory.
+// most `most`. Where heads lie side by side, `together` neighbours of each head in turn, which is near the order of the
+// memory.
 template <typename What>
 inline void ReadInOrder(const Call& c, const View& x, int64_t first, int64_t last, int64_t per, int64_t most,
-                        const What& what) {
-  const int64_t n = last - first, together = c.K > 1 && x.head < x.row ? DirectNeighbours(x.dtype) : n;
-  for (int64_t from = 0; from < n; from += together)
+                        int64_t together, const What& what) {
+  const int64_t n = last - first;
+  if (!HeadsInRow(c, x)) together = n;
+  for (int64_t from = 0; from < n; from += together) {
+    const int64_t to = from + together < n ? from + together : n;
     for (int64_t k = 0; k < c.K; ++k)
-      for (int64_t i = from; i < n && i < from + together; i += per * most) {
-        const int64_t given = (n - i + per - 1) / per;
+      for (int64_t i = from; i < to; i += per * most) {
+        const int64_t given = (to - i + per - 1) / per;
         what(k, first + i, given < most ? given : most);
       }
+  }
 }
+
+// Asks for rows of all heads in the order of the memory, some bytes at a time: the processor's own prefetching stops at
+// the end of a page, and reading a few rows of each head in turn leaves it behind altogether.
+class Asked {
+ public:
+  Asked(const Call& c, int64_t b) : c_(c), b_(b) {}
+
+  // Rows [first, last) of `width` elements, after those of calls before.
+  void Then(const View& x, int64_t width, int64_t first, int64_t last) {
+    if (x.col != 1 || width == 0 || first >= last) return;
+    const int64_t size = ItemSize(x.dtype), n = last - first;
+    Span s{x.Bytes(b_, 0, first), x.row * size, n, x.head * size, c_.K, width * size};
+    if (HeadsInRow(c_, x)) {
+      s.bytes += (c_.K - 1) * s.outer;
+      s.outer = 0, s.outer_count = 1;
+    }
+    if (s.inner == s.bytes) s.bytes *= n, s.inner_count = 1;
+    spans_[count_++] = s;
+  }
+
+  // Where the next `bytes` begin.
+  JAX_FA_INLINE const char* Next(int64_t bytes) {
+    if (left_ <= 0 && !NextRun()) return at_;
+    const char* p = at_;
+    at_ += bytes, left_ -= bytes;
+    return p;
+  }
+
+ private:
+  // inner_count runs of bytes that lie side by side, and that outer_count times.
+  struct Span {
+    const char* data;
+    int64_t inner, inner_count, outer, outer_count, bytes;
+  };
+
+  bool NextRun() {
+    for (; span_ < count_; ++span_, outer_ = 0) {
+      const Span& s = spans_[span_];
+      for (; outer_ < s.outer_count; ++outer_, inner_ = 0) {
+        if (inner_ == s.inner_count) continue;
+        at_ = s.data + outer_ * s.outer + inner_++ * s.inner;
+        left_ = s.bytes;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  const Call& c_;
+  const int64_t b_;
+  Span spans_[2];
+  int count_ = 0, span_ = 0;
+  int64_t outer_ = 0, inner_ = 0, left_ = 0;
+  const char* at_ = nullptr;
+};
 
 // The rows of all key heads (n of each, one head after the other in the scratch) over the keys j0 + [0, width), of which
 // [first, last) are visible to any row.
@@ -40,9 +102,53 @@ struct DirectBlock {
   int64_t b, n, j0, width, first, last;
   int64_t dv = Panels(c.Dv) * kPanel;
 
-  void Dots(int64_t k, int64_t j) const {
-    DirectDots<kPairs>(c, b, k, n, s.q + k * n * s.q_row, s.q_row, j0, j, last, s.stage, s.logits + k * n * s.s_row,
-                       s.s_row);
+  void Dots() const {
+    const int64_t together = n == 1 ? 1 : kDirectTile, end = j0 + last;
+    Asked asked(c, b);
+    asked.Then(c.key, c.D, j0 + first + AskedRows(c.key, c.D, together), end);
+    asked.Then(c.value, c.Dv, j0 + first, Least(j0 + first + AskedRows(c.value, c.Dv, Neighbours()), end));
+    const bool in_place = c.key.col == 1;
+    const int64_t size = ItemSize(c.key.dtype), bytes = kDirectTile * c.D * size;
+    const int64_t row = c.key.row * size, head = c.key.head * size, ld = RoundUp(Units<kPairs>(c.D), kLanes);
+    const char* const keys = c.key.Bytes(b, 0, j0);
+    DueKeys<kPairs> due(in_place ? c.key.dtype : DType::kF32, n, s.q_row, c.D, s.s_row);
+    ReadInOrder(c, c.key, first, last, 1, kDirectTile, together, [&](int64_t k, int64_t j, int64_t count) {
+      const float* q = s.q + k * n * s.q_row;
+      float* to = s.logits + k * n * s.s_row;
+      const char* key = keys + k * head + j * row;
+      for (int64_t i = j; i < j + count; ++i, key += row) {
+        if (!in_place) {
+          float* own = s.stage + due.count() * ld;
+          CopyRow<kPairs>(c.key, b, k, j0 + i, c.D, own);
+          key = reinterpret_cast<const char*>(own);
+        }
+        due.Add({q, key, to + i}, [&] { return asked.Next(bytes); });
+      }
+      if (n > 1) due.Finish(nullptr);
+    });
+    due.Finish(s.logits + s.s_row - 1);
+  }
+
+  void Values() const {
+    const int64_t together = Neighbours(), bytes = kPer * c.Dv * ItemSize(c.value.dtype), end = j0 + last;
+    Asked asked(c, b);
+    asked.Then(c.value, c.Dv, j0 + first + AskedRows(c.value, c.Dv, together), end);
+    asked.Then(c.key, c.D, end, Least(end + AskedRows(c.key, c.D, kDirectTile), c.Skv));
+    Fill(s.sums, 0, n * c.K * dv, 0.0f);
+    ReadInOrder(c, c.value, first / kPer * kPer, last, kPer, together / kPer, together,
+                [&](int64_t k, int64_t j, int64_t count) {
+                  DirectValues<kPairs>(c, b, k, n, j0, j, count, last, s.zeros, s.logits + k * n * s.s_row, s.s_row,
+                                       s.sums + k * n * dv, dv, asked.Next(count * bytes));
+                });
+  }
+
+  int64_t Neighbours() const { return DirectNeighbours(c.value.dtype, n); }
+  static int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  // How many rows before they are taken they are asked for, where `together` of each head are read in turn.
+  int64_t AskedRows(const View& x, int64_t width, int64_t together) const {
+    const int64_t bytes = width * ItemSize(x.dtype) * (HeadsInRow(c, x) ? c.K : 1);
+    return together + (bytes > 0 && kAskedBytes > bytes ? kAskedBytes / bytes - 1 : 0);
   }
 
   void Soften(int64_t k, const float* nan_marker) const {
@@ -69,7 +175,8 @@ struct DirectBlock {
   void Again(int64_t k) const {
     for (int64_t r = k * n; r < (k + 1) * n; ++r)
       s.l[r] = s.before_l[r] * (s.m[r] > s.before_m[r] ? __builtin_expf(s.before_m[r] - s.m[r]) : 1.0f);
-    for (int64_t j = first; j < last; j += kDirectTile) Dots(k, j);
+    DirectDots<kPairs>(c, b, k, n, s.q + k * n * s.q_row, s.q_row, j0, first, last, s.stage, s.logits + k * n * s.s_row,
+                       s.s_row);
     Packed(k);
   }
 
@@ -82,7 +189,7 @@ struct DirectBlock {
 
   void Run() const {
     const int64_t rows = n * c.K;
-    ReadInOrder(c, c.key, first, last, 1, kDirectTile, [&](int64_t k, int64_t j, int64_t) { Dots(k, j); });
+    Dots();
     if (c.value.col != 1) {
       for (int64_t k = 0; k < c.K; ++k) Packed(k);
       return;
@@ -90,12 +197,7 @@ struct DirectBlock {
     __builtin_memcpy(s.before_m, s.m, sizeof(float) * static_cast<size_t>(rows));
     __builtin_memcpy(s.before_l, s.l, sizeof(float) * static_cast<size_t>(rows));
     for (int64_t k = 0; k < c.K; ++k) Soften(k, nullptr);
-    Fill(s.sums, 0, rows * dv, 0.0f);
-    ReadInOrder(c, c.value, first / kPer * kPer, last, kPer, DirectNeighbours(c.value.dtype) / kPer,
-                [&](int64_t k, int64_t j, int64_t count) {
-                  DirectValues<kPairs>(c, b, k, n, j0, j, count, last, s.zeros, s.logits + k * n * s.s_row, s.s_row,
-                                       s.sums + k * n * dv, dv);
-                });
+    Values();
     for (int64_t k = 0; k < c.K; ++k) AddSums(k);
   }
 };

@@ -14,7 +14,6 @@ namespace {
 struct ValueRows {
   int64_t count, step, weight_step;
   const char *first, *second;
-  int64_t ahead;  // bytes
 };
 
 // kV vectors of units from column d on, or (kRest) the last `rest` columns and zeros.
@@ -40,7 +39,7 @@ JAX_FA_INLINE void LoadValues(const char* first, const char* second, int64_t d, 
 // Adds to kV vectors of kR rows of sums their weights times values.
 template <bool kPairs, DType kType, int kR, int kV, bool kRest>
 __attribute__((noinline)) void AddValues(const ValueRows& x, int64_t d, int rest, const float* weights, int64_t s_row,
-                                         float* sums, int64_t dv) {
+                                         float* sums, int64_t dv, Ask ask) {
   F acc[kR][kV];
 #pragma GCC unroll 4
   for (int r = 0; r < kR; ++r)
@@ -50,12 +49,7 @@ __attribute__((noinline)) void AddValues(const ValueRows& x, int64_t d, int rest
   for (int64_t u = x.count; u > 0; --u, first += x.step, second += x.step, weights += x.weight_step) {
     F v[kV];
     LoadValues<kPairs, kType, kV, kRest>(first, second, d, rest, v);
-    constexpr int kItem = kType == DType::kF32 && !kPairs ? 4 : 2;
-#pragma GCC unroll 8
-    for (int64_t at = 0; at < kV * kLanes * kItem; at += 64) {
-      __builtin_prefetch(first + d * kItem + at + x.ahead);
-      if (kPairs) __builtin_prefetch(second + d * kItem + at + x.ahead);
-    }
+    ask.Some();
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
       const F w = Set(weights[r * s_row]);
@@ -69,35 +63,39 @@ __attribute__((noinline)) void AddValues(const ValueRows& x, int64_t d, int rest
     for (int i = 0; i < kV; ++i) Store(sums + r * dv + i * kLanes, acc[r][i]);
 }
 
-// The same for all `columns`: kV vectors at a time, then half of them.
+// The same for all `columns`: kV vectors at a time, then half of them. `parts`: of what lies at `ask`, one for each tile of
+// rows.
 template <bool kPairs, DType kType, int kR, int kV>
 inline void AddColumns(const ValueRows& x, int64_t d, int64_t columns, const float* weights, int64_t s_row, float* sums,
-                       int64_t dv) {
+                       int64_t dv, const char* ask, int64_t parts) {
   constexpr int kLeast = kPairs ? 2 : 1;
-  for (; d + kV * kLanes <= columns; d += kV * kLanes)
-    AddValues<kPairs, kType, kR, kV, false>(x, d, 0, weights, s_row, sums + d, dv);
+  const int64_t step = kV * kLanes * kBytesOf<kPairs, kType> / parts;
+  for (; d + kV * kLanes <= columns; d += kV * kLanes, ask += x.count * step)
+    AddValues<kPairs, kType, kR, kV, false>(x, d, 0, weights, s_row, sums + d, dv, {ask, step});
   if constexpr (kV > kLeast) {
-    AddColumns<kPairs, kType, kR, kV / 2>(x, d, columns, weights, s_row, sums, dv);
+    AddColumns<kPairs, kType, kR, kV / 2>(x, d, columns, weights, s_row, sums, dv, ask, parts);
   } else if (d < columns) {
-    AddValues<kPairs, kType, kR, kLeast, true>(x, d, static_cast<int>(columns - d), weights, s_row, sums + d, dv);
+    AddValues<kPairs, kType, kR, kLeast, true>(x, d, static_cast<int>(columns - d), weights, s_row, sums + d, dv,
+                                               {ask, 0});
   }
 }
 
 // The same for n rows and an array's type of values. One row takes twice the vectors, for sums that do not wait for
-// each other.
+// each other. As many bytes as the values have are asked for from `ask` on.
 template <bool kPairs>
 inline void AddRows(DType type, const ValueRows& x, int64_t columns, int64_t n, const float* weights, int64_t s_row,
-                    float* sums, int64_t dv) {
+                    float* sums, int64_t dv, const char* ask) {
   WithElements<kPairs>(type, [&](auto elements) {
     constexpr DType kType = decltype(elements)::kOf;
-    for (int64_t r = 0, done; r < n; r += done) {
+    const int64_t parts = RowTiles(n), bytes = x.count * columns * kBytesOf<kPairs, kType> / parts;
+    for (int64_t r = 0, done; r < n; r += done, ask += bytes) {
       const float* w = weights + r * s_row;
       float* to = sums + r * dv;
       done = n - r >= 4 ? 4 : n - r >= 2 ? 2 : 1;
       switch (done) {
-        case 4: AddColumns<kPairs, kType, 4, kPanelVectors>(x, 0, columns, w, s_row, to, dv); break;
-        case 2: AddColumns<kPairs, kType, 2, kPanelVectors>(x, 0, columns, w, s_row, to, dv); break;
-        default: AddColumns<kPairs, kType, 1, 2 * kPanelVectors>(x, 0, columns, w, s_row, to, dv);
+        case 4: AddColumns<kPairs, kType, 4, kPanelVectors>(x, 0, columns, w, s_row, to, dv, ask, parts); break;
+        case 2: AddColumns<kPairs, kType, 2, kPanelVectors>(x, 0, columns, w, s_row, to, dv, ask, parts); break;
+        default: AddColumns<kPairs, kType, 1, 2 * kPanelVectors>(x, 0, columns, w, s_row, to, dv, ask, parts);
       }
     }
   });
@@ -107,23 +105,18 @@ inline void AddRows(DType type, const ValueRows& x, int64_t columns, int64_t n, 
 // j0, which is column 0 of the weights. `zeros` stands for what lacks in the pair of the last of all, key `end` - 1.
 template <bool kPairs>
 inline void DirectValues(const Call& c, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t j, int64_t count,
-                         int64_t end, const float* zeros, const float* weights, int64_t s_row, float* sums,
-                         int64_t dv) {
+                         int64_t end, const float* zeros, const float* weights, int64_t s_row, float* sums, int64_t dv,
+                         const char* ask) {
   constexpr int64_t kPer = Unit<kPairs>::kElements;
   const int64_t row = c.value.row * ItemSize(c.value.dtype);
   const char* first = c.value.Bytes(b, k, j0 + j);
   weights += j / kPer;
   const bool half = kPairs && j + (count - 1) * kPer + 1 == end;
-  ValueRows x{half ? count - 1 : count,
-              kPer * row,
-              1,
-              first,
-              first + (kPairs ? row : 0),
-              DirectNeighbours(c.value.dtype) * row};
-  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights, s_row, sums, dv);
+  ValueRows x{half ? count - 1 : count, kPer * row, 1, first, first + (kPairs ? row : 0)};
+  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights, s_row, sums, dv, ask);
   if (!half) return;
-  x = {1, 0, 0, first + (count - 1) * x.step, reinterpret_cast<const char*>(zeros), 0};
-  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights + (count - 1), s_row, sums, dv);
+  x = {1, 0, 0, first + (count - 1) * x.step, reinterpret_cast<const char*>(zeros)};
+  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights + (count - 1), s_row, sums, dv, x.first);
 }
 
 }  // namespace

@@ -117,14 +117,21 @@ inline Range StartRows(const Call& c, const ForwardScratch<kPairs>& s, int64_t b
 // What a task that packs keys and values itself touches after those before `from`, of which `to` is the end: its next
 // block of them, or its rows of the output and what its thread's next head begins with.
 template <bool kPairs>
-inline Ahead NextRows(const Call& c, const ForwardPlan<kPairs>& plan, int64_t b, int64_t k, int64_t from, int64_t to) {
+inline Ahead NextRows(const Call& c, const ForwardPlan<kPairs>& plan, int64_t b, int64_t k, int64_t r0, int64_t n,
+                      int64_t from, int64_t to) {
   Ahead ahead;
   const auto keys = [&](int64_t b, int64_t k, int64_t j0) {
     const int64_t n = j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0;
     ahead.Add(c.key, b, k, j0, n, c.D);
     ahead.Add(c.value, b, k, j0, n, c.Dv);
   };
-  if (plan.shared) return ahead;
+  if (plan.shared) {
+    if (from < to || c.G() != 1) return ahead;
+    if (const int64_t next = r0 - plan.threads * plan.task_rows; next >= 0)
+      ahead.Add(c.query, b, k, next, plan.task_rows, c.D);
+    ahead.Add(c.out, b, k, r0, n, c.Dv, true);
+    return ahead;
+  }
   if (from < to) {
     keys(b, k, from);
   } else if (plan.blocks * plan.splits == 1) {
@@ -149,7 +156,7 @@ inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const Fo
     const int64_t width = (j0 + plan.key_block < c.Skv ? j0 + plan.key_block : c.Skv) - j0;
     Packed packed = plan.shared ? block_at(j0) : s.own;
     if (!plan.shared) PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
-    Ahead ahead = NextRows(c, plan, b, k, j0 + width, all.hi);
+    Ahead ahead = NextRows(c, plan, b, k, r0, n, j0 + width, all.hi);
     ahead.Spread((Panels(width) + Panels(c.Dv)) * (n / kRows + 1));
     for (int64_t g0 = 0; g0 < n; g0 += plan.group_rows)
       ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + plan.group_rows < n ? plan.group_rows : n - g0, j0, width, packed,
