@@ -130,6 +130,25 @@ def test_large_queries(scale, factor, dtype, backend):
     _check(backend, (factor * q, k, v, dout), dtype, scale, names=("out", "value"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [1e6, 1e18])
+@pytest.mark.parametrize("rows", [8, 70])
+def test_tangents_of_large_queries(rows, factor, dtype, backend):
+    """The tangent is another pass over the products than the forward, whose max it is given."""
+    q, k, v, moved = (jnp.asarray(x, dtype) for x in _arrays(rows, keys=rows))
+    q = (factor * q).astype(dtype)
+
+    def tangent(attention):
+        attend = partial(attention, q, k, scale=0.3)
+        with jax.numpy_dtype_promotion("standard"):  # which jax.nn needs
+            return np.asarray(
+                jax.jit(lambda v, moved: jax.linearize(attend, v)[1](moved))(v, moved), np.float32
+            )
+
+    ours = tangent(partial(jax_fa.dot_product_attention, implementation=backend))
+    np.testing.assert_allclose(ours, tangent(jax.nn.dot_product_attention), rtol=1e-2, atol=1e-5)
+
+
 def test_one_query_of_many_keys(backend):
     """Sums over many keys are made of sums over tiles."""
     normal = np.random.default_rng(0).standard_normal

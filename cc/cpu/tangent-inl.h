@@ -3,6 +3,9 @@
 //   w = exp(s - m),  l = sum w,  T: the tangent of s (see tangent_rows-inl.h),  tau = sum w T / l: that of log-sum-exp
 //   out = sum w' v / l,  its tangent is (sum w' T v + sum w' v') / l - tau out,  w' = keep / keep_prob w
 //
+// The max is that of the products here: the forward may have had others (of few rows, of small heads, of pairs), and a large
+// logit differs from itself by more than weights can bear.
+//
 // Blocks, tasks and the order of sums are those of the forward, so that together with it out, m and l have its bits. What
 // all T of a row have in common moves no weight, but rounding of it does, in both terms that then cancel. So T counts from
 // a center: the mean of T over the first of the row's blocks that has any weight.
@@ -107,13 +110,11 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
     ClearByLogits(c, c0, c1, x, t);
   }
   float *m = s.m + at, *l = s.l + at, *moved = s.moved + at, *center = s.center + at;
-  if (c.with_forward) {
-    if (const float rescale = RaiseMax(x, c0, c1, scale, m); rescale != 1.0f) {
-      Rescale(rescale, s.out_row, s.acc + at * s.out_row);
-      Rescale(rescale, s.out_row, s.acc_tangent + at * s.out_row);
-      *l *= rescale;
-      *moved *= rescale;
-    }
+  if (const float rescale = RaiseMax(x, c0, c1, scale, m); rescale != 1.0f) {
+    if (c.with_forward) Rescale(rescale, s.out_row, s.acc + at * s.out_row);
+    Rescale(rescale, s.out_row, s.acc_tangent + at * s.out_row);
+    *l *= rescale;
+    *moved *= rescale;
   }
   if (block.tangent_marker != nullptr) *moved += VisibleMarks(v, x, block.tangent_marker);
   const float sum = RowExp<false>(x, c0, c1, scale, *m);
@@ -197,7 +198,8 @@ inline Range StartTangentRows(const Call& c, const TangentScratch& s, int64_t b,
     }
     CopyRow<false>(c.query, b, row.n, row.i, c.D, s.q + r * c.D);
     if (c.query_tangent) CopyRow<false>(c.query_tangent, b, row.n, row.i, c.D, s.q_tangent + r * c.D);
-    s.m[r] = c.with_forward ? -kFloatMax : *c.m.At<float>(b, row.n, row.i);
+    const float saved = c.with_forward ? 0.0f : *c.m.At<float>(b, row.n, row.i);
+    s.m[r] = saved == saved ? -kFloatMax : saved;  // NaN: it saw a value that is not finite, which may not be read here
     s.l[r] = s.center[r] = s.moved[r] = 0.0f;
   }
   if (c.with_forward) Fill(s.acc, 0, n * s.out_row, 0.0f);
