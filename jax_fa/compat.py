@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src import config, dispatch, sharding_impls, source_info_util
+from jax._src import config, core, dispatch, sharding_impls, source_info_util
 from jax._src.export import _export
 from jax.interpreters import mlir, partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
@@ -64,14 +64,26 @@ def plain():
         yield
 
 
-def lower_plain(fn, ctx, *args):
+def lower_plain(fn, ctx, *args, axes: dict[str, int] | None = None):
     """Lowers a traceable function inside another primitive's lowering rule.
 
-    Shardings and manual axes are types of the surrounding program; inside, everything is local and plain.
+    Shardings and manual axes are types of the surrounding program; inside, everything is local and plain. `axes`: the
+    manual mesh axes (and their sizes) over which the function communicates.
     """
     local = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    with plain():
+    with plain(), core.extend_axis_env_nd((axes or {}).items()), config._check_vma(False):
         return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(avals_in=local), *args)
+
+
+def axis_is_manual(name) -> bool | None:
+    """Whether code traced here is local along this mesh axis (inside `shard_map`); None: no such mesh axis is known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return name in mesh.manual_axes if name in mesh.axis_names else None
+
+
+def checks_varying() -> bool:
+    """Whether types say over which manual axes values differ (`shard_map(check_vma=True)`)."""
+    return config._check_vma.value
 
 
 def is_partitioned(ctx) -> bool:
