@@ -733,7 +733,7 @@ class Shards:
                 sums, back = step.add(sums, back, found.present(), block)
             return sums, back
 
-        return step.finish(*self._around(call, _keys(call.operands), visit, step.start()))
+        return step.finish(*self._around(call, _keys(call.operands), visit, step.start(), saved))
 
     def tangent(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Any, Any]:
         moved, tau = self._tangent(call, tangents, call.full(saved))
@@ -750,7 +750,7 @@ class Shards:
             return total, None
 
         start = (jnp.zeros(call.out_shape, call.acc), jnp.zeros(call.stats_shape, call.acc))
-        return self._around(call, _keys(call.operands, tangents), visit, start)[0]
+        return self._around(call, _keys(call.operands, tangents), visit, start, saved)[0]
 
     def _tangent_of(
         self, call: Call, tangents: Operands, saved: Saved, keys: Keys, block: _Block
@@ -781,7 +781,7 @@ class Shards:
             return sums, back
 
         start = step.start()
-        gradients = step.finish(*self._around(call, _keys(call.operands, tangents), visit, start))
+        gradients = step.finish(*self._around(call, _keys(call.operands, tangents), visit, start, saved))
         return gradients, moved.astype(call.dtype), tau
 
     def second_tangent(
@@ -818,7 +818,7 @@ class Shards:
             return total, None
 
         start = (jnp.zeros(call.out_shape, call.acc), jnp.zeros(call.stats_shape, call.acc))
-        (out, lse), _ = self._around(call, travelling, visit, start)
+        (out, lse), _ = self._around(call, travelling, visit, start, saved)
         return out.astype(call.dtype), lse
 
     # --- what a call of one block takes
@@ -876,10 +876,15 @@ class Shards:
 
     # --- how keys come to rows
 
-    def _around(self, call: Call, own: Keys, visit: Visit, carry) -> tuple[Any, Keys | None]:
-        """Visits the keys of all devices: the carry, and what `visit` gives back to the owners of the keys, summed."""
+    def _around(
+        self, call: Call, own: Keys, visit: Visit, carry, since: Saved | None = None
+    ) -> tuple[Any, Keys | None]:
+        """Visits the keys of all devices: the carry, and what `visit` gives back to the owners of the keys, summed.
+
+        `since`: what is there before. Keys go around again in each pass, and are not kept from one to the next.
+        """
         if self.travel == "ring":
-            return self._ring(own, visit, carry)
+            return self._ring(own, visit, carry, since)
         me = lax.axis_index(self.axis)
         if self.travel == "stay":
             return visit(carry, own, me)
@@ -888,24 +893,25 @@ class Shards:
     def _send(self, x, pairs: list[tuple[int, int]]):
         return lax.ppermute(x, self.axis, pairs)
 
-    def _ring(self, own: Keys, visit: Visit, carry) -> tuple[Any, Keys | None]:
+    def _ring(self, own: Keys, visit: Visit, carry, since) -> tuple[Any, Keys | None]:
         schedule, me = self.schedule, lax.axis_index(self.axis)
         assert schedule is not None
         steps = schedule.distances
-        here, total, moving = own, None, None
+        total = moving = None
+        (here, _) = own, _ = _barrier((own, since), me)
         for distance, following in zip(steps, [*steps[1:], None], strict=True):
-            sent = here
+            sent = None
             if following is not None:
                 sent = self._send(here if abs(following) > 1 else own, schedule.on(following))
             back = None
             if distance in schedule.visited:
-                carry, back = visit(carry, here, (me - distance) % self.devices)
+                carry, back = _alone(visit, (carry, here, (me - distance) % self.devices), me)
             if distance == 0:
                 total = back
             else:
                 total, moving = self._homeward(schedule, distance, following, total, _sum(moving, back))
             # The send after the next waits for this step: two shards of others at a time, and not all of them.
-            here, carry, total, moving = lax.optimization_barrier((sent, carry, total, moving))
+            here, carry, total, moving = _barrier((sent, carry, total, moving), me)
         return carry, total
 
     def _homeward(self, schedule: Schedule, distance: int, following: int | None, total, moving):
@@ -1022,6 +1028,29 @@ class _Backward:
 
 
 # --- arrays
+
+
+# XLA for CPU drops barriers before it fuses and schedules: it would begin all steps at once. But it does not know that a
+# device's index is not negative, so that a branch is a barrier.
+
+
+def _alone(fn: Callable[..., Any], args: tuple, me):
+    """`fn(*args)`, where nothing of it begins before all of the arguments are there."""
+
+    def cpu(args, me):
+        def never(*args):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *args))
+
+        return lax.cond(me < 0, never, fn, *args)
+
+    return lax.platform_dependent(
+        args, me, cpu=cpu, default=lambda args, me: fn(*lax.optimization_barrier(args))
+    )
+
+
+def _barrier(x, me):
+    """x, where nothing that takes a part of it begins before all of it is there."""
+    return _alone(lambda x: x, (x,), me)
 
 
 def _cut(x, axis: int, first: int, count: int):
