@@ -4,17 +4,15 @@
 holds a `Shards`: how the keys of other devices reach its rows. A `Shards` computes the forward and every derivative as a
 backend does, from calls on one device, so that the rules of derivatives in `attention.py` hold here too.
 
-For rows i of one device and the keys j of shard s, with the statistics m and l of *all* keys, P = exp(S - m) / l:
+Let (out_s, lse_s) be the results of one device's rows over the keys of shard s alone, and w_s = exp(lse_s - lse):
 
-    forward   (out, m, l) = merge over s of the results of each shard (see `softmax`)
-    backward  dq = sum over s;  dk, dv of shard s = sum over the devices that it visits
-    tangent   out' and the log-sum-exp' are sums over s: T_s and tau_s
-    second    each shard's own takes row sums over its own keys, tau_s and sigma_s in place of tau and sigma. As the second is
-              linear in them, G = G_s + ds (tau_s - tau) + P (sigma_s - sigma), and what is added is a backward, with
-              cotangents dout (tau_s - tau) and dlse (tau_s - tau) + sigma_s - sigma, where
-              sigma_s - sigma = rowsum(dout (T_s - T))
-    second tangent, along a and b: out and log-sum-exp move by T(b) and tau(b) where the shard's own takes T_s(b) and
-              tau_s(b): it adds -tau_s(a) (T(b) - T_s(b)) - (tau(b) - tau_s(b)) (T_s(a), tau_s(a))
+    forward   lse = log sum_s exp(lse_s),  out = sum_s w_s out_s
+    backward  that of each shard, from the softmax max and sum over *all* keys: dq is the sum over shards, dk and dv of a
+              shard are sums over the devices that it visits
+    tangent   lse' = sum_s w_s lse_s',  out' = sum_s w_s (out_s' + lse_s' (out_s - out))
+    second    the backward is that of each shard alone from the cotangents w_s dout and w_s (dlse + dout (out_s - out)) of
+              out_s and lse_s: the sum of the seconds of the shards, along the tangents of these cotangents too
+    second tangent, along a and b: the derivative of the tangent's formulas along b, with w_s' = w_s (lse_s' - lse')
 
 Nothing of another shard is saved: every pass sends keys and values around again.
 
@@ -42,6 +40,7 @@ from jax_fa.call import (
     Problem,
     Saved,
     accumulator_dtype,
+    has_rounding,
     narrowed,
     rounding_unit,
     widened,
@@ -744,21 +743,15 @@ class Shards:
 
         def visit(total, keys, source):
             for block in self._blocks(call, keys, source):
-                part = self._tangent_of(call, tangents, saved, keys, block)
                 rows = _Rows(call, block)
-                total = rows.put(total, [a + b for a, b in zip(rows.of(total), part, strict=True)])
+                own = self._own(call, tangents, keys, block)
+                at = _At(call, own, rows.saved(saved))
+                part = at.weighted(own.moved + at.row(own.tau) * at.apart), at.weight * own.tau
+                total = rows.add(total, part)
             return total, None
 
         start = (jnp.zeros(call.out_shape, call.acc), jnp.zeros(call.stats_shape, call.acc))
         return self._around(call, _keys(call.operands, tangents), visit, start, saved)[0]
-
-    def _tangent_of(
-        self, call: Call, tangents: Operands, saved: Saved, keys: Keys, block: _Block
-    ) -> list[Any]:
-        operands = self._operands(call, call.operands, keys, block)
-        along = self._operands(call, tangents, keys, block, "_tangent")
-        saved = _Rows(call, block).saved(saved)
-        return [x.astype(call.acc) for x in primitives.tangent(self._problem(call), operands, saved, along)]
 
     def second(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Operands, Any, Any]:
         saved, step = call.full(saved), _Backward(self, call)
@@ -767,17 +760,12 @@ class Shards:
         def visit(sums, keys, source):
             back: Keys = {}
             for block in self._blocks(call, keys, source):
-                operands = self._operands(call, call.operands, keys, block)
-                along = self._operands(call, tangents, keys, block, "_tangent")
                 rows = _Rows(call, block)
-                part = rows.saved(saved)
-                found = primitives.second(step.problem, operands, part, along)
+                own = self._own(call, tangents, keys, block)
+                at = _At(call, own, rows.saved(saved))
+                part = at.cotangents(*rows.of((moved, tau)))
+                found = primitives.second(step.problem, own.operands, part, own.along)
                 sums, back = step.add(sums, back, found, block)
-                own_moved, own_tau = self._tangent_of(call, tangents, saved, keys, block)
-                all_moved, all_tau = rows.of((moved, tau))
-                cotangents = _corrections(call, part, own_moved - all_moved, own_tau - all_tau)
-                added = primitives.backward(step.problem, operands, replace(part.of_forward(), **cotangents))
-                sums, back = step.add(sums, back, added.present(), block)
             return sums, back
 
         start = step.start()
@@ -787,39 +775,37 @@ class Shards:
     def second_tangent(
         self, call: Call, tangents: Operands, others: Operands, saved: Saved
     ) -> tuple[Any, Any]:
-        problem, saved, axes = self._problem(call), call.full(saved), call.problem.out_axes
+        problem, saved = self._problem(call), call.full(saved)
         moved, tau = self._tangent(call, others, saved)
-        travelling = _keys(call.operands, tangents) | {
-            f"{name}_other": x for name, x in _keys(others).items()
-        }
+        travelling = _keys(call.operands, tangents)
+        travelling |= {f"{name}_other": x for name, x in _keys(others).items()}
 
         def visit(total, keys, source):
             for block in self._blocks(call, keys, source):
                 rows = _Rows(call, block)
-                operands = self._operands(call, call.operands, keys, block)
-                along = self._operands(call, tangents, keys, block, "_tangent")
+                own = self._own(call, tangents, keys, block)
+                at = _At(call, own, rows.saved(saved))
                 other = self._operands(call, others, keys, block, "_other")
-                part = rows.saved(saved)
-                found = primitives.second_tangent(problem, operands, part, along, other)
-                one, tau_one = (
-                    x.astype(call.acc) for x in primitives.tangent(problem, operands, part, along)
-                )
-                two, tau_two = (
-                    x.astype(call.acc) for x in primitives.tangent(problem, operands, part, other)
-                )
-                d_out, d_lse = (a - b for a, b in zip(rows.of((moved, tau)), (two, tau_two), strict=True))
-                out = (
-                    found[0].astype(call.acc)
-                    - softmax.rows_as_stored(tau_one, axes) * d_out
-                    - softmax.rows_as_stored(d_lse, axes) * one
-                )
-                lse = found[1] - d_lse * tau_one
-                total = rows.put(total, [a + b for a, b in zip(rows.of(total), (out, lse), strict=True)])
+                both = primitives.second_tangent(problem, own.operands, own.saved, own.along, other)
+                out_b, lse_b = primitives.tangent(problem, own.operands, own.saved, other)
+                all_b, tau_b = rows.of((moved, tau))
+                more = at.row(lse_b - tau_b) * (own.moved + at.row(own.tau) * at.apart)
+                out = both[0] + at.row(both[1]) * at.apart + at.row(own.tau) * (out_b - all_b) + more
+                part = at.weighted(out), at.weight * (both[1] + (lse_b - tau_b) * own.tau)
+                total = rows.add(total, part)
             return total, None
 
         start = (jnp.zeros(call.out_shape, call.acc), jnp.zeros(call.stats_shape, call.acc))
         (out, lse), _ = self._around(call, travelling, visit, start, saved)
         return out.astype(call.dtype), lse
+
+    def _own(self, call: Call, tangents: Operands, keys: Keys, block: _Block) -> "_Own":
+        operands = self._operands(call, call.operands, keys, block)
+        along = self._operands(call, tangents, keys, block, "_tangent")
+        problem = replace(self._problem(call), saves_rounding=has_rounding(call.dtype))
+        out, m, l, *rounding, moved, tau = primitives.jvp(problem, operands, along)
+        saved = Saved(out=out, m=m, l=l, rounding=rounding[0] if rounding else None)
+        return _Own(operands, along, saved, moved.astype(call.acc), tau)
 
     # --- what a call of one block takes
 
@@ -968,6 +954,9 @@ class _Rows:
     def of(self, arrays) -> list[Any]:
         return [_cut(x, self._axis(x), *self.block.rows) for x in arrays]
 
+    def add(self, arrays, parts) -> tuple[Any, ...]:
+        return self.put(arrays, [a + b for a, b in zip(self.of(arrays), parts, strict=True)])
+
     def put(self, arrays, parts) -> tuple[Any, ...]:
         first, count = self.block.rows
         if count == self.call.dims.Sq:
@@ -977,6 +966,59 @@ class _Rows:
 
     def saved(self, saved: Saved) -> Saved:
         return replace(saved, **dict(zip(saved.present(), self.of(saved.present().values()), strict=True)))
+
+
+class _Own(NamedTuple):
+    """The forward and tangent of one block: of its rows over its own keys alone."""
+
+    operands: Operands
+    along: Operands
+    saved: Saved
+    moved: Any  # the tangents of out
+    tau: Any  # and of log-sum-exp
+
+
+class _At:
+    """How the results of one block enter those of all keys: `weight` is exp(lse_s - lse)."""
+
+    def __init__(self, call: Call, own: _Own, whole: Saved) -> None:
+        self.call, self.own, self.whole = call, own, whole
+        part = own.saved
+        self.weight = jnp.exp(part.m - whole.m) * part.l * softmax.inverse(whole.l)
+        out, out_s = (widened(x.out, x.rounding, call.acc) for x in (whole, part))
+        self.apart = out_s - out
+
+    def row(self, x):
+        """Statistics as factors of what is stored like out."""
+        return softmax.rows_as_stored(x, self.call.problem.out_axes)
+
+    def weighted(self, x):
+        return self.row(self.weight) * x
+
+    def cotangents(self, moved, tau) -> Saved:
+        """What the block's own second takes; `moved` and `tau` are the tangents of out and log-sum-exp over all keys."""
+        call, own, whole = self.call, self.own, self.whole
+        dout = whole.dout.astype(call.acc)
+        inner = _row_sum(
+            dout * self.apart, call.problem.out_axes
+        )  # the cotangent of lse_s is weight times this
+        inner = inner if whole.dlogsumexp is None else inner + whole.dlogsumexp
+        turned = own.tau - tau  # the tangent of the weight is weight times this
+        inner_tangent = _row_sum(dout * (own.moved - moved), call.problem.out_axes) + turned * inner
+        dout_tangent = self.row(turned) * dout
+        if whole.dout_tangent is not None:
+            given = whole.dout_tangent.astype(call.acc)
+            dout_tangent = dout_tangent + given
+            inner_tangent = inner_tangent + _row_sum(given * self.apart, call.problem.out_axes)
+        if whole.dlogsumexp_tangent is not None:
+            inner_tangent = inner_tangent + whole.dlogsumexp_tangent
+        return replace(
+            own.saved,
+            dout=self.weighted(dout).astype(call.dtype),
+            dlogsumexp=self.weight * inner,
+            dout_tangent=self.weighted(dout_tangent).astype(call.dtype),
+            dlogsumexp_tangent=self.weight * inner_tangent,
+        )
 
 
 class _Backward:
@@ -1105,13 +1147,3 @@ def _joined(axes: Axes, whole, part):
     m = jnp.maximum(m_a, m_b)
     a, b = jnp.exp(m_a - m), jnp.exp(m_b - m) * l_b
     return acc * softmax.rows_as_stored(a, axes) + out * softmax.rows_as_stored(b, axes), m, l_a * a + b
-
-
-def _corrections(call: Call, saved: Saved, moved, tau) -> dict[str, Any]:
-    """The cotangents of the backward that a second takes besides; `moved`, `tau`: T_s - T and tau_s - tau."""
-    axes = call.problem.out_axes
-    dout = saved.dout.astype(call.acc)
-    sigma = _row_sum(dout * moved, axes)
-    if saved.dlogsumexp is not None:
-        sigma = sigma + saved.dlogsumexp * tau
-    return {"dout": (dout * softmax.rows_as_stored(tau, axes)).astype(call.dtype), "dlogsumexp": sigma}
