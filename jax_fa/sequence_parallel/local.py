@@ -122,6 +122,8 @@ class Local:
         parts = self.spread.chunks if drops and self.spread.rows else 1, self.spread.chunks
         if x.alibi_slopes is None and not drops:
             parts = 1, 1
+        if 0 in (*batch, d.Sq, d.Skv):
+            travel = "stay"  # no key for any row: nothing to communicate, for which XLA has no empty arrays
         shards = Shards(
             axis=self.spread.axis,
             devices=self.spread.devices,
