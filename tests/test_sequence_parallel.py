@@ -262,8 +262,9 @@ _BOTH = Case(name="derivatives", Sq=32, Skv=32, D=8, Dv=12, mask="window")
             "ring",
             "zigzag",
             id="ring-everything",
+            marks=pytest.mark.slow,
         ),
-        pytest.param(_BOTH, 4, "all_gather", "zigzag", id="all_gather"),
+        pytest.param(_BOTH, 4, "all_gather", "zigzag", id="all_gather", marks=pytest.mark.slow),
         pytest.param(_BOTH, 2, "ulysses", "zigzag", id="ulysses"),
         pytest.param(_BOTH, 4, "all_reduce", "contiguous", id="all_reduce"),
     ],
@@ -275,7 +276,7 @@ def test_derivatives_of_both_modes_and_second_order(case, devices, strategy, ord
     want = jax.jit(partial(_derivatives, partial(case.flash_attention, implementation=CPU)))(x)
     for name in want:
         for a, b in zip(jax.tree.leaves(found[name]), jax.tree.leaves(want[name]), strict=True):
-            assert _distance(a, b) < 1e-5, name
+            assert _distance(a, b) < 5e-5, name  # of sums of large terms that cancel
 
 
 def test_a_third_derivative_is_refused():
@@ -331,6 +332,24 @@ def test_a_mesh_with_batch_heads_and_sequence():
     want = gradient(lambda x: case.flash_attention(x, implementation=CPU)[0])
     for name, found in gradient(attend).items():
         assert _distance(found, want[name]) <= CLOSE_GRADIENTS, name
+
+
+def test_explain():
+    """The calls of the shards, by the backend that serves them."""
+    x = jnp.ones((1, 16, 4, 8), jnp.bfloat16)
+
+    def attend(rate, x):
+        call = partial(jax_fa.sequence_parallel_attention, x, x, x, axis_name="x", mask=Causal())
+        return call(dropout_rate=rate, dropout_key=jax.random.key(0))
+
+    def found(rate):
+        run = jax.shard_map(partial(attend, rate), mesh=_mesh(4), in_specs=P(None, "x"), out_specs=P(None, "x"))
+        return jax_fa.explain(run, x, platforms=("cpu", "cuda"))
+
+    (plain,), (dropped,) = found(0.0), found(0.5)
+    assert plain.chosen["cpu"] == dropped.chosen["cpu"] == CPU
+    assert plain.dims.Sq == plain.dims.Skv == 4
+    assert "sequence_parallel" in plain.source or "test_sequence_parallel" in plain.source
 
 
 # --- what is sent and kept

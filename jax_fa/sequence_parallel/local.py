@@ -119,6 +119,8 @@ class Local:
             at = (self.rows if self.spread.rows else jnp.arange(sq, dtype=jnp.int32)) if at is None else at
             found["position"] = masks.lead(at, len(batch) + 2)
         drops = x.dropout_seed is not None
+        if drops:  # each block has its own
+            found["dropout_start"] = jnp.zeros((1,) * len(batch) + (2,), jnp.uint32)
         parts = self.spread.chunks if drops and self.spread.rows else 1, self.spread.chunks
         if x.alibi_slopes is None and not drops:
             parts = 1, 1
