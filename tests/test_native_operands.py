@@ -50,6 +50,7 @@ def _operands(**changes: Any) -> Operands:
         "scale": jnp.ones((B, 1), f32),
         "soft_cap": jnp.ones((1, N), f32),
         "keep_threshold": jnp.full((1, 1), 65536, u32),
+        "dropout_start": jnp.zeros((1, 2), u32),
     }
     return Operands(**arrays | changes)
 
@@ -151,6 +152,11 @@ WRONG = (
         name="keep_threshold",
         array=jnp.ones((1, 1)),
         message="keep_threshold is float32 (1, 1); expected uint32",
+    ),
+    Wrong(
+        name="dropout_start",
+        array=jnp.ones((1, 1), jnp.uint32),
+        message="dropout_start is uint32 (1, 1); expected",
     ),
 )
 
