@@ -198,6 +198,7 @@ _ADVICE: dict[str, dict[str, str]] = {
         "padding_mask": "None of it: CANN has reserved it",
     },
 }
+_ADVICE["sequence_parallel_attention"] = _ADVICE["flash_attention"]
 _signatures: dict[str, inspect.Signature] = {}
 
 
@@ -222,6 +223,8 @@ def unknown(entry: str, given: Mapping[str, Any]) -> TypeError:
     name = next(name for name in given if name not in names(entry))
     instead = _ADVICE.get(entry, {}).get(name)
     others = [other for other in _signatures if other != entry and name in names(other)]
+    # One entry that has all arguments of another, and more, is not what the caller was thinking of.
+    others = [other for other in others if not any(names(x) < names(other) for x in others)]
     near = difflib.get_close_matches(name, names(entry), n=1, cutoff=0.75)
     text = f"{entry} has no argument {name!r}"
     if instead:

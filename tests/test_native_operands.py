@@ -196,7 +196,7 @@ def test_what_fits_is_not_refused():
         ),
         ({"l": _float(B, N, 1)}, "softmax sum is float32 (2, 4, 1); expected float32 (1 or 2, 4, 5)"),
         ({"m": _float(B, SQ)}, "softmax max is float32 (2, 5), of rank 2; expected rank 3"),
-        ({"l": None}, "there are 21 arguments; expected 22"),
+        ({"l": None}, "there are 22 arguments; expected 23"),
     ],
 )
 def test_saved_arrays_that_do_not_fit_are_refused(changes, message):

@@ -343,7 +343,9 @@ def test_explain():
         return call(dropout_rate=rate, dropout_key=jax.random.key(0))
 
     def found(rate):
-        run = jax.shard_map(partial(attend, rate), mesh=_mesh(4), in_specs=P(None, "x"), out_specs=P(None, "x"))
+        run = jax.shard_map(
+            partial(attend, rate), mesh=_mesh(4), in_specs=P(None, "x"), out_specs=P(None, "x")
+        )
         return jax_fa.explain(run, x, platforms=("cpu", "cuda"))
 
     (plain,), (dropped,) = found(0.0), found(0.5)

@@ -15,76 +15,88 @@ from jax_fa.sequence_parallel.order import Spread
 
 def ulysses(local: Local, shards: dict[str, Any], options: dict[str, Any]) -> entry.Request:
     """The request of all rows and keys and of N / n heads."""
-    spread, d, call = local.spread, local.dims, local.request.call
-    n, (sq, skv), axes = spread.devices, local.full, call.problem.query_axes
-    if d.N % n or (d.K % n and n % d.K):
-        raise ValueError(
-            f'strategy="ulysses" splits heads over the {n} devices of axis {spread.axis!r}: N must be a multiple of {n}, and K '
-            f'a multiple or a divisor of it; got N={d.N}, K={d.K}. strategy="ring" serves any number of heads.'
-        )
-    local.check_chunks()
-    rank, me = len(d.B), lax.axis_index(spread.axis)
-    seq, head = axes[rank], axes[rank + 1]
-
-    def to_heads(x, head: int, seq: int):
-        x = lax.all_to_all(x, spread.axis, split_axis=head, concat_axis=seq, tiled=True)
-        return spread.shards(x, seq, restored=True)
-
-    def to_rows(x, head: int, seq: int):
-        x = spread.shards(x, seq, restored=False)
-        return lax.all_to_all(x, spread.axis, split_axis=seq, concat_axis=head, tiled=True)
-
-    def of_heads(x, at: int):
-        """This device's heads of what is the same on all of them."""
-        if x is None or np.ndim(x) <= -at - 1 or np.shape(x)[at] != d.N:
-            return x
-        return lax.dynamic_slice_in_dim(jnp.asarray(x), me * (d.N // n), d.N // n, np.ndim(x) + at)
-
-    def of_rows(x):
-        """A bias or mask `... #N #Sq #Skv` with all rows and this device's heads."""
-        x = x.reshape((1,) * (3 - x.ndim) + x.shape)
-        head, seq = x.ndim - 3, x.ndim - 2
-        if x.shape[seq] == 1:
-            return of_heads(x, -3)
-        if x.shape[head] != 1:
-            return to_heads(x, head, seq)
-        return spread.shards(lax.all_gather(x, spread.axis, axis=seq, tiled=True), seq, restored=True)
-
-    def of_mask(mask: Mask) -> Mask:
-        if isinstance(mask, masks.Dense):
-            full = (*d.B, d.N, d.Sq, skv)
-            mask.check(d.B, d.N, d.Sq, skv)
-            return masks.Dense(of_rows(masks.lead(jnp.asarray(mask.array), len(full))))
-        if isinstance(mask, masks.Band) and np.ndim(mask.offset) == rank + 2:
-            mask.check(d.B, d.N, sq, skv)
-            return masks.Band(mask.left, mask.right, mask.align, of_heads(mask.offset, -2))
-        return mask
-
+    exchange, d, call = _Exchange(local), local.dims, local.request.call
+    rank = len(d.B)
+    seq, head = (call.problem.query_axes[at] for at in (rank, rank + 1))
     arrays = {}
     for name, x in shards.items():
-        if name != "query" and d.K < n:
-            x = jnp.repeat(x, n // d.K, axis=head)
-        arrays[name] = to_heads(x, head, seq)
-    mask = None if local.mask is None else masks.Intersection(tuple(map(of_mask, masks.members(local.mask))))
-    bias = entry.checked_bias(local.bias, (*d.B, d.N, d.Sq, skv), call.acc)
+        if name != "query" and d.K < exchange.devices:
+            x = jnp.repeat(x, exchange.devices // d.K, axis=head)
+        arrays[name] = exchange.to_heads(x, head, seq)
+    mask = None
+    if local.mask is not None:
+        mask = masks.Intersection(tuple(map(exchange.of_mask, masks.members(local.mask))))
+    bias = entry.checked_bias(local.bias, (*d.B, d.N, d.Sq, local.full[1]), call.acc)
     options = options | {
-        "bias": None if bias is None else of_rows(bias),
+        "bias": None if bias is None else exchange.of_rows(bias),
         "mask": mask,
-        "alibi_slopes": of_heads(options["alibi_slopes"], -1),
+        "alibi_slopes": exchange.of_heads(options["alibi_slopes"], -1),
     }
     request = entry.request_of(api.flash_attention, **arrays, **options)
     whole, operands = request.call, request.call.operands
     if operands.dropout_stream is not None:
-        stream = of_heads(dropout.streams(d.B, d.N), -2)
+        stream = exchange.of_heads(dropout.streams(d.B, d.N), -2)
         whole = whole.replace(operands=replace(operands, dropout_stream=stream))
 
     def finish(result):
         found = request.finish(result)
         out, logsumexp = found if options["return_logsumexp"] else (found, None)
-        out = to_rows(out, head, seq)
-        return out if logsumexp is None else (out, to_rows(logsumexp, rank, rank + 1))
+        out = exchange.to_rows(out, head, seq)
+        return out if logsumexp is None else (out, exchange.to_rows(logsumexp, rank, rank + 1))
 
     return entry.Request(whole, finish)
+
+
+class _Exchange:
+    """Between a device's rows of all heads and all rows of a device's heads."""
+
+    def __init__(self, local: Local) -> None:
+        d, self.local, self.spread = local.dims, local, local.spread
+        n = self.devices = self.spread.devices
+        if d.N % n or (d.K % n and n % d.K):
+            raise ValueError(
+                f'strategy="ulysses" splits heads over the {n} devices of axis {self.spread.axis!r}: N must be a multiple of '
+                f'{n}, and K a multiple or a divisor of it; got N={d.N}, K={d.K}. strategy="ring" serves any number of heads.'
+            )
+        local.check_chunks()
+
+    def to_heads(self, x, head: int, seq: int):
+        x = lax.all_to_all(x, self.spread.axis, split_axis=head, concat_axis=seq, tiled=True)
+        return self.spread.shards(x, seq, restored=True)
+
+    def to_rows(self, x, head: int, seq: int):
+        x = self.spread.shards(x, seq, restored=False)
+        return lax.all_to_all(x, self.spread.axis, split_axis=seq, concat_axis=head, tiled=True)
+
+    def of_heads(self, x, axis: int):
+        """This device's heads, which lie along the axis (counted from the end), of what all devices have."""
+        N = self.local.dims.N
+        if x is None or np.ndim(x) < -axis or np.shape(x)[axis] != N:
+            return x
+        count = N // self.devices
+        first = lax.axis_index(self.spread.axis) * count
+        return lax.dynamic_slice_in_dim(jnp.asarray(x), first, count, np.ndim(x) + axis)
+
+    def of_rows(self, x):
+        """A bias or mask `... #N #Sq #Skv` with all rows, of this device's heads."""
+        x = masks.lead(x, max(x.ndim, 3))
+        head, seq = x.ndim - 3, x.ndim - 2
+        if x.shape[seq] == 1:
+            return self.of_heads(x, -3)
+        if x.shape[head] != 1:
+            return self.to_heads(x, head, seq)
+        gathered = lax.all_gather(x, self.spread.axis, axis=seq, tiled=True)
+        return self.spread.shards(gathered, seq, restored=True)
+
+    def of_mask(self, mask: Mask) -> Mask:
+        d, (sq, skv) = self.local.dims, self.local.full
+        if isinstance(mask, masks.Dense):
+            mask.check(d.B, d.N, d.Sq, skv)
+            return masks.Dense(self.of_rows(jnp.asarray(mask.array)))
+        if isinstance(mask, masks.Band) and np.ndim(mask.offset) == len(d.B) + 2:
+            mask.check(d.B, d.N, sq, skv)
+            return masks.Band(mask.left, mask.right, mask.align, self.of_heads(mask.offset, -2))
+        return mask
 
 
 # Partial results of so many bytes, over all devices, take one all-reduce, in which each device fills a slot of its own:
