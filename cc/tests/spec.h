@@ -290,9 +290,10 @@ class Maker {
       p_.stream = Pairs(DType::kU32, {s_.B1, s_.B2, s_.N, 1, 2});
       for (Array* x : {&p_.seed, &p_.stream})
         for (double& y : x->value) y = static_cast<double>(random_.Bits() >> 32);
-      if (random_.OneIn(2)) {
-        p_.dropout_start = Pairs(DType::kU32, {random_.OneIn(2) ? s_.B1 : 1, s_.B2, 1, 1, 2});
-        for (double& y : p_.dropout_start.value) y = static_cast<double>(random_.Below(1000));
+      Random random(s_.seed + 2000003);
+      if (random.OneIn(2)) {
+        p_.dropout_start = Pairs(DType::kU32, {random.OneIn(2) ? s_.B1 : 1, s_.B2, 1, 1, 2});
+        for (double& y : p_.dropout_start.value) y = static_cast<double>(random.Below(1000));
       }
     }
     if (s_.bits) {
