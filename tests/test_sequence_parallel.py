@@ -306,6 +306,43 @@ def test_vmap_and_remat():
         assert _distance(found[name], want[name]) <= CLOSE_GRADIENTS, name
 
 
+def test_scan_over_layers_without_jit():
+    """Layers that share one program, in an eager shard_map."""
+    case = _split(replace(BY_NAME["mask-causal"], B=(1,), K=4, N=4), 2)
+    case = replace(case, Sq=case.Skv)
+    program = Program(case, 2, "ring", "contiguous", CPU)
+    x = {n: jnp.asarray(a) for n, a in case.stored_operands().items()}
+
+    def layers(attend, x):
+        def step(query, _):
+            return attend({**x, "query": query}), None
+
+        return jax.lax.scan(step, x["query"], length=2)[0]
+
+    spec = P(None, "x")
+    local = jax.shard_map(
+        partial(layers, lambda x: program.local(x, {})[0]), mesh=_mesh(2), in_specs=(spec,), out_specs=spec
+    )
+    want = layers(lambda x: case.flash_attention(x, implementation=CPU)[0], x)
+    assert _distance(local(x), want) <= CLOSE
+
+
+def test_explicit_axes():
+    """A mesh of explicit axes, whose types say how results are sharded."""
+    mesh, spec = _mesh(4, AxisType.Explicit), P(None, "x")
+    x = jnp.cos(jnp.arange(2 * 16 * 4 * 8, dtype=jnp.float32)).reshape(2, 16, 4, 8)
+    attend = jax.shard_map(
+        partial(jax_fa.sequence_parallel_attention, axis_name="x", mask=Causal(), implementation=CPU),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+    )
+    with jax.set_mesh(mesh):
+        out = jax.jit(attend)(*[jax.device_put(x, NamedSharding(mesh, spec))] * 3)
+        assert jax.typeof(out).sharding.spec == P(None, "x", None, None)
+    assert _distance(out, jax_fa.flash_attention(x, x, x, mask=Causal(), implementation=CPU)) <= CLOSE
+
+
 def test_without_checks_of_types():
     """shard_map(check_vma=False), which Pallas kernels may need."""
     case = _split(BY_NAME["mask-causal"], 4)
@@ -410,14 +447,35 @@ def test_the_backward_sends_keys_again_and_their_gradients():
     assert _collectives(_compiled(8, None, gradient=True)) == {"collective-permute": 2 * 7 * 3}
 
 
-def test_masks_that_are_data_send_all():
+@pytest.mark.parametrize(
+    ("static", "steps"),
+    [
+        (None, 3),
+        (SlidingWindow(10), 1),
+        (SlidingWindow(10, 0, "bottom-right"), 3),
+    ],  # lengths may move the corner
+    ids=str,
+)
+def test_masks_that_are_data_send_what_the_others_leave(static, steps):
     def attend(query, key, value, lengths):
-        return jax_fa.sequence_parallel_attention(query, key, value, axis_name="x", mask=Lengths(key=lengths))
+        mask = Lengths(key=lengths) if static is None else static & Lengths(key=lengths)
+        return jax_fa.sequence_parallel_attention(query, key, value, axis_name="x", mask=mask)
 
     x = [jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)] * 3
     run = jax.shard_map(attend, mesh=_mesh(4), in_specs=(P(None, "x"),) * 3 + (P(),), out_specs=P(None, "x"))
     program = jax.jit(run).lower(*x, jax.ShapeDtypeStruct((), jnp.int32)).compile()
-    assert _collectives(program) == {"collective-permute": 6}
+    assert _collectives(program) == {"collective-permute": 2 * steps}
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_other_platforms(platform):
+    """Steps are kept apart by barriers, and nothing is left to a partitioner."""
+    attend = partial(jax_fa.sequence_parallel_attention, axis_name="x", mask=Causal(), implementation="xla")
+    run = jax.shard_map(attend, mesh=_mesh(4), in_specs=P(None, "x"), out_specs=P(None, "x"))
+    x = [jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)] * 3
+    text = jax.jit(run).trace(*x).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.collective_permute") == 2 * 3
+    assert "optimization_barrier" in text and "CustomSPMDPartitioning" not in text
 
 
 @pytest.mark.parametrize(

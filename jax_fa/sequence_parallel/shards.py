@@ -246,7 +246,7 @@ class Shards:
     def _ring(self, own: Keys, visit: Visit, carry, since) -> tuple[Any, Keys | None]:
         schedule, me = self.schedule, lax.axis_index(self.axis)
         assert schedule is not None
-        total = moving = None
+        total = moving = arriving = None
         first, *later = schedule.distances
         if later:
             own, _ = barrier((own, since), me)
@@ -258,24 +258,26 @@ class Shards:
             back = None
             if distance in schedule.visited:
                 carry, back = alone(visit, (carry, here, (me - distance) % self.devices), me)
+            total = added(total, arriving)
             if distance == 0:
-                total = back
+                total, arriving = back, None
             else:
-                total, moving = self._homeward(schedule, distance, following, total, added(moving, back))
+                arriving, moving = self._homeward(schedule, distance, following, added(moving, back))
             if following is not None:
                 # The next send waits for this step: there are two shards of others at a time, and not all of them.
-                here, carry, total, moving = barrier((sent, carry, total, moving), me)
-        return carry, total
+                # Gradients on their way have until the end of the next step.
+                here, carry, total = barrier((sent, carry, total), me)
+        return carry, added(total, arriving)
 
-    def _homeward(self, schedule: Schedule, distance: int, following: int | None, total, moving):
-        """Gradients go home from the last device that their keys visit, or on with their keys."""
+    def _homeward(self, schedule: Schedule, distance: int, following: int | None, moving):
+        """Sends gradients home from the last device that their keys visit, and the others on with their keys."""
         if moving is None:
-            return total, None
-        if pairs := schedule.home(distance):
-            total = added(total, self._send(moving, pairs))
+            return None, None
+        pairs = schedule.home(distance)
+        arriving = self._send(moving, pairs) if pairs else None
         if following is None or abs(following) == 1:
-            return total, None
-        return total, self._send(moving, schedule.on(following))
+            return arriving, None
+        return arriving, self._send(moving, schedule.on(following))
 
     def _gathered(self, call: Call, own: Keys, visit: Visit, carry) -> tuple[Any, Keys | None]:
         spread, axes = self._spread, _key_axes(call, own)
