@@ -9,7 +9,7 @@ import numpy as np
 from jax._src import config, core, dispatch, sharding_impls, source_info_util
 from jax._src.export import _export
 from jax.interpreters import mlir, partial_eval
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def varying_axes(x) -> frozenset[str]:
@@ -64,14 +64,31 @@ def plain():
         yield
 
 
-def lower_plain(fn, ctx, *args, axes: dict[str, int] | None = None):
+def lower_plain(fn, ctx, *args):
     """Lowers a traceable function inside another primitive's lowering rule.
 
-    Shardings and manual axes are types of the surrounding program; inside, everything is local and plain. `axes`: the
-    manual mesh axes (and their sizes) over which the function communicates.
+    Shardings and manual axes are types of the surrounding program; inside, everything is local and plain.
     """
     local = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    with plain(), core.extend_axis_env_nd((axes or {}).items()), config._check_vma(False):
+    with plain():
+        return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(avals_in=local), *args)
+
+
+def lower_manual(fn, ctx, *args):
+    """The same of a function that communicates over the manual axes of the surrounding `shard_map`."""
+    context = ctx.module_context.axis_context
+    manual = context.manual_axes
+    types = {name: AxisType.Manual if name in manual else AxisType.Auto for name in context.mesh.axis_names}
+    mesh = context.mesh.abstract_mesh.update_axis_types(types)
+    sizes = [(name, context.mesh.shape[name]) for name in manual]
+    with (
+        allow_promotion(),
+        jax.sharding.use_abstract_mesh(mesh),
+        core.extend_axis_env_nd(sizes),
+        config._check_vma(False),
+    ):
+        whole = NamedSharding(mesh, PartitionSpec())
+        local = [jax.core.ShapedArray(aval.shape, aval.dtype, sharding=whole) for aval in ctx.avals_in]
         return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(avals_in=local), *args)
 
 

@@ -391,6 +391,20 @@ def test_explain():
     assert "sequence_parallel" in plain.source or "test_sequence_parallel" in plain.source
 
 
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
+def test_other_axes_may_be_automatic(strategy):
+    """shard_map over the sequence alone; XLA splits the batch."""
+    mesh = jax.make_mesh((2, 4), ("data", "x"), axis_types=(AxisType.Auto,) * 2)
+    case = _split(replace(BY_NAME["mask-causal"], K=4), 4)
+    x, spec = case.stored_operands(), P(None, "x")
+    program = Program(case, 4, strategy, "contiguous", "xla")
+    attend = jax.shard_map(
+        lambda x: program.local(x, {})[0], mesh=mesh, in_specs=(spec,), out_specs=spec, axis_names={"x"}
+    )
+    placed = {n: jax.device_put(a, NamedSharding(mesh, P("data", "x"))) for n, a in x.items()}
+    assert _distance(jax.jit(attend)(placed), case.flash_attention(x, implementation="xla")[0]) <= CLOSE
+
+
 # --- what is sent and kept
 
 
@@ -757,3 +771,10 @@ def test_order_says_what_to_pad(turn):
         turn(jnp.ones((1, 100)), devices=0)
     with pytest.raises(ValueError, match="axis must be one of x"):
         turn(jnp.ones((1, 100)), devices=4, axis=2)
+
+
+def test_counts_of_tiles_say_what_they_cannot_count():
+    with pytest.raises(ValueError, match="sq must be a multiple of 16; got 100"):
+        visited_tiles(Causal(), 100, 128, devices=8, order="zigzag")
+    with pytest.raises(ValueError, match="mask must be a structured one"):
+        visited_tiles(masks.Dense(np.ones((16, 16), bool)), 16, 16, devices=8)

@@ -13,9 +13,8 @@ class Schedule:
     """
 
     visited: tuple[int, ...]
-    reach: tuple[
-        tuple[int, int], ...
-    ]  # of each shard: the last distance forward, and backward (both positive)
+    # Of each shard: the last distance forward, and backward (both positive).
+    reach: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, seen: np.ndarray) -> "Schedule":

@@ -55,11 +55,6 @@ class Shards:
     key_parts: int
 
     @property
-    def axes(self) -> dict[str, int]:
-        """The mesh axes over which devices communicate, and their sizes."""
-        return {self.axis: self.devices}
-
-    @property
     def _spread(self) -> Spread:
         return Spread(self.axis, self.devices, self.zigzag, self.rows)
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import compat, indices, masks
+from jax_fa import arguments, compat, indices, masks
 from jax_fa.masks import Mask
-from jax_fa.sequence_parallel.order import Order, Spread
+from jax_fa.sequence_parallel.order import ORDERS, Order, Spread
 
 
 def visible_chunks(mask: Mask | None, batch, heads, sq: int, skv: int, chunks: int) -> np.ndarray:
@@ -52,19 +52,28 @@ def visited_tiles(
     """How many tiles of `tile` rows and keys each device visits in a forward: how even the work is. Runs nothing.
 
     Args:
-      mask: a mask whose values are known, or None.
+      mask: a structured mask whose values are known, without batch dims, or None.
       sq: the length of the whole query.
       skv: that of the keys.
       devices: how many devices the sequence is sharded over.
       order: see `sequence_parallel_attention`.
-      tile: rows and keys of a tile; a shard (a chunk, with "zigzag") has whole tiles or is one.
+      tile: rows and keys of a tile.
 
     Returns:
       int64 array `(devices,)`.
+
+    Raises:
+      ValueError: lengths that the devices (and chunks) do not divide, or a mask that has no intervals of keys.
     """
+    arguments.choice("order", order, ORDERS)
     spread = Spread("", devices, order == "zigzag")
+    for name, length in (("sq", sq), ("skv", skv)):
+        if length % (devices * spread.chunks):
+            raise ValueError(f"{name} must be a multiple of {devices * spread.chunks}; got {length}.")
     rows, keys = sq // devices, skv // devices
     rules = masks.intervals(mask, (), 1, sq, skv)
+    if rules.dense is not None:
+        raise ValueError("mask must be a structured one; a boolean array visits all tiles.")
     bounds = [
         np.broadcast_to(np.asarray(x if x is not None else fill), (1, sq)).reshape(-1)
         for x, fill in ((rules.lower, 0), (rules.upper, skv))
