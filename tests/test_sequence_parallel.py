@@ -19,6 +19,7 @@ from jax_fa import masks
 from jax_fa.backends import native
 from jax_fa.masks import Causal, Lengths, SegmentIds, SlidingWindow
 from jax_fa.sequence_parallel import position_ids, reorder, restore, visited_tiles
+from jax_fa.sequence_parallel.schedule import Schedule
 from jax_fa.testing.cases import BY_NAME, CASES, Case, check
 
 # Of out and log-sum-exp, and of gradients, in float32: relative to one device, in the 2-norm.
@@ -455,6 +456,30 @@ def _collectives(program) -> Counter:
 def test_a_ring_sends_what_is_needed(mask, devices, steps):
     """Key and value once for each step, and nothing else."""
     assert _collectives(_compiled(devices, mask)) == {"collective-permute": 2 * steps} if steps else {}
+
+
+@pytest.mark.parametrize("devices", range(1, 9))
+def test_schedules_of_any_visibility(devices):
+    """Every device gets every shard that it needs, and the gradient of each shard comes home from its last device."""
+    random = np.random.default_rng(devices)
+    for _ in range(50):
+        seen = random.random((devices, devices)) < random.choice([0.1, 0.3, 0.9])
+        schedule = Schedule.of(seen)
+        missing = {(int(i), int(j)) for i, j in zip(*np.nonzero(seen), strict=True)}
+        homes = []
+        for sign in (1, -1):
+            held = {j: j for j in range(devices)}  # device: shard
+            for step in range(1, schedule.far(sign) + 1):
+                pairs = schedule.on(sign * step)
+                for side in zip(*pairs, strict=True):
+                    assert len(set(side)) == len(side)  # a permutation
+                held = {target: held[source] for source, target in pairs}
+                if sign * step in schedule.visited:
+                    missing -= set(held.items())
+                homes += [target for source, target in schedule.home(sign * step) if held[source] == target]
+        assert missing <= ({(j, j) for j in range(devices)} if 0 in schedule.visited else set())
+        travelling = [(j, sign) for j, reach in enumerate(schedule.reach) for sign in (0, 1) if reach[sign]]
+        assert sorted(homes) == sorted(j for j, _ in travelling)
 
 
 def test_the_backward_sends_keys_again_and_their_gradients():
