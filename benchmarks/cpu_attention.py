@@ -1,7 +1,7 @@
 """Times the native CPU kernels against the machine's own limits, `jax.nn` and PyTorch, all in one run.
 
-    python -P benchmarks/cpu_attention.py [--rounds 7] [--only TEXT] [--instruction-set NAME] [--json FILE]
-    python -P benchmarks/cpu_attention.py --readme FILE
+    python -P benchmarks/cpu_attention.py [--rounds 7] [--only TEXT] [--alone] [--instruction-set NAME] [--json FILE]
+    python -P benchmarks/cpu_attention.py --tables
 
 All that is compared in a row is called in turn within one process, and every figure is of one run; see README.md
 beside this file. `cpu/cases.py` says what is measured, `cpu/bounds.py` what must come out.
@@ -10,6 +10,7 @@ beside this file. `cpu/cases.py` says what is measured, `cpu/bounds.py` what mus
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -22,10 +23,11 @@ def main() -> None:
     if options.instruction_set:
         os.environ["JAX_FA_CPU_ISA"] = options.instruction_set
     # After that, since what the kernels choose may be chosen at import.
-    from cpu import bounds, cases, limits, machine, measure, programs, report
+    from cpu import bounds, cases, limits, machine, measure, programs, report, tables
 
-    if options.readme:
-        report.write_readme(options.readme)
+    if options.tables:
+        for document in tables.DOCUMENTS:
+            tables.write(document)
         return
     found = machine.describe()
     path = options.json or HERE / "results" / machine.file_name(found)
@@ -42,14 +44,15 @@ def main() -> None:
     for case in cases.cases():
         if options.only not in f"{case.group} {case.name}":
             continue
-        for row in measure.measure(case, options.rounds):
+        for row in measure.measure(replace(case, peers=()) if options.alone else case, options.rounds):
             print(report.line(row), flush=True)
             rows.append(row)
         if not options.only or options.json:
             report.update(path, found, complete=False, rows=rows)
     if not options.only or options.json:
         memory = programs.temporary_bytes(cases.Case(group="long", mask="causal"))
-        report.update(path, found, complete=not options.only, rows=rows, temporary_bytes=memory)
+        complete = not (options.only or options.alone)
+        report.update(path, found, complete=complete, rows=rows, temporary_bytes=memory)
         print(f"\nwritten: {path}")
     sweep = report.read(path).get("sweep") if path.exists() else None
     print("\n" + bounds.table(bounds.check(rows, found["instruction_set"], sweep)))
@@ -72,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help='only cases whose "group name" contains this text'
     )
+    parser.add_argument(
+        "--alone", action="store_true", help="without other libraries, which takes a fraction of the time"
+    )
     parser.add_argument("--instruction-set", metavar="NAME", help="in place of the best one")
     parser.add_argument(
         "--json",
@@ -80,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where all figures go (default: results/PROCESSOR-SET.json, and none with --only)",
     )
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="measure nothing: make the README's table from FILE"
+        "--tables",
+        action="store_true",
+        help="measure nothing: make the tables of documents from result files",
     )
     return parser
 

@@ -36,8 +36,26 @@ def update(m, l, logits):
     """
     m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
     rescale = jnp.exp(m - m_new)
-    p = jnp.exp(logits - m_new[..., None])
+    p = weights(logits, m_new)
     return m_new, l * rescale + jnp.sum(p, axis=-1), rescale, p
+
+
+@jax.custom_jvp
+def weights(logits, m):
+    """exp(logits - m), `[..., rows, keys]`: 1 where a logit is its row's max, and never more.
+
+    A compiler may compute `scale * product - m` with one rounding, so that a logit differs from itself as the max: at
+    1e18 by 1e10, which makes an infinite weight, or none.
+    """
+    m = m[..., None]
+    return jnp.exp(jnp.where(logits >= m, m - m, logits - m))  # m - m: an infinite max gives NaN
+
+
+@weights.defjvp
+def _weights_jvp(primals, tangents):
+    """That of exp: the choice above is one of rounding only."""
+    p = weights(*primals)
+    return p, p * (tangents[0] - tangents[1][..., None])
 
 
 def inverse(l):

@@ -120,10 +120,14 @@ def test_float32_keys_with_a_common_component(common, logit, backend):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("factor", [1e4, 1e6, 1e18])
-def test_large_queries(factor, dtype, backend):
-    """One key takes it all, which leaves the gradients of queries and keys nothing but rounding."""
+@pytest.mark.parametrize("scale", [D**-0.5, 0.3], ids=["exact", "rounds"])
+def test_large_queries(scale, factor, dtype, backend):
+    """One key takes it all, which leaves the gradients of queries and keys nothing but rounding.
+
+    A scale that is no power of two makes scale * product - max another number where it is rounded only once.
+    """
     q, k, v, dout = _arrays(keys=50)
-    _check(backend, (factor * q, k, v, dout), dtype, names=("out", "value"))
+    _check(backend, (factor * q, k, v, dout), dtype, scale, names=("out", "value"))
 
 
 def test_one_query_of_many_keys(backend):

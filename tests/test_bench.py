@@ -85,9 +85,10 @@ def test_it_measures_all_that_is_here_and_they_agree(direction, dtype, capsys):
     assert [line[0] for line in lines] == list(implementations.present())
     served = [line for line in lines if "not" not in line]
     assert len(served) >= 2 and all("GFLOP/s" in line for line in served)
-    # jax.nn refuses float16 under jit on CPU, and says why.
-    refused = [line for line in lines if "not" in line]
-    assert [line[0] for line in refused] == (["jax.nn"] if dtype == "float16" else [])
+    # jax.nn refuses float16 under jit on CPU, and there are no derivatives along tangents of torch: each says so.
+    refuses = {"jax.nn": dtype == "float16", "torch": direction in ("jvp", "hvp", "double-backward")}
+    refused = [line[0] for line in lines if "not" in line]
+    assert refused == [name for name in implementations.present() if refuses.get(name, False)]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`benchmarks/cpu_attention.py` and `cpu_sweep.py`: what they count, what must hold, and the README's table."""
+"""`benchmarks/cpu_attention.py` and `cpu_sweep.py`: what they count, what must hold, and tables of documents."""
 
 import json
 import os
@@ -19,7 +19,7 @@ if native.missing is not None:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from cpu import bounds, limits, machine, measure, programs, report, sweep  # noqa: E402
+from cpu import bounds, limits, machine, measure, programs, report, sweep, tables  # noqa: E402
 from cpu.cases import DTYPES, PACKED, Case, cases  # noqa: E402
 
 TINY = Case(group="extras", Sq=48, N=2, D=16)
@@ -188,17 +188,34 @@ def test_parts_of_a_file_stay_while_versions_do(tmp_path):
         report.read(path)
 
 
-def test_the_readme_agrees_with_the_file_that_it_names(tmp_path):
-    found = report.BLOCK.search(report.README.read_text(encoding="utf-8"))
-    results = ROOT / found["file"]
-    assert found["text"] == report.readme_table(report.read(results))
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_agree_with_the_files_that_they_name(document, tmp_path):
+    text = document.read_text(encoding="utf-8")
+    blocks = list(tables.BLOCK.finditer(text))
+    assert blocks
+    for block in blocks:
+        assert block["text"] == tables.made(block)
+    copy = tmp_path / document.name
+    copy.write_text(
+        tables.BLOCK.sub(r"<!--cpu \g<table> \g<file>-->\nold\n<!--/cpu-->", text), encoding="utf-8"
+    )
+    assert copy.read_text(encoding="utf-8") != text
+    tables.write(copy)
+    assert copy.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "must have a block .* got none"),
+        ("<!--cpu no x-->\n<!--/cpu-->", "must be among summary, .* got no"),
+    ],
+)
+def test_a_document_without_tables(text, message, tmp_path):
     copy = tmp_path / "README.md"
-    copy.write_text("before\n<!--cpu:x-->\nold\n<!--/cpu-->\nafter <!--cpu-->\n", encoding="utf-8")
-    report.write_readme(results, copy)
-    assert copy.read_text(encoding="utf-8") == f"before\n{found[0]}\nafter <!--cpu-->\n"
-    copy.write_text("nothing", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"README\.md must have one block .* got 0"):
-        report.write_readme(results, copy)
+    copy.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        tables.write(copy)
 
 
 def test_memory_is_read():

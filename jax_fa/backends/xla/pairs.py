@@ -140,7 +140,7 @@ class Pairs:
     @cached_property
     def p(self):
         """Probabilities."""
-        return self.shown(jnp.exp(self.logits.x - self.row.m[..., None]) * self.row.inverse[..., None])
+        return self.shown(softmax.weights(self.logits.x, self.row.m) * self.row.inverse[..., None])
 
     @cached_property
     def dp(self):
