@@ -40,6 +40,7 @@ enum Operand : uint8_t {
   kScale,
   kSoftCap,
   kKeepThreshold,
+  kDropoutStart,
   kOperands
 };
 
@@ -73,6 +74,7 @@ constexpr Form kForms[] = {
     {kScale, "scale", "n", "h", kFloat, &Call::scale_of_head},
     {kSoftCap, "soft_cap", "n", "h", kFloat, &Call::soft_cap_of_head},
     {kKeepThreshold, "keep_threshold", "n", "h", kUnsigned, &Call::threshold_of_head},
+    {kDropoutStart, "dropout_start", "2", "-", kUnsigned, &Call::dropout_start},
 };
 constexpr Form kIndexedBias = {kBias, "bias", "ne", "hc", kFloats, &Call::bias};  // with a bias_offset
 

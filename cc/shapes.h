@@ -161,7 +161,7 @@ class ShapeCheck {
     for (const auto& [i, needs] :
          {std::pair(kSeed, kStream), std::pair(kStream, kSeed), std::pair(kDropBits, kDropOffset),
           std::pair(kDropOffset, kDropBits), std::pair(kBiasOffset, kBias), std::pair(kSegmentRow, kSegmentKey),
-          std::pair(kSegmentKey, kSegmentRow)})
+          std::pair(kSegmentKey, kSegmentRow), std::pair(kDropoutStart, kSeed)})
       if (call_.Has(i) && !call_.Has(needs))
         throw BadCall(std::string(kForms[i].name) + " is given without " + kForms[needs].name);
     for (size_t i = 0; i < kDifferentiables; ++i) {

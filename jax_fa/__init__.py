@@ -2,13 +2,15 @@
 
 import sys
 
-from jax_fa import backends, masks
+from jax_fa import backends, masks, sequence_parallel
 from jax_fa.api import dot_product_attention, flash_attention
 from jax_fa.attention import OUT_NAME, STATS_NAME
 from jax_fa.backends import ascend, mosaic
 from jax_fa.cann.score import FlashAttentionScoreOutput, flash_attention_score
 from jax_fa.dropout import dropout_mask
 from jax_fa.explanation import Explanation, explain
+from jax_fa.sequence_parallel import sequence_parallel_attention
+from jax_fa.softmax import merge
 
 # Rooms of `backends` by their public names, for `import jax_fa.ascend` too.
 sys.modules |= {f"{__name__}.ascend": ascend, f"{__name__}.mosaic": mosaic}
@@ -27,5 +29,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_score",
     "masks",
+    "merge",
     "mosaic",
+    "sequence_parallel",
+    "sequence_parallel_attention",
 ]

@@ -14,15 +14,6 @@ from jaxtyping import ArrayLike, Bool, Float, Num
 from jax_fa import arguments, backends, entry, indices, masks
 from jax_fa.masks import Mask
 
-_LAYOUTS = {
-    "BSND": (0, 1, 2, 3),
-    "BNSD": (0, 2, 1, 3),
-    "SBND": (1, 0, 2, 3),
-    "SND": (0, 1, 2),
-    "NSD": (1, 0, 2),
-}
-
-
 # What jax.nn takes: whatever jnp.asarray makes an array of.
 Like = ArrayLike | Sequence[Any]
 
@@ -121,7 +112,7 @@ def dot_product_attention(
         if part is not None:
             combined = part if combined is None else combined & part
     call = entry.build(
-        entry.checked(q, k, v, _LAYOUTS["BSND"], "BSND"),
+        entry.checked(q, k, v, arguments.LAYOUTS["BSND"], "BSND"),
         mask=combined,
         terms=entry.Terms(bias=bias),
         scale=scale,
@@ -283,7 +274,7 @@ def flash_attention(
     arguments.flag("return_logsumexp", return_logsumexp)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     q, k, v = (arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-    axes, layout = _axes(layout, q)
+    axes, layout = arguments.axes_of(layout, "query", q)
     terms = entry.Terms(bias=None if bias is None else arguments.array("bias", bias))
     if alibi_slopes is not None:
         terms = terms._replace(alibi="linear", alibi_slopes=_slopes(alibi_slopes, axes))
@@ -329,22 +320,3 @@ def one_mask(mask) -> Mask:
     if hasattr(mask, "dtype") and hasattr(mask, "shape"):
         mask = arguments.array("mask", mask) if isinstance(mask, (np.ndarray, jax.ShapeDtypeStruct)) else mask
     return masks.as_mask(mask)
-
-
-def _axes(layout: str, query) -> tuple[tuple[int, ...], str]:
-    """Axes that put arrays of this layout into canonical order, and the layout spelt for their rank."""
-    arguments.choice("layout", layout, _LAYOUTS, _other_letters(layout))
-    ndim = query.ndim
-    if ndim < 3 or ("B" not in layout and ndim != 3) or (layout == "SBND" and ndim != 4):
-        raise ValueError(f"query must have a rank that fits layout {layout!r}; got shape {query.shape}.")
-    if layout == "SBND" or "B" not in layout:
-        return _LAYOUTS[layout], layout
-    tail = (1, 0, 2) if layout == "BNSD" else (0, 1, 2)
-    lead = ndim - 3
-    return (*range(lead), *(lead + axis for axis in tail)), "B" * lead + layout[1:]
-
-
-def _other_letters(layout) -> str:
-    """Advice for a layout that is spelt in the letters of others: heads H, lengths T or L."""
-    meant = str(layout).upper().replace("H", "N").replace("T", "S").replace("L", "S")
-    return f" Heads are N and lengths S here: pass layout={meant!r}." if meant in _LAYOUTS else ""

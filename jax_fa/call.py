@@ -47,6 +47,9 @@ class Problem:
     bias_apart: bool = False
     # The caller uses the log-sum-exp, so its cotangent reaches the backward.
     logsumexp: bool = False
+    # How the sequence is spread over devices (a `sequence_parallel.Shards`); None: this device has all of it. Then key
+    # and value are a part of the keys, and what says something of keys (bounds, columns, positions) does so of all.
+    shards: Any = None
     # The backend that the caller named, and its options object where that was given.
     implementation: str | None = None
     options: Hashable = None
@@ -105,6 +108,8 @@ class Operands:
     scale: Any = None  # *#B #N float32 (float64 for float64 calls)
     soft_cap: Any = None  # *#B #N, likewise
     keep_threshold: Any = None  # *#B #N uint32: see dropout.threshold
+    # The row and column of seeded dropout at which row 0 and key 0 of this call lie; None: 0.
+    dropout_start: Any = None  # *1 2 uint32
     # The same call in the terms of the one backend that understands them: a pytree of arrays `*#B ...`, without gradient.
     # Everything else drops it unseen.
     hints: Any = None

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src import config, dispatch, sharding_impls, source_info_util
+from jax._src import config, core, dispatch, sharding_impls, source_info_util
 from jax._src.export import _export
 from jax.interpreters import mlir, partial_eval
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def varying_axes(x) -> frozenset[str]:
@@ -72,6 +72,35 @@ def lower_plain(fn, ctx, *args):
     local = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
     with plain():
         return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(avals_in=local), *args)
+
+
+def lower_manual(fn, ctx, *args):
+    """The same of a function that communicates over the manual axes of the surrounding `shard_map`."""
+    context = ctx.module_context.axis_context
+    manual = context.manual_axes
+    types = {name: AxisType.Manual if name in manual else AxisType.Auto for name in context.mesh.axis_names}
+    mesh = context.mesh.abstract_mesh.update_axis_types(types)
+    sizes = [(name, context.mesh.shape[name]) for name in manual]
+    with (
+        allow_promotion(),
+        jax.sharding.use_abstract_mesh(mesh),
+        core.extend_axis_env_nd(sizes),
+        config._check_vma(False),
+    ):
+        whole = NamedSharding(mesh, PartitionSpec())
+        local = [jax.core.ShapedArray(aval.shape, aval.dtype, sharding=whole) for aval in ctx.avals_in]
+        return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(avals_in=local), *args)
+
+
+def axis_is_manual(name) -> bool | None:
+    """Whether code traced here is local along this mesh axis (inside `shard_map`); None: no such mesh axis is known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return name in mesh.manual_axes if name in mesh.axis_names else None
+
+
+def checks_varying() -> bool:
+    """Whether types say over which manual axes values differ (`shard_map(check_vma=True)`)."""
+    return config._check_vma.value
 
 
 def is_partitioned(ctx) -> bool:

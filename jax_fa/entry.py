@@ -164,7 +164,7 @@ def _mask_operands(mask: masks.Mask | None, d: Dims) -> dict[str, Any]:
 def _term_operands(terms: Terms, mask: masks.Mask | None, d: Dims, acc) -> dict[str, Any]:
     bias, position = terms.bias, terms.position
     if terms.bias_offset is None:
-        bias = _bias(bias, (*d.B, d.N, d.Sq, d.Skv), acc)
+        bias = checked_bias(bias, (*d.B, d.N, d.Sq, d.Skv), acc)
     if terms.alibi_slopes is not None and position is None:
         position = masks.positions(mask, d.B, d.N, d.Sq, d.Skv)
     slopes = _slopes(terms.alibi_slopes, d.B, d.N)
@@ -277,7 +277,8 @@ def _dropout_rate(rate, key) -> float | jax.Array:
     return rate
 
 
-def _bias(bias, full: Shape, acc):
+def checked_bias(bias, full: Shape, acc):
+    """A bias as an operand; raises unless it broadcasts to `full`, the shape of all logits."""
     if bias is None:
         return None
     bias = jnp.asarray(bias)

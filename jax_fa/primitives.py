@@ -313,6 +313,11 @@ def _run(kind, backend, problem, tree, *leaves):
 
 
 def _lowering(kind, ctx, *args, tree, problem):
+    if problem.shards is not None and hasattr(problem.shards, kind.what):
+        run = partial(_run, kind, problem.shards, problem, tree)
+        return compat.lower_manual(run, ctx, *args)
+    if problem.shards is not None:
+        return compat.lower_plain(partial(two_steps, problem, tree), ctx, *args)
     platforms = ctx.platforms or ctx.module_context.platforms
     partitioned = compat.is_partitioned(ctx)
     if partitioned:

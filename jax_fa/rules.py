@@ -188,6 +188,11 @@ partial_eval.partial_eval_jaxpr_custom_rules[primitives.jvp_p] = _partial_eval_b
 
 def forward_derivative(kind, problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
     """The derivative of a primitive's results; what is saved of `along` must be there."""
+    if problem.shards is not None:
+        raise NotImplementedError(
+            "jax_fa serves derivatives of sequence_parallel_attention up to the second order; this is one of the third. "
+            'strategy="ulysses" serves it in forward mode.'
+        )
     if x.saved.rounding is not None:  # in one array, so that it moves as one
         out = widened(x.saved.out, x.saved.rounding, accumulator_dtype(x.saved.out.dtype))
         x = replace(x, saved=replace(x.saved, out=out, rounding=None))

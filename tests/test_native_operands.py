@@ -50,6 +50,7 @@ def _operands(**changes: Any) -> Operands:
         "scale": jnp.ones((B, 1), f32),
         "soft_cap": jnp.ones((1, N), f32),
         "keep_threshold": jnp.full((1, 1), 65536, u32),
+        "dropout_start": jnp.zeros((1, 2), u32),
     }
     return Operands(**arrays | changes)
 
@@ -152,6 +153,11 @@ WRONG = (
         array=jnp.ones((1, 1)),
         message="keep_threshold is float32 (1, 1); expected uint32",
     ),
+    Wrong(
+        name="dropout_start",
+        array=jnp.ones((1, 1), jnp.uint32),
+        message="dropout_start is uint32 (1, 1); expected",
+    ),
 )
 
 
@@ -190,7 +196,7 @@ def test_what_fits_is_not_refused():
         ),
         ({"l": _float(B, N, 1)}, "softmax sum is float32 (2, 4, 1); expected float32 (1 or 2, 4, 5)"),
         ({"m": _float(B, SQ)}, "softmax max is float32 (2, 5), of rank 2; expected rank 3"),
-        ({"l": None}, "there are 21 arguments; expected 22"),
+        ({"l": None}, "there are 22 arguments; expected 23"),
     ],
 )
 def test_saved_arrays_that_do_not_fit_are_refused(changes, message):

@@ -14,10 +14,13 @@ inline void Drop(const Call& c, const Row& row, int64_t j0, int64_t from, int64_
   if (c.seed) {
     const uint32_t* seed = c.seed.At<uint32_t>(row.b, 0);
     const uint32_t* stream = c.stream.At<uint32_t>(row.b, row.n);
-    for (int64_t block = (j0 + from) / kKeepColumns; block * kKeepColumns < j0 + to; ++block) {
+    const uint32_t* start = c.dropout_start ? c.dropout_start.At<uint32_t>(row.b, 0) : nullptr;
+    const uint32_t i = static_cast<uint32_t>(row.i) + (start ? start[0] : 0);
+    const int64_t column = j0 + (start ? start[1] : 0);  // that of p[0]
+    for (int64_t block = (column + from) / kKeepColumns; block * kKeepColumns < column + to; ++block) {
       uint32_t keep[4];
-      KeepColumns(seed, stream, static_cast<uint32_t>(row.i), static_cast<uint32_t>(block), ThresholdOf(c, row), keep);
-      const int64_t first = block * kKeepColumns - j0;  // may lie before `from`, even before 0
+      KeepColumns(seed, stream, i, static_cast<uint32_t>(block), ThresholdOf(c, row), keep);
+      const int64_t first = block * kKeepColumns - column;  // may lie before `from`, even before 0
       for (int64_t j = 0; j < kKeepColumns; j += kLanes) {
         const int64_t at = first + j;
         const Mask kept = Bits(keep[j / 32] >> (j % 32));

@@ -130,7 +130,7 @@ Call CallOf(const Problem& p) {
   c.position = p.position.view();
   c.segment_row = p.segment_row.view(), c.segment_key = p.segment_key.view();
   c.scale_of_head = p.scale_of_head.view(), c.soft_cap_of_head = p.cap_of_head.view();
-  c.threshold_of_head = p.threshold_of_head.view();
+  c.threshold_of_head = p.threshold_of_head.view(), c.dropout_start = p.dropout_start.view();
   c.rounding = p.rounding.view();
   c.m = p.m.view(), c.l = p.l.view();
   return c;

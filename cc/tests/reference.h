@@ -29,7 +29,7 @@ struct Problem {
   uint32_t threshold = 0;
   bool bias_apart = false;
   Array query, key, value, bias, mask, lower, upper, slopes, seed, stream, drop_bits, drop_offset;
-  Array bias_offset, position, segment_row, segment_key, scale_of_head, cap_of_head, threshold_of_head;
+  Array bias_offset, position, segment_row, segment_key, scale_of_head, cap_of_head, threshold_of_head, dropout_start;
   Array dout, dlogsumexp, dout_tangent, dlogsumexp_tangent;
   Array query_tangent, key_tangent, value_tangent, bias_tangent, slopes_tangent, scale_tangent, cap_tangent;
   Array out_tangent, logsumexp_tangent;
@@ -62,11 +62,15 @@ struct Problem {
   bool Kept(int64_t b, int64_t n, int64_t i, int64_t j) const {
     if (seed) {
       const auto u = [](double x) { return static_cast<uint32_t>(x); };
-      const auto c = static_cast<uint32_t>(4 * (j / 32) + j % 8 / 2);
-      const Philox x(c, static_cast<uint32_t>(i), u(stream.at(b, n, 0, 0)), u(stream.at(b, n, 0, 1)),
+      const auto start = [&](int64_t at) {
+        return dropout_start ? static_cast<int64_t>(dropout_start.at(b, 0, 0, at)) : 0;
+      };
+      const int64_t row = i + start(0), column = j + start(1);
+      const auto c = static_cast<uint32_t>(4 * (column / 32) + column % 8 / 2);
+      const Philox x(c, static_cast<uint32_t>(row), u(stream.at(b, n, 0, 0)), u(stream.at(b, n, 0, 1)),
                      u(seed.at(b, 0, 0, 0)), u(seed.at(b, 0, 0, 1)));
-      const uint32_t word = x.word[j / 8 % 4];
-      if ((j % 2 ? word >> 16 : word & 0xFFFF) >= Threshold(b, n)) return false;
+      const uint32_t word = x.word[column / 8 % 4];
+      if ((column % 2 ? word >> 16 : word & 0xFFFF) >= Threshold(b, n)) return false;
     }
     if (drop_bits) {
       const auto bit = static_cast<int64_t>(drop_offset.at(b, n, i, 0) * 8 + drop_offset.at(b, n, i, 1)) + j;

@@ -72,6 +72,7 @@ struct GivenCall {
     operand(jax_fa::kScale, E::kF32, {2, 3, 4}, "111");
     operand(jax_fa::kSoftCap, E::kF32, {2, 3, 4}, "111");
     operand(jax_fa::kKeepThreshold, E::kU32, {2, 3, 4}, "111");
+    operand(jax_fa::kDropoutStart, E::kU32, {2, 3, 2}, "11.");
     const bool forward = jax_fa::IsForward(pass), gradients = jax_fa::HasCotangents(pass);
     const bool tangents = jax_fa::HasTangents(pass), second = pass == Pass::kSecond;
     std::vector<Given>& list = forward ? rets : args;
@@ -223,6 +224,8 @@ void CheckShapes() {
                                      std::pair(jax_fa::kSegmentRow, "segment_key is given without segment_row"),
                                      std::pair(jax_fa::kSegmentKey, "segment_row is given without segment_key")})
       wrong([at = i](GivenCall& c) { c.present &= ~(1u << at); }, message, "");
+    wrong([](GivenCall& c) { c.present &= ~(1u << jax_fa::kSeed | 1u << jax_fa::kStream); },
+          "dropout_start is given without dropout_seed", "");
     for (std::string GivenCall::* axes :
          {&GivenCall::query_axes, &GivenCall::key_axes, &GivenCall::value_axes, &GivenCall::out_axes})
       for (const char* bad : {"aabcd", "abcdf", "abcd", "abcdef", "", "abcdA"})

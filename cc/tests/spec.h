@@ -119,6 +119,7 @@ class Maker {
                      &p_.scale_of_head,
                      &p_.cap_of_head,
                      &p_.threshold_of_head,
+                     &p_.dropout_start,
                      &p_.query_tangent,
                      &p_.key_tangent,
                      &p_.value_tangent,
@@ -289,6 +290,11 @@ class Maker {
       p_.stream = Pairs(DType::kU32, {s_.B1, s_.B2, s_.N, 1, 2});
       for (Array* x : {&p_.seed, &p_.stream})
         for (double& y : x->value) y = static_cast<double>(random_.Bits() >> 32);
+      Random random(s_.seed + 2000003);
+      if (random.OneIn(2)) {
+        p_.dropout_start = Pairs(DType::kU32, {random.OneIn(2) ? s_.B1 : 1, s_.B2, 1, 1, 2});
+        for (double& y : p_.dropout_start.value) y = static_cast<double>(random.Below(1000));
+      }
     }
     if (s_.bits) {
       p_.keep_prob = static_cast<float>(s_.keep);

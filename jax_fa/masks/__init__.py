@@ -17,7 +17,6 @@ says what they mean then.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from jax_fa.call import Shape, Size
 from jax_fa.masks import segments
@@ -72,12 +71,20 @@ class Rules(NamedTuple):
     segment_key: Any = None  # *#B #N Skv int32
 
 
-def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size) -> Rules:
-    """What the kernels take of a mask. Raises ValueError or TypeError where it does not fit a call of these sizes."""
+def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size, at: Any = None) -> Rules:
+    """What the kernels take of a mask, for the rows `at` (int32 indices; None: all).
+
+    A boolean array has these rows and no others.
+
+    Raises:
+      ValueError: the mask does not fit a call of these sizes.
+      TypeError: likewise.
+    """
     if mask is None:
         return Rules()
-    mask.check(batch, heads, sq, skv)
-    found = mask.rules(_rows(batch, sq, skv))
+    for member in members(mask):
+        member.check(batch, heads, sq if at is None or not isinstance(member, Dense) else len(at), skv)
+    found = mask.rules(_rows(batch, sq, skv, at))
     rank = len(batch) + 2
     segment_row, segment_key = _labels(found.labels, rank)
     return Rules(
@@ -89,8 +96,10 @@ def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size)
     )
 
 
-def positions(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size):
+def positions(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size, at: Any = None):
     """The key position at which a mask puts each row, int32 `*#B #N #Sq`; None where it is the row's index.
+
+    Of the rows `at` (int32 indices; None: all).
 
     Masks that align queries and keys (`Causal`, `SlidingWindow`, `Band`, `Prefix`, packed sequences) put row i at
     the key from which they count. ALiBi's distance counts from there too.
@@ -100,7 +109,7 @@ def positions(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size)
     """
     if mask is None:
         return None
-    rows = aligned(mask, _rows(batch, sq, skv))
+    rows = aligned(mask, _rows(batch, sq, skv, at))
     placed = [(m, p) for m in members(mask) if (p := m.placement(rows)) is not None]
     placed = [x for x in placed if x[1].binds] or placed
     if not placed:
@@ -114,16 +123,17 @@ def positions(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size)
             )
     if where.plain:
         return None
-    at = where.packed.position(rows) if where.packed is not None else rows.i + _moved(where, rows)
-    return lead(jnp.asarray(at, jnp.int32), len(batch) + 2)
+    found = where.packed.position(rows) if where.packed is not None else rows.i + _moved(where, rows)
+    return lead(jnp.asarray(found, jnp.int32), len(batch) + 2)
 
 
 def _moved(where: Placement, rows: Rows):
     return rows.per_row(where.offset) + (rows.corner("bottom-right") if where.corner else 0)
 
 
-def _rows(batch: Shape, sq: Size, skv: Size) -> Rows:
-    return Rows(jnp.arange(sq, dtype=jnp.int32), sq, skv, len(batch), sq, skv)
+def _rows(batch: Shape, sq: Size, skv: Size, at: Any = None) -> Rows:
+    i = jnp.arange(sq, dtype=jnp.int32) if at is None else at
+    return Rows(i, sq, skv, len(batch), sq, skv, at)
 
 
 def _fit(bound, rank: int, skv: Size):
@@ -132,6 +142,6 @@ def _fit(bound, rank: int, skv: Size):
 
 def _labels(labels: segments.Labels | None, rank: int) -> tuple[Any, Any]:
     """(segment_row, segment_key), or None for both where it is known that no row needs them."""
-    if labels is None or (isinstance(labels.needed, np.ndarray) and not labels.needed.any()):
+    if labels is None or labels.idle:
         return None, None
     return tuple(lead(jnp.asarray(x), rank) for x in (jnp.where(labels.needed, labels.row, -1), labels.key))

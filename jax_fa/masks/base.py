@@ -42,6 +42,13 @@ class Rows:
     batch_rank: int
     all_sq: Size  # the lengths of the arrays
     all_skv: Size
+    at: Any = None  # which rows of the arrays these are, int32 `rows`; None: all of them
+
+    def of(self, x):
+        """x, which has an entry for each row of the arrays in its last dim (or one for all), for these rows."""
+        if self.at is None or x.shape[-1] == 1:
+            return x
+        return jnp.take(x, self.at, axis=-1)
 
     def per_batch(self, values, high: Size | None = None):
         """Values `*B` (or one for all) as int32 that broadcast with `i`, moved into 0..high if that is given."""
@@ -52,7 +59,7 @@ class Rows:
     def per_row(self, values):
         """Values of shape `*B`, or `*B #N #Sq`."""
         x = indices.int32(values)
-        return x if x.ndim == self.batch_rank + 2 else self.per_batch(values)
+        return self.of(x) if x.ndim == self.batch_rank + 2 else self.per_batch(values)
 
     def corner(self, align: Align):
         """How far the alignment moves every row."""

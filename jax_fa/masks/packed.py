@@ -172,16 +172,17 @@ class SegmentIds(_Packed):
             return Terms(upper=jnp.zeros_like(rows.i))
         found, own = self._segments(rows)
         lo, hi = (None, None) if self.within is None else self.within.rows(own, rows.all_skv)
-        return Terms(*segments.interval(found, lo, hi))
+        lower, upper, labels = segments.interval(found, lo, hi)
+        return Terms(rows.of(lower), rows.of(upper), None if labels.idle else labels.of(rows.of))
 
     def position(self, rows: Rows):
         if 0 in (*np.shape(self.query), *np.shape(self.key)):
             return rows.i
         found, own = self._segments(rows)
-        return segments.position(found, self._shift(own))
+        return rows.of(segments.position(found, self._shift(own)))
 
     def _segments(self, rows: Rows) -> tuple[segments.Segments, Rows]:
-        """The segments, and the rows within their own."""
+        """The segments, and all rows within their own."""
 
         def ids(given):
             x = np.asarray(given) if is_static(given) else given
@@ -192,7 +193,7 @@ class SegmentIds(_Packed):
 
         query, key = ids(self.query), ids(self.query if self.key is None else self.key)
         found = segments.of_ids(query, key, None if self.padding_id is None else int(self.padding_id))
-        return found, replace(rows, i=found.rank, sq=found.rows, skv=found.count)
+        return found, replace(rows, i=found.rank, sq=found.rows, skv=found.count, at=None)
 
 
 def _per_batch(shape: Shape, batch: Shape) -> bool:

@@ -37,6 +37,15 @@ class Labels(NamedTuple):
     needed: Any  # *#B #N Sq bool
     key: Any  # *#B 1 Skv int32
 
+    @property
+    def idle(self) -> bool:
+        """It is known that no row needs a comparison."""
+        return isinstance(self.needed, np.ndarray) and not self.needed.any()
+
+    def of(self, take) -> "Labels":
+        """The labels of some rows: `take` picks them."""
+        return Labels(take(self.row), take(self.needed), self.key)
+
 
 def of_ids(query, key, padding_id: int | None) -> Segments:
     """The segments of ids `*#B Sq` and `*#B Skv`, of which there is at least one key."""

@@ -111,7 +111,10 @@ class Drawn:
             seed, stream = self._at(x.dropout_seed, b), self._at(x.dropout_stream, b, n)
             limit = x.keep_threshold
             limit = dropout.threshold(self.call.problem.keep_prob) if limit is None else self._at(limit, b, n)
-            found = dropout.keep_tile(seed, stream, rows, jnp.int32(0), d.Skv, limit)
+            row_0 = column_0 = jnp.int32(0)
+            if x.dropout_start is not None:
+                row_0, column_0 = x.dropout_start.reshape(2).astype(jnp.int32)
+            found = dropout.keep_tile(seed, stream, rows + row_0, column_0, d.Skv, limit)
         if x.drop_bits is not None:
             offset = self._at(x.drop_offset, b, n)
             offset = offset if offset.shape[0] == 1 else offset[rows]

@@ -95,6 +95,8 @@ def _no_kernel(call: Call, what: str) -> str | None:
         return "it reads a bias by tiles and takes none that is indexed by row (bias_offset)"
     if operands.drop_bits is not None:
         return "it draws dropout bits itself and reads none (drop_mask)"
+    if operands.dropout_start is not None:
+        return "it draws the dropout bits of whole sequences, and none of shards"
     if max(d.D, d.Dv) > tuning.MAX_HEAD_DIM:
         return f"head_dim {max(d.D, d.Dv)} is above {tuning.MAX_HEAD_DIM}"
     return next((why for which in choice.kernels(call, what) if (why := choice.why_not(which, call))), None)

@@ -97,8 +97,11 @@ class Tile:
         if operands.dropout_seed is not None:
             seed = call.squeeze(operands.dropout_seed)[..., None, None, :]
             stream = call.by_head(operands.dropout_stream)
-            rows = self.rows.positions(self.t)
-            seeded = dropout.keep_tile(seed, stream, rows, first, columns, call.keep_limit)
+            rows, column = self.rows.positions(self.t), first
+            if operands.dropout_start is not None:
+                row_0, column_0 = operands.dropout_start.reshape(2).astype(jnp.int32)
+                rows, column = rows + row_0, column + column_0
+            seeded = dropout.keep_tile(seed, stream, rows, column, columns, call.keep_limit)
         if operands.drop_bits is not None:
             bits = call.squeeze(operands.drop_bits)[..., None, None, :]
             offset = self.rows.cut(call.by_head(operands.drop_offset), -2, self.t)
