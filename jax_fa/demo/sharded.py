@@ -55,7 +55,9 @@ def _compare(options: argparse.Namespace) -> int:
     first = jax.process_index() == 0
     if first:
         sizes = ", ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
-        print(f"{jax.process_count()} processes, {jax.device_count()} devices: {sizes}; {options.strategy}, {options.order}")
+        print(
+            f"{jax.process_count()} processes, {jax.device_count()} devices: {sizes}; {options.strategy}, {options.order}"
+        )
     sharded = train(config, mesh, options.strategy, options.order)
     if not first:
         return OK
@@ -133,9 +135,7 @@ def _start_processes(argv: Sequence[str], count: int) -> int:
     command = [sys.executable, "-P", "-m", "jax_fa.demo.sharded", *argv, "--address", address]
     # A process of its own counts devices by its own flag.
     environment = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
-    running = [
-        subprocess.Popen([*command, "--process", str(i)], env=environment) for i in range(count)
-    ]
+    running = [subprocess.Popen([*command, "--process", str(i)], env=environment) for i in range(count)]
     try:
         return max(abs(process.wait()) for process in running)
     finally:
@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     def number(name: str, default: int, text: str) -> None:
-        parser.add_argument(name, type=_positive, default=default, metavar="N", help=f"{text} (default: {default})")
+        parser.add_argument(
+            name, type=_positive, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
 
     number("--processes", 1, "processes, which communicate")
     number("--devices", 4, "devices of each process")
