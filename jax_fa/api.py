@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import arguments, backends, entry, indices, layouts, masks
+from jax_fa import arguments, backends, entry, indices, masks
 from jax_fa.masks import Mask
 
 # What jax.nn takes: whatever jnp.asarray makes an array of.
@@ -112,7 +112,7 @@ def dot_product_attention(
         if part is not None:
             combined = part if combined is None else combined & part
     call = entry.build(
-        entry.checked(q, k, v, layouts.LAYOUTS["BSND"], "BSND"),
+        entry.checked(q, k, v, arguments.LAYOUTS["BSND"], "BSND"),
         mask=combined,
         terms=entry.Terms(bias=bias),
         scale=scale,
@@ -274,7 +274,7 @@ def flash_attention(
     arguments.flag("return_logsumexp", return_logsumexp)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     q, k, v = (arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-    axes, layout = layouts.axes_of(layout, "query", q)
+    axes, layout = arguments.axes_of(layout, "query", q)
     terms = entry.Terms(bias=None if bias is None else arguments.array("bias", bias))
     if alibi_slopes is not None:
         terms = terms._replace(alibi="linear", alibi_slopes=_slopes(alibi_slopes, axes))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from jax_fa import arguments, compat, layouts
+from jax_fa import arguments, compat
 from jax_fa.call import Axes, accumulator_dtype, canonical_shape
 
 FLT_MAX = float(np.finfo(np.float32).max)
@@ -91,7 +91,7 @@ def merge(*partials: Partial, layout: str = "BSND") -> tuple[Float[Array, "..."]
         raise ValueError("merge takes pairs (out, logsumexp), at least one; got none.")
     pairs = [_pair(i, x) for i, x in enumerate(partials)]
     out, lse = pairs[0]
-    axes, name = layouts.axes_of(layout, "out", out)
+    axes, name = arguments.axes_of(layout, "out", out)
     *batch, rows, heads, _ = canonical_shape(out.shape, axes)
     for i, (other, statistic) in enumerate(pairs):
         if statistic.shape != (*batch, heads, rows):
@@ -136,7 +136,8 @@ def merged_parts(
     """
     if most is None:
         most = jax.lax.stop_gradient(jnp.max(jnp.stack([lse for _, lse in parts]), axis=0))
-    acc = l = 0
+    acc: Any = 0
+    l: Any = 0
     for out, lse in parts:
         empty = lse <= -FLT_MAX
         weight = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, lse - most)))

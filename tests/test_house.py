@@ -14,7 +14,17 @@ import jax_fa
 ROOT = Path(jax_fa.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 # Rooms beside the core: backends, CANN, and what builds on the library.
-ROOMS = {"ascend", "backends", "bench", "cann", "demo", "integrations", "mosaic", "testing"}
+ROOMS = {
+    "ascend",
+    "backends",
+    "bench",
+    "cann",
+    "demo",
+    "integrations",
+    "mosaic",
+    "sequence_parallel",
+    "testing",
+}
 LONG_SIGNATURE, SHARED = 10, 8  # parameters
 LINES = 60  # of a function
 CORE_FILES = 20

@@ -1,0 +1,89 @@
+"""Which keys are visible to which devices, as far as it is known when tracing; and how many tiles that makes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa import compat, indices, masks
+from jax_fa.masks import Mask
+from jax_fa.sequence_parallel.order import Order, Spread
+
+
+def visible_chunks(mask: Mask | None, batch, heads, sq: int, skv: int, chunks: int) -> np.ndarray:
+    """Which chunks of keys may be visible to which chunks of rows, as far as it is known when tracing: `[rows, keys]`."""
+    known = _known(mask)
+    if known is None or 0 in (sq, skv):
+        return np.ones((chunks, chunks), bool)
+    with jax.ensure_compile_time_eval(), compat.plain():
+        rules = masks.intervals(known, batch, heads, sq, skv)
+        lower, upper = (None if x is None else np.asarray(x) for x in (rules.lower, rules.upper))
+    lower = np.zeros((1, 1), np.int32) if lower is None else lower.reshape(-1, lower.shape[-1])
+    upper = np.full((1, 1), skv, np.int32) if upper is None else upper.reshape(-1, upper.shape[-1])
+    lower, upper = np.broadcast_arrays(lower, upper)
+    some = lower < upper
+
+    def by_chunk(x, reduce):
+        x = reduce(np.broadcast_to(x, (x.shape[0], sq)), axis=0)
+        return reduce(x.reshape(chunks, -1), axis=1)[:, None]
+
+    first, last = by_chunk(np.where(some, lower, skv), np.min), by_chunk(np.where(some, upper, 0), np.max)
+    keys = np.arange(chunks) * (skv // chunks)
+    return (first < keys + skv // chunks) & (last > keys)
+
+
+def _known(mask: Mask | None) -> Mask | None:
+    """Those of the joined masks whose values are known when tracing, and what they mean beside the others."""
+    if mask is None:
+        return None
+    members = masks.members(mask)
+    known = [m for m in members if all(indices.known(x) is not None for x in jax.tree.leaves(m))]
+    others = [m for m in members if not any(m is k for k in known)]
+    if any(type(m).aligned is not Mask.aligned for m in others):
+        known = [m for m in known if getattr(m, "align", None) == "top-left"]
+    known = [m for m in known if not isinstance(m, masks.Dense)]  # whose rows are those of this device
+    if not known:
+        return None
+    return known[0] if len(known) == 1 else masks.Intersection(tuple(known))
+
+
+def visited_tiles(
+    mask: Mask | None, sq: int, skv: int, *, devices: int, order: Order = "contiguous", tile: int = 128
+) -> np.ndarray:
+    """How many tiles of `tile` rows and keys each device visits in a forward: how even the work is. Runs nothing.
+
+    Args:
+      mask: a mask whose values are known, or None.
+      sq: the length of the whole query.
+      skv: that of the keys.
+      devices: how many devices the sequence is sharded over.
+      order: see `sequence_parallel_attention`.
+      tile: rows and keys of a tile; a shard (a chunk, with "zigzag") has whole tiles or is one.
+
+    Returns:
+      int64 array `(devices,)`.
+    """
+    spread = Spread("", devices, order == "zigzag")
+    rows, keys = sq // devices, skv // devices
+    rules = masks.intervals(mask, (), 1, sq, skv)
+    bounds = [
+        np.broadcast_to(np.asarray(x if x is not None else fill), (1, sq)).reshape(-1)
+        for x, fill in ((rules.lower, 0), (rules.upper, skv))
+    ]
+    found = np.zeros(devices, np.int64)
+    for device in range(devices):
+        at = np.asarray(spread.positions(device, rows))
+        for source in range(devices):
+            local = [
+                local_bound(x[at], spread.starts(source, keys), keys // spread.chunks, np) for x in bounds
+            ]
+            for i in range(0, rows, tile):
+                lower, upper = (x[i : i + tile] for x in local)
+                some = lower < upper
+                if some.any():
+                    found[device] += -(-int(upper[some].max()) // tile) - int(lower[some].min()) // tile
+    return found
+
+
+def local_bound(bound, starts, length: int, xp=jnp):
+    """A bound of all keys as one of chunks of keys that lie one after another: how many of them are below."""
+    return sum(xp.clip(bound - start, 0, length) for start in starts)
