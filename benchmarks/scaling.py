@@ -282,9 +282,9 @@ def plot(path: Path, call: Attention, chip: Chip) -> None:
             for colour, (way, points) in enumerate(ways.items()):
                 label = f"{' '.join(way)}, {S // 1024}k" if panel is figure.axes[0] else None
                 panel.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=label)
-        panel.set(
-            title=f"{link.name}: {link.bytes_per_second / 1e9:g} GB/s each way", xscale="log", ylim=(0, 1.02)
-        )
+        panel.set(title=f"{link.name}: {link.bytes_per_second / 1e9:g} GB/s each way", ylim=(0, 1.02))
+        panel.set_xscale("log", base=4)
+        panel.set_xticks(counts[::2], [str(n) for n in counts[::2]])
         panel.grid(alpha=0.3)
     for panel in figure.axes[2:]:
         panel.set_xlabel("devices")
