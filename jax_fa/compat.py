@@ -64,6 +64,13 @@ def plain():
         yield
 
 
+@contextlib.contextmanager
+def eager():
+    """A context in which our own code computes at once, whatever transformation or `shard_map` surrounds it."""
+    with core.eval_context(), plain():
+        yield
+
+
 def lower_plain(fn, ctx, *args):
     """Lowers a traceable function inside another primitive's lowering rule.
 

@@ -88,24 +88,33 @@ def _normalize(x):
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def _rotate(x: Float[Array, "B S N D"]) -> Float[Array, "B S N D"]:
+def _as_given(x, axis: int):
+    return x
+
+
+def _rotate(x: Float[Array, "B S N D"], arrange: Callable[[Any, int], Any]) -> Float[Array, "B S N D"]:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864)."""
     S, half = x.shape[1], x.shape[-1] // 2
     angle = np.arange(S)[:, None, None] * 10000.0 ** (-np.arange(half) / half)
-    sin, cos = np.sin(angle, dtype=np.float32), np.cos(angle, dtype=np.float32)
+    sin, cos = (arrange(f(angle, dtype=np.float32), 0) for f in (np.sin, np.cos))
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 def logits(
-    config: Config, attention: Callable[..., Any], parameters: Any, tokens: Int[Array, "B S"]
+    config: Config,
+    attention: Callable[..., Any],
+    parameters: Any,
+    tokens: Int[Array, "B S"],
+    arrange: Callable[[Any, int], Any] = _as_given,
 ) -> Float[Array, "B S V"]:
+    """`arrange(x, axis)` puts what is in the natural order of positions into that of tokens."""
     cast = jax.tree.map(lambda p: p.astype(config.dtype), parameters)
     N, K = config.heads, config.kv_heads
 
     def block(x, layer):
         q, k, v = jnp.split(jnp.einsum("bse,ehd->bshd", _normalize(x), layer["qkv"]), (N, N + K), axis=2)
-        mixed = attention(_rotate(q), _rotate(k), v, is_causal=True)
+        mixed = attention(_rotate(q, arrange), _rotate(k, arrange), v, is_causal=True)
         x = x + mixed.reshape(x.shape) @ layer["out"]
         x = x + jax.nn.gelu(_normalize(x) @ layer["up"]) @ layer["down"]
         return x, None
@@ -114,15 +123,29 @@ def logits(
     return jnp.einsum("bse,ve->bsv", _normalize(x), cast["embedding"], preferred_element_type=jnp.float32)
 
 
-def loss(config: Config, attention: Callable[..., Any], parameters: Any, tokens: Int[Array, "B T"]):
-    """Mean cross-entropy of the next character, in nats."""
-    scores = jax.nn.log_softmax(logits(config, attention, parameters, tokens[:, :-1]))
-    return -jnp.mean(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1))
+def loss(
+    config: Config,
+    attention: Callable[..., Any],
+    parameters: Any,
+    tokens: Int[Array, "B T"],
+    arrange: Callable[[Any, int], Any] = _as_given,
+):
+    """Mean cross-entropy of the next character, in nats. `arrange`: the order in which the model gets them."""
+    given, following = arrange(tokens[:, :-1], 1), arrange(tokens[:, 1:], 1)
+    scores = jax.nn.log_softmax(logits(config, attention, parameters, given, arrange))
+    return -jnp.mean(jnp.take_along_axis(scores, following[..., None], axis=-1))
 
 
-def train_step(config: Config, attention: Callable[..., Any], state: State, tokens: Int[Array, "B T"]):
+def train_step(
+    config: Config,
+    attention: Callable[..., Any],
+    state: State,
+    tokens: Int[Array, "B T"],
+    arrange: Callable[[Any, int], Any] = _as_given,
+):
     """(new state, loss): one step of Adam."""
-    value, gradients = jax.value_and_grad(loss, argnums=2)(config, attention, state.parameters, tokens)
+    gradient = jax.value_and_grad(loss, argnums=2)
+    value, gradients = gradient(config, attention, state.parameters, tokens, arrange)
     return _adam(config, state, gradients), value
 
 

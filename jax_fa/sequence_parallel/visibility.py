@@ -14,7 +14,7 @@ def visible_chunks(mask: Mask | None, batch, heads, sq: int, skv: int, chunks: i
     known = _known(mask)
     if known is None or 0 in (sq, skv):
         return np.ones((chunks, chunks), bool)
-    with jax.ensure_compile_time_eval(), compat.plain():
+    with compat.eager():
         rules = masks.intervals(known, batch, heads, sq, skv)
         lower, upper = (None if x is None else np.asarray(x) for x in (rules.lower, rules.upper))
     lower = np.zeros((1, 1), np.int32) if lower is None else lower.reshape(-1, lower.shape[-1])
