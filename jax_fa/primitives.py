@@ -8,18 +8,20 @@ The rules are written once, for all. A `_Kind` says what differs: the name of th
 which results it has.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
 from jax_fa import backends, compat
 from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape, has_rounding
-from jax_fa.sharding import Partition
+from jax_fa.sharding import Partition, Split, split
 
 
 @jax.tree_util.register_dataclass
@@ -314,28 +316,67 @@ def _run(kind, backend, problem, tree, *leaves):
 
 def _lowering(kind, ctx, *args, tree, problem):
     platforms = ctx.platforms or ctx.module_context.platforms
-    partitioned = compat.is_partitioned(ctx)
-    if partitioned:
+    several = compat.split_devices(ctx) > 1
+    if several:
         tree, kept = _without_hints(tree)
         ctx, args = ctx.replace(avals_in=[ctx.avals_in[i] for i in kept]), tuple(args[i] for i in kept)
-    inputs = tree.unflatten(ctx.avals_in)
-    call = inputs.call(problem)
+    call = tree.unflatten(ctx.avals_in).call(problem)
     what = "forward" if kind is JVP else kind.what
     chosen = [backends.choose(platform, call, what) for platform in platforms]
     if not all(hasattr(backend, kind.what) for backend in chosen):
         # A jvp in two steps, each by its own backend.
         return compat.lower_plain(partial(two_steps, problem, tree), ctx, *args)
-    first, *others = (partial(_run, kind, backend, problem, tree) for backend in chosen)
-    fn: Callable[..., Any] = first
-    if len(set(map(id, chosen))) > 1:
-        fn = partial(
-            jax.lax.platform_dependent, default=first, **dict(zip(platforms[1:], others, strict=True))
-        )
-    if partitioned:
-        fn = Partition(call).wrap(
-            fn, inputs.shapes(), [(name, _shape(call, name)) for name in kind.results(call)]
-        )
+    runs = {}
+    for platform, backend in zip(platforms, chosen, strict=True):
+        rule = several and _needs_rule(ctx, backend, call, platform)
+        run = partial(_run_split, platform) if rule else _run
+        runs[platform] = (backend.name, rule), partial(run, kind, backend, problem, tree)
+    (first, fn), *others = runs.values()
+    if any(key != first for key, _ in others):
+        branches = {platform: run for platform, (_, run) in runs.items() if platform != platforms[0]}
+        fn = partial(jax.lax.platform_dependent, default=fn, **branches)
     return compat.lower_plain(fn, ctx, *args)
+
+
+# Whose compilers ask Python how to split a custom call. TPU's do not.
+_RULES_ON = ("cpu", "cuda", "rocm", "gpu")
+
+
+def _needs_rule(ctx, backend, call: Call, platform: str) -> bool:
+    """Whether XLA must be told how to split the call, since it cannot look inside or would communicate."""
+    splits_alone = getattr(backend, "splits_alone", None)
+    if splits_alone is None:
+        return True
+    # Plain code needs nothing of this package where an exported program runs, and knows manual axes.
+    if compat.for_export(ctx) or compat.is_manual(ctx) or platform not in _RULES_ON:
+        return False
+    return not splits_alone(call)
+
+
+def _run_split(platform: str, kind, backend, problem, tree, *leaves):
+    """`_run`, with a rule by which XLA splits it."""
+    inputs = tree.unflatten(leaves)
+    operands = inputs.operands
+    if operands.alibi_slopes is not None and operands.position is None:  # the index of a row in the whole sequence
+        rows = jnp.arange(inputs.call(problem).dims.Sq, dtype=jnp.int32)
+        operands = replace(operands, position=rows.reshape((1,) * (problem.batch_rank + 1) + (-1,)))
+        inputs = replace(inputs, operands=operands)
+    leaves, tree = jax.tree.flatten(inputs)
+    call = inputs.call(problem)
+    run = partial(_run, kind, backend, problem, tree)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    program = jax.make_jaxpr(run)(*shapes)
+    key = {
+        "call": kind.what,
+        "backend": backend.name,
+        "platform": platform,
+        "problem": repr(problem),
+        "arrays": str(tree),
+        "program": compat.digest(program),
+    }
+    results = [(name, x.shape) for name, x in zip(kind.results(call), program.out_avals, strict=True)]
+    rule = Split(Partition(call), run, inputs.shapes(), results, json.dumps(key), [platform])
+    return split(rule, program.out_avals)(*leaves)
 
 
 def _without_hints(tree):
@@ -359,7 +400,6 @@ def _primitive(name: str, kind: _Kind) -> Primitive:
     mlir.register_lowering(primitive, rule)
     for platform in backends.PLATFORMS:
         mlir.register_lowering(primitive, rule, platform=platform)
-    compat.see_devices_when_lowering(primitive)
     return primitive
 
 
