@@ -53,6 +53,34 @@ class Placement:
         return self._aval.update(shape=tuple(shape), dtype=dtype, sharding=sharding, weak_type=False)
 
 
+def explicit_mesh(x):
+    """The mesh of an array whose type has explicit mesh axes; None: there are none."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return sharding.mesh if sharding is not None and sharding.mesh.explicit_axes else None
+
+
+def explicit_axes(x) -> tuple[Any, ...]:
+    """The explicit mesh axes of each dim, as in a `PartitionSpec`."""
+    spec = () if explicit_mesh(x) is None else tuple(jax.typeof(x).sharding.spec)
+    return (*spec, *(None,) * (len(x.shape) - len(spec)))
+
+
+def automatic(fn: Callable, arrays, specs: Callable):
+    """`fn(arrays)`, a tree of arrays with the mesh axes of `specs(result)`, in which explicit axes are automatic.
+
+    For code that JAX cannot type: `vmap` of loops, gathers.
+    """
+    mesh = next(m for x in jax.tree.leaves(arrays) if (m := explicit_mesh(x)) is not None)
+    inside = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(inside):
+        plain = jax.tree.map(
+            lambda x: x if explicit_mesh(x) is None else jax.reshard(x, PartitionSpec(*(None,) * x.ndim)), arrays
+        )
+        found = fn(plain)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.tree.map(lambda x, spec: jax.reshard(x, PartitionSpec(*spec)), found, specs(found))
+
+
 @contextlib.contextmanager
 def allow_promotion():
     """A context (or decorator) in which our own code may broadcast, however strict the caller is about theirs."""
