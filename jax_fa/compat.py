@@ -21,7 +21,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 def varying_axes(x) -> frozenset[str]:
     """The manual mesh axes (`shard_map`) over which a value or aval differs."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
+    return frozenset(_type(x).manual_axis_type.varying)
+
+
+def _type(x):
+    return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
 
 
 def vary_alike(tree):
@@ -36,6 +40,23 @@ def vary_alike(tree):
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree) if axes else tree
+
+
+def vary_like_results(fn: Callable, carry):
+    """The carry of a loop with body `fn`, differing over all manual axes over which what it becomes does."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return carry
+
+    def vary(x, axes: frozenset[str]):
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    while True:
+        leaves, tree = jax.tree.flatten(carry)
+        found = [varying_axes(aval) for aval in jax.make_jaxpr(fn)(carry).out_avals]
+        if all(axes <= varying_axes(x) for axes, x in zip(found, leaves, strict=True)):
+            return carry
+        carry = tree.unflatten(map(vary, leaves, found))
 
 
 class Placement:
@@ -55,13 +76,13 @@ class Placement:
 
 def explicit_mesh(x):
     """The mesh of an array whose type has explicit mesh axes; None: there are none."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
+    sharding = getattr(_type(x), "sharding", None)
     return sharding.mesh if sharding is not None and sharding.mesh.explicit_axes else None
 
 
 def explicit_axes(x) -> tuple[Any, ...]:
     """The explicit mesh axes of each dim, as in a `PartitionSpec`."""
-    spec = () if explicit_mesh(x) is None else tuple(jax.typeof(x).sharding.spec)
+    spec = () if explicit_mesh(x) is None else tuple(_type(x).sharding.spec)
     return (*spec, *(None,) * (len(x.shape) - len(spec)))
 
 
@@ -70,7 +91,9 @@ def automatic(fn: Callable, arrays, specs: Callable):
 
     For code that JAX cannot type: `vmap` of loops, gathers.
     """
-    mesh = next(m for x in jax.tree.leaves(arrays) if (m := explicit_mesh(x)) is not None)
+    mesh = next((m for x in jax.tree.leaves(arrays) if (m := explicit_mesh(x)) is not None), None)
+    if mesh is None:
+        return fn(arrays)
     inside = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto))
     with jax.sharding.use_abstract_mesh(inside):
         plain = jax.tree.map(

@@ -181,7 +181,7 @@ def _shape(call: Call, name: str):
 _STATISTICS = ("m", "l", "dlogsumexp")
 
 
-def _abstract_eval(kind, *avals, tree, problem):
+def abstract_eval(kind, *avals, tree, problem):
     call = tree.unflatten(avals).call(problem)
     rank, query = problem.batch_rank, call.operands.query
     # out is placed like query, in its own order of axes; the statistics are `*B N Sq`.
@@ -393,7 +393,7 @@ def _primitive(name: str, kind: _Kind) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(xla.apply_primitive, primitive))
-    primitive.def_abstract_eval(partial(_abstract_eval, kind))
+    primitive.def_abstract_eval(partial(abstract_eval, kind))
     batching.primitive_batchers[primitive] = partial(_batching_rule, kind, primitive)
     compat.def_dce(primitive, partial(_without_unused, kind))
     rule = partial(_lowering, kind)

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from jax_fa import compat
 from jax_fa.backends.xla.axis import Axis
 from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.call import Dims, is_symbolic
@@ -42,6 +43,7 @@ def loop(bounds: tuple[Any, Any], body, carry):
     first, last = bounds
     if isinstance(first, int) and isinstance(last, int) and last - first == 1:
         return body(first, carry)
+    carry = compat.vary_like_results(lambda carry: body(jnp.int32(0), carry), carry)
     return lax.fori_loop(first, last, body, carry)
 
 
