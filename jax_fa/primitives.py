@@ -10,7 +10,7 @@ which results it has.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from jax.interpreters import batching, mlir, xla
 
 from jax_fa import backends, compat
 from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape, has_rounding
-from jax_fa.sharding import Partition, Split, split
+from jax_fa.sharding import Partition, Split, restore_splits, split
 
 
 @jax.tree_util.register_dataclass
@@ -362,21 +362,60 @@ def _run_split(platform: str, kind, backend, problem, tree, *leaves):
         operands = replace(operands, position=rows.reshape((1,) * (problem.batch_rank + 1) + (-1,)))
         inputs = replace(inputs, operands=operands)
     leaves, tree = jax.tree.flatten(inputs)
-    call = inputs.call(problem)
+    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    program = jax.make_jaxpr(partial(_run, kind, backend, problem, tree))(*avals)
+    key = _key(kind, backend, platform, problem, inputs, compat.digest(program))
+    return split(_rule(kind, backend, platform, problem, tree.unflatten(avals), key), program.out_avals)(*leaves)
+
+
+def _rule(kind, backend, platform: str, problem: Problem, inputs: Inputs, key: str) -> Split:
+    call, tree = inputs.call(problem), jax.tree.structure(inputs)
+    results = [(name, _shape(call, name)) for name in kind.results(call)]
     run = partial(_run, kind, backend, problem, tree)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-    program = jax.make_jaxpr(run)(*shapes)
-    key = {
-        "call": kind.what,
-        "backend": backend.name,
-        "platform": platform,
-        "problem": repr(problem),
-        "arrays": str(tree),
-        "program": compat.digest(program),
+    return Split(Partition(call), run, inputs.shapes(), results, key, [platform])
+
+
+def _key(kind, backend, platform: str, problem: Problem, inputs: Inputs, digest: str) -> str:
+    """All that is static of a call, so that a program that holds it can be told from every other, and split anywhere."""
+    static = {f.name: getattr(problem, f.name) for f in fields(Problem)}
+    arrays = {
+        f.name: {name: [x.shape, str(x.dtype)] for name, x in part.present().items()}
+        for f in fields(Inputs)
+        if (part := getattr(inputs, f.name)) is not None
     }
-    results = [(name, x.shape) for name, x in zip(kind.results(call), program.out_avals, strict=True)]
-    rule = Split(Partition(call), run, inputs.shapes(), results, json.dumps(key), [platform])
-    return split(rule, program.out_avals)(*leaves)
+    return json.dumps(
+        {
+            "kind": kind.what,
+            "backend": backend.name,
+            "platform": platform,
+            "problem": static | {"mask": repr(problem.mask), "options": repr(problem.options)},
+            "arrays": arrays,
+            "program": digest,
+        }
+    )
+
+
+def _restored(key: str) -> Split:
+    """What a program that another process has exported asks for."""
+    found = json.loads(key)
+    static, who = found["problem"], found["backend"]
+    if static["options"] != repr(None):
+        raise NotImplementedError(f"a program exported with options of {who} cannot be split over devices elsewhere.")
+    static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
+    problem = Problem(**static | {"mask": None, "options": None})
+    parts = {
+        part: (Saved if part == "saved" else Operands)(
+            **dict.fromkeys(_REQUIRED if part == "saved" else ())
+            | {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in arrays.items()}
+        )
+        for part, arrays in found["arrays"].items()
+    }
+    kind = next(kind for kind in KINDS.values() if kind.what == found["kind"])
+    return _rule(kind, backends.named(who), found["platform"], problem, Inputs(**parts), key)
+
+
+_REQUIRED = ("out", "m", "l")
+restore_splits(_restored)
 
 
 def _without_hints(tree):

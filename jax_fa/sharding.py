@@ -15,7 +15,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -293,17 +292,25 @@ def split(x: Split, results: Sequence[Any]) -> Callable:
     """Flat arrays to flat results, with a custom call that the partitioners split."""
     _splits.setdefault(x.key, x)
     avals = tuple((r.shape, r.dtype) for r in results)
-    return lambda *leaves: tuple(_split_p.bind(*leaves, split=x, avals=avals))
+    return lambda *leaves: tuple(_split_p.bind(*leaves, key=x.key, avals=avals))
+
+
+def restore_splits(made: Callable[[str], Split]) -> None:
+    """Says how to make a `Split` from its key, where an exported program asks for one that this process has not made."""
+
+    def found(key: str) -> Split:
+        if key not in _splits:
+            _splits[key] = made(key)
+        return _splits[key]
+
+    compat.def_partitioner(TARGET, found)
+
+
+def _lower(ctx, *leaves, key: str, avals):
+    return compat.partitioned_call(ctx, TARGET, key, _splits[key].rule(), *leaves)
 
 
 _split_p = Primitive("flash_attention_split")
 _split_p.multiple_results = True
-_split_p.def_abstract_eval(lambda *_, split, avals: [jax.core.ShapedArray(*aval) for aval in avals])
-
-
-def _lower(ctx, *leaves, split: Split, avals):
-    return compat.partitioned_call(ctx, TARGET, split.key, split.rule(), *leaves)
-
-
+_split_p.def_abstract_eval(lambda *_, key, avals: [jax.core.ShapedArray(*aval) for aval in avals])
 mlir.register_lowering(_split_p, _lower)
-compat.def_partitioner(TARGET, lambda key: _splits[key])
