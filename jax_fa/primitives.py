@@ -21,7 +21,7 @@ from jax.interpreters import batching, mlir, xla
 
 from jax_fa import backends, compat
 from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape, has_rounding
-from jax_fa.sharding import Partition, Split, restore_splits, split
+from jax_fa.sharding import Partition, Split, gathered_by_types, restore_splits, split, warn
 
 
 @jax.tree_util.register_dataclass
@@ -37,10 +37,10 @@ class Inputs:
     def call(self, problem: Problem) -> Call:
         return Call.of(problem, self.operands, self.saved, self.tangents, self.others)
 
-    def shapes(self) -> list[tuple[str, Shape]]:
-        """Names and shapes of all arrays but the hints, in the order of the leaves."""
+    def arrays(self) -> list[tuple[str, Any]]:
+        """All arrays but the hints by name, in the order of the leaves."""
         parts = (self.operands, self.saved, self.tangents, self.others)
-        return [(name, x.shape) for part in parts if part is not None for name, x in part.present().items()]
+        return [(name, x) for part in parts if part is not None for name, x in part.present().items()]
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,8 @@ def _lowering(kind, ctx, *args, tree, problem):
     if several:
         tree, kept = _without_hints(tree)
         ctx, args = ctx.replace(avals_in=[ctx.avals_in[i] for i in kept]), tuple(args[i] for i in kept)
-    call = tree.unflatten(ctx.avals_in).call(problem)
+    inputs = tree.unflatten(ctx.avals_in)
+    call = inputs.call(problem)
     what = "forward" if kind is JVP else kind.what
     chosen = [backends.choose(platform, call, what) for platform in platforms]
     if not all(hasattr(backend, kind.what) for backend in chosen):
@@ -329,6 +330,8 @@ def _lowering(kind, ctx, *args, tree, problem):
     runs = {}
     for platform, backend in zip(platforms, chosen, strict=True):
         rule = several and _needs_rule(ctx, backend, call, platform)
+        if several and not rule:
+            warn(gathered(backend, platform, inputs, problem))
         run = partial(_run_split, platform) if rule else _run
         runs[platform] = (backend.name, rule), partial(run, kind, backend, problem, tree)
     (first, fn), *others = runs.values()
@@ -353,6 +356,16 @@ def _needs_rule(ctx, backend, call: Call, platform: str) -> bool:
     return not splits_alone(call)
 
 
+def gathered(backend, platform: str, inputs: Inputs, problem: Problem) -> list[str]:
+    """What devices gather of arrays whose types say how they are sharded, one sentence each."""
+    call = inputs.call(problem)
+    splits_alone = getattr(backend, "splits_alone", None)
+    if splits_alone is not None and splits_alone(call):
+        return []
+    with_rule = splits_alone is None or platform in _RULES_ON
+    return gathered_by_types(Partition(call, rows=with_rule), inputs.arrays(), with_rule=with_rule)
+
+
 def _run_split(platform: str, kind, backend, problem, tree, *leaves):
     """`_run`, with a rule by which XLA splits it."""
     inputs = tree.unflatten(leaves)
@@ -372,7 +385,7 @@ def _rule(kind, backend, platform: str, problem: Problem, inputs: Inputs, key: s
     call, tree = inputs.call(problem), jax.tree.structure(inputs)
     results = [(name, _shape(call, name)) for name in kind.results(call)]
     run = partial(_run, kind, backend, problem, tree)
-    return Split(Partition(call), run, inputs.shapes(), results, key, [platform])
+    return Split(Partition(call), run, [(name, x.shape) for name, x in inputs.arrays()], results, key, [platform])
 
 
 def _key(kind, backend, platform: str, problem: Problem, inputs: Inputs, digest: str) -> str:

@@ -13,7 +13,7 @@ Sharded keys are gathered: sequence parallelism is a function that the caller na
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.sharding import NamedSharding
 
 from jax_fa import compat
 from jax_fa.call import LIKE_OUT, OPERANDS, STORED, Axes, Call, Shape, stored_shape
@@ -35,10 +36,11 @@ _BY_ROW = ("bias", "mask", "lower", "upper", "alibi_slopes", "drop_offset", "bia
 class Partition:
     """The labels of one call's arrays."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, *, rows: bool = True) -> None:
+        """`rows`: whether query rows may be split."""
         self.call, self.dims = call, call.dims
         # Seeded dropout counts rows from the first one of the call.
-        self.rows = "Sq" if call.operands.dropout_seed is None else None
+        self.rows = "Sq" if rows and call.operands.dropout_seed is None else None
 
     def of(self, name: str, shape: Shape) -> Labels:
         """Of an operand, a saved array or a result."""
@@ -196,7 +198,8 @@ class Split:
         shardings = [*arguments, *results]
         devices = compat.device_count(shardings)
         used = self._used(self.inputs + self.results, shardings)
-        self._warn(arguments, used)
+        cut = [set(_blocks_of(x, len(labels))) for x, labels in zip(arguments, self.inputs, strict=True)]
+        warn(_gathered(self.partition, list(zip(self.names, self.inputs, cut, strict=True)), used))
 
         def local(*leaves):
             with compat.plain():
@@ -219,11 +222,6 @@ class Split:
                 if labels[axis] is not None:
                     given.setdefault(labels[axis], blocks)
         return _usable(self.partition, given)
-
-    def _warn(self, arguments, used: dict[Any, Blocks]) -> None:
-        cut = [set(_blocks_of(sharding, len(x))) for sharding, x in zip(arguments, self.inputs, strict=True)]
-        for text in gathered(self.partition, list(zip(self.names, self.inputs, cut, strict=True)), set(used)):
-            warn_once(text)
 
     def rule(self) -> tuple[str, tuple[str, ...], dict[str, int]]:
         """The labels in the language of Shardy: query heads are the compound factor (k g)."""
@@ -256,30 +254,93 @@ def _kept(given, needed, ndim: int):
     return given if same and given is not None else needed
 
 
-_DIMS = {"N": "heads", "K": "key heads", "Sq": "rows"}
+# --- what is gathered all the same
 
 
-def gathered(
-    partition: Partition, arrays: list[tuple[str, Labels, set[int]]], used: set[Any]
-) -> Iterator[str]:
-    """One sentence for each sharded dim that is gathered, from the axes in which arrays are cut."""
-    for name, labels, cut in arrays:
-        for axis in sorted(cut):
-            if labels[axis] not in used:
-                yield f"{name} is sharded along {_what(partition, name, axis, labels)}"
+def gathered_by_types(
+    partition: Partition, arrays: Sequence[tuple[str, Any]], *, with_rule: bool = True
+) -> list[str]:
+    """What is gathered of named avals whose types say how they are sharded, one sentence each.
+
+    Without the rule, XLA gathers the sequences that loops go over.
+    """
+    if partition.call.symbolic:
+        return []
+    labels = [partition.of(name, x.shape) for name, x in arrays]
+    blocks = [_blocks_by_name(x.sharding, len(x.shape)) for _, x in arrays]
+    given: dict[Any, Blocks] = {}
+    for names, cut in zip(labels, blocks, strict=True):
+        for axis, x in cut.items():
+            if names[axis] is not None:
+                given.setdefault(names[axis], x)
+    found = [
+        (name, names, {axis for axis in cut if with_rule or _dim(partition, name, axis) == 0})
+        for (name, _), names, cut in zip(arrays, labels, blocks, strict=True)
+    ]
+    return _gathered(partition, found, _usable(partition, given))
 
 
-def _what(partition: Partition, name: str, axis: int, labels: Labels) -> str:
-    return f"axis {axis}"
+def _dim(partition: Partition, name: str, axis: int) -> int | None:
+    """Which dim after the batch an axis of query, key, value and what is like out is: 0 the sequence, 1 heads, 2 head_dim."""
+    problem = partition.call.problem
+    return problem.axes(name).index(axis) - problem.batch_rank if name in (*STORED, *LIKE_OUT) else None
 
 
-_told: set[str] = set()
+def _blocks_by_name(sharding, ndim: int) -> dict[int, Blocks]:
+    """Of each dim of an array that a `NamedSharding` cuts."""
+    if not isinstance(sharding, NamedSharding):
+        return {}
+    sizes = dict(sharding.mesh.shape)
+    at = dict(zip(sizes, (x.reshape(-1) for x in np.indices(tuple(sizes.values()))), strict=True))
+    found = {}
+    for axis, entry in enumerate(tuple(sharding.spec)[:ndim]):
+        names = entry if isinstance(entry, tuple) else (entry,)
+        names = tuple(name for name in names if sizes.get(name, 1) > 1)
+        if names:
+            number = math.prod(sizes[name] for name in names)
+            found[axis] = Blocks(number, np.ravel_multi_index([at[x] for x in names], [sizes[x] for x in names]))
+    return found
 
 
-def warn_once(text: str) -> None:
-    if text not in _told:
-        _told.add(text)
-        warnings.warn(text, UserWarning, stacklevel=2)
+def _gathered(
+    partition: Partition, arrays: Sequence[tuple[str, Labels, set[int]]], used: dict[Any, Blocks]
+) -> list[str]:
+    """One sentence for each dim that is gathered, of the axes in which arrays are cut."""
+    return [
+        f"{name} is gathered whole on every device along axis {axis}, over which it is sharded: "
+        + _why(partition, name, axis, labels[axis])
+        for name, labels, cut in arrays
+        for axis in sorted(cut)
+        if labels[axis] not in used and not (labels[axis] == "K" and "N" in used)
+    ]
+
+
+def _why(partition: Partition, name: str, axis: int, label) -> str:
+    d, dim = partition.dims, _dim(partition, name, axis)
+    if label in ("N", "K"):
+        return f"N={d.N} query heads that read K={d.K} key heads do not split evenly"
+    if label is not None:
+        return "its size is not divisible, or other arrays are sharded in another way"
+    if dim == 2:
+        return "attention sums over head_dim"
+    if dim == 0 and name in ("key", "value"):
+        return "each row attends to all keys (shard the sequence inside jax.shard_map)"
+    if partition.rows is None and partition.call.operands.dropout_seed is not None:
+        return "dropout counts rows from the first of the sequence"
+    if partition.rows is None and name == "query":
+        return "the loops over rows are not split here"
+    return "it is needed whole"
+
+
+_warned: set[str] = set()
+
+
+def warn(sentences: Sequence[str]) -> None:
+    """Warns of each once."""
+    for text in sentences:
+        if text not in _warned:
+            _warned.add(text)
+            warnings.warn(text, UserWarning, stacklevel=2)
 
 
 # --- the primitive

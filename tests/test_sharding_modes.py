@@ -1,0 +1,218 @@
+"""Automatic, explicit, manual and partly manual mesh axes: every mask and every derivative is what it is on one device."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_fa
+from jax_fa.masks import (
+    Causal,
+    CumulativeLengths,
+    Dense,
+    Lengths,
+    Prefix,
+    SegmentIds,
+    SlidingWindow,
+)
+
+DEVICES = jax.devices("cpu")
+pytestmark = pytest.mark.skipif(len(DEVICES) < 8, reason="needs eight CPU devices")
+
+B, SQ, SKV, N, K, D = 4, 16, 32, 4, 2, 8
+_RANDOM = np.random.default_rng(0)
+
+
+def _normal(*shape):
+    return _RANDOM.standard_normal(shape, np.float32)
+
+
+def _integers(high, *shape):
+    return _RANDOM.integers(0, high, shape).astype(np.int32)
+
+
+QKV = (_normal(B, SQ, N, D), _normal(B, SKV, K, D), _normal(B, SKV, K, D))
+_IDS = np.sort(_integers(3, B, SQ)), np.sort(_integers(3, B, SKV))
+_ENDS = np.sort(_integers(SQ, B, 3)), np.sort(_integers(SKV, B, 3))
+_LENGTHS = 5 + _integers(SKV - 5, B)
+# All hold arrays of the batch.
+MASKS = {
+    "segments": SegmentIds(*_IDS),
+    "segments-of-one-array": Causal() & SegmentIds(_IDS[0], np.pad(_IDS[0], ((0, 0), (0, SKV - SQ)))),
+    "segments-mixed": SegmentIds(
+        *(_RANDOM.permuted(x, axis=1) for x in _IDS), within=Causal(), padding_id=0
+    ),
+    "segments-twice": SegmentIds(*_IDS) & SegmentIds(*(x[:, ::-1] for x in _IDS)),
+    "cumulative": CumulativeLengths(*_ENDS),
+    "cumulative-window": CumulativeLengths(*_ENDS, within=SlidingWindow(4, 0)),
+    "lengths": Causal("bottom-right") & Lengths(key=_LENGTHS),
+    "offset": Causal(offset=_integers(9, B)),
+    "prefix": Prefix(_LENGTHS % SQ),
+    "dense": Dense(_integers(2, B, 1, SQ, SKV).astype(bool)),
+}
+MESHES = ("auto", "explicit", "explicit-batch", "manual", "partly-manual", "partly-manual-explicit")
+
+
+def _mesh(kind: str):
+    """Four devices along the batch, two along the heads."""
+    explicit = kind.startswith("explicit") or kind.endswith("-explicit")
+    x = AxisType.Explicit if explicit else AxisType.Auto
+    y = AxisType.Auto if kind == "explicit-batch" else x
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(x, y), devices=DEVICES)
+
+
+_SPEC = P("x", None, "y")
+
+
+def _on(kind: str, fn, args, out_specs):
+    """`fn(qkv, mask)` on a mesh; in shard_map where axes are manual. `out_specs`: of its results, there."""
+    qkv, mask = args
+    mesh = _mesh(kind)
+    with jax.set_mesh(mesh):
+        qkv = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, _SPEC)), qkv)
+        mask = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("x"))), mask)
+        if kind == "manual":
+            fn = jax.shard_map(fn, in_specs=((_SPEC,) * 3, P("x")), out_specs=out_specs)
+        elif kind.startswith("partly"):
+            fn = jax.shard_map(fn, in_specs=(P("x"), P("x")), out_specs=P("x"), axis_names={"x"})
+        return jax.jit(fn)(qkv, mask)
+
+
+def _attend(backend, qkv, mask, **more):
+    return jax_fa.flash_attention(*qkv, mask=mask, implementation=backend, **more)
+
+
+def _same(found, want, tolerance=2e-5):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance * max(1, np.max(np.abs(b))))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask, mesh, backend):
+    """Output and gradients where the mask's arrays are sharded like the batch."""
+
+    def run(qkv, mask):
+        def loss(qkv):
+            out = _attend(backend, qkv, mask)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.grad(loss, has_aux=True)(qkv)
+
+    want = jax.jit(run)(QKV, MASKS[mask])
+    _same(_on(mesh, run, (QKV, MASKS[mask]), ((_SPEC,) * 3, _SPEC)), want)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_without_jit(mask, backend):
+    mesh = _mesh("explicit")
+    with jax.set_mesh(mesh):
+        qkv = [jax.device_put(x, NamedSharding(mesh, _SPEC)) for x in QKV]
+        out = _attend(
+            backend, qkv, jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("x"))), MASKS[mask])
+        )
+    assert out.sharding.spec == P("x", None, "y", None)
+    _same(out, _attend(backend, QKV, MASKS[mask]))
+
+
+def _hessian_product(attend, qkv, along):
+    return jax.jvp(jax.grad(lambda x: jnp.sum(jnp.sin(attend(x)))), (qkv,), (along,))[1]
+
+
+def _gradient_of_gradient(attend, qkv, along):
+    def norm(x):
+        return sum(jnp.sum(jnp.sin(g)) for g in jax.grad(lambda x: jnp.sum(jnp.sin(attend(x))))(x))
+
+    return jax.grad(norm)(qkv)
+
+
+def _gradient_of_tangent(attend, qkv, along):
+    return jax.grad(lambda x: jnp.sum(jnp.cos(jax.jvp(attend, (x,), (along,))[1])))(qkv)
+
+
+def _tangent(order, attend, qkv, along):
+    """Along one direction, `order` times."""
+    if order == 0:
+        return attend(qkv)
+    return jax.jvp(lambda x: _tangent(order - 1, attend, x, along), (qkv,), (along,))[1]
+
+
+DERIVATIVES = {
+    "tangent": partial(_tangent, 1),
+    "hessian-product": _hessian_product,
+    "gradient-of-gradient": _gradient_of_gradient,
+    "gradient-of-tangent": _gradient_of_tangent,
+    "second-tangent": partial(_tangent, 2),
+    "third-tangent": partial(_tangent, 3),
+    "tangent-of-gradient-of-gradient": lambda attend, qkv, along: jax.jvp(
+        lambda x: _gradient_of_gradient(attend, x, along), (qkv,), (along,)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(derivative, mesh, backend):
+    """Over several tiles of rows and keys."""
+    third = derivative.startswith(("third", "tangent-of"))
+    if third and backend != "xla":
+        pytest.skip("the portable backend's")
+
+    def run(qkv, mask):
+        along = jax.tree.map(lambda x: jnp.cos(3 * x), qkv)
+        return DERIVATIVES[derivative](lambda x: _attend(backend, x, mask), qkv, along)
+
+    out = _SPEC if derivative.endswith("tangent") and not derivative.startswith("gradient") else (_SPEC,) * 3
+    want = jax.jit(run)(QKV, MASKS["lengths"])
+    _same(_on(mesh, run, (QKV, MASKS["lengths"]), out), want, 2e-5 if not third else 2e-4)
+
+
+# --- types of explicit axes
+
+
+@pytest.mark.parametrize(
+    ("query", "key"),
+    [
+        (P("x"), P("x")),
+        (P(None, None, "x"), P(None, None, "x")),
+        (P(None, "x"), P()),
+        (P("y", "x"), P("y")),
+        (P(("x", "y")), P(("x", "y"))),
+        (P("x", None, "y"), P("x", None, "y")),
+        (P("y", None, "x"), P("y")),
+        (P(), P()),
+    ],
+    ids=str,
+)
+def test_types_are_those_of_jax_nn(query, key, backend):
+    """And so are the values, of the output and of gradients."""
+    mesh = _mesh("explicit")
+    heads = 4 if key == P(None, None, "x") else 2
+    qkv = (_normal(8, SQ, 8, D), _normal(8, SKV, heads, D), _normal(8, SKV, heads, D))
+    types = []
+
+    def run(attend, qkv):
+        def loss(qkv):
+            out = attend(*qkv)
+            types.append(jax.typeof(out).sharding.spec)
+            return jnp.sum(jnp.sin(out)), out
+
+        gradients, out = jax.grad(loss, has_aux=True)(qkv)
+        types.extend(jax.typeof(g).sharding.spec for g in gradients)
+        return gradients, out
+
+    ours = partial(jax_fa.dot_product_attention, implementation=backend)
+    with jax.set_mesh(mesh):
+        placed = tuple(
+            jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(qkv, (query, key, key), strict=True)
+        )
+        found = jax.jit(partial(run, ours))(placed)
+        found_types, types = types, []
+        assert jax.typeof(found[1]).sharding.spec == found_types[0]
+    assert found_types[0] == P(*query, *(None,) * (4 - len(query)))
+    assert found_types[1:] == [P(*s, *(None,) * (4 - len(s))) for s in (query, key, key)]
+    _same(found, jax.jit(partial(run, jax.nn.dot_product_attention))(qkv))
