@@ -59,19 +59,10 @@ def vary_like_results(fn: Callable, carry):
         carry = tree.unflatten(map(vary, leaves, found))
 
 
-class Placement:
-    """Where an aval lies: its mesh axes, in canonical order, and its manual axes."""
-
-    def __init__(self, aval, axes: tuple[int, ...]) -> None:
-        self._aval = aval
-        spec = tuple(aval.sharding.spec)
-        self._spec = [spec[axis] if axis < len(spec) else None for axis in axes]
-
-    def aval(self, shape, dtype, canonical):
-        """An aval placed the same way, whose dim i is canonical dim `canonical[i]`."""
-        spec = PartitionSpec(*(self._spec[i] for i in canonical))
-        sharding = NamedSharding(self._aval.sharding.mesh, spec)
-        return self._aval.update(shape=tuple(shape), dtype=dtype, sharding=sharding, weak_type=False)
+def placed(aval, shape, dtype, axes):
+    """An aval like another one, of this shape and dtype, whose dims lie along these explicit mesh axes."""
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*axes))
+    return aval.update(shape=tuple(shape), dtype=dtype, sharding=sharding, weak_type=False)
 
 
 def explicit_mesh(x):
@@ -97,7 +88,8 @@ def automatic(fn: Callable, arrays, specs: Callable):
     inside = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto))
     with jax.sharding.use_abstract_mesh(inside):
         plain = jax.tree.map(
-            lambda x: x if explicit_mesh(x) is None else jax.reshard(x, PartitionSpec(*(None,) * x.ndim)), arrays
+            lambda x: x if explicit_mesh(x) is None else jax.reshard(x, PartitionSpec(*(None,) * x.ndim)),
+            arrays,
         )
         found = fn(plain)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -235,9 +227,7 @@ def tiles(sharding, ndim: int) -> tuple[tuple[int, ...], np.ndarray]:
 
 
 def device_count(shardings) -> int:
-    return max(
-        (x.num_devices() for x in shardings if x is not None and x.is_tiled()), default=1
-    )
+    return max((x.num_devices() for x in shardings if x is not None and x.is_tiled()), default=1)
 
 
 def local(sharding, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -178,7 +178,10 @@ def _of_mask(fn: Callable, mask: masks.Mask | None, arrays: Arrays) -> Any:
     def specs(found):
         def spec(name: str, x):
             full, axes = (*d.B, d.N, d.Sq), (*batch, heads, None if name == "segment_key" else rows)
-            given = (axis if size == whole else None for axis, size, whole in zip(axes, x.shape, full, strict=False))
+            given = (
+                axis if size == whole else None
+                for axis, size, whole in zip(axes, x.shape, full, strict=False)
+            )
             return (*given, *(None,) * (x.ndim - len(full)))
 
         if not isinstance(found, masks.Rules):
@@ -187,7 +190,11 @@ def _of_mask(fn: Callable, mask: masks.Mask | None, arrays: Arrays) -> Any:
 
     def whole(values):
         known = iter(values)
-        return run(tree.unflatten([next(known) if new else np.asarray(x) for new, x in zip(unknown, leaves, strict=True)]))
+        return run(
+            tree.unflatten(
+                [next(known) if new else np.asarray(x) for new, x in zip(unknown, leaves, strict=True)]
+            )
+        )
 
     return compat.automatic(whole, [x for new, x in zip(unknown, leaves, strict=True) if new], specs)
 

@@ -233,8 +233,14 @@ def _walk(
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(value):
                 within = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-                same = equation.primitive.name in ("jit", "pjit") and len(within.invars) == len(equation.invars)
-                given = {v: _aval(x, placed) for v, x in zip(within.invars, equation.invars, strict=True)} if same else {}
+                same = equation.primitive.name in ("jit", "pjit") and len(within.invars) == len(
+                    equation.invars
+                )
+                given = (
+                    {v: _aval(x, placed) for v, x in zip(within.invars, equation.invars, strict=True)}
+                    if same
+                    else {}
+                )
                 yield from _walk(within, inner, given, frames)
 
 

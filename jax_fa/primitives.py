@@ -20,8 +20,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
 from jax_fa import backends, compat
-from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape, has_rounding
-from jax_fa.sharding import Partition, Split, gathered_by_types, restore_splits, split, warn
+from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape, has_rounding, stored_shape
+from jax_fa.sharding import Partition, Split, explicit_axes, gathered_by_types, restore_splits, split, warn
 
 
 @jax.tree_util.register_dataclass
@@ -183,18 +183,16 @@ _STATISTICS = ("m", "l", "dlogsumexp")
 
 def abstract_eval(kind, *avals, tree, problem):
     call = tree.unflatten(avals).call(problem)
-    rank, query = problem.batch_rank, call.operands.query
-    # out is placed like query, in its own order of axes; the statistics are `*B N Sq`.
-    placed = compat.Placement(query, problem.query_axes)
-    like_out = [problem.out_axes.index(i) for i in range(rank + 3)]
-    stats = (*range(rank), rank + 1, rank)
+    query = call.operands.query
+    axes = explicit_axes(call)
+    *batch, rows, heads, _ = axes
 
     def aval(name):
         shape = _shape(call, name)
         if name in LIKE_OUT:
-            return placed.aval(shape, query.dtype, like_out)
+            return compat.placed(query, shape, query.dtype, stored_shape(axes, problem.out_axes))
         if name in _STATISTICS:
-            return placed.aval(shape, call.acc, stats)
+            return compat.placed(query, shape, call.acc, (*batch, heads, rows))
         return getattr(call.operands, name).update(shape=shape, weak_type=False)
 
     return [aval(name) for name in kind.results(call)]
@@ -370,7 +368,9 @@ def _run_split(platform: str, kind, backend, problem, tree, *leaves):
     """`_run`, with a rule by which XLA splits it."""
     inputs = tree.unflatten(leaves)
     operands = inputs.operands
-    if operands.alibi_slopes is not None and operands.position is None:  # the index of a row in the whole sequence
+    if (
+        operands.alibi_slopes is not None and operands.position is None
+    ):  # the index of a row in the whole sequence
         rows = jnp.arange(inputs.call(problem).dims.Sq, dtype=jnp.int32)
         operands = replace(operands, position=rows.reshape((1,) * (problem.batch_rank + 1) + (-1,)))
         inputs = replace(inputs, operands=operands)
@@ -378,14 +378,18 @@ def _run_split(platform: str, kind, backend, problem, tree, *leaves):
     avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     program = jax.make_jaxpr(partial(_run, kind, backend, problem, tree))(*avals)
     key = _key(kind, backend, platform, problem, inputs, compat.digest(program))
-    return split(_rule(kind, backend, platform, problem, tree.unflatten(avals), key), program.out_avals)(*leaves)
+    return split(_rule(kind, backend, platform, problem, tree.unflatten(avals), key), program.out_avals)(
+        *leaves
+    )
 
 
 def _rule(kind, backend, platform: str, problem: Problem, inputs: Inputs, key: str) -> Split:
     call, tree = inputs.call(problem), jax.tree.structure(inputs)
     results = [(name, _shape(call, name)) for name in kind.results(call)]
     run = partial(_run, kind, backend, problem, tree)
-    return Split(Partition(call), run, [(name, x.shape) for name, x in inputs.arrays()], results, key, [platform])
+    return Split(
+        Partition(call), run, [(name, x.shape) for name, x in inputs.arrays()], results, key, [platform]
+    )
 
 
 def _key(kind, backend, platform: str, problem: Problem, inputs: Inputs, digest: str) -> str:
@@ -413,7 +417,9 @@ def _restored(key: str) -> Split:
     found = json.loads(key)
     static, who = found["problem"], found["backend"]
     if static["options"] != repr(None):
-        raise NotImplementedError(f"a program exported with options of {who} cannot be split over devices elsewhere.")
+        raise NotImplementedError(
+            f"a program exported with options of {who} cannot be split over devices elsewhere."
+        )
     static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
     problem = Problem(**static | {"mask": None, "options": None})
     parts = {

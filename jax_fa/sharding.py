@@ -24,13 +24,23 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 
 from jax_fa import compat
-from jax_fa.call import LIKE_OUT, OPERANDS, STORED, Axes, Call, Shape, stored_shape
+from jax_fa.call import LIKE_OUT, OPERANDS, STORED, Axes, Call, Shape, canonical_shape, stored_shape
 
 Labels = tuple[Any, ...]
 Arrays = Sequence[tuple[str, Shape]]  # names and shapes
 TARGET = "jax_fa_split"  # the custom call that XLA's partitioners find
 
-_BY_ROW = ("bias", "mask", "lower", "upper", "alibi_slopes", "drop_offset", "bias_offset", "position", "segment_row")
+_BY_ROW = (
+    "bias",
+    "mask",
+    "lower",
+    "upper",
+    "alibi_slopes",
+    "drop_offset",
+    "bias_offset",
+    "position",
+    "segment_row",
+)
 
 
 class Partition:
@@ -75,6 +85,29 @@ class Partition:
         if name == "bias" and self.call.operands.bias_offset is not None:
             by_row = False
         return self._labels(shape, ("N", self.rows if by_row else None, None)[:rest])
+
+
+def explicit_axes(call: Call) -> tuple[Any, ...]:
+    """The explicit mesh axes of the output's dims `*B Sq N Dv`.
+
+    They are those of the query, where it has none those of key and value, and of Dv those of the value.
+    """
+    problem, operands, rank = call.problem, call.operands, call.problem.batch_rank
+    query, key, value = (
+        canonical_shape(compat.explicit_axes(getattr(operands, name)), problem.axes(name)) for name in STORED
+    )
+    found, taken = dict.fromkeys(range(rank + 3)), set()
+    for axes, dims in (
+        (query, range(rank + 2)),
+        *((x, (*range(rank), rank + 1)) for x in (key, value)),
+        (value, (rank + 2,)),
+    ):
+        for dim in dims:
+            names = axes[dim] if isinstance(axes[dim], tuple) else (axes[dim],)
+            if found[dim] is None and not {None, *taken} & set(names):
+                found[dim] = axes[dim]
+                taken.update(names)
+    return tuple(found.values())
 
 
 # --- which block of each label a device has
@@ -191,6 +224,9 @@ class Split:
     def infer(self, shardings) -> list[Any]:
         """The shardings of results, from those of operands."""
         used = self._used(self.inputs, shardings)
+        if "K" in used and used["K"] is not used["N"]:
+            # Blocks of key heads that several devices have in common: what no PartitionSpec says should not leave.
+            del used["K"]
         return [_sharding(labels, used, compat.device_count(shardings)) for labels in self.results]
 
     def split(self, arguments, results, shapes) -> tuple[bytes, list[Any], list[Any]]:
@@ -211,7 +247,9 @@ class Split:
             for sharding, labels in zip(shardings, self.inputs + self.results, strict=True)
         ]
         needed_arguments, needed_results = needed[: len(arguments)], needed[len(arguments) :]
-        local_shapes = [compat.local(sharding, x) for sharding, x in zip(needed_arguments, shapes, strict=True)]
+        local_shapes = [
+            compat.local(sharding, x) for sharding, x in zip(needed_arguments, shapes, strict=True)
+        ]
         module = compat.local_module(local, local_shapes, devices, self.platforms)
         return module, needed_arguments, needed_results
 
@@ -241,7 +279,8 @@ class Split:
             return whole[-1]
 
         sides = [
-            ", ".join(" ".join(map(factor, labels)) for labels in side) for side in (self.inputs, self.results)
+            ", ".join(" ".join(map(factor, labels)) for labels in side)
+            for side in (self.inputs, self.results)
         ]
         compound = "(k g)" in sides[0]
         return " -> ".join(sides), tuple(whole), {"g": d.G} if compound else {}
@@ -298,20 +337,26 @@ def _blocks_by_name(sharding, ndim: int) -> dict[int, Blocks]:
         names = tuple(name for name in names if sizes.get(name, 1) > 1)
         if names:
             number = math.prod(sizes[name] for name in names)
-            found[axis] = Blocks(number, np.ravel_multi_index([at[x] for x in names], [sizes[x] for x in names]))
+            found[axis] = Blocks(
+                number, np.ravel_multi_index([at[x] for x in names], [sizes[x] for x in names])
+            )
     return found
 
 
 def _gathered(
     partition: Partition, arrays: Sequence[tuple[str, Labels, set[int]]], used: dict[Any, Blocks]
 ) -> list[str]:
-    """One sentence for each dim that is gathered, of the axes in which arrays are cut."""
+    """One sentence for each axis that is gathered, of those in which arrays are cut."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for name, labels, cut in arrays:
+        for axis in sorted(cut):
+            label = labels[axis]
+            if label not in used and not (label == "K" and "N" in used):
+                found.setdefault((axis, _why(partition, name, axis, label)), []).append(name)
     return [
-        f"{name} is gathered whole on every device along axis {axis}, over which it is sharded: "
-        + _why(partition, name, axis, labels[axis])
-        for name, labels, cut in arrays
-        for axis in sorted(cut)
-        if labels[axis] not in used and not (labels[axis] == "K" and "N" in used)
+        f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} gathered whole on every device along axis {axis}, "
+        f"which is sharded: {why}"
+        for (axis, why), names in found.items()
     ]
 
 

@@ -43,9 +43,7 @@ _LENGTHS = 5 + _integers(SKV - 5, B)
 MASKS = {
     "segments": SegmentIds(*_IDS),
     "segments-of-one-array": Causal() & SegmentIds(_IDS[0], np.pad(_IDS[0], ((0, 0), (0, SKV - SQ)))),
-    "segments-mixed": SegmentIds(
-        *(_RANDOM.permuted(x, axis=1) for x in _IDS), within=Causal(), padding_id=0
-    ),
+    "segments-mixed": SegmentIds(*(_RANDOM.permuted(x, axis=1) for x in _IDS), within=Causal(), padding_id=0),
     "segments-twice": SegmentIds(*_IDS) & SegmentIds(*(x[:, ::-1] for x in _IDS)),
     "cumulative": CumulativeLengths(*_ENDS),
     "cumulative-window": CumulativeLengths(*_ENDS, within=SlidingWindow(4, 0)),
@@ -174,45 +172,62 @@ def test_derivatives(derivative, mesh, backend):
 # --- types of explicit axes
 
 
+@pytest.mark.parametrize("key_heads", [8, 4, 2])
 @pytest.mark.parametrize(
-    ("query", "key"),
+    ("query", "key", "value", "out"),
     [
-        (P("x"), P("x")),
-        (P(None, None, "x"), P(None, None, "x")),
-        (P(None, "x"), P()),
-        (P("y", "x"), P("y")),
-        (P(("x", "y")), P(("x", "y"))),
-        (P("x", None, "y"), P("x", None, "y")),
-        (P("y", None, "x"), P("y")),
-        (P(), P()),
+        (P("x"), P("x"), P("x"), P("x")),
+        (P(None, None, "x"), P(None, None, "x"), P(None, None, "x"), P(None, None, "x")),
+        (P(None, "x"), P(), P(), P(None, "x")),
+        (P("y", "x"), P("y"), P("y"), P("y", "x")),
+        (P(("x", "y")), P(("x", "y")), P(("x", "y")), P(("x", "y"))),
+        (P("x", None, "y"), P("x", None, "y"), P("x", None, "y"), P("x", None, "y")),
+        (P(), P("x"), P("x"), P("x")),
+        (P(), P(None, None, "y"), P(None, None, "y"), P(None, None, "y")),
+        (P(), P(), P(None, None, None, "x"), P(None, None, None, "x")),
+        (P(), P(), P(), P()),
+        # jax.nn gathers these queries, or fails.
+        (P("x"), P(), P(), P("x")),
+        (P("y", None, "x"), P("y"), P("y"), P("y", None, "x")),
+        (P(None, "x"), P(None, "x"), P(None, "x"), P(None, "x")),
     ],
     ids=str,
 )
-def test_types_are_those_of_jax_nn(query, key, backend):
-    """And so are the values, of the output and of gradients."""
+def test_types_are_those_of_jax_nn(query, key, value, out, key_heads):
+    """The output's is that of jax.nn wherever that has one and keeps the query's; gradients' are their operands'."""
     mesh = _mesh("explicit")
-    heads = 4 if key == P(None, None, "x") else 2
-    qkv = (_normal(8, SQ, 8, D), _normal(8, SKV, heads, D), _normal(8, SKV, heads, D))
+    specs = query, key, value
+    if key_heads == 2 and P(None, None, "x") in (key, value):
+        pytest.skip("JAX has no such arrays")
+    shapes = (8, SQ, 8, D), (8, SKV, key_heads, D), (8, SKV, key_heads, D)
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
     types = []
 
-    def run(attend, qkv):
-        def loss(qkv):
-            out = attend(*qkv)
-            types.append(jax.typeof(out).sharding.spec)
-            return jnp.sum(jnp.sin(out)), out
+    def named(x):
+        return P(*jax.typeof(x).sharding.spec, *(None,) * (4 - len(jax.typeof(x).sharding.spec)))
 
-        gradients, out = jax.grad(loss, has_aux=True)(qkv)
-        types.extend(jax.typeof(g).sharding.spec for g in gradients)
-        return gradients, out
+    def run(attend, *qkv):
+        def loss(*qkv):
+            found = attend(*qkv)
+            types.append(named(found))
+            return jnp.sum(jnp.sin(found))
 
-    ours = partial(jax_fa.dot_product_attention, implementation=backend)
+        gradients = jax.grad(loss, (0, 1, 2))(*qkv)
+        types.extend(map(named, gradients))
+        return gradients
+
     with jax.set_mesh(mesh):
-        placed = tuple(
-            jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(qkv, (query, key, key), strict=True)
-        )
-        found = jax.jit(partial(run, ours))(placed)
-        found_types, types = types, []
-        assert jax.typeof(found[1]).sharding.spec == found_types[0]
-    assert found_types[0] == P(*query, *(None,) * (4 - len(query)))
-    assert found_types[1:] == [P(*s, *(None,) * (4 - len(s))) for s in (query, key, key)]
-    _same(found, jax.jit(partial(run, jax.nn.dot_product_attention))(qkv))
+        jax.jit(partial(run, jax_fa.dot_product_attention)).lower(*args)
+        found, types = types, []
+        try:
+            jax.jit(partial(run, jax.nn.dot_product_attention)).lower(*args)
+        except Exception:  # it cannot type this call
+            types = []
+    assert found == [P(*spec, *(None,) * (4 - len(spec))) for spec in (out, *specs)]
+    gathered = any(
+        q is not None and k is None and i != 1 for i, (q, k) in enumerate(zip(query, (*key, *(None,) * 4)))
+    )
+    assert gathered or not types or types[0] == found[0]
