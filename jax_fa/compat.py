@@ -52,6 +52,8 @@ def vary_like_results(fn: Callable, carry):
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     while True:
+        leaves: list[Any]
+        tree: Any
         leaves, tree = jax.tree.flatten(carry)
         found = [varying_axes(aval) for aval in jax.make_jaxpr(fn)(carry).out_avals]
         if all(axes <= varying_axes(x) for axes, x in zip(found, leaves, strict=True)):
@@ -187,7 +189,9 @@ def _packed(shape, shardings):
 
 def partitioned_call(ctx, target: str, key: str, rule: tuple, *operands):
     """A custom call as `def_partitioner` wants it; `rule` is Shardy's: a string, factors that stay whole, factor sizes."""
-    results = [ir.RankedTensorType.get(x.shape, mlir.dtype_to_ir_type(x.dtype)) for x in ctx.avals_out]
+    results: list[Any] = [
+        ir.RankedTensorType.get(x.shape, mlir.dtype_to_ir_type(x.dtype)) for x in ctx.avals_out
+    ]
     call = hlo.CustomCallOp(
         results,
         list(operands),
@@ -241,7 +245,7 @@ _DEVICES = "jax_fa_devices"  # the one mesh axis of what `local_module` makes
 
 def local_module(fn: Callable, shapes, devices: int, platforms) -> bytes:
     """The program of a function that every one of so many devices runs, on arrays of these shapes."""
-    mesh = jax.sharding.AbstractMesh((devices,), (_DEVICES,))
+    mesh: Any = jax.sharding.AbstractMesh((devices,), (_DEVICES,))
     axes = [(_DEVICES, devices)]
     jaxpr = jax.make_jaxpr(fn, axis_env=axes)(*shapes)
     with core.extend_axis_env_nd(axes):

@@ -169,6 +169,8 @@ def _of_mask(fn: Callable, mask: masks.Mask | None, arrays: Arrays) -> Any:
     def run(mask):
         return fn(mask, d.B, d.N, d.Sq, d.Skv)
 
+    leaves: list[Any]
+    tree: Any
     leaves, tree = jax.tree.flatten(mask)
     unknown = [indices.known(x) is None for x in leaves]
     if not any(new and compat.explicit_mesh(x) is not None for new, x in zip(unknown, leaves, strict=True)):

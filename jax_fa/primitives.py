@@ -20,7 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
 from jax_fa import backends, compat
-from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape, has_rounding, stored_shape
+from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, has_rounding, stored_shape
 from jax_fa.sharding import Partition, Split, explicit_axes, gathered_by_types, restore_splits, split, warn
 
 
@@ -374,8 +374,8 @@ def _run_split(platform: str, kind, backend, problem, tree, *leaves):
         rows = jnp.arange(inputs.call(problem).dims.Sq, dtype=jnp.int32)
         operands = replace(operands, position=rows.reshape((1,) * (problem.batch_rank + 1) + (-1,)))
         inputs = replace(inputs, operands=operands)
-    leaves, tree = jax.tree.flatten(inputs)
-    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    arrays, tree = jax.tree.flatten(inputs)
+    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     program = jax.make_jaxpr(partial(_run, kind, backend, problem, tree))(*avals)
     key = _key(kind, backend, platform, problem, inputs, compat.digest(program))
     return split(_rule(kind, backend, platform, problem, tree.unflatten(avals), key), program.out_avals)(

@@ -96,7 +96,8 @@ def explicit_axes(call: Call) -> tuple[Any, ...]:
     query, key, value = (
         canonical_shape(compat.explicit_axes(getattr(operands, name)), problem.axes(name)) for name in STORED
     )
-    found, taken = dict.fromkeys(range(rank + 3)), set()
+    found: dict[int, Any] = dict.fromkeys(range(rank + 3))
+    taken: set[str] = set()
     for axes, dims in (
         (query, range(rank + 2)),
         *((x, (*range(rank), rank + 1)) for x in (key, value)),

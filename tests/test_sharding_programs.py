@@ -9,7 +9,6 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_sharding import LAYOUTS, Layout, _compiled, _derivatives, _mesh, _operands, _same, _SMALL
+from test_sharding import _SMALL, LAYOUTS, Layout, _compiled, _derivatives, _mesh, _operands, _same
 
 import jax_fa
 from jax_fa import sharding
-from jax_fa.masks import Causal
 from jax_fa.testing.cases import check
 
 DEVICES = jax.devices("cpu")
