@@ -368,9 +368,8 @@ def _run_split(platform: str, kind, backend, problem, tree, *leaves):
     """`_run`, with a rule by which XLA splits it."""
     inputs = tree.unflatten(leaves)
     operands = inputs.operands
-    if (
-        operands.alibi_slopes is not None and operands.position is None
-    ):  # the index of a row in the whole sequence
+    if operands.alibi_slopes is not None and operands.position is None:
+        # Of rows in the whole sequence.
         rows = jnp.arange(inputs.call(problem).dims.Sq, dtype=jnp.int32)
         operands = replace(operands, position=rows.reshape((1,) * (problem.batch_rank + 1) + (-1,)))
         inputs = replace(inputs, operands=operands)
@@ -378,18 +377,16 @@ def _run_split(platform: str, kind, backend, problem, tree, *leaves):
     avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     program = jax.make_jaxpr(partial(_run, kind, backend, problem, tree))(*avals)
     key = _key(kind, backend, platform, problem, inputs, compat.digest(program))
-    return split(_rule(kind, backend, platform, problem, tree.unflatten(avals), key), program.out_avals)(
-        *leaves
-    )
+    rule = _rule(kind, backend, platform, problem, tree.unflatten(avals), key)
+    return split(rule, program.out_avals, *arrays)
 
 
 def _rule(kind, backend, platform: str, problem: Problem, inputs: Inputs, key: str) -> Split:
     call, tree = inputs.call(problem), jax.tree.structure(inputs)
     results = [(name, _shape(call, name)) for name in kind.results(call)]
     run = partial(_run, kind, backend, problem, tree)
-    return Split(
-        Partition(call), run, [(name, x.shape) for name, x in inputs.arrays()], results, key, [platform]
-    )
+    shapes = [(name, x.shape) for name, x in inputs.arrays()]
+    return Split(Partition(call), run, shapes, results, key, [platform])
 
 
 def _key(kind, backend, platform: str, problem: Problem, inputs: Inputs, digest: str) -> str:

@@ -395,11 +395,10 @@ def warn(sentences: Sequence[str]) -> None:
 _splits: dict[str, Split] = {}
 
 
-def split(x: Split, results: Sequence[Any]) -> Callable:
-    """Flat arrays to flat results, with a custom call that the partitioners split."""
+def split(x: Split, results: Sequence[Any], *arrays) -> tuple[Any, ...]:
+    """Its results (like these avals) of arrays, by a custom call that the partitioners split."""
     _splits.setdefault(x.key, x)
-    avals = tuple((r.shape, r.dtype) for r in results)
-    return lambda *leaves: tuple(_split_p.bind(*leaves, key=x.key, avals=avals))
+    return tuple(_split_p.bind(*arrays, key=x.key, avals=tuple((r.shape, r.dtype) for r in results)))
 
 
 def restore_splits(made: Callable[[str], Split]) -> None:
