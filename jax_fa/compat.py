@@ -116,6 +116,10 @@ def plain():
         yield
 
 
+def def_lowering(primitive, rule: Callable) -> None:
+    mlir.register_lowering(primitive, rule)
+
+
 def lower_plain(fn, ctx, *args):
     """Lowers a traceable function inside another primitive's lowering rule.
 

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 
 from jax_fa import compat
@@ -419,4 +418,4 @@ def _lower(ctx, *leaves, key: str, avals):
 _split_p = Primitive("flash_attention_split")
 _split_p.multiple_results = True
 _split_p.def_abstract_eval(lambda *_, key, avals: [jax.core.ShapedArray(*aval) for aval in avals])
-mlir.register_lowering(_split_p, _lower)
+compat.def_lowering(_split_p, _lower)

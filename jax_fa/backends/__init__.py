@@ -30,6 +30,9 @@ class Backend(Protocol):
     * `second(call, tangents, saved)`: the derivative of `backward` along tangents, as `Operands`, and the gradients by its
       cotangents dout and dlogsumexp. `saved` may hold tangents of the cotangents.
 
+    One more is for plain JAX: `splits_alone(call)`, whether XLA splits the call over devices by itself, without communication.
+    Without it, calls on several devices carry a rule that says how (`sharding.py`).
+
     Attributes:
       name: what `implementation=` calls it.
       platforms: lower-case names of the platforms it serves; None: all.
