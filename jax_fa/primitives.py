@@ -330,7 +330,7 @@ def _lowering(kind, ctx, *args, tree, problem):
         rule = several and _needs_rule(ctx, backend, call, platform)
         if several and not rule:
             warn(gathered(backend, platform, inputs, problem))
-        run = partial(_run_split, platform) if rule else _run
+        run = partial(_run_split, platform, not compat.is_manual(ctx)) if rule else _run
         runs[platform] = (backend.name, rule), partial(run, kind, backend, problem, tree)
     (first, fn), *others = runs.values()
     if any(key != first for key, _ in others):
@@ -364,8 +364,11 @@ def gathered(backend, platform: str, inputs: Inputs, problem: Problem) -> list[s
     return gathered_by_types(Partition(call, rows=with_rule), inputs.arrays(), with_rule=with_rule)
 
 
-def _run_split(platform: str, kind, backend, problem, tree, *leaves):
-    """`_run`, with a rule by which XLA splits it."""
+def _run_split(platform: str, sums: bool, kind, backend, problem, tree, *leaves):
+    """`_run`, with a rule by which XLA splits it.
+
+    `sums`: whether devices may sum results. In a partly manual mesh XLA numbers the devices of each part alone.
+    """
     inputs = tree.unflatten(leaves)
     operands = inputs.operands
     if operands.alibi_slopes is not None and operands.position is None:
@@ -376,20 +379,20 @@ def _run_split(platform: str, kind, backend, problem, tree, *leaves):
     arrays, tree = jax.tree.flatten(inputs)
     avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     program = jax.make_jaxpr(partial(_run, kind, backend, problem, tree))(*avals)
-    key = _key(kind, backend, platform, problem, inputs, compat.digest(program))
-    rule = _rule(kind, backend, platform, problem, tree.unflatten(avals), key)
+    key = _key(kind, backend, platform, sums, problem, inputs, compat.digest(program))
+    rule = _rule(kind, backend, platform, sums, problem, tree.unflatten(avals), key)
     return split(rule, program.out_avals, *arrays)
 
 
-def _rule(kind, backend, platform: str, problem: Problem, inputs: Inputs, key: str) -> Split:
+def _rule(kind, backend, platform: str, sums: bool, problem: Problem, inputs: Inputs, key: str) -> Split:
     call, tree = inputs.call(problem), jax.tree.structure(inputs)
     results = [(name, _shape(call, name)) for name in kind.results(call)]
     run = partial(_run, kind, backend, problem, tree)
     shapes = [(name, x.shape) for name, x in inputs.arrays()]
-    return Split(Partition(call), run, shapes, results, key, [platform])
+    return Split(Partition(call, sums=sums), run, shapes, results, key, [platform])
 
 
-def _key(kind, backend, platform: str, problem: Problem, inputs: Inputs, digest: str) -> str:
+def _key(kind, backend, platform: str, sums: bool, problem: Problem, inputs: Inputs, digest: str) -> str:
     """All that is static of a call, so that a program that holds it can be told from every other, and split anywhere."""
     static = {f.name: getattr(problem, f.name) for f in fields(Problem)}
     arrays = {
@@ -402,6 +405,7 @@ def _key(kind, backend, platform: str, problem: Problem, inputs: Inputs, digest:
             "kind": kind.what,
             "backend": backend.name,
             "platform": platform,
+            "sums": sums,
             "problem": static | {"mask": repr(problem.mask), "options": repr(problem.options)},
             "arrays": arrays,
             "program": digest,
@@ -427,7 +431,7 @@ def _restored(key: str) -> Split:
         for part, arrays in found["arrays"].items()
     }
     kind = next(kind for kind in KINDS.values() if kind.what == found["kind"])
-    return _rule(kind, backends.named(who), found["platform"], problem, Inputs(**parts), key)
+    return _rule(kind, backends.named(who), found["platform"], found["sums"], problem, Inputs(**parts), key)
 
 
 _REQUIRED = ("out", "m", "l")

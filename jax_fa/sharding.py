@@ -45,9 +45,9 @@ _BY_ROW = (
 class Partition:
     """The labels of one call's arrays."""
 
-    def __init__(self, call: Call, *, rows: bool = True) -> None:
-        """`rows`: whether query rows may be split."""
-        self.call, self.dims = call, call.dims
+    def __init__(self, call: Call, *, rows: bool = True, sums: bool = True) -> None:
+        """`rows`: whether query rows may be split; `sums`: whether devices may sum results."""
+        self.call, self.dims, self.sums = call, call.dims, sums
         # Seeded dropout counts rows from the first one of the call.
         self.rows = "Sq" if rows and call.operands.dropout_seed is None else None
 
@@ -164,6 +164,16 @@ def _usable(partition: Partition, given: dict[Any, Blocks]) -> dict[Any, Blocks]
     return used
 
 
+def _without_sums(used: dict[Any, Blocks], results: list[Labels]) -> dict[Any, Blocks]:
+    """Those of the labels that every result has."""
+
+    def has(labels: Labels, label) -> bool:
+        return label in labels or (label == "N" and "K" in labels and used.get("K") is used["N"])
+
+    kept = {label: x for label, x in used.items() if label == "K" or all(has(y, label) for y in results)}
+    return kept if "N" in kept else {label: x for label, x in kept.items() if label != "K"}
+
+
 def _of_key_heads(heads: Blocks, size: int, G: int, K: int) -> Blocks | None:
     """The key heads that blocks of so many query heads read; None: not all read as many."""
     if size % G == 0:
@@ -259,7 +269,8 @@ class Split:
             for axis, blocks in _blocks_of(sharding, len(labels)).items():
                 if labels[axis] is not None:
                     given.setdefault(labels[axis], blocks)
-        return _usable(self.partition, given)
+        used = _usable(self.partition, given)
+        return used if self.partition.sums else _without_sums(used, self.results)
 
     def rule(self) -> tuple[str, tuple[str, ...], dict[str, int]]:
         """The labels in the language of Shardy: query heads are the compound factor (k g)."""
@@ -362,6 +373,10 @@ def _gathered(
 
 def _why(partition: Partition, name: str, axis: int, label) -> str:
     d, dim = partition.dims, _dim(partition, name, axis)
+    if label is not None and not partition.sums:
+        return (
+            "in a partly manual mesh the gradients of what devices share are not summed by the kernels' rule"
+        )
     if label in ("N", "K"):
         return f"N={d.N} query heads that read K={d.K} key heads do not split evenly"
     if label is not None:

@@ -202,6 +202,7 @@ def test_derivatives_along_tangents(layout, backend):
         pytest.param(P(None, None, None, "x"), P(None, None, None, "x"), id="head-dims"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*gathered whole:UserWarning")
 def test_other_shardings_are_right_too(query, key, backend):
     """What does not split without communication is gathered, not refused and not wrong."""
     mesh = _mesh(x=4)

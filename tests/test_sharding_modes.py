@@ -169,6 +169,37 @@ def test_derivatives(derivative, mesh, backend):
     _same(_on(mesh, run, (QKV, MASKS["lengths"]), out), want, 2e-5 if not third else 2e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*gathered whole:UserWarning")
+@pytest.mark.parametrize(
+    ("query", "key", "key_heads", "gathers"),
+    [
+        pytest.param(P("x", None, "y"), P("x", None, "y"), 2, False, id="heads"),
+        pytest.param(P(("x", "y")), P(("x", "y")), 2, False, id="batch"),
+        # Gradients of key and value are sums over devices.
+        pytest.param(P("x", "y"), P("x"), 2, True, id="rows"),
+        pytest.param(P("x", None, "y"), P("x"), 1, True, id="one-key-head"),
+    ],
+)
+def test_automatic_axes_beside_manual_ones(query, key, key_heads, gathers, backend):
+    mesh = _mesh("auto")
+    qkv = (_normal(8, SQ, 4, D), _normal(8, SKV, key_heads, D), _normal(8, SKV, key_heads, D))
+
+    def run(qkv):
+        def loss(qkv):
+            out = _attend(backend, qkv, Causal())
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.grad(loss, has_aux=True)(qkv)
+
+    placed = tuple(
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(qkv, (query, key, key), strict=True)
+    )
+    split = jax.shard_map(run, mesh=mesh, in_specs=P("x"), out_specs=P("x"), axis_names={"x"})
+    program = jax.jit(split).lower(placed).compile()
+    _same(program(placed), jax.jit(run)(qkv))
+    assert gathers or " all-gather(" not in program.as_text()
+
+
 # --- types of explicit axes
 
 
