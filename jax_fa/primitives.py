@@ -361,7 +361,8 @@ def gathered(backend, platform: str, inputs: Inputs, problem: Problem) -> list[s
     if splits_alone is not None and splits_alone(call):
         return []
     with_rule = splits_alone is None or platform in _RULES_ON
-    return gathered_by_types(Partition(call, rows=with_rule), inputs.arrays(), with_rule=with_rule)
+    rows = with_rule and getattr(backend, "splits_rows", False)
+    return gathered_by_types(Partition(call, rows=rows), inputs.arrays(), with_rule=with_rule)
 
 
 def _run_split(platform: str, sums: bool, kind, backend, problem, tree, *leaves):
@@ -389,7 +390,8 @@ def _rule(kind, backend, platform: str, sums: bool, problem: Problem, inputs: In
     results = [(name, _shape(call, name)) for name in kind.results(call)]
     run = partial(_run, kind, backend, problem, tree)
     shapes = [(name, x.shape) for name, x in inputs.arrays()]
-    return Split(Partition(call, sums=sums), run, shapes, results, key, [platform])
+    rows = getattr(backend, "splits_rows", False)
+    return Split(Partition(call, rows=rows, sums=sums), run, shapes, results, key, [platform])
 
 
 def _key(kind, backend, platform: str, sums: bool, problem: Problem, inputs: Inputs, digest: str) -> str:
@@ -416,10 +418,11 @@ def _key(kind, backend, platform: str, sums: bool, problem: Problem, inputs: Inp
 def _restored(key: str) -> Split:
     """What a program that another process has exported asks for."""
     found = json.loads(key)
-    static, who = found["problem"], found["backend"]
-    if static["options"] != repr(None):
+    static, backend = found["problem"], backends.named(found["backend"])
+    reads_mask = not getattr(backend, "splits_rows", False) and static["mask"] != repr(None)
+    if reads_mask or static["options"] != repr(None):
         raise NotImplementedError(
-            f"a program exported with options of {who} cannot be split over devices elsewhere."
+            f"a program exported with options or a mask of {backend.name} cannot be split over devices elsewhere."
         )
     static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
     problem = Problem(**static | {"mask": None, "options": None})
@@ -431,7 +434,7 @@ def _restored(key: str) -> Split:
         for part, arrays in found["arrays"].items()
     }
     kind = next(kind for kind in KINDS.values() if kind.what == found["kind"])
-    return _rule(kind, backends.named(who), found["platform"], found["sums"], problem, Inputs(**parts), key)
+    return _rule(kind, backend, found["platform"], found["sums"], problem, Inputs(**parts), key)
 
 
 _REQUIRED = ("out", "m", "l")

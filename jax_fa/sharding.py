@@ -388,7 +388,7 @@ def _why(partition: Partition, name: str, axis: int, label) -> str:
     if partition.rows is None and partition.call.operands.dropout_seed is not None:
         return "dropout counts rows from the first of the sequence"
     if partition.rows is None and name == "query":
-        return "the loops over rows are not split here"
+        return "rows are not split here"
     return "it is needed whole"
 
 

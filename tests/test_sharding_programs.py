@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from test_sharding import _SMALL, LAYOUTS, Layout, _compiled, _derivatives, _mesh, _operands, _same
 
 import jax_fa
-from jax_fa import sharding
+from jax_fa import backends, sharding
 from jax_fa.testing.cases import check
 
 DEVICES = jax.devices("cpu")
@@ -160,6 +160,38 @@ def test_lowering_for_a_mesh_without_devices(kind, backend):
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(run).trace(*args).lower(lowering_platforms=("cpu",)).as_text()
     assert "func.func public @main" in text
+
+
+class _ReadsMasks:
+    """A backend that may read `problem.mask`, which counts from the first row."""
+
+    name, platforms, emulated_on = "reads-masks", None, ()
+
+    def __init__(self, portable) -> None:
+        self._portable, self.rows = portable, set()
+        self.why_not, self.notes = portable.why_not, portable.notes
+
+    def forward(self, call):
+        self.rows.add(call.dims.Sq)
+        return self._portable.forward(call)
+
+    def backward(self, call, saved):
+        self.rows.add(call.dims.Sq)
+        return self._portable.backward(call, saved)
+
+
+@pytest.mark.filterwarnings("ignore:.*gathered whole:UserWarning")
+def test_a_backend_that_reads_masks_has_all_rows():
+    layout = ROWS[0]
+    backend = _ReadsMasks(backends.named("xla"))
+    dout, dlse = layout.case.cotangents()
+    cotangents = ((layout.case.stored(dout), layout.spec("out")), (dlse, layout.spec("lse")))
+    with backends.registered(backend):
+        run = partial(layout.case.gradient, implementation=backend.name)
+        program, args = _compiled(layout, run, _operands(layout), *cotangents)
+        (out, lse), gradients = program(*args)
+    check(layout.case, np.asarray(out), np.asarray(lse), {n: np.asarray(g) for n, g in gradients.items()})
+    assert backend.rows == {layout.case.Sq}
 
 
 # --- other processes

@@ -30,8 +30,10 @@ class Backend(Protocol):
     * `second(call, tangents, saved)`: the derivative of `backward` along tangents, as `Operands`, and the gradients by its
       cotangents dout and dlogsumexp. `saved` may hold tangents of the cotangents.
 
-    One more is for plain JAX: `splits_alone(call)`, whether XLA splits the call over devices by itself, without communication.
-    Without it, calls on several devices carry a rule that says how (`sharding.py`).
+    Calls on several devices carry a rule by which XLA splits batch and heads (`sharding.py`). A backend may say more:
+
+    * `splits_rows = True`: query rows too. Then `problem.mask` says nothing, for it counts from the first row; the operands do.
+    * `splits_alone(call)`, for plain JAX: whether XLA splits this call without a rule, and without communication.
 
     Attributes:
       name: what `implementation=` calls it.

@@ -55,6 +55,7 @@ class Xla:
     name = "xla"
     platforms = None
     emulated_on = ()
+    splits_rows = True
 
     def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
         """Nothing is refused."""
