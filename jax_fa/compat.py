@@ -1,20 +1,31 @@
 """The one place for what differs between JAX versions or is not public."""
 
 import contextlib
+import hashlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src import config, core, dispatch, sharding_impls, source_info_util
+from jax._src import config, core, sharding_impls, source_info_util, xla_bridge
+from jax._src.custom_partitioning_sharding_rule import sdy_sharding_rule_to_mlir, str_to_sdy_sharding_rule
 from jax._src.export import _export
+from jax._src.interpreters import mlir as internal_mlir
+from jax._src.lib import xla_client
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import hlo
 from jax.interpreters import mlir, partial_eval
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def varying_axes(x) -> frozenset[str]:
     """The manual mesh axes (`shard_map`) over which a value or aval differs."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
+    return frozenset(_type(x).manual_axis_type.varying)
+
+
+def _type(x):
+    return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
 
 
 def vary_alike(tree):
@@ -31,19 +42,60 @@ def vary_alike(tree):
     return jax.tree.map(vary, tree) if axes else tree
 
 
-class Placement:
-    """Where an aval lies: its mesh axes, in canonical order, and its manual axes."""
+def vary_like_results(fn: Callable, carry):
+    """The carry of a loop with body `fn`, differing over all manual axes over which what it becomes does."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return carry
 
-    def __init__(self, aval, axes: tuple[int, ...]) -> None:
-        self._aval = aval
-        spec = tuple(aval.sharding.spec)
-        self._spec = [spec[axis] if axis < len(spec) else None for axis in axes]
+    def vary(x, axes: frozenset[str]):
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-    def aval(self, shape, dtype, canonical):
-        """An aval placed the same way, whose dim i is canonical dim `canonical[i]`."""
-        spec = PartitionSpec(*(self._spec[i] for i in canonical))
-        sharding = NamedSharding(self._aval.sharding.mesh, spec)
-        return self._aval.update(shape=tuple(shape), dtype=dtype, sharding=sharding, weak_type=False)
+    while True:
+        leaves: list[Any]
+        tree: Any
+        leaves, tree = jax.tree.flatten(carry)
+        found = [varying_axes(aval) for aval in jax.make_jaxpr(fn)(carry).out_avals]
+        if all(axes <= varying_axes(x) for axes, x in zip(found, leaves, strict=True)):
+            return carry
+        carry = tree.unflatten(map(vary, leaves, found))
+
+
+def placed(aval, shape, dtype, axes):
+    """An aval like another one, of this shape and dtype, whose dims lie along these explicit mesh axes."""
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*axes))
+    return aval.update(shape=tuple(shape), dtype=dtype, sharding=sharding, weak_type=False)
+
+
+def explicit_mesh(x):
+    """The mesh of an array whose type has explicit mesh axes; None: there are none."""
+    sharding = getattr(_type(x), "sharding", None)
+    return sharding.mesh if sharding is not None and sharding.mesh.explicit_axes else None
+
+
+def explicit_axes(x) -> tuple[Any, ...]:
+    """The explicit mesh axes of each dim, as in a `PartitionSpec`."""
+    spec = () if explicit_mesh(x) is None else tuple(_type(x).sharding.spec)
+    return (*spec, *(None,) * (len(x.shape) - len(spec)))
+
+
+def automatic(fn: Callable, arrays, specs: Callable):
+    """`fn(arrays)`, a tree of arrays with the mesh axes of `specs(result)`, in which explicit axes are automatic.
+
+    For code that JAX cannot type: `vmap` of loops, gathers.
+    """
+    mesh = next((m for x in jax.tree.leaves(arrays) if (m := explicit_mesh(x)) is not None), None)
+    if mesh is None:
+        return fn(arrays)
+    inside = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(inside):
+        plain = jax.tree.map(
+            lambda x: x if explicit_mesh(x) is None else jax.reshard(x, PartitionSpec(*(None,) * x.ndim)),
+            arrays,
+        )
+        found = fn(plain)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.tree.map(lambda x, spec: jax.reshard(x, PartitionSpec(*spec)), found, specs(found))
 
 
 @contextlib.contextmanager
@@ -69,6 +121,10 @@ def eager():
     """A context in which our own code computes at once, whatever transformation or `shard_map` surrounds it."""
     with core.eval_context(), plain():
         yield
+
+
+def def_lowering(primitive, rule: Callable) -> None:
+    mlir.register_lowering(primitive, rule)
 
 
 def lower_plain(fn, ctx, *args):
@@ -110,22 +166,28 @@ def checks_varying() -> bool:
     return config._check_vma.value
 
 
-def is_partitioned(ctx) -> bool:
-    """Whether XLA will split the program being lowered over the devices of a known mesh.
-
-    Not inside `shard_map` (everything is local there), and not for export (its artifact must not hold a
-    Python callback).
-    """
-    module = ctx.module_context
-    context = module.axis_context
-    if module.lowering_parameters.for_export or getattr(context, "device_assignment", None) is None:
-        return False
-    return context.num_devices > 1 and context.abstract_mesh is not None
+def split_devices(ctx) -> int:
+    """Over how many devices XLA will split what is lowered: 1 inside `shard_map`, where everything is local."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, sharding_impls.ShardingContext):
+        return context.num_devices
+    if isinstance(context, sharding_impls.SPMDAxisContext):
+        return int(np.prod([n for axis, n in context.mesh.shape.items() if axis not in context.manual_axes]))
+    return 1  # pmap
 
 
-def see_devices_when_lowering(primitive) -> None:
-    """Has jit hand the devices and their mesh to the primitive's lowering rule, which partitioning needs."""
-    dispatch.prim_requires_devices_during_lowering.add(primitive)
+def for_export(ctx) -> bool:
+    return ctx.module_context.lowering_parameters.for_export
+
+
+def is_manual(ctx) -> bool:
+    """Whether what is lowered stands inside `shard_map`."""
+    return isinstance(ctx.module_context.axis_context, sharding_impls.SPMDAxisContext)
+
+
+def digest(jaxpr) -> str:
+    """Of a traced program; the same in every process."""
+    return hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(jaxpr)).encode()).hexdigest()
 
 
 def def_dce(primitive, rule: Callable) -> None:
@@ -134,18 +196,112 @@ def def_dce(primitive, rule: Callable) -> None:
     partial_eval.dce_rules[primitive] = lambda used, *rest: rule(used, rest[-1])
 
 
-def mesh_axes(sharding, mesh) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes of each dim of a sharding that XLA's partitioner hands to a callback.
+# --- custom calls that XLA's partitioners split
 
-    Empty where it cuts a mesh axis in two (which no PartitionSpec can say): such an array counts as whole.
-    """
-    if sharding is None:
-        return ()
-    try:
-        spec = sharding_impls.parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(0), mesh)[0]
-    except ValueError:
-        return ()
-    return tuple(entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec)
+
+def def_partitioner(target: str, found: Callable[[str], Any]) -> None:
+    """Has XLA ask `found(backend_config)` how to split a custom call of this target (see `sharding.Split`)."""
+
+    def propagate(sharding, shape, config):
+        return sharding
+
+    def partition(arg_shapes, arg_shardings, result_shape, result_sharding, config):
+        shardings = result_sharding.tuple_elements() if result_shape.is_tuple() else [result_sharding]
+        shapes = [jax.ShapeDtypeStruct(x.dimensions(), x.numpy_dtype()) for x in arg_shapes]
+        module, arguments, results = found(config.decode()).split(arg_shardings, shardings, shapes)
+        return module, arguments, _packed(result_shape, results)
+
+    def infer(arg_shapes, arg_shardings, result_shape, config):
+        return _packed(result_shape, found(config.decode()).infer(arg_shardings))
+
+    register = xla_client.register_custom_call_partitioner
+    arguments = (target, propagate, partition, infer)
+    register(*arguments, can_side_effecting_have_replicated_sharding=True)
+    xla_bridge.register_plugin_callbacks(
+        lambda c_api: register(*arguments, can_side_effecting_have_replicated_sharding=True, c_api=c_api)
+    )
+    guarantee_custom_call(target)
+
+
+def _packed(shape, shardings):
+    return xla_client.HloSharding.tuple_sharding(shape, shardings) if shape.is_tuple() else shardings[0]
+
+
+def partitioned_call(ctx, target: str, key: str, rule: tuple, *operands):
+    """A custom call as `def_partitioner` wants it; `rule` is Shardy's: a string, factors that stay whole, factor sizes."""
+    results: list[Any] = [
+        ir.RankedTensorType.get(x.shape, mlir.dtype_to_ir_type(x.dtype)) for x in ctx.avals_out
+    ]
+    call = hlo.CustomCallOp(
+        results,
+        list(operands),
+        call_target_name=ir.StringAttr.get(target),
+        has_side_effect=ir.BoolAttr.get(False),
+        api_version=mlir.i32_attr(2),
+        called_computations=ir.ArrayAttr.get([]),
+        backend_config=ir.StringAttr.get(key),
+    )
+    if config.use_shardy_partitioner.value:
+        text, whole, sizes = rule
+        factors = str_to_sdy_sharding_rule(text, need_replication_factors=whole, **sizes)
+        call.attributes["sdy.sharding_rule"] = sdy_sharding_rule_to_mlir(
+            factors, [x.type for x in operands], results
+        )
+    return call.results
+
+
+def replicated():
+    return xla_client.HloSharding.replicate()
+
+
+def tiled(devices: np.ndarray):
+    """The sharding of an array with one tile for each place along the leading axes; the last holds copies."""
+    if devices.shape[-1] == 1:
+        return xla_client.HloSharding.subgroup_with_device_ordering(devices[..., 0], [])
+    copies = [xla_client.OpSharding.Type.REPLICATED]
+    return xla_client.HloSharding.subgroup_with_device_ordering(devices, copies)
+
+
+def tiles(sharding, ndim: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """The numbers of tiles along each dim and of copies, and the devices in that shape."""
+    if sharding is None or not sharding.is_tiled():
+        return (1,) * ndim, np.zeros((1,) * ndim, np.int64)
+    shape = tuple(sharding.tile_assignment_dimensions())
+    return shape, np.asarray(sharding.tile_assignment_devices()).reshape(shape)
+
+
+def device_count(shardings) -> int:
+    return max((x.num_devices() for x in shardings if x is not None and x.is_tiled()), default=1)
+
+
+def local(sharding, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What one device has of an array."""
+    numbers = tiles(sharding, len(x.shape))[0]
+    return jax.ShapeDtypeStruct([size // n for size, n in zip(x.shape, numbers, strict=False)], x.dtype)
+
+
+_DEVICES = "jax_fa_devices"  # the one mesh axis of what `local_module` makes
+
+
+def local_module(fn: Callable, shapes, devices: int, platforms) -> bytes:
+    """The program of a function that every one of so many devices runs, on arrays of these shapes."""
+    mesh: Any = jax.sharding.AbstractMesh((devices,), (_DEVICES,))
+    axes = [(_DEVICES, devices)]
+    jaxpr = jax.make_jaxpr(fn, axis_env=axes)(*shapes)
+    with core.extend_axis_env_nd(axes):
+        module = internal_mlir.build_mlir_module_helper(
+            jaxpr,
+            name="jax_fa_local",
+            platforms=platforms,
+            backend=None,
+            axis_context=sharding_impls.SPMDAxisContext(mesh, frozenset({_DEVICES})),
+        )
+    return mlir.module_to_bytecode(module)
+
+
+def sum_over(x, groups: list[list[int]]):
+    """In `local_module`, the sum over the devices of each group."""
+    return jax.lax.psum(x, _DEVICES, axis_index_groups=groups)
 
 
 def guarantee_custom_call(target: str) -> None:

@@ -14,8 +14,9 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_fa import arguments, compat, dropout, masks
+from jax_fa import arguments, compat, dropout, indices, masks
 from jax_fa.attention import Attention, attention
 from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
@@ -142,8 +143,8 @@ def build(
         query=query,
         key=key,
         value=value,
-        **_mask_operands(mask, d),
-        **_term_operands(terms, mask, d, acc),
+        **_mask_operands(mask, arrays),
+        **_term_operands(terms, mask, arrays, acc),
         dropout_seed=seeds.seed,
         dropout_stream=seeds.stream,
         drop_bits=dropped.bits,
@@ -156,17 +157,56 @@ def build(
     return Call.of(problem, operands)
 
 
-def _mask_operands(mask: masks.Mask | None, d: Dims) -> dict[str, Any]:
-    rules = masks.intervals(mask, d.B, d.N, d.Sq, d.Skv)._asdict()
+def _mask_operands(mask: masks.Mask | None, arrays: Arrays) -> dict[str, Any]:
+    rules = _of_mask(masks.intervals, mask, arrays)._asdict()
     return {"mask": rules.pop("dense"), **rules}
 
 
-def _term_operands(terms: Terms, mask: masks.Mask | None, d: Dims, acc) -> dict[str, Any]:
-    bias, position = terms.bias, terms.position
+def _of_mask(fn: Callable, mask: masks.Mask | None, arrays: Arrays) -> Any:
+    """`fn(mask, B, N, Sq, Skv)`: arrays `*#B #N #Sq ...`, placed like the query."""
+    d = arrays.dims
+
+    def run(mask):
+        return fn(mask, d.B, d.N, d.Sq, d.Skv)
+
+    leaves: list[Any]
+    tree: Any
+    leaves, tree = jax.tree.flatten(mask)
+    unknown = [indices.known(x) is None for x in leaves]
+    if not any(new and compat.explicit_mesh(x) is not None for new, x in zip(unknown, leaves, strict=True)):
+        return run(mask)
+    *batch, rows, heads, _ = canonical_shape(compat.explicit_axes(arrays.query), arrays.axes)
+
+    def specs(found):
+        def spec(name: str, x):
+            full, axes = (*d.B, d.N, d.Sq), (*batch, heads, None if name == "segment_key" else rows)
+            given = (
+                axis if size == whole else None
+                for axis, size, whole in zip(axes, x.shape, full, strict=False)
+            )
+            return (*given, *(None,) * (x.ndim - len(full)))
+
+        if not isinstance(found, masks.Rules):
+            return spec("", found)
+        return masks.Rules(**{n: None if x is None else spec(n, x) for n, x in found._asdict().items()})
+
+    def whole(values):
+        known = iter(values)
+        return run(
+            tree.unflatten(
+                [next(known) if new else np.asarray(x) for new, x in zip(unknown, leaves, strict=True)]
+            )
+        )
+
+    return compat.automatic(whole, [x for new, x in zip(unknown, leaves, strict=True) if new], specs)
+
+
+def _term_operands(terms: Terms, mask: masks.Mask | None, arrays: Arrays, acc) -> dict[str, Any]:
+    d, bias, position = arrays.dims, terms.bias, terms.position
     if terms.bias_offset is None:
         bias = checked_bias(bias, (*d.B, d.N, d.Sq, d.Skv), acc)
     if terms.alibi_slopes is not None and position is None:
-        position = masks.positions(mask, d.B, d.N, d.Sq, d.Skv)
+        position = _of_mask(masks.positions, mask, arrays)
     slopes = _slopes(terms.alibi_slopes, d.B, d.N)
     return {"bias": bias, "bias_offset": terms.bias_offset, "alibi_slopes": slopes, "position": position}
 

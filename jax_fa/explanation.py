@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 from jax.extend import backend as extend_backend
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jax.sharding import NamedSharding
 
 from jax_fa import api, arguments, backends, compat, primitives
 from jax_fa.backends.ascend import installation
@@ -181,9 +182,14 @@ class _Found:
     """A primitive in a traced program."""
 
     kind: Any
-    call: Call
+    inputs: primitives.Inputs  # avals
+    problem: Problem
     source: str
     times: int
+
+    @property
+    def call(self) -> Call:
+        return self.inputs.call(self.problem)
 
 
 def _found(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[_Found]:
@@ -200,22 +206,47 @@ def _found(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
         given, named = tree.unflatten(filled)
         return jax.tree.map(lambda x: x if _has_shape(x) else None, function(*given, **named))
 
-    return list(_walk(jax.make_jaxpr(run)(*(leaves[i] for i in arrays)).jaxpr, 1))
+    jaxpr = jax.make_jaxpr(run)(*(leaves[i] for i in arrays)).jaxpr
+    # Where mesh axes are automatic, types do not say how arguments are sharded.
+    placed = {
+        var: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=sharding)
+        for i, var in zip(arrays, jaxpr.invars, strict=True)
+        if isinstance(sharding := getattr(leaves[i], "sharding", None), NamedSharding)
+    }
+    return list(_walk(jaxpr, 1, placed))
 
 
-def _walk(jaxpr: Jaxpr, times: int, outside: Sequence[compat.Frame] = ()) -> Iterator[_Found]:
-    """`outside`: the frames of the equation that holds the jaxpr, which those inside may not go beyond."""
+def _walk(
+    jaxpr: Jaxpr, times: int, placed: dict[Any, Any], outside: Sequence[compat.Frame] = ()
+) -> Iterator[_Found]:
+    """`placed`: the avals of variables of which more is known than their types say. `outside`: the frames of the equation
+    that holds the jaxpr, which those inside may not go beyond.
+    """
     for equation in jaxpr.eqns:
         frames = [*compat.frames(equation), *outside]
         kind = primitives.KINDS.get(equation.primitive)
         if kind is not None:
             tree, problem = equation.params["tree"], equation.params["problem"]
-            call = tree.unflatten([x.aval for x in equation.invars]).call(problem)
-            yield _Found(kind, call, _source(frames), times)
+            inputs = tree.unflatten([_aval(x, placed) for x in equation.invars])
+            yield _Found(kind, inputs, problem, _source(frames), times)
         inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(value):
-                yield from _walk(value.jaxpr if isinstance(value, ClosedJaxpr) else value, inner, frames)
+                within = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+                same = equation.primitive.name in ("jit", "pjit") and len(within.invars) == len(
+                    equation.invars
+                )
+                given = (
+                    {v: _aval(x, placed) for v, x in zip(within.invars, equation.invars, strict=True)}
+                    if same
+                    else {}
+                )
+                yield from _walk(within, inner, given, frames)
+
+
+def _aval(x, placed: dict[Any, Any]):
+    """(Literals have no hash.)"""
+    return placed.get(x, x.aval) if isinstance(x, Var) else x.aval
 
 
 def _source(frames: list[compat.Frame]) -> str:
@@ -240,7 +271,7 @@ def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanatio
         chosen[given] = backends.best(reasons[given], call, what)
         for which, backend in derivatives.items():
             backend[given] = backends.best(backends.reasons(platform, call, which), call, which)
-        notes[given] = backends.notes(chosen[given], call)
+        notes[given] = (*backends.notes(chosen[given], call), *_gathered(chosen[given], platform, found))
         computes_in[given] = _computes_in(chosen[given], platform, call.dtype)
     return Explanation(
         entry=entry,
@@ -255,6 +286,12 @@ def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanatio
         source=found.source,
         times=found.times,
     )
+
+
+def _gathered(backend: str | None, platform: str, found: _Found) -> list[str]:
+    if backend is None:
+        return []
+    return primitives.gathered(backends.named(backend), platform, found.inputs, found.problem)
 
 
 def _computes_in(backend: str | None, platform: str, dtype) -> str | None:

@@ -161,26 +161,20 @@ def add_last(x, index, values):
 
 
 def search_last(table, values, side: Literal["left", "right"]):
-    """searchsorted: where each of `values` (`*#L m`) belongs in sorted `table` (`*#L n`), int32 `*L m`."""
+    """searchsorted: where each of `values` (`*#L m`) belongs in sorted `table` (`*#L n`), int32 `*L m`.
 
-    def find(table, values):
-        if isinstance(table.shape[0], int) and isinstance(values.shape[0], int):
-            return jnp.searchsorted(table, values, side=side).astype(jnp.int32)
-        return _bisect(table, values, side)
-
-    return jnp.vectorize(find, signature="(n),(m)->(m)")(table, values)
-
-
-def _bisect(table, values, side: Literal["left", "right"]):
-    """The same of one table and symbolic sizes (`jax.export`), which jnp.searchsorted does not take."""
-    size = jnp.asarray(table.shape[0], jnp.int32)
+    (jnp.searchsorted takes one table, which vmap does not mend where some mesh axes are manual, and no symbolic sizes.)
+    """
+    size = jnp.asarray(table.shape[-1], jnp.int32)
 
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) // 2
-        found = table[jnp.minimum(middle, size - 1)]
+        found = jnp.take_along_axis(table, jnp.minimum(middle, size - 1), axis=-1, mode="clip")
         after = (low < high) & (found < values if side == "left" else found <= values)
         return jnp.where(after, middle + 1, low), jnp.where(after | (low >= high), high, middle)
 
-    start = jnp.zeros_like(values, jnp.int32)
-    return jax.lax.fori_loop(0, 32, halve, (start, start + size))[0]
+    # 0, of the shape of both, and differing over the manual axes over which either does.
+    start = ((values != values) | (table[..., :1] != table[..., :1])).astype(jnp.int32)
+    steps = int(table.shape[-1]).bit_length() if is_int(table.shape[-1]) else 32
+    return jax.lax.fori_loop(0, steps, halve, (start, start + size))[0]

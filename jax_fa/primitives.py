@@ -8,18 +8,20 @@ The rules are written once, for all. A `_Kind` says what differs: the name of th
 which results it has.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
 from jax_fa import backends, compat
-from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, Shape, has_rounding
-from jax_fa.sharding import Partition
+from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, has_rounding, stored_shape
+from jax_fa.sharding import Partition, Split, explicit_axes, gathered_by_types, restore_splits, split, warn
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +37,10 @@ class Inputs:
     def call(self, problem: Problem) -> Call:
         return Call.of(problem, self.operands, self.saved, self.tangents, self.others)
 
-    def shapes(self) -> list[tuple[str, Shape]]:
-        """Names and shapes of all arrays but the hints, in the order of the leaves."""
+    def arrays(self) -> list[tuple[str, Any]]:
+        """All arrays but the hints by name, in the order of the leaves."""
         parts = (self.operands, self.saved, self.tangents, self.others)
-        return [(name, x.shape) for part in parts if part is not None for name, x in part.present().items()]
+        return [(name, x) for part in parts if part is not None for name, x in part.present().items()]
 
 
 @dataclass(frozen=True)
@@ -179,20 +181,18 @@ def _shape(call: Call, name: str):
 _STATISTICS = ("m", "l", "dlogsumexp")
 
 
-def _abstract_eval(kind, *avals, tree, problem):
+def abstract_eval(kind, *avals, tree, problem):
     call = tree.unflatten(avals).call(problem)
-    rank, query = problem.batch_rank, call.operands.query
-    # out is placed like query, in its own order of axes; the statistics are `*B N Sq`.
-    placed = compat.Placement(query, problem.query_axes)
-    like_out = [problem.out_axes.index(i) for i in range(rank + 3)]
-    stats = (*range(rank), rank + 1, rank)
+    query = call.operands.query
+    axes = explicit_axes(call)
+    *batch, rows, heads, _ = axes
 
     def aval(name):
         shape = _shape(call, name)
         if name in LIKE_OUT:
-            return placed.aval(shape, query.dtype, like_out)
+            return compat.placed(query, shape, query.dtype, stored_shape(axes, problem.out_axes))
         if name in _STATISTICS:
-            return placed.aval(shape, call.acc, stats)
+            return compat.placed(query, shape, call.acc, (*batch, heads, rows))
         return getattr(call.operands, name).update(shape=shape, weak_type=False)
 
     return [aval(name) for name in kind.results(call)]
@@ -319,8 +319,8 @@ def _lowering(kind, ctx, *args, tree, problem):
     if problem.shards is not None:
         return compat.lower_plain(partial(two_steps, problem, tree), ctx, *args)
     platforms = ctx.platforms or ctx.module_context.platforms
-    partitioned = compat.is_partitioned(ctx)
-    if partitioned:
+    several = compat.split_devices(ctx) > 1
+    if several:
         tree, kept = _without_hints(tree)
         ctx, args = ctx.replace(avals_in=[ctx.avals_in[i] for i in kept]), tuple(args[i] for i in kept)
     inputs = tree.unflatten(ctx.avals_in)
@@ -330,17 +330,120 @@ def _lowering(kind, ctx, *args, tree, problem):
     if not all(hasattr(backend, kind.what) for backend in chosen):
         # A jvp in two steps, each by its own backend.
         return compat.lower_plain(partial(two_steps, problem, tree), ctx, *args)
-    first, *others = (partial(_run, kind, backend, problem, tree) for backend in chosen)
-    fn: Callable[..., Any] = first
-    if len(set(map(id, chosen))) > 1:
-        fn = partial(
-            jax.lax.platform_dependent, default=first, **dict(zip(platforms[1:], others, strict=True))
-        )
-    if partitioned:
-        fn = Partition(call).wrap(
-            fn, inputs.shapes(), [(name, _shape(call, name)) for name in kind.results(call)]
-        )
+    runs = {}
+    for platform, backend in zip(platforms, chosen, strict=True):
+        rule = several and _needs_rule(ctx, backend, call, platform)
+        if several and not rule:
+            warn(gathered(backend, platform, inputs, problem))
+        run = partial(_run_split, platform, not compat.is_manual(ctx)) if rule else _run
+        runs[platform] = (backend.name, rule), partial(run, kind, backend, problem, tree)
+    (first, fn), *others = runs.values()
+    if any(key != first for key, _ in others):
+        branches = {platform: run for platform, (_, run) in runs.items() if platform != platforms[0]}
+        fn = partial(jax.lax.platform_dependent, default=fn, **branches)
     return compat.lower_plain(fn, ctx, *args)
+
+
+# Whose compilers ask Python how to split a custom call. TPU's do not.
+_RULES_ON = ("cpu", "cuda", "rocm", "gpu")
+
+
+def _needs_rule(ctx, backend, call: Call, platform: str) -> bool:
+    """Whether XLA must be told how to split the call, since it cannot look inside or would communicate."""
+    splits_alone = getattr(backend, "splits_alone", None)
+    if splits_alone is None:
+        return True
+    # Plain code needs nothing of this package where an exported program runs, and knows manual axes.
+    if compat.for_export(ctx) or compat.is_manual(ctx) or platform not in _RULES_ON:
+        return False
+    return not splits_alone(call)
+
+
+def gathered(backend, platform: str, inputs: Inputs, problem: Problem) -> list[str]:
+    """What devices gather of arrays whose types say how they are sharded, one sentence each."""
+    call = inputs.call(problem)
+    splits_alone = getattr(backend, "splits_alone", None)
+    if splits_alone is not None and splits_alone(call):
+        return []
+    with_rule = splits_alone is None or platform in _RULES_ON
+    rows = with_rule and getattr(backend, "splits_rows", False)
+    return gathered_by_types(Partition(call, rows=rows), inputs.arrays(), with_rule=with_rule)
+
+
+def _run_split(platform: str, sums: bool, kind, backend, problem, tree, *leaves):
+    """`_run`, with a rule by which XLA splits it.
+
+    `sums`: whether devices may sum results. In a partly manual mesh XLA numbers the devices of each part alone.
+    """
+    inputs = tree.unflatten(leaves)
+    operands = inputs.operands
+    if operands.alibi_slopes is not None and operands.position is None:
+        # Of rows in the whole sequence.
+        rows = jnp.arange(inputs.call(problem).dims.Sq, dtype=jnp.int32)
+        operands = replace(operands, position=rows.reshape((1,) * (problem.batch_rank + 1) + (-1,)))
+        inputs = replace(inputs, operands=operands)
+    arrays, tree = jax.tree.flatten(inputs)
+    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    program = jax.make_jaxpr(partial(_run, kind, backend, problem, tree))(*avals)
+    key = _key(kind, backend, platform, sums, problem, inputs, compat.digest(program))
+    rule = _rule(kind, backend, platform, sums, problem, tree.unflatten(avals), key)
+    return split(rule, program.out_avals, *arrays)
+
+
+def _rule(kind, backend, platform: str, sums: bool, problem: Problem, inputs: Inputs, key: str) -> Split:
+    call, tree = inputs.call(problem), jax.tree.structure(inputs)
+    results = [(name, _shape(call, name)) for name in kind.results(call)]
+    run = partial(_run, kind, backend, problem, tree)
+    shapes = [(name, x.shape) for name, x in inputs.arrays()]
+    rows = getattr(backend, "splits_rows", False)
+    return Split(Partition(call, rows=rows, sums=sums), run, shapes, results, key, [platform])
+
+
+def _key(kind, backend, platform: str, sums: bool, problem: Problem, inputs: Inputs, digest: str) -> str:
+    """All that is static of a call, so that a program that holds it can be told from every other, and split anywhere."""
+    static = {f.name: getattr(problem, f.name) for f in fields(Problem)}
+    arrays = {
+        f.name: {name: [x.shape, str(x.dtype)] for name, x in part.present().items()}
+        for f in fields(Inputs)
+        if (part := getattr(inputs, f.name)) is not None
+    }
+    return json.dumps(
+        {
+            "kind": kind.what,
+            "backend": backend.name,
+            "platform": platform,
+            "sums": sums,
+            "problem": static | {"mask": repr(problem.mask), "options": repr(problem.options)},
+            "arrays": arrays,
+            "program": digest,
+        }
+    )
+
+
+def _restored(key: str) -> Split:
+    """What a program that another process has exported asks for."""
+    found = json.loads(key)
+    static, backend = found["problem"], backends.named(found["backend"])
+    reads_mask = not getattr(backend, "splits_rows", False) and static["mask"] != repr(None)
+    if reads_mask or static["options"] != repr(None):
+        raise NotImplementedError(
+            f"a program exported with options or a mask of {backend.name} cannot be split over devices elsewhere."
+        )
+    static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
+    problem = Problem(**static | {"mask": None, "options": None})
+    parts = {
+        part: (Saved if part == "saved" else Operands)(
+            **dict.fromkeys(_REQUIRED if part == "saved" else ())
+            | {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in arrays.items()}
+        )
+        for part, arrays in found["arrays"].items()
+    }
+    kind = next(kind for kind in KINDS.values() if kind.what == found["kind"])
+    return _rule(kind, backend, found["platform"], found["sums"], problem, Inputs(**parts), key)
+
+
+_REQUIRED = ("out", "m", "l")
+restore_splits(_restored)
 
 
 def _without_hints(tree):
@@ -357,14 +460,13 @@ def _primitive(name: str, kind: _Kind) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(xla.apply_primitive, primitive))
-    primitive.def_abstract_eval(partial(_abstract_eval, kind))
+    primitive.def_abstract_eval(partial(abstract_eval, kind))
     batching.primitive_batchers[primitive] = partial(_batching_rule, kind, primitive)
     compat.def_dce(primitive, partial(_without_unused, kind))
     rule = partial(_lowering, kind)
     mlir.register_lowering(primitive, rule)
     for platform in backends.PLATFORMS:
         mlir.register_lowering(primitive, rule, platform=platform)
-    compat.see_devices_when_lowering(primitive)
     return primitive
 
 

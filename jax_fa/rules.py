@@ -201,19 +201,30 @@ def forward_derivative(kind, problem: Problem, x: Inputs, along: Inputs) -> list
         given, tangents = getattr(x, part), getattr(along, part)
         return None if tangents is None else {name: getattr(given, name) for name in tangents.present()}
 
-    @jax.jit
-    def results(moved):
-        parts = {name: replace(getattr(x, name), **arrays) for name, arrays in moved.items()}
-        inputs = replace(x, **parts)
-        return kind.run(portable, inputs.call(problem), inputs)
-
     at = {part: found for part in _PARTS if (found := moving(part)) is not None}
     tangents = {
         part: {name: getattr(getattr(along, part), name).astype(x.dtype) for name, x in arrays.items()}
         for part, arrays in at.items()
     }
+
+    def derivative(arrays):
+        x, at, tangents = arrays
+
+        @jax.jit
+        def results(moved):
+            parts = {name: replace(getattr(x, name), **arrays) for name, arrays in moved.items()}
+            inputs = replace(x, **parts)
+            return kind.run(portable, inputs.call(problem), inputs)
+
+        return jax.jvp(results, (at,), (tangents,))[1]
+
+    def specs(_):
+        leaves, tree = jax.tree.flatten(x)
+        avals = primitives.abstract_eval(kind, *map(jax.typeof, leaves), tree=tree, problem=problem)
+        return [compat.explicit_axes(aval) for aval in avals]
+
     with compat.allow_promotion():
-        _, found = jax.jvp(results, (at,), (tangents,))
+        found = compat.automatic(derivative, (x, at, tangents), specs)
     return [forward_only_p.bind(t) for t in found]
 
 

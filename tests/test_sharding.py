@@ -41,6 +41,7 @@ class Layout:
     batch: str | None = None
     query_heads: str | None = None
     key_heads: str | None = None
+    rows: str | None = None
     # What communication the gradient needs: of operands that all devices share.
     shared: bool = False
 
@@ -49,14 +50,15 @@ class Layout:
 
     def spec(self, name: str) -> P:
         """The spec of an operand as it is stored."""
-        heads = self.query_heads if name in ("query", "out") else self.key_heads
-        stored = {"BSND": (self.batch, None, heads, None), "BNSD": (self.batch, heads, None, None)}
-        stored["SBND"] = (None, self.batch, heads, None)
+        of_rows = name in ("query", "out")
+        heads, rows = (self.query_heads, self.rows) if of_rows else (self.key_heads, None)
+        stored = {"BSND": (self.batch, rows, heads, None), "BNSD": (self.batch, heads, rows, None)}
+        stored["SBND"] = (rows, self.batch, heads, None)
         if name in ("query", "key", "value", "out"):
             return P(*stored[self.case.layout])
         if name == "lse":
-            return P(self.batch, self.query_heads)
-        dims = {"B": self.batch, "N": self.query_heads}
+            return P(self.batch, self.query_heads, self.rows)
+        dims = {"B": self.batch, "N": self.query_heads, "Q": self.rows}
         letters = self.case.bias if name == "bias" else self.case.slopes
         return P(*(dims.get(c) for c in letters))
 
@@ -200,6 +202,7 @@ def test_derivatives_along_tangents(layout, backend):
         pytest.param(P(None, None, None, "x"), P(None, None, None, "x"), id="head-dims"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*gathered whole:UserWarning")
 def test_other_shardings_are_right_too(query, key, backend):
     """What does not split without communication is gathered, not refused and not wrong."""
     mesh = _mesh(x=4)

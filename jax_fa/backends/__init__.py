@@ -30,6 +30,11 @@ class Backend(Protocol):
     * `second(call, tangents, saved)`: the derivative of `backward` along tangents, as `Operands`, and the gradients by its
       cotangents dout and dlogsumexp. `saved` may hold tangents of the cotangents.
 
+    Calls on several devices carry a rule by which XLA splits batch and heads (`sharding.py`). A backend may say more:
+
+    * `splits_rows = True`: query rows too. Then `problem.mask` says nothing, for it counts from the first row; the operands do.
+    * `splits_alone(call)`, for plain JAX: whether XLA splits this call without a rule, and without communication.
+
     Attributes:
       name: what `implementation=` calls it.
       platforms: lower-case names of the platforms it serves; None: all.
@@ -169,7 +174,7 @@ def choose(platform: str, call: Call, what: str = "forward") -> Backend:
     """The first backend that can serve the call, or the one it names; NotImplementedError with every reason."""
     found = reasons(platform, call, what)
     if (name := best(found, call, what)) is not None:
-        return _named(name)
+        return named(name)
     implementation = call.problem.implementation
     listed = "; ".join(f"{name}: {why}" for name, why in found.items() if implementation in (None, name))
     which = _WHAT.get(what, "this call")
@@ -180,15 +185,15 @@ def choose(platform: str, call: Call, what: str = "forward") -> Backend:
 def best(found: dict[str, str | None], call: Call, what: str) -> str | None:
     """Of the `reasons`, the name of the backend that runs; None: none does."""
     asked = call.problem.implementation
-    if asked is not None and not hasattr(_named(asked), what):
+    if asked is not None and not hasattr(named(asked), what):
         asked = xla.backend.name  # which supplies what others lack
     return next((name for name, why in found.items() if why is None and asked in (None, name)), None)
 
 
-def _named(name: str) -> Backend:
+def named(name: str) -> Backend:
     return next(backend for backend in _backends if backend.name == name)
 
 
 def notes(name: str | None, call: Call) -> tuple[str, ...]:
     """What the backend of that name says of a call that it serves."""
-    return () if name is None else _named(name).notes(call)
+    return () if name is None else named(name).notes(call)

@@ -32,6 +32,7 @@ class Cpu:
     name = "cpu"
     platforms = ("cpu",)
     emulated_on = ()
+    splits_rows = True
 
     def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
         if native.missing is not None:

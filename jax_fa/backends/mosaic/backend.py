@@ -25,6 +25,7 @@ class Mosaic:
     name = Options.backend
     platforms = ("cuda",)
     emulated_on = ("cpu",)
+    splits_rows = True
 
     def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
         return _no_gpu(platform) or _no_kernel(call, what)

@@ -45,6 +45,7 @@ from jax_fa.backends.xla.forward import forward
 from jax_fa.backends.xla.padding import Padding
 from jax_fa.backends.xla.second import second
 from jax_fa.backends.xla.tangent import jvp, second_tangent, tangent
+from jax_fa.backends.xla.tiling import is_one_tile
 from jax_fa.call import Call, Operands, Saved
 
 
@@ -54,6 +55,7 @@ class Xla:
     name = "xla"
     platforms = None
     emulated_on = ()
+    splits_rows = True
 
     def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
         """Nothing is refused."""
@@ -61,6 +63,10 @@ class Xla:
 
     def notes(self, call: Call) -> tuple[str, ...]:
         return ()
+
+    def splits_alone(self, call: Call) -> bool:
+        """Without loops: XLA would gather rows that it slices, and compute the bounds of loops from all devices' masks."""
+        return is_one_tile(call.dims)
 
     def forward(self, call: Call) -> tuple[Any, ...]:
         padding = Padding(call)

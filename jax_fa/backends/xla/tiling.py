@@ -6,9 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from jax_fa import compat
 from jax_fa.backends.xla.axis import Axis
 from jax_fa.backends.xla.canonical import Canonical
-from jax_fa.call import is_symbolic
+from jax_fa.call import Dims, is_symbolic
 
 # Elements of one tile of logits over all batch entries and heads. 2**20 float32 are 4 MiB: large enough to
 # keep matrix multiplies busy, small enough for a last-level cache.
@@ -23,11 +24,18 @@ def tiling(call: Canonical) -> tuple[Axis, Axis]:
     d = call.dims
     if any(map(is_symbolic, (call.heads, d.Sq, d.Skv))):
         return Axis.of(d.Sq, MIN_TILE), Axis.of(d.Skv, MIN_TILE)
-    if call.heads * d.Sq * d.Skv <= ONE_TILE_ELEMENTS and d.Skv <= ONE_TILE_KEYS:
+    if is_one_tile(d):
         return Axis.of(d.Sq, d.Sq), Axis.of(d.Skv, d.Skv)
     keys = Axis.of(d.Skv, MAX_KEYS)
     rows = TILE_ELEMENTS // max(1, call.heads * keys.tile)
     return Axis.of(d.Sq, max(MIN_TILE, min(MAX_ROWS, rows))), keys
+
+
+def is_one_tile(d: Dims) -> bool:
+    """Whether a call of these sizes has no loops."""
+    if any(map(is_symbolic, (*d.B, d.N, d.Sq, d.Skv))):
+        return False
+    return math.prod(d.B) * d.N * d.Sq * d.Skv <= ONE_TILE_ELEMENTS and d.Skv <= ONE_TILE_KEYS
 
 
 def loop(bounds: tuple[Any, Any], body, carry):
@@ -35,6 +43,7 @@ def loop(bounds: tuple[Any, Any], body, carry):
     first, last = bounds
     if isinstance(first, int) and isinstance(last, int) and last - first == 1:
         return body(first, carry)
+    carry = compat.vary_like_results(lambda carry: body(jnp.int32(0), carry), carry)
     return lax.fori_loop(first, last, body, carry)
 
 
