@@ -143,6 +143,9 @@ PROVOKED: dict[str, Callable[..., object]] = {
     "implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'; got 'cudnn'": lambda: attend(
         implementation="cudnn"
     ),
+    "implementation='cudnn' is jax.nn's, which cannot serve this call: ...": lambda: (
+        jax_fa.dot_product_attention(X, X, X, implementation="cudnn")  # no CUDA, or float32
+    ),
     "implementation='cpu' cannot serve this call on platform 'cpu'. "
     "cpu: serves float32, bfloat16 and float16, not float64": _float64,
     "implementation='cpu' cannot serve this call on platform 'cpu'. "

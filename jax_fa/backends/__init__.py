@@ -107,7 +107,7 @@ def every() -> tuple[Backend, ...]:
 # What callers may know backends as.
 _BEST = " None takes the best backend of the platform that a program is compiled for"
 _ADVICE = {
-    "cudnn": f"{_BEST}: on NVIDIA GPUs 'mosaic' or 'xla', and no cuDNN.",
+    "cudnn": f"{_BEST}: on NVIDIA GPUs 'mosaic' or 'xla'. dot_product_attention alone takes 'cudnn', which is jax.nn's.",
     **dict.fromkeys(
         ("gpu", "cuda", "mosaic_gpu", "triton", "pallas"), f"{_BEST}: on NVIDIA GPUs 'mosaic' or 'xla'."
     ),
