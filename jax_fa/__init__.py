@@ -6,6 +6,7 @@ from jax_fa import backends, masks
 from jax_fa.api import dot_product_attention, flash_attention
 from jax_fa.attention import OUT_NAME, STATS_NAME
 from jax_fa.backends import ascend, mosaic
+from jax_fa.backends.strictness import strict
 from jax_fa.cann.score import FlashAttentionScoreOutput, flash_attention_score
 from jax_fa.dropout import dropout_mask
 from jax_fa.explanation import Explanation, explain
@@ -28,4 +29,5 @@ __all__ = [
     "flash_attention_score",
     "masks",
     "mosaic",
+    "strict",
 ]
