@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from mosaic_tools import interpreter, needs_new_jax
 
 import jax_fa
 from jax_fa.attention import attention
+from jax_fa.backends.ascend import installation
 from jax_fa.masks import Causal, Lengths, SlidingWindow
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, CASES, FEATURES, Case, expected
@@ -127,6 +129,27 @@ def test_under_differentiation_the_output_is_rounded_once(dtype, backend):
     attend = partial(case.flash_attention, implementation=backend)
     plain, with_it = (jax.vjp(attend, given)[0][0] for given in (x, x | {"sinks": _sinks(case)}))
     assert error(with_it, _expected(case)[0].out) < 1.1 * error(plain, expected(case)[0].out)
+
+
+def _gradient(case: Case, implementation: str):
+    dout, dlse = case.cotangents()
+    run = jax.jit(lambda x, dout, dlse: case.gradient(x, dout, dlse, implementation=implementation))
+    return run(case.stored_operands() | {"sinks": _sinks(case)}, case.stored(dout), dlse)
+
+
+@pytest.mark.skipif(installation.absence() is not None, reason="needs the emulator of CANN")
+@pytest.mark.parametrize("name", ["mqa", "mask-lengths", "bfloat16-causal"])
+def test_through_the_emulator_of_cann(name):
+    (out, lse), gradients = _gradient(BY_NAME[name], "ascend")
+    _check(BY_NAME[name], out, lse, gradients)
+
+
+@needs_new_jax
+def test_in_the_interpreter_of_gpu_kernels():
+    case = Case(name="gpu", dtype="bfloat16", B=(1,), Sq=64, Skv=64, N=2, K=1, D=64, Dv=64, mask="causal")
+    with interpreter():
+        (out, lse), gradients = jax.block_until_ready(_gradient(case, "mosaic"))
+    _check(case, out, lse, gradients)
 
 
 # --- derivatives along tangents, and of second order
