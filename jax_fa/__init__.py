@@ -6,6 +6,7 @@ from jax_fa import backends, masks, sequence_parallel
 from jax_fa.api import dot_product_attention, flash_attention
 from jax_fa.attention import OUT_NAME, STATS_NAME
 from jax_fa.backends import ascend, mosaic
+from jax_fa.backends.strictness import strict
 from jax_fa.cann.score import FlashAttentionScoreOutput, flash_attention_score
 from jax_fa.dropout import dropout_mask
 from jax_fa.explanation import Explanation, explain
@@ -33,4 +34,5 @@ __all__ = [
     "mosaic",
     "sequence_parallel",
     "sequence_parallel_attention",
+    "strict",
 ]

@@ -3,7 +3,9 @@
 (`jax_fa.cann` holds the third entry, with CANN's conventions.)
 """
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import arguments, backends, entry, indices, masks
+from jax_fa import arguments, backends, compat, entry, indices, masks
+from jax_fa.call import Call
 from jax_fa.masks import Mask
 
 # What jax.nn takes: whatever jnp.asarray makes an array of.
@@ -36,6 +39,8 @@ def dot_product_attention(
     dropout_rate: float | Like = 0.0,
     dropout_key: Like | None = None,
     logits_soft_cap: float | Like | None = None,
+    sinks: Like | None = None,
+    return_max_logits: bool = False,
 ) -> entry.Request[Any]:
     """A drop-in for `jax.nn.dot_product_attention` in O(S) memory.
 
@@ -61,7 +66,8 @@ def dot_product_attention(
         jax.nn, and does not mean "no window". Combines with is_causal. May be traced, also as an array of shape (2,):
         layers with different windows can share one `jax.lax.scan`.
       implementation: None (the best backend that can), the name of a backend (see `explain`), or the options of one:
-        `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`.
+        `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`. "xla" is the backend of this name here. "cudnn" hands the call
+        to `jax.nn`, which runs cuDNN on NVIDIA GPUs, with its own limits and without the arguments that are ours.
       return_residual: also return the log-sum-exp of the logits.
       dropout_rate: probability in [0, 1) of dropping an attention weight, rounded to a multiple of 2**-16; kept
         weights are divided by the probability of keeping them. A traced rate is clipped to that range and has no
@@ -71,17 +77,22 @@ def dot_product_attention(
       logits_soft_cap: positive; replaces the logits x (after scale and bias) by `cap * tanh(x / cap)`. A finite
         bias is capped with them; a bias of -inf masks its key all the same. May be traced; differentiable. A traced
         cap that is not positive and finite gives NaN.
+      sinks: attention sinks, shape `(N,)` or `(B, N)`: see `flash_attention`.
+      return_max_logits: also return the largest logit of every head: see `flash_attention`.
 
     Returns:
-      The output, of query's shape and dtype; with return_residual a pair of it and the natural log-sum-exp
-      of shape `(B, T, N)` or `(T, N)`, in key's dtype and without gradient.
+      The output, of query's shape and dtype. Further results make it a tuple, in this order: with return_residual
+      the natural log-sum-exp (with the sink) of shape `(B, T, N)` or `(T, N)`, in key's dtype and without gradient;
+      with return_max_logits the largest logits of shape `(B, N)` or `(N,)`.
 
     Differences from jax.nn:
       * A fully masked row gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of the dtype's
         lowest finite value.
       * NaN and infinity in masked positions of keys and values do not propagate.
       * float64 inputs are computed in float64 throughout.
-      * `implementation` takes this library's names: "xla" is one of them, "cudnn" is not.
+      * `implementation="xla"` takes O(S) memory.
+      * Refused, with the way out: integer query, key and value, fewer than 3 dims, an empty head_dim, a boolean bias, a
+        Python bool as mask or scale, a scale with dims, a window that is not integer.
       * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
 
     Raises:
@@ -91,8 +102,10 @@ def dot_product_attention(
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
     """
-    backend = backends.chosen(implementation)
-    arguments.flag("return_residual", return_residual)
+    cudnn = isinstance(implementation, str) and implementation == "cudnn"
+    backend = (None, None) if cudnn else backends.chosen(implementation)
+    return_residual, is_causal = _flag("return_residual", return_residual), _flag("is_causal", is_causal)
+    arguments.flag("return_max_logits", return_max_logits)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     given = [arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
     q, k, v = (_four_dims(name, x) for name, x in zip(("query", "key", "value"), given, strict=True))
@@ -102,34 +115,87 @@ def dot_product_attention(
             "(jax_fa.flash_attention takes values of another head_dim.)"
         )
     bias, mask = _at_most_four_dims("bias", bias), _at_most_four_dims("mask", mask)
-    combined: Mask | None = None
-    for part in (
-        None if mask is None else masks.Dense(mask),
-        masks.Causal() if arguments.flag("is_causal", is_causal) else None,
-        _window(local_window_size),
-        _lengths(query_seq_lengths, key_value_seq_lengths, q.shape, k.shape),
-    ):
-        if part is not None:
-            combined = part if combined is None else combined & part
     call = entry.build(
         entry.checked(q, k, v, arguments.LAYOUTS["BSND"], "BSND"),
-        mask=combined,
+        mask=_joined(
+            None if mask is None else masks.Dense(mask),
+            masks.Causal() if is_causal else None,
+            _window(local_window_size),
+            _lengths(query_seq_lengths, key_value_seq_lengths, q.shape, k.shape),
+        ),
         terms=entry.Terms(bias=bias),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropped=entry.Dropout(dropout_rate, dropout_key),
+        logsumexp=sinks is not None,
         backend=backend,
     )
-    shape, dtype = given[0].shape, given[0].dtype
+    if cudnn:
+        same = dict(scale=scale, is_causal=is_causal, return_residual=return_residual)
+        sizes = dict(query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
+        theirs = (*given, bias, mask), same | sizes | dict(local_window_size=local_window_size)
+        ours = dict(dropout_rate=dropout_rate, logits_soft_cap=logits_soft_cap, sinks=sinks)
+        return _cudnn(call, *theirs, ours | dict(return_max_logits=return_max_logits))
+    finish = functools.partial(
+        _as_jax_nn, given[0].shape, given[0].dtype, residual=return_residual, max_logits=return_max_logits
+    )
+    return entry.Request(call, finish, entry.with_sinks(call, sinks))
 
-    def finish(result):
-        out = result.out.reshape(shape).astype(dtype)
-        if not return_residual:
-            return out
-        residual = jax.lax.stop_gradient(jnp.maximum(result.logsumexp, float(jnp.finfo(dtype).min)))
-        return out, jnp.swapaxes(residual, -1, -2).astype(dtype).reshape(shape[:-1])
 
-    return entry.Request(call, finish)
+# As it is before anybody patches it.
+_jax_nn = jax.nn.dot_product_attention
+
+
+def _cudnn(call: Call, args: tuple, kwargs: dict[str, Any], ours: dict[str, Any]) -> entry.Request[Any]:
+    """A call that jax.nn runs through cuDNN. `ours`: arguments that it does not have."""
+    for name, x in ours.items():
+        if x is not None and not (isinstance(x, (bool, int, float)) and not x):
+            raise NotImplementedError(
+                f"implementation='cudnn' is jax.nn's, which has no {name}; None takes the best backend of jax_fa."
+            )
+
+    def run(call: Call):
+        try:
+            with compat.allow_promotion():
+                return _jax_nn(*args, **kwargs, implementation="cudnn")
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            why = str(error).rstrip(".")
+            raise NotImplementedError(
+                f"implementation='cudnn' is jax.nn's, which cannot serve this call: {why}. None takes the best backend "
+                "of jax_fa."
+            ) from error
+
+    return entry.Request(call, lambda result: result, run)
+
+
+def _flag(name: str, x) -> bool:
+    """None is False, as in jax.nn."""
+    return x is not None and arguments.flag(name, x)
+
+
+def _as_jax_nn(shape: tuple[int, ...], dtype: Any, result, *, residual: bool, max_logits: bool) -> Any:
+    """A result of attention as jax.nn stores it, for a query of this shape and dtype."""
+
+    def rows():
+        lse = jnp.swapaxes(jnp.maximum(result.logsumexp, float(jnp.finfo(dtype).min)), -1, -2)
+        return jax.lax.stop_gradient(lse.astype(dtype).reshape(shape[:-1]))
+
+    return _returned(
+        result.out.reshape(shape).astype(dtype),
+        (residual, rows),
+        (max_logits, lambda: entry.largest_logits(result).reshape(*shape[:-3], shape[-2])),
+    )
+
+
+def _returned(out, *others: tuple[bool, Callable[[], Any]]) -> Any:
+    """The output, or a tuple of it and of the others that are asked for."""
+    found = [make() for asked, make in others if asked]
+    return (out, *found) if found else out
+
+
+def _joined(*parts: Mask | None) -> Mask | None:
+    given = [part for part in parts if part is not None]
+    return functools.reduce(operator.and_, given) if given else None
 
 
 def _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key) -> None:
@@ -223,6 +289,8 @@ def flash_attention(
     layout: str = "BSND",
     implementation: backends.Implementation = None,
     return_logsumexp: bool = False,
+    sinks: Float[ArrayLike, "..."] | None = None,
+    return_max_logits: bool = False,
 ) -> entry.Request[Any]:
     """Exact attention with all features: structured masks, ALiBi, dropout, any layout, a differentiable log-sum-exp.
 
@@ -256,12 +324,20 @@ def flash_attention(
       implementation: None (the best backend that can), the name of a backend (see `explain`), or the options of one:
         `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`.
       return_logsumexp: also return the log-sum-exp.
+      sinks: attention sinks, shape `(N,)` or `(*B, N)`, any floating dtype: every row's softmax gets one more logit,
+        its head's sink, which has no value, so that the weights of the keys sum to less than 1. Neither scale, bias,
+        soft cap, mask nor dropout applies to it. -inf is no sink. Differentiable.
+      return_max_logits: also return the largest logit of every head.
 
     Returns:
-      The output, query's shape with Dv for D, query's dtype. With return_logsumexp a pair of it and the
-      natural log-sum-exp of x over the visible keys, float32 (float64 for float64 inputs), shape
-      `(*B, N, Sq)` in every layout, differentiable; before dropout.
-      A fully masked row gives 0, gradients 0 and log-sum-exp -FLT_MAX.
+      The output, query's shape with Dv for D, query's dtype. Further results make it a tuple, in this order:
+
+      * with return_logsumexp the natural log-sum-exp of x over the visible keys, and of the sink, float32 (float64
+        for float64 inputs), shape `(*B, N, Sq)` in every layout, differentiable; before dropout;
+      * with return_max_logits the largest x over the rows and visible keys of every head, without the sink, in the
+        same dtype, shape `(*B, N)`, without gradient; -FLT_MAX where all rows are fully masked.
+
+      A fully masked row gives 0, gradients 0 and log-sum-exp -FLT_MAX; with a sink, the log-sum-exp is the sink.
 
     Raises:
       ValueError: shapes or values that do not fit.
@@ -272,6 +348,7 @@ def flash_attention(
     """
     backend = backends.chosen(implementation)
     arguments.flag("return_logsumexp", return_logsumexp)
+    arguments.flag("return_max_logits", return_max_logits)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     q, k, v = (arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     axes, layout = arguments.axes_of(layout, "query", q)
@@ -285,15 +362,18 @@ def flash_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropped=entry.Dropout(dropout_rate, dropout_key),
-        logsumexp=bool(return_logsumexp),
+        logsumexp=bool(return_logsumexp) or sinks is not None,
         backend=backend,
     )
 
     def finish(result):
-        out = result.out.astype(q.dtype)
-        return (out, result.logsumexp) if return_logsumexp else out
+        return _returned(
+            result.out.astype(q.dtype),
+            (return_logsumexp, lambda: result.logsumexp),
+            (return_max_logits, lambda: entry.largest_logits(result)),
+        )
 
-    return entry.Request(call, finish)
+    return entry.Request(call, finish, entry.with_sinks(call, sinks))
 
 
 def _slopes(slopes, axes: tuple[int, ...]):

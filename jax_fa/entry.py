@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import arguments, compat, dropout, indices, masks
+from jax_fa import arguments, compat, dropout, indices, masks, softmax
 from jax_fa.attention import Attention, attention
+from jax_fa.backends import strictness
 from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
 P = ParamSpec("P")
@@ -26,10 +27,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Request(Generic[R]):
-    """What an entry asks for: a call, and what the entry returns of its result."""
+    """What an entry asks for: a call, what to compute of it, and what the entry returns of the result."""
 
     call: Call
-    finish: Callable[[Attention], R]
+    finish: Callable[[Any], R]
+    run: Callable[[Call], Any] = attention
 
 
 def entry(build: Callable[P, Request[R]]) -> Callable[P, R]:
@@ -40,7 +42,7 @@ def entry(build: Callable[P, Request[R]]) -> Callable[P, R]:
     @functools.wraps(build)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         request = request_of(run, *args, **kwargs)
-        result = attention(request.call)
+        result = request.run(request.call)
         with compat.allow_promotion():
             return request.finish(result)
 
@@ -57,6 +59,11 @@ def request_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Reque
     arguments.check_names(function.__name__, kwargs)
     with compat.allow_promotion():
         return function.request(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+def largest_logits(result: Attention):
+    """Of every head, `*B N`; -FLT_MAX where all rows are fully masked, or there are none."""
+    return jnp.max(result.largest_logit, axis=-1, initial=-softmax.FLT_MAX)
 
 
 # --- from arguments to a call
@@ -134,6 +141,7 @@ def build(
         mask=None if mask is None else mask.static(),
         bias_apart=terms.bias_apart,
         logsumexp=logsumexp,
+        strict=strictness.active(),
         implementation=name,
         options=options,
     )
@@ -331,6 +339,19 @@ def checked_bias(bias, full: Shape, acc):
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         bias = bias.astype(acc)
     return masks.lead(bias, len(full))
+
+
+def with_sinks(call: Call, sinks) -> Callable[[Call], Attention]:
+    """`attention` with the sinks of an entry, checked against its call; None is none."""
+    if sinks is None:
+        return attention
+    sinks = arguments.array("sinks", sinks)
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise TypeError(f"sinks must have a floating dtype; got {sinks.dtype}.")
+    B, N = call.dims.B, call.dims.N
+    if sinks.shape[-1:] != (N,) or not masks.broadcasts(sinks.shape, (*B, N)):
+        raise ValueError(f"sinks must have shape (N,) or (*B, N) with B={B}, N={N}; got {sinks.shape}.")
+    return functools.partial(attention, sinks=masks.lead(sinks, len(B) + 1).astype(call.acc))
 
 
 def _slopes(slopes, batch: Shape, N: Size) -> Any:

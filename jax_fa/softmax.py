@@ -168,3 +168,12 @@ def merged_parts(
 def rows_as_stored(x, axes: Axes):
     """Statistics `*B N Sq` as factors of what is stored in the order of `axes`."""
     return jnp.swapaxes(x, -1, -2)[..., None].transpose([axes.index(i) for i in range(len(axes))])
+
+
+def with_sink(m, l, sink):
+    """`(m, l)` with one more logit, as if merged with the partial result `(0, sink, 1)`; -inf is no sink.
+
+    The new m is a constant: the derivatives of the log-sum-exp are in l.
+    """
+    m_new = jax.lax.stop_gradient(jnp.maximum(m, sink))
+    return m_new, l * jnp.exp(m - m_new) + jnp.exp(sink - m_new)
