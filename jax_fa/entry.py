@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_fa import arguments, compat, dropout, masks
-from jax_fa.attention import Attention, attention
+from jax_fa.attention import attention
 from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
 P = ParamSpec("P")
@@ -25,10 +25,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Request(Generic[R]):
-    """What an entry asks for: a call, and what the entry returns of its result."""
+    """What an entry asks for: a call, what to compute of it, and what the entry returns of the result."""
 
     call: Call
-    finish: Callable[[Attention], R]
+    finish: Callable[[Any], R]
+    run: Callable[[Call], Any] = attention
 
 
 def entry(build: Callable[P, Request[R]]) -> Callable[P, R]:
@@ -39,7 +40,7 @@ def entry(build: Callable[P, Request[R]]) -> Callable[P, R]:
     @functools.wraps(build)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         request = request_of(run, *args, **kwargs)
-        result = attention(request.call)
+        result = request.run(request.call)
         with compat.allow_promotion():
             return request.finish(result)
 

@@ -1108,10 +1108,10 @@ ERRORS = [
         "actual_seq_qlen and actual_seq_kvlen must name the same sequences, at least one; got 2 and 1",
     ),
     (
-        PACK | {"actual_seq_qlen": [5, 3]},
+        PACK | {"actual_seq_qlen": [5, 4]},
         ValueError,
         r"actual_seq_qlen must be cumulative ends that start at 0 or more and do not decrease, but for zeros "
-        r"after the last one; got \(5, 3\)",
+        r"after the last one; got \(5, 4\)",
     ),
     (
         PACK | {"actual_seq_qlen": [0, 8, 4], "actual_seq_kvlen": [0, 4, 10]},

@@ -19,19 +19,19 @@ from jax_fa.indices import known, list_of_integers
 from jax_fa.masks import Mask
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MaskArguments:
-    """The arguments of `flash_attention_score` that say which keys are visible to a row."""
+    """The arguments of the operator that say which keys are visible to a row."""
 
     mode: int
-    pre_tokens: int | np.integer
-    next_tokens: int | np.integer
-    atten_mask: Any
-    prefix: Any
+    pre_tokens: int | np.integer = spec.UNBOUNDED
+    next_tokens: int | np.integer = spec.UNBOUNDED
+    atten_mask: Any = None
+    prefix: Any = None
 
     def mask(self, d: Dims, packed: Packed | None) -> Mask | None:
         """The mask of a call; raises where the arguments do not fit it or each other."""
-        self._check_mode(packed)
+        check_mode(self.mode, packed is not None)
         self._check_tokens(d, packed)
         prefix = self._checked_prefix(d, packed)
         if packed is None:
@@ -54,13 +54,6 @@ class MaskArguments:
         return self.atten_mask is not None and self.mode in spec.FULL_MASK_MODES
 
     # --- checks
-
-    def _check_mode(self, packed: Packed | None) -> None:
-        modes = spec.MODES if packed is None else spec.PACKED_MODES
-        if self.mode not in modes or isinstance(self.mode, bool):
-            where = "with layout TND" if packed is not None else "(7 and 8 are for layout TND)"
-            allowed = ", ".join(map(str, modes))
-            raise ValueError(f"sparse_mode must be one of {allowed} {where}; got {self.mode!r}.")
 
     def _check_tokens(self, d: Dims, packed: Packed | None) -> None:
         for name in ("pre_tokens", "next_tokens"):
@@ -229,6 +222,13 @@ class MaskArguments:
                 "another pattern. A mask of your own goes with sparse_mode=0 or 1; the compressed one may be "
                 "left out."
             )
+
+
+def check_mode(mode, packed: bool) -> None:
+    modes = spec.PACKED_MODES if packed else spec.MODES
+    if mode not in modes or isinstance(mode, bool):
+        where = "with layout TND" if packed else "(7 and 8 are for layout TND)"
+        raise ValueError(f"sparse_mode must be one of {', '.join(map(str, modes))} {where}; got {mode!r}.")
 
 
 def _numbers(d: Dims) -> bool:
