@@ -194,7 +194,7 @@ class MaskArguments:
             self._check_compressed(mask)
             return None
         if packed is not None:
-            return masks.Dense(_spread(mask, packed))
+            return masks.Dense(_spread(mask, d.N, packed))
         allowed: tuple[tuple[Any, ...], ...] = ((*d.B, d.N, d.Sq, d.Skv), (*d.B, 1, d.Sq, d.Skv))
         if self.mode != 5 or d.B == (1,):
             allowed += ((1, 1, d.Sq, d.Skv), (d.Sq, d.Skv))
@@ -240,12 +240,13 @@ def _visible(mask):
     return jnp.logical_not(jnp.asarray(mask).astype(jnp.bool_))
 
 
-def _spread(mask, packed: Packed):
-    """Visibility over the packed axes, boolean `Sq Skv`, from a mask of any shape that TND takes."""
+def _spread(mask, N: int, packed: Packed):
+    """Visibility over the packed axes, boolean `[N] Sq Skv`, from a mask of any shape that TND takes."""
     lengths = packed.lengths()
     whole = (packed.Sq, packed.Skv)
-    # One mask for all sequences, or `[B, 1, max Sq_b, max Skv_b]`: one for each.
-    each = mask.ndim == 4 and packed.count > 1 and mask.shape[:2] == (packed.count, 1)
+    # One mask for all sequences, or `[B, 1 or N, max Sq_b, max Skv_b]`: one for each.
+    lead = mask.shape[:-2]
+    each = lead not in ((), (1, 1)) and lead in ((packed.count, 1), (packed.count, N))
     shape = mask.shape[-2:] if each or mask.shape[:-2] == (1,) * (mask.ndim - 2) else mask.shape
     if shape == whole and not each:
         return _visible(mask.reshape(shape))
@@ -258,7 +259,7 @@ def _spread(mask, packed: Packed):
         wanted = f"(max Sq_b, max Skv_b)={longest} or (sum Sq_b, sum Skv_b)={total}"
     if not fits:
         raise ValueError(
-            f"atten_mask must have shape {wanted}, or (B, 1, max Sq_b, max Skv_b) with B={packed.count}, in layout "
+            f"atten_mask must have shape {wanted}, or (B, 1 or N, max Sq_b, max Skv_b) with B={packed.count}, N={N}, in layout "
             f"TND; got {mask.shape}."
         )
     if 0 in shape:
@@ -270,4 +271,5 @@ def _spread(mask, packed: Packed):
     i, j = jnp.minimum(rows.position, shape[0] - 1), jnp.minimum(j, shape[1] - 1)
     if not each:
         return visible[0, i][:, j]
-    return visible[rows.sequence[:, None], i[:, None], j]
+    found = visible.reshape(lead + shape)[rows.sequence[:, None], :, i[:, None], j]
+    return found[..., 0] if lead[1] == 1 else jnp.moveaxis(found, -1, 0)

@@ -60,7 +60,8 @@ class Pse:
         form = _terms(self.values, self.type, sparse, scale=scale, dtype=dtype, d=d, packed=packed)
         if not self.start:
             return form
-        position = jnp.arange(d.Sq, dtype=jnp.int32)[None] if form.position is None else form.position
+        index = jnp.arange(d.Sq, dtype=jnp.int32)[(None,) * (len(d.B) + 1)]
+        position = index if form.position is None else form.position
         return form._replace(position=position + self.start)
 
 

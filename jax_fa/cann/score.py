@@ -45,7 +45,7 @@ def flash_attention_score(
     head_num: int,
     input_layout: str = "BSH",
     scale_value: float | ArrayLike = 1.0,
-    keep_prob: float = 1.0,
+    keep_prob: float | int = 1.0,
     pre_tokens: int = spec.UNBOUNDED,
     next_tokens: int = spec.UNBOUNDED,
     inner_precise: int = 0,
@@ -85,7 +85,7 @@ def flash_attention_score(
         another, without padding). See `jax_fa.dropout_mask`.
       atten_mask: bool or uint8, 1 = masked. Sparse modes 0 and 1: `[B, N, Sq, Skv]`, `[B, 1, Sq, Skv]`,
         `[1, 1, Sq, Skv]` or `[Sq, Skv]` (mode 5: the first two, with B = 1 all; TND: `[max Sq_b, max Skv_b]`,
-        `[B, 1, max Sq_b, max Skv_b]` or `[sum Sq_b, sum Skv_b]`). Other modes need none; the `[2048, 2048]` mask
+        `[B, 1 or N, max Sq_b, max Skv_b]` or `[sum Sq_b, sum Skv_b]`). Other modes need none; the `[2048, 2048]` mask
         that CANN wants (mode 6: `[3072, 2048]`) is accepted, checked where its values are known, and not read.
       prefix: sparse modes 5 and 6: one integer per batch entry in `max(0, d) .. Skv`. A list or tuple is part
         of the program, an array is data; values not known when tracing mean the nearer end of 0 .. Skv.
@@ -199,7 +199,7 @@ def flash_attention_score_grad(
     head_num: int,
     input_layout: str = "BSH",
     scale_value: float | ArrayLike = 1.0,
-    keep_prob: float = 1.0,
+    keep_prob: float | int = 1.0,
     pre_tokens: int = spec.UNBOUNDED,
     next_tokens: int = spec.UNBOUNDED,
     inner_precise: int = 0,
