@@ -982,7 +982,7 @@ ERRORS = [
     (
         PACK | {"atten_mask": np.zeros((8, 8), bool)},
         ValueError,
-        r"atten_mask must have shape .*=\(5, 6\) or .*=\(8, 10\), or \(B, 1 or N, max Sq_b, max Skv_b\) with B=2, "
+        r"atten_mask must have shape .*=\(5, 6\) or .*=\(8, 10\), or \(B, 1 or N, max Sq_b, max Skv_b\) with B=2, N=4, "
         r"in layout TND; got \(8, 8\)",
     ),
     (

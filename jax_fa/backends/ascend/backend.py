@@ -148,7 +148,7 @@ def _cann_gradients(plan: Translation, op: OperatorCall, saved: Saved):
     dv = layouts.narrow(dv, op.layout, op.K, d.Dv)
     if op.sequences is not None:
         dq = op.sequences.put_rows(dq, d.Sq, 0.0)
-        dk, dv = (jnp.pad(x, [(0, d.Skv - x.shape[0]), (0, 0), (0, 0)]) for x in (dk, dv))
+        dk, dv = (op.sequences.put_keys(x, d.Skv) for x in (dk, dv))
     return dq, dk, dv
 
 
