@@ -3,7 +3,9 @@
 (`jax_fa.cann` holds the third entry, with CANN's conventions.)
 """
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +47,8 @@ def dot_product_attention(
     dropout_rate: float | Like = 0.0,
     dropout_key: Like | None = None,
     logits_soft_cap: float | Like | None = None,
+    sinks: Like | None = None,
+    return_max_logits: bool = False,
 ) -> entry.Request[Any]:
     """A drop-in for `jax.nn.dot_product_attention` in O(S) memory.
 
@@ -80,10 +84,13 @@ def dot_product_attention(
       logits_soft_cap: positive; replaces the logits x (after scale and bias) by `cap * tanh(x / cap)`. A finite
         bias is capped with them; a bias of -inf masks its key all the same. May be traced; differentiable. A traced
         cap that is not positive and finite gives NaN.
+      sinks: attention sinks, shape `(N,)` or `(B, N)`: see `flash_attention`.
+      return_max_logits: also return the largest logit of every head: see `flash_attention`.
 
     Returns:
-      The output, of query's shape and dtype; with return_residual a pair of it and the natural log-sum-exp
-      of shape `(B, T, N)` or `(T, N)`, in key's dtype and without gradient.
+      The output, of query's shape and dtype. Further results make it a tuple, in this order: with return_residual
+      the natural log-sum-exp (with the sink) of shape `(B, T, N)` or `(T, N)`, in key's dtype and without gradient;
+      with return_max_logits the largest logits of shape `(B, N)` or `(N,)`.
 
     Differences from jax.nn:
       * A fully masked row gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of the dtype's
@@ -102,6 +109,7 @@ def dot_product_attention(
     """
     backend = backends.chosen(implementation)
     arguments.flag("return_residual", return_residual)
+    arguments.flag("return_max_logits", return_max_logits)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     given = [arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
     q, k, v = (_four_dims(name, x) for name, x in zip(("query", "key", "value"), given, strict=True))
@@ -111,34 +119,50 @@ def dot_product_attention(
             "(jax_fa.flash_attention takes values of another head_dim.)"
         )
     bias, mask = _at_most_four_dims("bias", bias), _at_most_four_dims("mask", mask)
-    combined: Mask | None = None
-    for part in (
-        None if mask is None else masks.Dense(mask),
-        masks.Causal() if arguments.flag("is_causal", is_causal) else None,
-        _window(local_window_size),
-        _lengths(query_seq_lengths, key_value_seq_lengths, q.shape, k.shape),
-    ):
-        if part is not None:
-            combined = part if combined is None else combined & part
     call = entry.build(
         entry.checked(q, k, v, _LAYOUTS["BSND"], "BSND"),
-        mask=combined,
+        mask=_joined(
+            None if mask is None else masks.Dense(mask),
+            masks.Causal() if arguments.flag("is_causal", is_causal) else None,
+            _window(local_window_size),
+            _lengths(query_seq_lengths, key_value_seq_lengths, q.shape, k.shape),
+        ),
         terms=entry.Terms(bias=bias),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropped=entry.Dropout(dropout_rate, dropout_key),
+        logsumexp=sinks is not None,
         backend=backend,
     )
-    shape, dtype = given[0].shape, given[0].dtype
+    finish = functools.partial(
+        _as_jax_nn, given[0].shape, given[0].dtype, residual=return_residual, max_logits=return_max_logits
+    )
+    return entry.Request(call, finish, entry.with_sinks(call, sinks))
 
-    def finish(result):
-        out = result.out.reshape(shape).astype(dtype)
-        if not return_residual:
-            return out
-        residual = jax.lax.stop_gradient(jnp.maximum(result.logsumexp, float(jnp.finfo(dtype).min)))
-        return out, jnp.swapaxes(residual, -1, -2).astype(dtype).reshape(shape[:-1])
 
-    return entry.Request(call, finish)
+def _as_jax_nn(shape: tuple[int, ...], dtype: Any, result, *, residual: bool, max_logits: bool) -> Any:
+    """A result of attention as jax.nn stores it, for a query of this shape and dtype."""
+
+    def rows():
+        lse = jnp.swapaxes(jnp.maximum(result.logsumexp, float(jnp.finfo(dtype).min)), -1, -2)
+        return jax.lax.stop_gradient(lse.astype(dtype).reshape(shape[:-1]))
+
+    return _returned(
+        result.out.reshape(shape).astype(dtype),
+        (residual, rows),
+        (max_logits, lambda: entry.largest_logits(result).reshape(*shape[:-3], shape[-2])),
+    )
+
+
+def _returned(out, *others: tuple[bool, Callable[[], Any]]) -> Any:
+    """The output, or a tuple of it and of the others that are asked for."""
+    found = [make() for asked, make in others if asked]
+    return (out, *found) if found else out
+
+
+def _joined(*parts: Mask | None) -> Mask | None:
+    given = [part for part in parts if part is not None]
+    return functools.reduce(operator.and_, given) if given else None
 
 
 def _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key) -> None:
@@ -232,6 +256,8 @@ def flash_attention(
     layout: str = "BSND",
     implementation: backends.Implementation = None,
     return_logsumexp: bool = False,
+    sinks: Float[ArrayLike, "..."] | None = None,
+    return_max_logits: bool = False,
 ) -> entry.Request[Any]:
     """Exact attention with all features: structured masks, ALiBi, dropout, any layout, a differentiable log-sum-exp.
 
@@ -265,12 +291,20 @@ def flash_attention(
       implementation: None (the best backend that can), the name of a backend (see `explain`), or the options of one:
         `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`.
       return_logsumexp: also return the log-sum-exp.
+      sinks: attention sinks, shape `(N,)` or `(*B, N)`, any floating dtype: every row's softmax gets one more logit,
+        its head's sink, which has no value, so that the weights of the keys sum to less than 1. Neither scale, bias,
+        soft cap, mask nor dropout applies to it. -inf is no sink. Differentiable.
+      return_max_logits: also return the largest logit of every head.
 
     Returns:
-      The output, query's shape with Dv for D, query's dtype. With return_logsumexp a pair of it and the
-      natural log-sum-exp of x over the visible keys, float32 (float64 for float64 inputs), shape
-      `(*B, N, Sq)` in every layout, differentiable; before dropout.
-      A fully masked row gives 0, gradients 0 and log-sum-exp -FLT_MAX.
+      The output, query's shape with Dv for D, query's dtype. Further results make it a tuple, in this order:
+
+      * with return_logsumexp the natural log-sum-exp of x over the visible keys, and of the sink, float32 (float64
+        for float64 inputs), shape `(*B, N, Sq)` in every layout, differentiable; before dropout;
+      * with return_max_logits the largest x over the rows and visible keys of every head, without the sink, in the
+        same dtype, shape `(*B, N)`, without gradient; -FLT_MAX where all rows are fully masked.
+
+      A fully masked row gives 0, gradients 0 and log-sum-exp -FLT_MAX; with a sink, the log-sum-exp is the sink.
 
     Raises:
       ValueError: shapes or values that do not fit.
@@ -281,6 +315,7 @@ def flash_attention(
     """
     backend = backends.chosen(implementation)
     arguments.flag("return_logsumexp", return_logsumexp)
+    arguments.flag("return_max_logits", return_max_logits)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     q, k, v = (arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     axes, layout = _axes(layout, q)
@@ -294,15 +329,18 @@ def flash_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropped=entry.Dropout(dropout_rate, dropout_key),
-        logsumexp=bool(return_logsumexp),
+        logsumexp=bool(return_logsumexp) or sinks is not None,
         backend=backend,
     )
 
     def finish(result):
-        out = result.out.astype(q.dtype)
-        return (out, result.logsumexp) if return_logsumexp else out
+        return _returned(
+            result.out.astype(q.dtype),
+            (return_logsumexp, lambda: result.logsumexp),
+            (return_max_logits, lambda: entry.largest_logits(result)),
+        )
 
-    return entry.Request(call, finish)
+    return entry.Request(call, finish, entry.with_sinks(call, sinks))
 
 
 def _slopes(slopes, axes: tuple[int, ...]):

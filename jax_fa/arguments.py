@@ -121,6 +121,7 @@ _WINDOW = "mask=jax_fa.masks.SlidingWindow(left, right)"
 _SCALES = dict.fromkeys(("softmax_scale", "sm_scale", "scale_value"), "scale")
 _CAPS = dict.fromkeys(("softcap", "soft_cap", "logit_soft_cap", "attn_logits_soft_cap"), "logits_soft_cap")
 _DROPOUT = {"dropout_p": "dropout_rate", "dropout_rng": "dropout_key", "dropout_seed": "dropout_key"}
+_SINKS = dict.fromkeys(("s_aux", "learnable_sink", "sink", "attention_sink"), "sinks")
 _MAX_WORK = {"max_work": "implementation=jax_fa.ascend.Options(max_work=...)"}
 _MASKS = dict.fromkeys(
     ("attn_mask", "attention_mask", "atten_mask"), "mask (boolean, True = visible) or bias"
@@ -130,6 +131,7 @@ _ADVICE: dict[str, dict[str, str]] = {
         **_SCALES,
         **_CAPS,
         **_DROPOUT,
+        **_SINKS,
         **_MASKS,
         "causal": "is_causal=True",
         "window_size": "local_window_size",
@@ -140,6 +142,7 @@ _ADVICE: dict[str, dict[str, str]] = {
         **_SCALES,
         **_CAPS,
         **_DROPOUT,
+        **_SINKS,
         **_MASKS,
         "causal": _CAUSAL,
         "is_causal": _CAUSAL,

@@ -19,7 +19,10 @@ are zero nothing is computed.
 
 What is saved is a function of x, and each rule is the derivative of what its primitive is as a function of x and w alone:
 rules ignore tangents of saved arrays, and give them no cotangents. The log-sum-exp is m + log l; m and l are no results by
-themselves, so all of its tangent is put on m.
+themselves, so all of its tangent is put on m. (To callers who ask for the pair, m is a constant and l has the derivative.)
+
+An attention sink is one more logit in each row's softmax, without a value. It multiplies the output by the share of the
+keys in the sum, sigmoid(log-sum-exp - sink): plain JAX behind the primitive, with all derivatives.
 
 Above this file stand the public functions, which turn their arguments into a `Call`: a `Problem` (static) and
 `Operands` (arrays). Below stand `rules.py`, which hands the rules of this file to JAX, and the primitives, which choose a
@@ -33,9 +36,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_fa import compat, primitives, rules, softmax
-from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved
+from jax_fa.call import DIFFERENTIABLE, Axes, Call, Operands, Problem, Saved, has_rounding, widened
 from jax_fa.primitives import Inputs
 from jax_fa.rules import OUT_NAME, STATS_NAME, jvp_saved
 
@@ -43,19 +47,55 @@ __all__ = ["OUT_NAME", "STATS_NAME", "Attention", "attention"]
 
 
 class Attention(NamedTuple):
+    """Statistics are `*B N Sq`, with the sink included but for the largest logit."""
+
     out: Any
-    logsumexp: Any  # has derivatives if problem.logsumexp
-    softmax_max: Any  # no derivatives
-    softmax_sum: Any  # no derivatives
+    m: Any  # m + log l has the derivatives of the log-sum-exp; they may be in either
+    l: Any
+    largest_logit: Any  # of each row
+
+    @property
+    def logsumexp(self):
+        return softmax.logsumexp(self.m, self.l)
+
+    @property
+    def softmax_max(self):
+        """A constant."""
+        return jax.lax.stop_gradient(self.m)
+
+    @property
+    def softmax_sum(self):
+        """With the derivatives of the log-sum-exp.
+
+        Of the pair only m + log l means something. So whatever formula merges partial results, its derivatives are right.
+        """
+        return self.l * jnp.exp(self.m - self.softmax_max)
 
 
-def attention(call: Call) -> Attention:
+def attention(call: Call, sinks=None) -> Attention:
+    """`sinks`: of every head, `*#B N` in the dtype of the statistics, or None."""
+    problem = call.problem
+    if sinks is not None:  # accurate gradients need the output before it was rounded
+        problem = replace(problem, rounding_if_derived=has_rounding(call.dtype))
     # Alike here already, so that JAX transposes it: under shard_map the gradient of an operand that all devices share is
     # the sum of theirs.
-    out, m, l = primitives.forward(call.problem, compat.vary_alike(call.operands))
-    fixed = jax.lax.stop_gradient((m, l))
-    logsumexp = softmax.logsumexp(*((m, l) if call.problem.logsumexp else fixed))
-    return Attention(out, logsumexp, *fixed)
+    operands, sinks = compat.vary_alike((call.operands, sinks))
+    out, m, l, *rounding = primitives.forward(problem, operands)
+    largest = jax.lax.stop_gradient(m)
+    if sinks is not None:
+        out, m, l = _with_sinks(problem.out_axes, out, rounding, m, l, sinks[..., None])
+    return Attention(out, m, l, largest)
+
+
+# (Rematerialized, since its inputs are residuals already and the output in full precision would be one more.)
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _with_sinks(axes: Axes, out, rounding: list[Any], m, l, sinks):
+    """out, m and l with one more logit in each row."""
+    share = jax.nn.sigmoid(softmax.logsumexp(m, l) - sinks)
+    rows = jnp.moveaxis(share, -1, -2)[..., None].transpose(np.argsort(axes))
+    exact = widened(out, rounding[0] if rounding else None, rows.dtype)
+    return (exact * rows).astype(out.dtype), *softmax.with_sink(m, l, sinks)
 
 
 # --- jvp rules: (problem, inputs x, their tangents) -> (results, tangents of the results)

@@ -43,9 +43,11 @@ class Problem:
     gradients: tuple[str, ...] | None = None
     # The forward also returns what rounding took from the output (see `Saved`): for a derivative in 16 bits.
     saves_rounding: bool = False
+    # The forward returns it where it is differentiated, and zeros elsewhere.
+    rounding_if_derived: bool = False
     # With bias_offset: no two key heads (of any batch entries) read the same element of bias.
     bias_apart: bool = False
-    # The caller uses the log-sum-exp, so its cotangent reaches the backward.
+    # The caller asks for the log-sum-exp or has sinks; of a backward: the log-sum-exp has a cotangent.
     logsumexp: bool = False
     # The backend that the caller named, and its options object where that was given.
     implementation: str | None = None

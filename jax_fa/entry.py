@@ -15,8 +15,8 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jax_fa import arguments, compat, dropout, masks
-from jax_fa.attention import attention
+from jax_fa import arguments, compat, dropout, masks, softmax
+from jax_fa.attention import Attention, attention
 from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
 P = ParamSpec("P")
@@ -57,6 +57,11 @@ def request_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Reque
     arguments.check_names(function.__name__, kwargs)
     with compat.allow_promotion():
         return function.request(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+def largest_logits(result: Attention):
+    """Of every head, `*B N`; -FLT_MAX where all rows are fully masked, or there are none."""
+    return jnp.max(result.largest_logit, axis=-1, initial=-softmax.FLT_MAX)
 
 
 # --- from arguments to a call
@@ -291,6 +296,19 @@ def _bias(bias, full: Shape, acc):
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         bias = bias.astype(acc)
     return masks.lead(bias, len(full))
+
+
+def with_sinks(call: Call, sinks) -> Callable[[Call], Attention]:
+    """`attention` with the sinks of an entry, checked against its call; None is none."""
+    if sinks is None:
+        return attention
+    sinks = arguments.array("sinks", sinks)
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise TypeError(f"sinks must have a floating dtype; got {sinks.dtype}.")
+    B, N = call.dims.B, call.dims.N
+    if sinks.shape[-1:] != (N,) or not masks.broadcasts(sinks.shape, (*B, N)):
+        raise ValueError(f"sinks must have shape (N,) or (*B, N) with B={B}, N={N}; got {sinks.shape}.")
+    return functools.partial(attention, sinks=masks.lead(sinks, len(B) + 1).astype(call.acc))
 
 
 def _slopes(slopes, batch: Shape, N: Size) -> Any:

@@ -60,12 +60,18 @@ _TANGENTS = [
 
 
 def _forward_results(call: Call) -> list[str]:
-    return ["out", "m", "l", *(["rounding"] if call.problem.saves_rounding else [])]
+    rounding = call.problem.saves_rounding or call.problem.rounding_if_derived
+    return ["out", "m", "l", *(["rounding"] if rounding else [])]
 
 
 def _second_results(call: Call) -> list[str]:
     wanted = call.problem.gradients
     return call.gradient_names + [name for name in _TANGENTS if wanted is None or name in wanted]
+
+
+def _run_forward(backend, call: Call, inputs: Inputs) -> list[Any]:
+    rounding = [jax.numpy.zeros(call.out_shape, call.dtype)] if call.problem.rounding_if_derived else []
+    return [*backend.forward(call), *rounding]
 
 
 def _run_backward(backend, call: Call, inputs: Inputs) -> list[Any]:
@@ -79,7 +85,7 @@ def _run_second(backend, call: Call, inputs: Inputs) -> list[Any]:
     return [found[name] for name in _second_results(call)]
 
 
-FORWARD = _Kind("forward", _forward_results, lambda backend, call, x: list(backend.forward(call)))
+FORWARD = _Kind("forward", _forward_results, _run_forward)
 BACKWARD = _Kind("backward", lambda call: call.gradient_names, _run_backward, gives_gradients=True)
 TANGENT = _Kind("tangent", lambda _: _TANGENTS, lambda b, call, x: list(b.tangent(call, x.tangents, x.saved)))
 # Forward and tangent in one pass, which saves the tangent a product.
@@ -106,7 +112,13 @@ def forward(problem: Problem, operands: Operands) -> list[Any]:
 
 def jvp(problem: Problem, operands: Operands, tangents: Operands) -> list[Any]:
     """The results of the forward, then the tangents of out and log-sum-exp."""
+    if problem.rounding_if_derived:
+        problem = _saving_rounding(problem, True)
     return _bind(jvp_p, plain(problem), Inputs(operands=operands, tangents=tangents))
+
+
+def _saving_rounding(problem: Problem, saves: bool) -> Problem:
+    return replace(problem, saves_rounding=saves, rounding_if_derived=False)
 
 
 def tangent(problem: Problem, operands: Operands, saved: Saved, tangents: Operands) -> list[Any]:
@@ -117,6 +129,7 @@ def tangent(problem: Problem, operands: Operands, saved: Saved, tangents: Operan
 
 def backward(problem: Problem, operands: Operands, saved: Saved) -> Operands:
     """The gradients that the problem asks for of the operands that are present."""
+    problem = replace(problem, logsumexp=saved.dlogsumexp is not None)
     inputs = Inputs(operands=operands, saved=saved)
     names = inputs.call(problem).gradient_names
     return Operands(**dict(zip(names, _bind(bwd_p, problem, inputs), strict=True)))
@@ -140,9 +153,9 @@ def second_tangent(
 def forward_saved(problem: Problem, operands: Operands) -> Saved:
     """The forward as a derivative needs it: 16-bit calls keep what rounding took from the output."""
     if has_rounding(operands.query.dtype):
-        out, m, l, rounding = forward(replace(problem, saves_rounding=True), operands)
+        out, m, l, rounding = forward(_saving_rounding(problem, True), operands)
         return Saved(out=out, m=m, l=l, rounding=rounding)
-    out, m, l = forward(replace(problem, saves_rounding=False), operands)
+    out, m, l = forward(_saving_rounding(problem, False), operands)
     return Saved(out=out, m=m, l=l)
 
 

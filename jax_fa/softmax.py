@@ -8,6 +8,7 @@ The empty set is `m = -FLT_MAX, l = 0, acc = 0`: a finite max keeps `exp(-inf - 
 row with no visible key needs no special case until `finish`.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,3 +56,12 @@ def logsumexp(m, l):
     """Natural log-sum-exp; -FLT_MAX for a row without a visible key."""
     empty = l == 0
     return jnp.where(empty, -FLT_MAX, m + jnp.log(jnp.where(empty, 1, l)))
+
+
+def with_sink(m, l, sink):
+    """`(m, l)` with one more logit, as if merged with the partial result `(0, sink, 1)`; -inf is no sink.
+
+    The new m is a constant: the derivatives of the log-sum-exp are in l.
+    """
+    m_new = jax.lax.stop_gradient(jnp.maximum(m, sink))
+    return m_new, l * jnp.exp(m - m_new) + jnp.exp(sink - m_new)

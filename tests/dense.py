@@ -56,8 +56,12 @@ def attention(call: Call, visible, keep, x: dict[str, Any]) -> tuple[Any, Any]:
         s = cap * jnp.tanh(s / cap)
     s = jnp.where(visible, s, -1e30)
     m = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-1e30))
+    if "sinks" in x:
+        m = jnp.maximum(m, jax.lax.stop_gradient(x["sinks"])[..., None, None])
     p = jnp.where(visible, jnp.exp(s - m), 0)
     l = jnp.sum(p, axis=-1, keepdims=True)
+    if "sinks" in x:
+        l = l + jnp.exp(x["sinks"][..., None, None] - m)
     empty = l == 0
     l = jnp.where(empty, 1, l)
     w = p / l * keep.astype(acc)

@@ -100,6 +100,36 @@ SHARED = [
         r"multiple of key's K; got N=4, K=0",
     ),
     (
+        "sinks-dtype",
+        {"sinks": _zeros(4, dtype=jnp.int32)},
+        TypeError,
+        r"sinks must have a floating dtype; got int32\.",
+    ),
+    (
+        "sinks-shape",
+        {"sinks": _zeros(2)},
+        ValueError,
+        r"sinks must have shape \(N,\) or \(\*B, N\) with B=\(2,\), N=4; got \(2,\)\.",
+    ),
+    (
+        "sinks-scalar",
+        {"sinks": 0.0},
+        ValueError,
+        r"sinks must have shape \(N,\) or \(\*B, N\) with B=\(2,\), N=4; got \(\)\.",
+    ),
+    (
+        "sinks-rows",
+        {"sinks": _zeros(1, 2, 4)},
+        ValueError,
+        r"sinks must have shape \(N,\) or \(\*B, N\) .* got \(1, 2, 4\)\.",
+    ),
+    (
+        "max-logits-traced",
+        {"return_max_logits": "yes"},
+        TypeError,
+        r"return_max_logits must be True or False; got 'yes'\.",
+    ),
+    (
         "scale-shape",
         {"scale": jnp.ones(2)},
         ValueError,

@@ -185,10 +185,12 @@ class Built:
     def results(self, result: Attention):
         """(attention_out, softmax_max, softmax_sum)."""
         d = self.call.dims
-        out, m, l = sinks.joined(result, self.sink, self.call)
+        m, l = result.softmax_max, result.softmax_sum
         m, l = statistics.stored(m, l, d, self.packed, blocks=self.operator.softmax_blocks)
-        m, l = jax.lax.stop_gradient((m, l))
-        return self.folded(out), m, l
+        return self.folded(result.out), m, l
+
+    def run(self, call: Call) -> Attention:
+        return entry.with_sinks(call, self.sink)(call)
 
     def folded(self, x):
         """query, key, value, out or their kin as stored, with heads and head_dim as one axis where the layout has one."""

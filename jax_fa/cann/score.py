@@ -117,8 +117,10 @@ def flash_attention_score(
 
     Returns:
       softmax_max and softmax_sum, float32 `[B, N, Sq, 8]`, TND `[T, N, 8]`, eight equal lanes: natural
-      exponentials, after scale, pse and mask, before dropout, without gradient; and attention_out, query's
-      dtype and layout, with Dv for D.
+      exponentials, after scale, pse and mask, before dropout; and attention_out, query's dtype and layout, with Dv for
+      D. The pair has the gradient of the log-sum-exp, softmax_max + log(softmax_sum): the max is a constant, and the
+      sum carries it. Whatever depends on the log-sum-exp alone, such as a merge of several blocks by any formula, then
+      has the right gradient.
 
       A fully masked row has out 0, gradients 0, max -FLT_MAX and sum +FLT_MAX; where there is no key
       at all (Skv = 0, TND: Skv_b = 0) max and sum are 0.
@@ -129,7 +131,7 @@ def flash_attention_score(
       * With an atten_mask in mode 0 the mask and the band both hold. (In CANN the tokens say which blocks may be
         skipped, and a mask that differs from the band is undefined.)
       * TND accepts sequences with rows and without keys in every mode, and a mask for each sequence.
-      * pse has a gradient.
+      * pse and the statistics have gradients.
 
     Raises:
       ValueError: shapes or values that do not fit.
@@ -160,7 +162,7 @@ def flash_attention_score(
         out, m, l = built.results(result)
         return FlashAttentionScoreOutput(m, l, out)
 
-    return entry.Request(built.call, finish)
+    return entry.Request(built.call, finish, built.run)
 
 
 _warned = False

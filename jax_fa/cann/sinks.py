@@ -1,17 +1,12 @@
-"""A sink: one more logit per head, without a value, in the softmax of every row.
-
-With (m, l) of a row's keys, the joined statistics are M = max(m, sink) and L = l exp(m - M) + exp(sink - M), and the output
-shrinks by what the keys keep of the sum. A fully masked row has the sink alone: output 0, max sink, sum 1.
+"""The sink of the operator: one more logit per head, without a value (`attention` joins it with the softmax of the keys).
 
 Source: aclnnFlashAttentionScoreV3, sinkOptional.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.arguments import shown
-from jax_fa.attention import Attention
 from jax_fa.call import Call, Dims
 
 
@@ -26,21 +21,6 @@ def checked(sink, d: Dims):
     if sink.shape != (d.N,):
         raise ValueError(f"sink must have shape (head_num,)={(d.N,)}; got {sink.shape}.")
     return jnp.asarray(sink)
-
-
-def joined(result: Attention, sink, call: Call):
-    """(out, max, sum) with the sink."""
-    m, l = result.softmax_max, result.softmax_sum
-    if sink is None:
-        return result.out, m, l
-    sink = sink[:, None]
-    # l as it is, with the derivative of the log-sum-exp: m is a constant shift.
-    live = l * jnp.exp(result.logsumexp - jax.lax.stop_gradient(result.logsumexp))
-    top = jax.lax.stop_gradient(jnp.maximum(m, sink))
-    keys = live * jnp.exp(m - top)
-    total = keys + jnp.exp(sink - top)
-    out = (result.out * by_row(keys / total, call)).astype(result.out.dtype)
-    return out, top, total
 
 
 def gradient(sink, m, l, delta):

@@ -159,7 +159,7 @@ def npu_fusion_attention(
         out, m, l = built.results(result)
         return NpuFusionAttentionOutput(out, m, l, jnp.zeros((0,), out.dtype), seed, offset, built.numels)
 
-    return entry.Request(built.call, finish)
+    return entry.Request(built.call, finish, built.run)
 
 
 @entry.entry

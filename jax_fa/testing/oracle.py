@@ -20,12 +20,13 @@ FLT_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Attention:
-    """Results of `attention`; `m`, `l` and `lse` have shape `*B N Sq`."""
+    """Results of `attention`; `m`, `l`, `lse` and `largest` have shape `*B N Sq`. The last is the max without a sink."""
 
     out: np.ndarray
     m: np.ndarray
     l: np.ndarray
     lse: np.ndarray
+    largest: np.ndarray
     _saved: dict[str, Any]
 
     @property
@@ -39,9 +40,10 @@ class Attention:
         q, k, v, w, scale = s["q"], s["k"], s["v"], s["w"], s["scale"]
         dout = np.asarray(dout, np.float64)
         dw = s["kept"] * np.einsum("...ind,...jnd->...nij", dout, v)
-        dx = w * (dw - np.sum(w * dw, axis=-1, keepdims=True))
+        delta = np.sum(w * dw, axis=-1)
         if dlse is not None:
-            dx = dx + np.asarray(dlse, np.float64)[..., None] * w
+            delta = delta - np.asarray(dlse, np.float64)
+        dx = w * (dw - delta[..., None])
         ds = dx * s["dcap"]
         group = q.shape[-2] // s["K"]
 
@@ -64,6 +66,11 @@ class Attention:
             found["alibi_slopes"] = _sum_to(-(ds * s["distance"]).sum(axis=(-2, -1)), s["slopes_shape"])
             terms = _sum_to((np.abs(ds) * s["distance"]).sum(axis=(-2, -1)), s["slopes_shape"])
             s["cancellation"]["alibi_slopes"] = _ratio(terms, found["alibi_slopes"])
+        if s["sinks_shape"] is not None:
+            terms = -s["sink_weight"] * delta
+            found["sinks"] = _sum_to(terms.sum(axis=-1), s["sinks_shape"])
+            terms = _sum_to(np.abs(terms).sum(axis=-1), s["sinks_shape"])
+            s["cancellation"]["sinks"] = _ratio(terms, found["sinks"])
         return found
 
 
@@ -85,10 +92,12 @@ def attention(
     position=None,
     keep=None,
     keep_prob=1.0,
+    sinks=None,
 ) -> Attention:
     """softmax(cap(scale q k^T + bias - slope |j - position|), visible) v, weights kept by `keep`.
 
-    `position` of each row broadcasts to `*B N Sq`; None: the row's index.
+    `sinks` `*#B N` are one more logit of each row, without a value. `position` of each row broadcasts to
+    `*B N Sq`; None: the row's index.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     *_, Sq, N, D = q.shape
@@ -106,9 +115,13 @@ def attention(
         tanh = np.tanh(s / soft_cap)
         s, dcap = soft_cap * tanh, 1 - tanh**2
     visible = np.broadcast_to(True if visible is None else visible, s.shape)
-    m = np.max(s, axis=-1, where=visible, initial=-FLT_MAX)
+    largest = m = np.max(s, axis=-1, where=visible, initial=-FLT_MAX)
+    sink = np.full(s.shape[:-1], -np.inf)
+    if sinks is not None:
+        sink = np.broadcast_to(np.asarray(sinks, np.float64)[..., None], s.shape[:-1])
+        m = np.maximum(m, sink)
     p = np.where(visible, np.exp(np.where(visible, s - m[..., None], 0)), 0)
-    l = p.sum(axis=-1)
+    l = p.sum(axis=-1) + np.exp(sink - m)
     w = p / np.where(l == 0, 1, l)[..., None]
     kept = np.broadcast_to(1.0 if keep is None else np.where(keep, 1 / keep_prob, 0.0), s.shape)
     lse = np.where(l == 0, -FLT_MAX, m + np.log(np.where(l == 0, 1, l)))
@@ -124,8 +137,10 @@ def attention(
         "K": K,
         "bias_shape": None if bias is None else np.shape(bias),
         "slopes_shape": None if slopes is None else np.shape(slopes),
+        "sinks_shape": None if sinks is None else np.shape(sinks),
+        "sink_weight": np.exp(sink - m) / np.where(l == 0, 1, l),
     }
-    return Attention(np.einsum("...nij,...jnd->...ind", kept * w, v), m, l, lse, saved)
+    return Attention(np.einsum("...nij,...jnd->...ind", kept * w, v), m, l, lse, largest, saved)
 
 
 def _position(position, Sq: int):
@@ -314,11 +329,15 @@ def naive(operands, visible, keep, cotangents, scale, soft_cap, keep_prob, posit
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         s = jnp.where(visible, s, -1e30)
-        w = jnp.where(visible, jax.nn.softmax(s, axis=-1), 0)
+        unseen: Any = -FLT_MAX
+        if "sinks" in x:
+            unseen = jnp.broadcast_to(x["sinks"][..., None].astype(s.dtype), s.shape[:-1])
+            s = jnp.concatenate([s, unseen[..., None]], axis=-1)
+        w = jnp.where(visible, jax.nn.softmax(s, axis=-1)[..., :Skv], 0)
         w = w if keep is None else jnp.where(keep, w / keep_prob, 0)
         w = _round(w, q.dtype).astype(q.dtype)
         out = jnp.einsum("...kgij,...jkd->...ikgd", w.reshape(*w.shape[:-3], K, N // K, Sq, Skv), v)
-        lse = jnp.where(visible.any(axis=-1), jax.nn.logsumexp(s, axis=-1), -FLT_MAX)
+        lse = jnp.where(visible.any(axis=-1), jax.nn.logsumexp(s, axis=-1), unseen)
         return out.reshape(*out.shape[:-3], N, v.shape[-1]), lse
 
     results, pullback = jax.vjp(attention, operands)
