@@ -4,6 +4,8 @@ Each row of the table is one call, written as it stands in such code: the same p
 (`jax_fa` in the place of `torch_npu`). The numbers are our own. Names say where calls of this form are found.
 """
 
+import inspect
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import pytest
 import jax_fa
 from jax_fa.backends import native
 from jax_fa.backends.ascend import installation
+from jax_fa.cann import score
 from jax_fa.testing import cann_oracle, npu_oracle
 from jax_fa.testing import oracle as common
 
@@ -658,3 +661,409 @@ def test_calls_of_public_code(row, on):
 
 def test_the_table_is_large():
     assert len(ROWS) >= 40 and len({row.name for row in ROWS}) == len(ROWS)
+
+
+# --- the signatures
+
+
+def test_positions_and_defaults_are_those_of_torch_npu():
+    """As its schemas have them; what is ours comes after, by keyword."""
+    forward = inspect.signature(jax_fa.npu_fusion_attention).parameters
+    positional = [x for x in forward.values() if x.kind is not x.KEYWORD_ONLY]
+    assert tuple(x.name for x in positional) == PARAMETERS
+    defaults = (
+        None,
+        None,
+        None,
+        1.0,
+        1.0,
+        MAX,
+        MAX,
+        0,
+        None,
+        None,
+        None,
+        0,
+        True,
+        False,
+        "",
+        None,
+        None,
+        0,
+        0,
+    )
+    assert tuple(x.default for x in positional[5:]) == defaults
+    backward = inspect.signature(jax_fa.npu_fusion_attention_grad).parameters
+    assert list(backward)[:6] == ["query", "key", "value", "dy", "head_num", "input_layout"]
+    torch_npu = (
+        "pse padding_mask atten_mask softmax_max softmax_sum softmax_in attention_in scale_value keep_prob "
+    )
+    torch_npu += (
+        "pre_tockens next_tockens inner_precise seed offset numels prefix actual_seq_qlen actual_seq_kvlen "
+    )
+    torch_npu += "sparse_mode gen_mask_parallel sync softmax_layout sink"
+    assert list(backward)[6 : 6 + len(torch_npu.split())] == torch_npu.split()
+
+
+def test_results_have_torch_npus_order():
+    q = np.ones((2, 8, 16), np.float32)
+    attention, softmax_max, softmax_sum, softmax_out, seed, offset, numels = jax_fa.npu_fusion_attention(
+        q, q, q, 2, "BSH", seed=5, offset=6
+    )
+    assert attention.shape == q.shape and softmax_max.shape == softmax_sum.shape == (2, 2, 8, 8)
+    assert softmax_out.shape == (0,) and (seed, offset, numels) == (5, 6, 2 * 2 * 8 * 8)
+
+
+# --- transformations
+
+N, D, S = 4, 16, 24
+
+
+def _arrays(*lead: int, count: int = 4):
+    return np.random.default_rng(0).standard_normal((count, *lead, N, S, D)).astype(np.float32)
+
+
+def _forward(on, q, k, v, **more):
+    return jax_fa.npu_fusion_attention(
+        q, k, v, N, "BNSD", atten_mask=C, scale=0.25, sparse_mode=2, implementation=on, **more
+    )
+
+
+def _backward(on, q, k, v, dy, softmax_max, softmax_sum, attention, **more):
+    return jax_fa.npu_fusion_attention_grad(
+        q, k, v, dy, N, "BNSD", atten_mask=C, softmax_max=softmax_max, softmax_sum=softmax_sum,
+        attention_in=attention, scale_value=0.25, sparse_mode=2, implementation=on, **more
+    )[:3]  # fmt: skip
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_vmap_and_jit_are_loops(on):
+    x = _arrays(3, 2)
+
+    def both(q, k, v, dy):
+        attention, softmax_max, softmax_sum, *_ = _forward(on, q, k, v)
+        return attention, softmax_max, *_backward(on, q, k, v, dy, softmax_max, softmax_sum, attention)
+
+    mapped = jax.jit(jax.vmap(both))(*x)
+    for i in range(3):
+        for a, b in zip(mapped, both(*(y[i] for y in x)), strict=True):
+            np.testing.assert_allclose(a[i], b, atol=2e-6)
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_derivatives_of_the_backward(on):
+    """With statistics of its own, the backward entry is the gradient: so are its derivatives, in all arrays together."""
+    q, k, v, dy = _arrays(2)
+
+    def gradient(q, k, v, dy):
+        return jax.vjp(lambda *x: _forward(on, *x).attention, q, k, v)[1](dy)
+
+    def given(q, k, v, dy):
+        attention, softmax_max, softmax_sum, *_ = _forward(on, q, k, v)
+        return _backward(on, q, k, v, dy, softmax_max, softmax_sum, attention)
+
+    along = tuple(np.cos(3 * x) for x in (q, k, v, dy))
+    wanted, found = (
+        jax.jit(lambda *x, f=f: jax.jvp(f, x[:4], x[4:]))(q, k, v, dy, *along) for f in (gradient, given)
+    )
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    weights = tuple(np.sin(5 * x) for x in (q, k, v))
+    wanted, found = (
+        jax.jit(jax.grad(lambda *x, f=f: sum(map(jnp.vdot, f(*x), weights)), (0, 1, 2, 3)))(q, k, v, dy)
+        for f in (gradient, given)
+    )
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+@pytest.mark.parametrize("moved", ["query", "key", "value", "dy", "softmax_max", "softmax_sum", "attention"])
+def test_the_derivative_of_the_backward_in_one_array(moved, on):
+    """The others stay, the statistics too: against differences of a formula in float64, with statistics of no call."""
+    q, k, v, dy = _arrays(1)
+    attention, softmax_max, softmax_sum, *_ = _forward("xla", q, k, v)
+    given = {"query": q, "key": k, "value": v, "dy": dy, "softmax_max": softmax_max[..., :1] + 0.3}
+    given |= {"softmax_sum": softmax_sum[..., :1] * 1.2, "attention": 0.7 * attention + 0.1}
+    given = {name: np.asarray(x) for name, x in given.items()}
+    weights = tuple(np.sin(5 * x) for x in (q, k, v))
+    along = np.cos(3 * given[moved])
+
+    def lanes(x):
+        return {name: jnp.repeat(a, 8, -1) if "softmax" in name else a for name, a in x.items()}
+
+    def total(x):
+        return sum(map(jnp.vdot, _backward(on, *lanes(given | {moved: x}).values()), weights))
+
+    def formula(x):
+        q, k, v, dy, m, l, out = (y.astype(np.float64) for y in (given | {moved: x}).values())
+        visible = np.tril(np.ones((S, S)))
+        p = visible * np.exp(np.where(visible, 0.25 * q @ k.swapaxes(-1, -2) - m, 0)) / l
+        ds = 0.25 * p * (dy @ v.swapaxes(-1, -2) - np.sum(dy * out, axis=-1, keepdims=True))
+        found = ds @ k, ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dy
+        return sum(map(np.vdot, found, weights))
+
+    h = 1e-5
+    at = given[moved].astype(np.float64)
+    wanted = (formula(at + h * along) - formula(at - h * along)) / (2 * h)
+    x = jnp.asarray(given[moved])
+    np.testing.assert_allclose(total(x), formula(given[moved]), rtol=1e-4, atol=1e-3)
+    gradient = jax.jit(jax.grad(total))(x)
+    np.testing.assert_allclose(np.vdot(gradient, along), wanted, rtol=3e-4, atol=3e-3)
+
+
+# --- context parallelism
+
+
+def _merge(parts):
+    """Outputs of blocks of keys, as context-parallel code joins them."""
+    top = np.max([m for _, m, _ in parts], axis=0)
+    sums = [l * np.exp(m - top) for _, m, l in parts]
+    total = np.sum(sums, axis=0)
+    out = np.sum([out * (l / total)[..., :1] for (out, _, _), l in zip(parts, sums, strict=True)], axis=0)
+    return out.astype(np.float32), top, total
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_blocks_of_a_ring_are_the_whole(on):
+    """Two devices hold half of the rows and keys each: a causal block, then one that all of the later rows see."""
+    q, k, v, dy = _arrays(2)
+    _, pull, whole = jax.vjp(lambda *x: (lambda r: (r.attention, r))(_forward(on, *x)), q, k, v, has_aux=True)
+    half = S // 2
+    first, second = np.s_[:, :, :half], np.s_[:, :, half:]
+    blocks = [(first, first, 3, C), (second, second, 3, C), (second, first, 0, None)]
+
+    def options(mode, mask):
+        return {"sparse_mode": mode, "atten_mask": mask, "implementation": on}
+
+    parts = [
+        [np.asarray(x) for x in jax_fa.npu_fusion_attention(
+            q[rows], k[keys], v[keys], N, "BNSD", scale=0.25, **options(*more))[:3]]
+        for rows, keys, *more in blocks
+    ]  # fmt: skip
+    merged = [parts[0], _merge(parts[1:])]
+    for i in range(3):
+        found = np.concatenate([x[i] for x in merged], axis=2)
+        np.testing.assert_allclose(found, whole[i], rtol=1e-6, atol=1e-6)
+    gradients = [np.zeros_like(x) for x in (q, k, v)]
+    for (rows, keys, *more), (out, m, l) in zip(blocks, [merged[0], merged[1], merged[1]], strict=True):
+        dq, dk, dv, *_ = jax_fa.npu_fusion_attention_grad(
+            q[rows], k[keys], v[keys], dy[rows], N, "BNSD", softmax_max=m, softmax_sum=l, attention_in=out,
+            scale_value=0.25, **options(*more),
+        )  # fmt: skip
+        for total, at, part in zip(gradients, (rows, keys, keys), (dq, dk, dv), strict=True):
+            total[at] += np.asarray(part)
+    for found, wanted in zip(gradients, pull(dy), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_a_block_without_visible_keys_adds_nothing(on):
+    """Whatever the merged statistics are; and rows that no block sees have gradients 0."""
+    q, k, v, dy = _arrays(2)
+    mask = np.ones((S, S), bool)
+    out, m, l, *_ = jax_fa.npu_fusion_attention(
+        q, k, v, N, "BNSD", atten_mask=mask, scale=0.25, implementation=on
+    )
+    assert (
+        not np.any(out) and np.all(m == -np.finfo(np.float32).max) and np.all(l == np.finfo(np.float32).max)
+    )
+    for statistics in ((m, l), (np.zeros_like(m), np.ones_like(l))):
+        found = jax_fa.npu_fusion_attention_grad(
+            q, k, v, dy, N, "BNSD", atten_mask=mask, scale_value=0.25, softmax_max=statistics[0],
+            softmax_sum=statistics[1], attention_in=q, implementation=on,
+        )  # fmt: skip
+        assert not any(np.any(x) for x in found[:3])
+
+
+@pytest.mark.parametrize("layout", ["", "TND"])
+@pytest.mark.parametrize("traced", [False, True])
+def test_statistics_of_packed_sequences_go_round(layout, traced):
+    """In torch_npu's order and in rows; the tail behind the last end too."""
+    rng = np.random.default_rng(0)
+    q, k, v, dy = rng.standard_normal((4, 20, N, D)).astype(np.float32)
+    ends = [7, 7, 16, 0]
+
+    def run(ends):
+        given = {
+            "actual_seq_qlen": ends,
+            "actual_seq_kvlen": ends,
+            "softmax_layout": layout,
+            "sparse_mode": 3,
+        }
+        given |= {"atten_mask": C}
+
+        def attend(*x):
+            result = jax_fa.npu_fusion_attention(*x, N, "TND", scale=0.25, **given)
+            return result.attention, result
+
+        _, pull, result = jax.vjp(attend, q, k, v, has_aux=True)
+        again = jax_fa.npu_fusion_attention_grad(
+            q, k, v, dy, N, "TND", scale_value=0.25, softmax_max=result[1], softmax_sum=result[2],
+            attention_in=result[0], **given,
+        )  # fmt: skip
+        return pull(dy), again[:3], result.numels
+
+    gradients, again, numels = jax.jit(run)(jnp.array(ends)) if traced else run(ends)
+    assert numels == (0 if traced else N * (7 * 7 + 9 * 9))
+    for a, b in zip(gradients, again, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+        assert not np.any(a[16:])
+
+
+# --- dropout
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_dropout_by_a_key_and_by_its_bits(on):
+    q, k, v, dy = _arrays(2)
+    key, keep_prob = jax.random.key(0), 0.75
+    bits = jax_fa.dropout_mask(key, 1 - keep_prob, (2, N, S, S))
+
+    def run(**how):
+        attention, m, l, *_ = _forward(on, q, k, v, keep_prob=keep_prob, **how)
+        return attention, *_backward(on, q, k, v, dy, m, l, attention, keep_prob=keep_prob, **how)
+
+    for a, b in zip(run(dropout_key=key), run(dropout_mask=bits), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+# --- errors
+
+Q = np.zeros((2, 8, 16), np.float32)
+TND = np.zeros((8, 2, 16), np.float32)
+LENGTHS = {"actual_seq_qlen": [3, 5], "actual_seq_kvlen": [3, 8]}
+ERRORS = [
+    ({"keep_prob": 0.5}, ValueError, "dropout_key must be a jax.random key, or dropout_mask be given"),
+    (
+        {"keep_prob": 0.5, "dropout_mask": np.zeros(3, np.uint8)},
+        ValueError,
+        "dropout_mask must have at least",
+    ),
+    (
+        {"keep_prob": 0.5, "dropout_mask": np.zeros(64, np.uint8), "dropout_key": jax.random.key(0)},
+        ValueError,
+        "dropout_mask and dropout_key exclude each other",
+    ),
+    ({"dropout_key": 3}, TypeError, "dropout_key must be a jax.random key"),
+    ({"scale": float("nan")}, ValueError, "scale must be finite"),
+    ({"softmax_layout": "TND"}, ValueError, 'softmax_layout must be "", or "TND" with input_layout="TND"'),
+    ({"sparse_mode": 7}, ValueError, "sparse_mode must be one of 0, 1, 2, 3, 4, 5, 6"),
+    ({"pre_tockens": 1.5}, TypeError, "pre_tockens must be an int"),
+    (
+        {"pre_tockens": -9, "next_tockens": 3, "atten_mask": C, "sparse_mode": 4},
+        ValueError,
+        "pre_tockens and next_tockens do not fit sparse_mode=4: .*; got pre_tockens=-9, next_tockens=3",
+    ),
+    ({"sink": np.zeros(3, np.float32)}, ValueError, r"sink must have shape \(head_num,\)=\(2,\); got \(3,\)"),
+    ({"sink": np.zeros(2, np.float16)}, TypeError, "sink must have dtype float32; got float16"),
+    ({"query_rope": Q}, ValueError, "query_rope and key_rope go together; got key_rope=None"),
+    ({"query_rope": Q[:, :4], "key_rope": Q}, ValueError, "query_rope must have the dtype float32 and"),
+    (
+        {"q_start_idx": [1, 2], "pse_type": 2, "pse": np.ones(2, np.float32)},
+        TypeError,
+        "q_start_idx must be a list",
+    ),
+    ({"sync": 3}, TypeError, "sync must be True or False"),
+    ({"seed": "a"}, TypeError, "seed must be an int"),
+    ({"scale_value": 1.0}, TypeError, "no argument 'scale_value'; pass scale instead"),
+    ({"pre_tokens": 1}, TypeError, "no argument 'pre_tokens'; pass pre_tockens instead"),
+    ({"actual_seq_qlen": [4, 8]}, ValueError, "actual_seq_qlen is for layout TND"),
+]
+ERRORS_TND = [
+    (
+        {"actual_seq_qlen": None, "actual_seq_kvlen": [8]},
+        ValueError,
+        "actual_seq_qlen must hold the cumulative lengths",
+    ),
+    (LENGTHS, ValueError, r"whose sum is query's T=8, as if these were lengths. For lengths pass \(3, 8\)"),
+    (
+        LENGTHS | {"actual_seq_qlen": np.array([5, 3])},
+        ValueError,
+        r"as if these were lengths. For lengths pass \(5, 8\)",
+    ),
+    (
+        {"actual_seq_qlen": jnp.array([4, 4, 0]), "actual_seq_kvlen": [4, 8, 0]},
+        ValueError,
+        r"For lengths pass \(4, 8, 8\)",
+    ),
+    ({"actual_seq_qlen": [4, 9], "actual_seq_kvlen": [4, 8]}, ValueError, "must end at most at query's T=8"),
+]
+GRAD_ERRORS = [
+    (
+        {"softmax_max": None},
+        TypeError,
+        "softmax_max must be the float32 array that the forward gave; got None",
+    ),
+    ({"softmax_sum": np.ones((2, 2, 8, 8), np.float16)}, TypeError, "softmax_sum must have dtype float32"),
+    (
+        {"softmax_sum": np.ones((2, 2, 8), np.float32)},
+        ValueError,
+        r"softmax_sum must have shape \(B, N, Sq, 8\)=",
+    ),
+    ({"attention_in": None}, TypeError, "attention_in must be an array like attention_out; got None"),
+    (
+        {"attention_in": Q[:, :4]},
+        ValueError,
+        r"attention_in must have the shape of attention_out, \(2, 8, 16\)",
+    ),
+    ({"dy": Q.astype(np.float16)}, TypeError, "dy must have query's dtype float32; got float16"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "text"), ERRORS, ids=range(len(ERRORS)))
+def test_errors(given, kind, text, no_type_checker):
+    with pytest.raises(kind, match=text):
+        jax_fa.npu_fusion_attention(Q, Q, Q, 2, "BSH", **given)
+
+
+@pytest.mark.parametrize(("given", "kind", "text"), ERRORS_TND, ids=range(len(ERRORS_TND)))
+def test_errors_of_packed_sequences(given, kind, text, no_type_checker):
+    with pytest.raises(kind, match=text):
+        jax_fa.npu_fusion_attention(TND, TND, TND, 2, "TND", **given)
+
+
+@pytest.mark.parametrize(("given", "kind", "text"), GRAD_ERRORS, ids=range(len(GRAD_ERRORS)))
+def test_errors_of_the_backward(given, kind, text, no_type_checker):
+    statistics = np.ones((2, 2, 8, 8), np.float32)
+    whole = {"dy": Q, "softmax_max": statistics, "softmax_sum": statistics, "attention_in": Q} | given
+    with pytest.raises(kind, match=text):
+        jax_fa.npu_fusion_attention_grad(Q, Q, Q, head_num=2, input_layout="BSH", **whole)
+
+
+def test_a_million_tokens_at_most():
+    T = 2**20 + 1
+    x = jax.ShapeDtypeStruct((T, 1, 16), jnp.bfloat16)
+    for run in (
+        lambda x: jax_fa.npu_fusion_attention(x, x, x, 1, "TND", actual_seq_qlen=[T], actual_seq_kvlen=[T]),
+        lambda x: jax_fa.npu_fusion_attention(
+            x, x, x, 1, "TND", actual_seq_qlen=jnp.array([T]), actual_seq_kvlen=jnp.array([T])
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"query must have T of at most {2**20}; got {T}"):
+            jax.eval_shape(run, x)
+
+
+def test_the_operators_entry_says_once_what_it_applies():
+    score._warned = False
+    run = lambda **more: jax_fa.flash_attention_score(Q, Q, Q, head_num=2, **more)  # noqa: E731
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run()
+        run(sparse_mode=2, atten_mask=C)
+        assert not said
+        run(sparse_mode=2)
+        run(next_tokens=0)
+        assert [str(w.message) for w in said] == [str(said[0].message)] and "sparse_mode=2" in str(
+            said[0].message
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax_fa.npu_fusion_attention(Q, Q, Q, 2, "BSH", sparse_mode=2)
+
+
+def test_explained():
+    x = jax.ShapeDtypeStruct((2, 8, 16), jnp.bfloat16)
+    assert jax_fa.explain(x, x, x, 2, "BSH", scale=0.5).entry == "npu_fusion_attention"
+    assert jax_fa.explain(x, x, x, head_num=2, input_layout="BSH", scale=0.5).entry == "npu_fusion_attention"
+    assert jax_fa.explain(x, x, x, head_num=2).entry == "flash_attention_score"
