@@ -440,7 +440,7 @@ def test_the_gradient_of_the_logsumexp_takes_columns():
         jax.grad(run)(x)
 
 
-RAISED = (jax.errors.JaxRuntimeError, ValueError)  # JAX makes the latter of an invalid argument
+RAISED = (jax.errors.JaxRuntimeError, ValueError)  # the latter from a jitted function that has run before
 FORWARD = "aclnnFlashAttentionScoreV2"
 FAULTS = [
     (f"{FORWARD}GetWorkspaceSize", 161001, "ACLNN_ERR_PARAM_NULLPTR"),

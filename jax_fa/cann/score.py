@@ -105,13 +105,19 @@ def flash_attention_score(
       pse_type: 0 `scale*s + pse`, 1 `scale*(s + pse)`, 2 `scale*s - slope*|j - i|`, 3 the same with
         `sqrt(|j - i|)`; i and j count within their own sequence from its first row and key. A pse of -inf masks its
         key, also where scale_value is 0 or negative.
+      q_start_idx: pse types 2 and 3: a list of one int, the position of the first row; None is 0.
+      kv_start_idx: likewise, the position of the first key.
       actual_seq_qlen: TND: where each sequence ends along T, cumulative, without a leading 0; empty
         sequences are fine, and so are zeros after the last end, which are empty sequences. Rows past the last end
-        are fully masked. Lists and tuples are part of the program, arrays are data, checked where their values are
-        known. Traced ends count as their running maximum, at most T, and T stands for the sums of the lengths in
+        are fully masked. Values that are known (lists, NumPy arrays, concrete arrays) are part of the program, and
+        checked. Traced ends count as their running maximum, at most T, and T stands for the sums of the lengths in
         the shapes above; the caller must then ensure that pse has the size of its sequences and, for ALiBi, that
         Sq_b = Skv_b.
       actual_seq_kvlen: TND: the same of key and value.
+      query_rope: the rotated part of query, in its layout, with a head_dim of its own: the logits are
+        `query key^T + query_rope key_rope^T`.
+      key_rope: that of key.
+      sink: float32 `[N]`: one more logit for each row of a head, without a value. Differentiable.
       implementation: None (the best backend that can), the name of a backend, or the options of one:
         `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`.
 
