@@ -133,7 +133,7 @@ class MaskArguments:
                     f"prefix must be in max(0, Skv - Sq) .. Skv = {low.tolist()} .. {high.tolist()}; "
                     f"got {values.tolist()}."
                 )
-        return prefix
+        return prefix if values is None else tuple(values.tolist())
 
     # --- structure
 

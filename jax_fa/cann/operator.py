@@ -23,7 +23,7 @@ from jax_fa.cann.drop_mask import dropout
 from jax_fa.cann.masks import MaskArguments
 from jax_fa.cann.packed import Packed, sequences
 from jax_fa.cann.pse import Pse, check_mode_of_pse
-from jax_fa.indices import list_of_integers
+from jax_fa.indices import known, list_of_integers
 
 
 class _Layout(NamedTuple):
@@ -255,10 +255,11 @@ def _check_limits(d: Dims, packed: Packed | None, prefix) -> None:
 
 def _own_form(sparse: MaskArguments, pse: Pse, d: Dims, packed: Packed | None) -> spec.Arguments | None:
     """Nothing where CANN's host integers are arrays here."""
-    given = [sparse.prefix] if packed is None else [sparse.prefix, packed.query, packed.key]
-    if any(hasattr(x, "shape") for x in given):
-        return None
+    given = [] if packed is None else [packed.query, packed.key]
     prefix = None if sparse.prefix is None else list_of_integers("prefix", sparse.prefix)
+    values = None if prefix is None else known(prefix)
+    if (prefix is not None and values is None) or any(hasattr(x, "shape") for x in given):
+        return None
     mask = sparse.atten_mask if packed is not None and sparse.full() else None
     # CANN's TND has no mask for each sequence.
     mask = None if mask is None or math.prod(np.shape(mask)[:-2]) != 1 else mask
@@ -271,7 +272,7 @@ def _own_form(sparse: MaskArguments, pse: Pse, d: Dims, packed: Packed | None) -
         sparse_mode=int(sparse.mode),
         pre_tokens=max(-spec.UNBOUNDED, min(int(sparse.pre_tokens), spec.UNBOUNDED)),
         next_tokens=max(-spec.UNBOUNDED, min(int(sparse.next_tokens), spec.UNBOUNDED)),
-        prefix=prefix,  # type: ignore[arg-type]
+        prefix=None if values is None else tuple(values.tolist()),
         actual_seq_qlen=None if packed is None else packed.query,  # type: ignore[arg-type]
         actual_seq_kvlen=None if packed is None else packed.key,  # type: ignore[arg-type]
         pse_type=int(pse.type),

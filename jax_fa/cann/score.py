@@ -87,8 +87,8 @@ def flash_attention_score(
         `[1, 1, Sq, Skv]` or `[Sq, Skv]` (mode 5: the first two, with B = 1 all; TND: `[max Sq_b, max Skv_b]`,
         `[B, 1 or N, max Sq_b, max Skv_b]` or `[sum Sq_b, sum Skv_b]`). Other modes need none; the `[2048, 2048]` mask
         that CANN wants (mode 6: `[3072, 2048]`) is accepted, checked where its values are known, and not read.
-      prefix: sparse modes 5 and 6: one integer per batch entry in `max(0, d) .. Skv`. A list or tuple is part
-        of the program, an array is data; values not known when tracing mean the nearer end of 0 .. Skv.
+      prefix: sparse modes 5 and 6: one integer per batch entry in `max(0, d) .. Skv`. Values that are known are part
+        of the program; those not known when tracing mean the nearer end of 0 .. Skv.
       head_num: N.
       input_layout: "BSH", "SBH", "BSND", "BNSD", or "TND" for sequences of different lengths packed along T.
       scale_value: factor of the logits, a finite number or an array that holds one. Note the default: 1, not

@@ -118,7 +118,7 @@ class Drawn:
             return jnp.packbits(keep.reshape(-1), bitorder="little")
         size = rows * columns
         if size % 8 == 0:
-            heads = jax.lax.map(lambda at: self._packed_head(*at, part), (b, n))
+            heads = jax.lax.map(lambda at: self._packed_head(at[0], at[1], part), (b, n))
             return heads.reshape(-1)
 
         def add(i, found):
