@@ -211,7 +211,7 @@ class MaskArguments:
         if mask.shape[max(0, rank) :] != pattern.shape or mask.shape[: max(0, rank)] != (1,) * rank:
             raise ValueError(
                 f"atten_mask must have shape {pattern.shape} in sparse_mode={self.mode}; got {mask.shape}. "
-                "A mask of your own goes with sparse_mode=0 or 1; the compressed one may be left out."
+                "A mask of your own goes with sparse_mode=0 or 1."
             )
         values = known(mask)
         if values is not None and not np.array_equal(values.reshape(pattern.shape) != 0, pattern != 0):
@@ -219,8 +219,7 @@ class MaskArguments:
             below = f", with {spec.PREFIX_ROWS} rows below it that are 0 on the left half and 1 on the right,"
             raise ValueError(
                 f"atten_mask must be {top}{below if self.mode == 6 else ''} in sparse_mode={self.mode}; got "
-                "another pattern. A mask of your own goes with sparse_mode=0 or 1; the compressed one may be "
-                "left out."
+                "another pattern. A mask of your own goes with sparse_mode=0 or 1."
             )
 
 
