@@ -6,6 +6,7 @@ from jax_fa import backends, masks
 from jax_fa.api import dot_product_attention, flash_attention
 from jax_fa.attention import OUT_NAME, STATS_NAME
 from jax_fa.backends import ascend, mosaic
+from jax_fa.backends.strictness import strict
 from jax_fa.cann.score import (
     FlashAttentionScoreGradOutput,
     FlashAttentionScoreOutput,
@@ -45,4 +46,5 @@ __all__ = [
     "mosaic",
     "npu_fusion_attention",
     "npu_fusion_attention_grad",
+    "strict",
 ]

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import arguments, backends, entry, indices, masks
+from jax_fa import arguments, backends, compat, entry, indices, masks
+from jax_fa.call import Call
 from jax_fa.masks import Mask
 
 _LAYOUTS = {
@@ -74,7 +75,8 @@ def dot_product_attention(
         jax.nn, and does not mean "no window". Combines with is_causal. May be traced, also as an array of shape (2,):
         layers with different windows can share one `jax.lax.scan`.
       implementation: None (the best backend that can), the name of a backend (see `explain`), or the options of one:
-        `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`.
+        `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`. "xla" is the backend of this name here. "cudnn" hands the call
+        to `jax.nn`, which runs cuDNN on NVIDIA GPUs, with its own limits and without the arguments that are ours.
       return_residual: also return the log-sum-exp of the logits.
       dropout_rate: probability in [0, 1) of dropping an attention weight, rounded to a multiple of 2**-16; kept
         weights are divided by the probability of keeping them. A traced rate is clipped to that range and has no
@@ -97,7 +99,9 @@ def dot_product_attention(
         lowest finite value.
       * NaN and infinity in masked positions of keys and values do not propagate.
       * float64 inputs are computed in float64 throughout.
-      * `implementation` takes this library's names: "xla" is one of them, "cudnn" is not.
+      * `implementation="xla"` takes O(S) memory.
+      * Refused, with the way out: integer query, key and value, fewer than 3 dims, an empty head_dim, a boolean bias, a
+        Python bool as mask or scale, a scale with dims, a window that is not integer.
       * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
 
     Raises:
@@ -107,8 +111,9 @@ def dot_product_attention(
 
     Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
     """
-    backend = backends.chosen(implementation)
-    arguments.flag("return_residual", return_residual)
+    cudnn = isinstance(implementation, str) and implementation == "cudnn"
+    backend = (None, None) if cudnn else backends.chosen(implementation)
+    return_residual, is_causal = _flag("return_residual", return_residual), _flag("is_causal", is_causal)
     arguments.flag("return_max_logits", return_max_logits)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     given = [arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
@@ -123,7 +128,7 @@ def dot_product_attention(
         entry.checked(q, k, v, _LAYOUTS["BSND"], "BSND"),
         mask=_joined(
             None if mask is None else masks.Dense(mask),
-            masks.Causal() if arguments.flag("is_causal", is_causal) else None,
+            masks.Causal() if is_causal else None,
             _window(local_window_size),
             _lengths(query_seq_lengths, key_value_seq_lengths, q.shape, k.shape),
         ),
@@ -134,10 +139,47 @@ def dot_product_attention(
         logsumexp=sinks is not None,
         backend=backend,
     )
+    if cudnn:
+        same = dict(scale=scale, is_causal=is_causal, return_residual=return_residual)
+        sizes = dict(query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
+        theirs = (*given, bias, mask), same | sizes | dict(local_window_size=local_window_size)
+        ours = dict(dropout_rate=dropout_rate, logits_soft_cap=logits_soft_cap, sinks=sinks)
+        return _cudnn(call, *theirs, ours | dict(return_max_logits=return_max_logits))
     finish = functools.partial(
         _as_jax_nn, given[0].shape, given[0].dtype, residual=return_residual, max_logits=return_max_logits
     )
     return entry.Request(call, finish, entry.with_sinks(call, sinks))
+
+
+# As it is before anybody patches it.
+_jax_nn = jax.nn.dot_product_attention
+
+
+def _cudnn(call: Call, args: tuple, kwargs: dict[str, Any], ours: dict[str, Any]) -> entry.Request[Any]:
+    """A call that jax.nn runs through cuDNN. `ours`: arguments that it does not have."""
+    for name, x in ours.items():
+        if x is not None and not (isinstance(x, (bool, int, float)) and not x):
+            raise NotImplementedError(
+                f"implementation='cudnn' is jax.nn's, which has no {name}; None takes the best backend of jax_fa."
+            )
+
+    def run(call: Call):
+        try:
+            with compat.allow_promotion():
+                return _jax_nn(*args, **kwargs, implementation="cudnn")
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            why = str(error).rstrip(".")
+            raise NotImplementedError(
+                f"implementation='cudnn' is jax.nn's, which cannot serve this call: {why}. None takes the best backend "
+                "of jax_fa."
+            ) from error
+
+    return entry.Request(call, lambda result: result, run)
+
+
+def _flag(name: str, x) -> bool:
+    """None is False, as in jax.nn."""
+    return x is not None and arguments.flag(name, x)
 
 
 def _as_jax_nn(shape: tuple[int, ...], dtype: Any, result, *, residual: bool, max_logits: bool) -> Any:

@@ -49,6 +49,8 @@ class Problem:
     bias_apart: bool = False
     # The caller asks for the log-sum-exp or has sinks; of a backward: the log-sum-exp has a cotangent.
     logsumexp: bool = False
+    # A fallback to the portable backend is an error (see `backends.strictness`).
+    strict: bool = False
     # The backend that the caller named, and its options object where that was given.
     implementation: str | None = None
     options: Hashable = None

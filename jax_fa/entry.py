@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jax_fa import arguments, compat, dropout, masks, softmax
 from jax_fa.attention import Attention, attention
+from jax_fa.backends import strictness
 from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
 P = ParamSpec("P")
@@ -139,6 +140,7 @@ def build(
         mask=None if mask is None else mask.static(),
         bias_apart=terms.bias_apart,
         logsumexp=logsumexp,
+        strict=strictness.active(),
         implementation=name,
         options=options,
     )

@@ -174,6 +174,9 @@ def explain(
     arguments.choice("entry", entry, _ENTRIES)
     _check_bound(entry, args, kwargs)
     asked = _platforms(platforms)
+    named = kwargs.get("implementation")
+    if isinstance(named, str) and named == "cudnn" and entry == "dot_product_attention":
+        raise ValueError("implementation='cudnn' is a call of jax.nn, which explain does not read.")
     (one,) = _found(_ENTRIES[entry], args, kwargs)
     return _explanation(entry, one, asked)
 

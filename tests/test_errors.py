@@ -205,10 +205,9 @@ SHARED = [
     ),
     (
         "unknown-implementation",
-        {"implementation": "cudnn"},
+        {"implementation": "flash"},
         ValueError,
-        r"implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'; got 'cudnn'\. "
-        r"None takes the best backend .*: on NVIDIA GPUs 'mosaic' or 'xla', and no cuDNN\.",
+        r"implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'; got 'flash'\.",
     ),
     (
         "a-platform-as-implementation",
@@ -461,7 +460,43 @@ DOT = [
         r"mask must be an array; got a list of masks\. Structured masks, joined by &, are arguments of jax_fa\.flash_",
     ),
     (lambda: dot(is_causal="no"), TypeError, r"is_causal must be True or False; got 'no'\."),
-    (lambda: dot(return_residual=None), TypeError, r"return_residual must be True or False; got None\."),
+    (lambda: dot(return_residual="no"), TypeError, r"return_residual must be True or False; got 'no'\."),
+    (
+        lambda: attend(implementation="cudnn"),
+        ValueError,
+        r"implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'; got 'cudnn'\. None takes the best "
+        r"backend .*: on NVIDIA GPUs 'mosaic' or 'xla'\. dot_product_attention alone takes 'cudnn', which is jax.nn's\.",
+    ),
+    (
+        lambda: dot(implementation="cudnn", logits_soft_cap=3.0),
+        NotImplementedError,
+        r"implementation='cudnn' is jax.nn's, which has no logits_soft_cap; None takes the best backend of jax_fa\.",
+    ),
+    (
+        lambda: dot(implementation="cudnn", return_max_logits=True),
+        NotImplementedError,
+        r"implementation='cudnn' is jax.nn's, which has no return_max_logits",
+    ),
+    (
+        lambda: dot(implementation="cudnn", dropout_rate=0.1, dropout_key=KEY),
+        NotImplementedError,
+        r"implementation='cudnn' is jax.nn's, which has no dropout_rate",
+    ),
+    (
+        lambda: dot(implementation="cudnn", sinks=_zeros(4)),
+        NotImplementedError,
+        r"implementation='cudnn' is jax.nn's, which has no sinks",
+    ),
+    (
+        lambda: dot(implementation="cudnn", bias=_zeros(3, 5, 7)),
+        ValueError,
+        r"bias must broadcast to \(\*B, N, Sq, Skv\)=\(2, 4, 5, 7\); got shape \(3, 5, 7\)",
+    ),
+    (
+        lambda: jax_fa.explain(Q, KV, KV, implementation="cudnn"),
+        ValueError,
+        r"implementation='cudnn' is a call of jax\.nn, which explain does not read\.",
+    ),
     (
         lambda: traced(lambda flag: dot(is_causal=flag), True),
         TypeError,

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import jax_fa
+import jax_fa.integrations
+from jax_fa import api
 from jax_fa.testing import oracle
 
 B, T, S, N, K, H = 2, 18, 37, 4, 2, 8
@@ -253,3 +255,189 @@ def test_our_own_arguments(backend):
     keep = oracle.keep_bits(seed, (B, N, T, S), kept)
     options = {"visible": oracle.causal(T, S), "soft_cap": 1.5, "keep": keep, "keep_prob": kept}
     np.testing.assert_allclose(out, oracle.attention(q, k, v, **options).out, atol=2e-6)
+
+
+# --- every kind of argument that jax.nn takes
+
+Q, KEY, VALUE = Call("kinds").operands()[:3]
+BIAS, MASK = _float(B, N, T, S), _bool(B, N, T, S) | (np.arange(S) == 0)
+MASKED = np.where(MASK, 0, np.float32(-np.inf))
+
+
+def _each(dtype) -> tuple:
+    return tuple(jnp.asarray(x, dtype) for x in (Q, KEY, VALUE))
+
+
+def _weak(*shape: int):
+    return jnp.full(shape, 0.5)  # a dtype that JAX may promote
+
+
+# By name: positional arguments, and keywords.
+KINDS: dict[str, tuple[tuple, dict[str, Any]]] = {
+    "numpy": ((Q, KEY, VALUE), {}),
+    "jax": (_each(jnp.float32), {}),
+    "numpy float64": (tuple(np.float64(x) for x in (Q, KEY, VALUE)), {}),
+    "numpy and jax": ((Q, *_each(jnp.float32)[1:]), {}),
+    "lists": (tuple(x.tolist() for x in (Q, KEY, VALUE)), {}),
+    "weak types": ((_weak(B, T, N, H), _weak(B, S, K, H), _weak(B, S, K, H)), {}),
+    "a weak query": ((_weak(B, T, N, H), KEY, VALUE), {}),
+    "keywords": ((), {"query": Q, "key": KEY, "value": VALUE, "bias": BIAS, "mask": MASK}),
+    "by position": ((Q, KEY, VALUE, BIAS, MASK), {}),
+    "no bias": ((Q, KEY, VALUE, None, MASK), {}),
+    "integer bias": ((Q, KEY, VALUE, np.ones((1, 1, T, S), np.int32)), {}),
+    "float64 bias": ((Q, KEY, VALUE, np.float64(BIAS)), {}),
+    "float16 bias": ((Q, KEY, VALUE, np.float16(BIAS)), {}),
+    "scalar bias": ((Q, KEY, VALUE, 0.5), {}),
+    "list bias": ((Q, KEY, VALUE, BIAS.tolist()), {}),
+    "bias of -inf": ((Q, KEY, VALUE, MASKED), {}),
+    "bias of lowest": ((Q, KEY, VALUE, np.maximum(MASKED, np.finfo(np.float32).min)), {}),
+    "list mask": ((Q, KEY, VALUE, None, MASK.tolist()), {}),
+    "numpy scalar mask": ((Q, KEY, VALUE, None, np.bool_(True)), {}),
+    "one key's mask": ((Q, KEY, VALUE, None, MASK[..., :1]), {}),
+    "integer scale": ((Q, KEY, VALUE), {"scale": 1}),
+    "numpy scale": ((Q, KEY, VALUE), {"scale": np.float64(0.3)}),
+    "jax scale": ((Q, KEY, VALUE), {"scale": jnp.float32(0.3)}),
+    "weak scale": ((Q, KEY, VALUE), {"scale": jnp.asarray(0.3)}),
+    "flags of 1": ((Q, KEY, VALUE), {"is_causal": 1, "return_residual": 1}),
+    "numpy flags": ((Q, KEY, VALUE), {"is_causal": np.bool_(True), "return_residual": np.bool_(True)}),
+    "no flags": ((Q, KEY, VALUE), {"is_causal": None, "return_residual": None}),
+    "list lengths": ((Q, KEY, VALUE), {"key_value_seq_lengths": [3, 9]}),
+    "tuple lengths": ((Q, KEY, VALUE), {"key_value_seq_lengths": (3, 9), "query_seq_lengths": (2, T)}),
+    "numpy lengths": ((Q, KEY, VALUE), {"key_value_seq_lengths": np.array([3, 9])}),
+    "list window": ((Q, KEY, VALUE), {"local_window_size": [2, 1]}),
+    "numpy window": ((Q, KEY, VALUE), {"local_window_size": np.array([2, 1])}),
+    "jax window": ((Q, KEY, VALUE), {"local_window_size": jnp.array([2, 1])}),
+    "xla": ((Q, KEY, VALUE), {"implementation": "xla", "return_residual": True}),
+    "no batch": ((Q[0], KEY[0], VALUE[0], BIAS[0], MASK[0]), {"return_residual": True}),
+    "no batch, bias of one": ((Q[0], KEY[0], VALUE[0], BIAS[:1], MASK[:1]), {}),
+    "no batch, lengths": ((Q[0], KEY[0], VALUE[0]), {"key_value_seq_lengths": _int(3)}),
+    "ranks that differ": ((Q[:1], KEY[0], VALUE[0]), {}),
+    "no rows": ((Q[:, :0], KEY, VALUE), {}),
+    "no keys": ((Q, KEY[:, :0], VALUE[:, :0]), {}),
+    "no batch entries": ((Q[:0], KEY[:0], VALUE[:0]), {}),
+    "bfloat16": (_each(jnp.bfloat16), {"return_residual": True}),
+    "bfloat16, float32 bias": ((*_each(jnp.bfloat16), BIAS), {}),
+    "float16": (_each(jnp.float16), {"return_residual": True}),
+}
+
+
+def _types(results) -> list:
+    return [(x.shape, x.dtype, x.aval.weak_type) for x in jax.tree.leaves(results)]
+
+
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize(
+    ("x64", "promotion"), [(False, "standard"), (False, "strict"), (True, "strict")], ids=str
+)
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_arguments(name, x64, promotion):
+    """Values, shapes, dtypes and weak types of jax.nn's results, under strict promotion too, where jax.nn may raise."""
+    args, kwargs = KINDS[name]
+    lengths = {n: np.asarray(x, np.int32) for n, x in kwargs.items() if n.endswith("seq_lengths")}
+    with jax.enable_x64(x64):
+        with jax.numpy_dtype_promotion("standard"):
+            theirs = jax.nn.dot_product_attention(*args, **kwargs | lengths)  # which takes int32 alone
+        with jax.numpy_dtype_promotion(promotion):
+            ours = jax_fa.dot_product_attention(*args, **kwargs)
+        assert _types(ours) == _types(theirs)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            rows = np.ones(np.shape(a), bool)
+            if "query_seq_lengths" in kwargs:  # fully masked rows differ, as documented
+                rows = rows & (np.arange(T) < lengths["query_seq_lengths"][:, None])[..., None, None]
+            atol = 2e-6 if a.dtype in (jnp.float32, jnp.float64) else 4 * float(jnp.finfo(a.dtype).eps)
+            close = {"atol": atol, "rtol": atol}
+            np.testing.assert_allclose(*(np.where(rows, np.float64(x), 0) for x in (a, b)), **close)
+
+
+REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
+    "boolean bias": ((Q, KEY, VALUE, MASK), {}, r"bias must be numeric.*Pass it as mask"),
+    "Python bool as mask": ((Q, KEY, VALUE, None, True), {}, r"A causal mask is is_causal=True"),
+    "bool as scale": ((Q, KEY, VALUE), {"scale": True}, r"scale must be a number or None; got True"),
+    "scale with dims": ((Q, KEY, VALUE), {"scale": np.full(1, 0.3)}, r"scale must be a scalar"),
+    "window of floats": (
+        (Q, KEY, VALUE),
+        {"local_window_size": (2.0, 1.0)},
+        r"local_window_size must be an int",
+    ),
+    "integers": (tuple(np.int32(8 * x) for x in (Q, KEY, VALUE)), {}, r"query must have a floating dtype"),
+    "one dim": ((Q[0, 0, 0], KEY[0, 0, 0], VALUE[0, 0, 0]), {}, r"query must have 4 dimensions .* or 3"),
+    "empty head_dim": (
+        (Q[..., :0], KEY[..., :0], VALUE[..., :0]),
+        {"scale": 1.0},
+        r"query must have head_dim D of at least 1",
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_jax_nn_takes_and_ours_refuses(name):
+    """These are listed in the docstring."""
+    args, kwargs, message = REFUSED[name]
+    with jax.numpy_dtype_promotion("standard"):
+        jax.nn.dot_product_attention(*args, **kwargs)
+        with pytest.raises((TypeError, ValueError), match=message):
+            jax_fa.dot_product_attention(*args, **kwargs)
+
+
+# --- cuDNN
+
+
+def test_cudnn_gets_every_argument(monkeypatch):
+    """As it was given, and as jax.nn takes it."""
+    given = {}
+
+    dense = jax.nn.dot_product_attention
+
+    def theirs(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        given.update(kwargs)
+        return dense(*args, **kwargs)
+
+    monkeypatch.setattr(api, "_jax_nn", theirs)
+    every = {
+        "scale": 0.3,
+        "is_causal": True,
+        "query_seq_lengths": _int(T, 9),
+        "key_value_seq_lengths": _int(30, 9),
+        "local_window_size": (7, 0),
+        "return_residual": True,
+    }
+    names = {"query", "key", "value", "bias", "mask", "implementation", *every}
+    assert set(inspect.signature(dense).parameters) == names
+    run = partial(jax_fa.dot_product_attention, Q, KEY, VALUE, BIAS, MASK, **every)
+    found, want = (
+        run(implementation="cudnn"),
+        jax.nn.dot_product_attention(Q, KEY, VALUE, BIAS, MASK, **every),
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    assert set(given) == set(every)
+    with jax_fa.integrations.patch_jax_nn():  # does not take what asks for cuDNN by name
+        jax.tree.map(np.testing.assert_array_equal, run(implementation="cudnn"), want)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN is there")
+@pytest.mark.parametrize("jit", [False, True])
+def test_cudnn_says_where_it_cannot_run(jit):
+    run = partial(jax_fa.dot_product_attention, implementation="cudnn")
+    message = r"implementation='cudnn' is jax\.nn's, which cannot serve this call: cuDNN is not detected\. None takes"
+    with pytest.raises(NotImplementedError, match=message):
+        (jax.jit(run) if jit else run)(*_each(jnp.bfloat16))
+
+
+@pytest.mark.gpu
+def test_cudnn():
+    """That of jax.nn, with its gradients."""
+    query, key, value = (jnp.ones((2, 128, n, 64), jnp.bfloat16) * jnp.arange(n)[:, None] for n in (4, 2, 2))
+
+    def run(function, query):
+        out = function(query, key, value, is_causal=True, implementation="cudnn")
+        return out, jax.grad(lambda q: function(q, key, value, is_causal=True, implementation="cudnn").sum())(
+            query
+        )
+
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        run(jax_fa.dot_product_attention, query),
+        run(jax.nn.dot_product_attention, query),
+    )

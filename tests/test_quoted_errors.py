@@ -23,6 +23,12 @@ X = jnp.ones((1, 8, 2, 16))
 KEYS = jax.random.split(jax.random.key(0), 3)
 
 
+def _strict():
+    with jax.enable_x64(True), jax_fa.strict():
+        x = jnp.ones((1, 8, 2, 16), jnp.float64)
+        jax.jit(attend).trace(x, x, x).lower(lowering_platforms=("cpu",))
+
+
 def attend(query=X, key=X, value=X, **options):
     return jax_fa.flash_attention(query, key, value, **options)
 
@@ -142,6 +148,10 @@ PROVOKED: dict[str, Callable[..., object]] = {
     ),
     "implementation must be None or one of 'cpu', 'mosaic', 'ascend', 'xla'; got 'cudnn'": lambda: attend(
         implementation="cudnn"
+    ),
+    "jax_fa is strict (jax_fa.strict, JAX_FA_STRICT) and this call would fall back to xla on platform 'cpu'. ...": _strict,
+    "implementation='cudnn' is jax.nn's, which cannot serve this call: ...": lambda: (
+        jax_fa.dot_product_attention(X, X, X, implementation="cudnn")  # no CUDA, or float32
     ),
     "implementation='cpu' cannot serve this call on platform 'cpu'. "
     "cpu: serves float32, bfloat16 and float16, not float64": _float64,

@@ -107,7 +107,7 @@ def every() -> tuple[Backend, ...]:
 # What callers may know backends as.
 _BEST = " None takes the best backend of the platform that a program is compiled for"
 _ADVICE = {
-    "cudnn": f"{_BEST}: on NVIDIA GPUs 'mosaic' or 'xla', and no cuDNN.",
+    "cudnn": f"{_BEST}: on NVIDIA GPUs 'mosaic' or 'xla'. dot_product_attention alone takes 'cudnn', which is jax.nn's.",
     **dict.fromkeys(
         ("gpu", "cuda", "mosaic_gpu", "triton", "pallas"), f"{_BEST}: on NVIDIA GPUs 'mosaic' or 'xla'."
     ),
@@ -169,12 +169,29 @@ def choose(platform: str, call: Call, what: str = "forward") -> Backend:
     """The first backend that can serve the call, or the one it names; NotImplementedError with every reason."""
     found = reasons(platform, call, what)
     if (name := best(found, call, what)) is not None:
+        if call.problem.strict and name == xla.backend.name:
+            _refuse_fallback(platform, call, what, found)
         return _named(name)
     implementation = call.problem.implementation
     listed = "; ".join(f"{name}: {why}" for name, why in found.items() if implementation in (None, name))
     which = _WHAT.get(what, "this call")
     who = f"implementation={implementation!r} cannot" if implementation else "No backend can"
     raise NotImplementedError(f"{who} serve {which} on platform {platform!r}. {listed}.")
+
+
+def _refuse_fallback(platform: str, call: Call, what: str, found: dict[str, str | None]) -> None:
+    """Raises where another backend than the portable one was asked for, or is native to the platform."""
+    asked = call.problem.implementation
+    if asked == xla.backend.name:
+        return
+    native = {b.name for b in _backends if b.platforms is not None and platform.lower() in b.platforms}
+    others = native if asked is None else {asked}
+    if why := "; ".join(f"{name}: {reason}" for name, reason in found.items() if name in others):
+        which = _WHAT.get(what, "this call")
+        raise NotImplementedError(
+            f"jax_fa is strict (jax_fa.strict, JAX_FA_STRICT) and {which} would fall back to xla on platform "
+            f"{platform!r}. {why}."
+        )
 
 
 def best(found: dict[str, str | None], call: Call, what: str) -> str | None:
