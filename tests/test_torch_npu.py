@@ -560,6 +560,14 @@ def _(x):
     )  # fmt: skip
 
 
+@row("a-row-of-the-lowest-number-causal", layout="BNSD")
+def _(x):
+    """Callers mask with it, too; in a row without other keys it masks nothing."""
+    pse = x.random(2, 4, 24, 24)
+    pse[:, :, 5] = pse[:, 1, 7, :20] = np.finfo(np.float32).min
+    return given(x.q, x.k, x.v, 4, "BNSD", pse=pse, atten_mask=C, sparse_mode=2, pse_type=0, scale=0.25)
+
+
 # --- running a row
 
 PARAMETERS = ("query", "key", "value", "head_num", "input_layout", "pse", "padding_mask", "atten_mask", "scale",
@@ -1067,3 +1075,22 @@ def test_explained():
     assert jax_fa.explain(x, x, x, 2, "BSH", scale=0.5).entry == "npu_fusion_attention"
     assert jax_fa.explain(x, x, x, head_num=2, input_layout="BSH", scale=0.5).entry == "npu_fusion_attention"
     assert jax_fa.explain(x, x, x, head_num=2).entry == "flash_attention_score"
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_a_pse_that_overflows_once_scaled_masks(on):
+    """In float32, as all backends compute it: such a row is fully masked."""
+    q, k, v, _ = _arrays(1)
+    pse = np.zeros((1, N, S, S), np.float32)
+    pse[:, :, :, 3] = pse[:, :, 9] = -3e38
+    out, pull = jax.vjp(
+        lambda *x: jax_fa.npu_fusion_attention(*x, N, "BNSD", pse=pse, scale=2.0, implementation=on)[0],
+        q,
+        k,
+        v,
+    )
+    gradients = pull(out)
+    pse[pse < 0] = -np.inf
+    wanted = jax_fa.npu_fusion_attention(q, k, v, N, "BNSD", pse=pse, scale=2.0, implementation="xla")[0]
+    np.testing.assert_allclose(out, wanted, atol=5e-6)
+    assert not np.any(out[:, :, 9]) and not np.any(gradients[1][:, :, 3]) and np.isfinite(gradients[0]).all()
