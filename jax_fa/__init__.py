@@ -7,7 +7,18 @@ from jax_fa.api import dot_product_attention, flash_attention
 from jax_fa.attention import OUT_NAME, STATS_NAME
 from jax_fa.backends import ascend, mosaic
 from jax_fa.backends.strictness import strict
-from jax_fa.cann.score import FlashAttentionScoreOutput, flash_attention_score
+from jax_fa.cann.score import (
+    FlashAttentionScoreGradOutput,
+    FlashAttentionScoreOutput,
+    flash_attention_score,
+    flash_attention_score_grad,
+)
+from jax_fa.cann.torch_npu import (
+    NpuFusionAttentionGradOutput,
+    NpuFusionAttentionOutput,
+    npu_fusion_attention,
+    npu_fusion_attention_grad,
+)
 from jax_fa.dropout import dropout_mask
 from jax_fa.explanation import Explanation, explain
 from jax_fa.sequence_parallel import sequence_parallel_attention
@@ -21,7 +32,10 @@ __all__ = [
     "OUT_NAME",
     "STATS_NAME",
     "Explanation",
+    "FlashAttentionScoreGradOutput",
     "FlashAttentionScoreOutput",
+    "NpuFusionAttentionGradOutput",
+    "NpuFusionAttentionOutput",
     "ascend",
     "backends",
     "dot_product_attention",
@@ -29,9 +43,12 @@ __all__ = [
     "explain",
     "flash_attention",
     "flash_attention_score",
+    "flash_attention_score_grad",
     "masks",
     "merge",
     "mosaic",
+    "npu_fusion_attention",
+    "npu_fusion_attention_grad",
     "sequence_parallel",
     "sequence_parallel_attention",
     "strict",

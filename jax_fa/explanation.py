@@ -22,6 +22,7 @@ from jax_fa import api, arguments, backends, compat, primitives
 from jax_fa.backends.ascend import installation
 from jax_fa.call import Call, Dims, Problem
 from jax_fa.cann.score import flash_attention_score
+from jax_fa.cann.torch_npu import npu_fusion_attention
 from jax_fa.masks import Mask
 
 PLATFORMS = ("cpu", "cuda", "tpu", "ascend")
@@ -29,6 +30,7 @@ _ENTRIES: dict[str, Callable[..., Any]] = {
     "dot_product_attention": api.dot_product_attention,
     "flash_attention": api.flash_attention,
     "flash_attention_score": flash_attention_score,
+    "npu_fusion_attention": npu_fusion_attention,
 }
 # Other names of platforms; JAX calls NVIDIA's and AMD's both "gpu".
 _SAME = {"gpu": "cuda", "nvidia": "cuda"}
@@ -145,11 +147,11 @@ def explain(
     attention call in any function of JAX, a whole model or training step too.
 
     Args:
-      *args: those of `dot_product_attention`, `flash_attention` or `flash_attention_score`; or a function and its
-        arguments. Arrays may be of type `jax.ShapeDtypeStruct`. In a function's arguments, whatever is not an array
-        stays as it is, as a static argument does.
+      *args: those of `dot_product_attention`, `flash_attention`, `flash_attention_score` or `npu_fusion_attention`; or a
+        function and its arguments. Arrays may be of type `jax.ShapeDtypeStruct`. In a function's arguments, whatever is not
+        an array stays as it is, as a static argument does.
       **kwargs: likewise.
-      entry: which of the three; None: the one whose arguments these are (`dot_product_attention` where both
+      entry: which of them; None: the one whose arguments these are (`dot_product_attention` where both
         it and `flash_attention` would do). Not with a function.
       platforms: names of platforms, one or several: "cpu", "cuda" (or "gpu", as JAX says), "rocm", "tpu", "metal",
         "ascend", "npu", or that of a JAX plugin that is installed; None: JAX's default one first, then cpu, cuda,
@@ -343,8 +345,11 @@ def _platforms(given: str | Sequence[str] | None) -> dict[str, str]:
 
 def _entry(args: tuple, kwargs: dict[str, Any]) -> str:
     """The entry whose arguments these are."""
+    if len(args) > 3 and isinstance(args[3], int):  # head_num, which torch_npu has by position
+        return "npu_fusion_attention"
     if "head_num" in kwargs:
-        return "flash_attention_score"
+        torch_alone = arguments.names("npu_fusion_attention") - arguments.names("flash_attention_score")
+        return "npu_fusion_attention" if torch_alone & set(kwargs) else "flash_attention_score"
     own = arguments.names("flash_attention") - arguments.names("dot_product_attention")
     others = arguments.names("dot_product_attention") - arguments.names("flash_attention")
     named = dict(zip(("query", "key", "value", "bias", "mask"), args, strict=False)) | kwargs

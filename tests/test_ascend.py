@@ -15,9 +15,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_fa
 from jax_fa import ascend, flash_attention, flash_attention_score, masks
-from jax_fa.backends.ascend import installation, sparse_modes
+from jax_fa.backends.ascend import installation, keep_bits, sparse_modes, split
 from jax_fa.call import Dims
 from jax_fa.cann import spec
+from jax_fa.entry import request_of
 from jax_fa.masks import Band, Causal, CumulativeLengths, Prefix
 from jax_fa.testing import cases as common
 from jax_fa.testing import emulator, oracle
@@ -163,7 +164,9 @@ def test_mode_layout_pse_dtype(case):
             assert call["sparseMode"] == case.mode
             assert call["tensors"]["attenMask"]["shape"] == [3072 if case.mode == 6 else 2048, 2048]
     assert ("VarLen" in forward["function"]) == ("Unpadding" in backward["function"]) == packed
-    assert forward["actualSeqQLen"] == (list(case.ends[0]) if packed else None)
+    # With a pse, CANN takes no empty sequences.
+    ends = [end for end, (sq, _) in zip(case.ends[0], case.lengths, strict=True) if sq or case.pse is None]
+    assert forward["actualSeqQLen"] == (ends if packed else None)
 
 
 def _means(mode: int, pre: int, following: int, prefix: int, Sq: int, Skv: int) -> np.ndarray:
@@ -437,7 +440,7 @@ def test_the_gradient_of_the_logsumexp_takes_columns():
         jax.grad(run)(x)
 
 
-RAISED = (jax.errors.JaxRuntimeError, ValueError)  # JAX makes the latter of an invalid argument
+RAISED = (jax.errors.JaxRuntimeError, ValueError)  # the latter from a jitted function that has run before
 FORWARD = "aclnnFlashAttentionScoreV2"
 FAULTS = [
     (f"{FORWARD}GetWorkspaceSize", 161001, "ACLNN_ERR_PARAM_NULLPTR"),
@@ -683,3 +686,58 @@ def test_statistics_have_eight_lanes():
     assert found.softmax_max.shape == (2, 2, 24, 8)
     np.testing.assert_allclose(found.softmax_max, 4.0, rtol=1e-6)
     np.testing.assert_allclose(found.softmax_sum, 24.0, rtol=1e-6)
+
+
+# --- drawn keep bits
+
+
+@pytest.mark.parametrize("at_once", [1, 400, 1000])
+@pytest.mark.parametrize("shape", [(2, 3, 37, 45), (1, 5, 16, 64), (2, 4, 33, 41)])
+def test_bits_drawn_some_rows_at_a_time(shape, at_once, monkeypatch):
+    """Whether heads end within a byte or not, of a whole call and of a part of it."""
+    B, N, Sq, Skv = shape
+    key = jax.random.key(1)
+    q, k = jnp.zeros((B, Sq, N, 8)), jnp.zeros((B, Skv, N, 8))
+    drawn = keep_bits.Drawn(request_of(flash_attention, q, k, k, dropout_rate=0.3, dropout_key=key).call)
+    parts = keep_bits.Part.whole(B, N, Sq), keep_bits.Part(0, 1, 1, N, 8, Sq)
+    wanted = [drawn.packed(part) for part in parts]
+    count = B * N * Sq * Skv
+    bits, mask = (
+        np.unpackbits(x, bitorder="little")[:count] for x in (wanted[0], jax_fa.dropout_mask(key, 0.3, shape))
+    )
+    np.testing.assert_array_equal(bits, mask)
+    monkeypatch.setattr(keep_bits, "_AT_ONCE", at_once)
+    for part, want in zip(parts, wanted, strict=True):
+        np.testing.assert_array_equal(drawn.packed(part), want)
+
+
+def test_calls_that_draw_many_bits_are_split(monkeypatch):
+    """By bytes of bits, not by work alone; the pieces' bits are those of the whole."""
+    B, N, S, D = 2, 4, 24, 16
+    q, k, v = np.random.default_rng(0).standard_normal((3, B, S, N, D)).astype(np.float32)
+
+    def run(q, k, v):
+        options = {"dropout_rate": 0.25, "dropout_key": jax.random.key(3), "mask": Causal()}
+        return flash_attention(q, k, v, **options, **ASCEND)
+
+    out, pull = jax.vjp(run, q, k, v)
+    whole = jax.block_until_ready([out, *pull(out)])
+    assert len(emulator.log()) == 2
+    emulator.reset()
+    monkeypatch.setattr(split, "MAX_DRAWN_BYTES", 2 * S * S // 8)  # of two heads
+    jax.clear_caches()
+    out, pull = jax.vjp(run, q, k, v)
+    pieces = jax.block_until_ready([out, *pull(whole[0])])
+    assert len(emulator.log()) == 8
+    for a, b in zip(whole, pieces, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    jax.clear_caches()
+
+
+def test_the_note_on_drawn_bits_says_bytes():
+    q = jax.ShapeDtypeStruct((1, 32768, 32, 128), jnp.bfloat16)
+    key = jax.random.key(0)
+    found = jax_fa.explain(
+        q, q, q, dropout_rate=0.1, dropout_key=key, platforms="ascend", entry="flash_attention"
+    )
+    assert any("4294967296 bytes, at most 268435456 at a time" in note for note in found.notes["ascend"])

@@ -30,7 +30,7 @@ if (absent := installation.absence()) is not None:
     pytest.skip(f"needs the CANN adapter: {absent}", allow_module_level=True)
 
 FLT_MAX = np.finfo(np.float32).max
-RAISED = (jax.errors.JaxRuntimeError, ValueError)  # JAX makes the latter of an invalid argument
+RAISED = (jax.errors.JaxRuntimeError, ValueError)  # the latter from a jitted function that has run before
 DTYPES = ("float32", "bfloat16", "float16")
 CLOSE = {"float32": 2e-5, "bfloat16": 2**-6, "float16": 2**-9}
 

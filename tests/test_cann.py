@@ -972,7 +972,7 @@ ERRORS = [
     (
         PACK | {"atten_mask": np.zeros((8, 8), bool)},
         ValueError,
-        r"atten_mask must have shape .*=\(5, 6\) or .*=\(8, 10\), or \(B, 1, max Sq_b, max Skv_b\) with B=2, "
+        r"atten_mask must have shape .*=\(5, 6\) or .*=\(8, 10\), or \(B, 1 or N, max Sq_b, max Skv_b\) with B=2, N=4, "
         r"in layout TND; got \(8, 8\)",
     ),
     (
@@ -1098,10 +1098,10 @@ ERRORS = [
         "actual_seq_qlen and actual_seq_kvlen must name the same sequences, at least one; got 2 and 1",
     ),
     (
-        PACK | {"actual_seq_qlen": [5, 3]},
+        PACK | {"actual_seq_qlen": [5, 4]},
         ValueError,
         r"actual_seq_qlen must be cumulative ends that start at 0 or more and do not decrease, but for zeros "
-        r"after the last one; got \(5, 3\)",
+        r"after the last one; got \(5, 4\)",
     ),
     (
         PACK | {"actual_seq_qlen": [0, 8, 4], "actual_seq_kvlen": [0, 4, 10]},

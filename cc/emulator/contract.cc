@@ -180,6 +180,10 @@ Verdict JudgePse(const Op& op, const Sizes& s) {
   if (!op.pse.present()) return op.pse_type == 1 ? Verdict{} : Tiling("realShift is null and pseType is not 1.");
   const Dims& d = op.pse.dims;
   const std::string got = "realShift shape " + Text(d) + " does not fit.";
+  if (op.sparse_mode == 7 || op.sparse_mode == 8) return Tiling("realShift is not for sparse modes 7 and 8.");
+  if (op.varlen)
+    for (int64_t b = 0; b < s.B; ++b)
+      if (s.sq[b] == 0 || s.skv[b] == 0) return Tiling("realShift is not for empty sequences.");
   if (op.pse_type >= 2) {
     for (int64_t b = 0; b < s.B; ++b)
       if (s.sq[b] != s.skv[b]) return Tiling("pseType 2 and 3 need query and key of one length.");
@@ -187,14 +191,13 @@ Verdict JudgePse(const Op& op, const Sizes& s) {
   }
   const bool table = d.size() == 4 && d[2] == 1024;
   if (op.varlen) {
+    if (table) return Tiling("an ALiBi table is not for layout TND on this device.");
     int64_t full = 0, row = 0;
     for (int64_t b = 0; b < s.B; ++b) {
       full += s.sq[b] * s.skv[b] * s.N;
       row += s.skv[b] * s.N;
     }
-    const bool fits = d == Dims{full} || d == Dims{row} ||
-                      (table && (d[0] == 1 || d[0] == s.B) && d[1] == s.N && d[3] == Most(s.skv));
-    return fits ? Verdict{} : Tiling(got);
+    return d == Dims{full} || d == Dims{row} ? Verdict{} : Tiling(got);
   }
   const int64_t Sq = s.sq[0], Skv = s.skv[0];
   if (d.size() != 4 || (d[0] != 1 && d[0] != s.B) || d[1] != s.N || d[3] != Skv) return Tiling(got);

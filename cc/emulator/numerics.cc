@@ -229,11 +229,6 @@ class Call {
     if (d.size() == 1)
       return load(one_row_ ? pse_row_begin_[b] + n * s.skv[b] + j : pse_begin_[b] + (n * s.sq[b] + i) * s.skv[b] + j);
     const int64_t head = ((d[0] == 1 ? 0 : b) * s.N + n) * d[2];
-    if (op.varlen) {  // entry (r, c) is for the distance longest - 1024 + r - c
-      const int64_t beyond = i - j - (d[3] - 1024);
-      const int64_t r = beyond > 0 ? beyond : 0, c = beyond > 0 ? 0 : -beyond;
-      return j > i ? 0.0f : load((head + r) * d[3] + c);
-    }
     if (d[2] == 1) return load(head * d[3] + j);
     if (d[2] == s.sq[b]) return load((head + i) * d[3] + j);
     const int64_t threshold = s.sq[b] - 1024;

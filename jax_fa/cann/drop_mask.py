@@ -1,4 +1,7 @@
-"""CANN's drop_mask: a stream of keep bits, dense over the logits of each sequence, and where each row's bits begin."""
+"""Dropout of the operator: seeded, or by CANN's drop_mask.
+
+drop_mask is a stream of keep bits, dense over the logits of each sequence; here is where each row's bits begin.
+"""
 
 import math
 
@@ -6,17 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from jax_fa.arguments import shown
+from jax_fa.arguments import random_key, shown
 from jax_fa.call import Dims
 from jax_fa.cann.packed import Packed
 from jax_fa.entry import Dropout
 
 
-def keep_bits(drop_mask, keep_prob, d: Dims, packed: Packed | None) -> Dropout:
-    """The user's bytes as they are, and where each row's bits begin."""
+def dropout(keep_prob, drop_mask, dropout_key, d: Dims, packed: Packed | None) -> Dropout:
+    """The user's key, or the user's bytes as they are and where each row's bits begin."""
     number = isinstance(keep_prob, (int, float, np.number)) and not isinstance(keep_prob, bool)
     if not number or not 0 < keep_prob <= 1:
         raise ValueError(f"keep_prob must be a Python number in (0, 1]; got {shown(keep_prob)}.")
+    if dropout_key is not None:
+        if drop_mask is not None:
+            raise ValueError("drop_mask and dropout_key exclude each other; got both.")
+        random_key("dropout_key", dropout_key)
+        return Dropout(rate=1.0 - float(keep_prob), key=dropout_key)
     if drop_mask is None:
         if keep_prob < 1:
             raise ValueError(

@@ -19,19 +19,19 @@ from jax_fa.indices import known, list_of_integers
 from jax_fa.masks import Mask
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MaskArguments:
-    """The arguments of `flash_attention_score` that say which keys are visible to a row."""
+    """The arguments of the operator that say which keys are visible to a row."""
 
     mode: int
-    pre_tokens: int | np.integer
-    next_tokens: int | np.integer
-    atten_mask: Any
-    prefix: Any
+    pre_tokens: int | np.integer = spec.UNBOUNDED
+    next_tokens: int | np.integer = spec.UNBOUNDED
+    atten_mask: Any = None
+    prefix: Any = None
 
     def mask(self, d: Dims, packed: Packed | None) -> Mask | None:
         """The mask of a call; raises where the arguments do not fit it or each other."""
-        self._check_mode(packed)
+        check_mode(self.mode, packed is not None)
         self._check_tokens(d, packed)
         prefix = self._checked_prefix(d, packed)
         if packed is None:
@@ -54,13 +54,6 @@ class MaskArguments:
         return self.atten_mask is not None and self.mode in spec.FULL_MASK_MODES
 
     # --- checks
-
-    def _check_mode(self, packed: Packed | None) -> None:
-        modes = spec.MODES if packed is None else spec.PACKED_MODES
-        if self.mode not in modes or isinstance(self.mode, bool):
-            where = "with layout TND" if packed is not None else "(7 and 8 are for layout TND)"
-            allowed = ", ".join(map(str, modes))
-            raise ValueError(f"sparse_mode must be one of {allowed} {where}; got {self.mode!r}.")
 
     def _check_tokens(self, d: Dims, packed: Packed | None) -> None:
         for name in ("pre_tokens", "next_tokens"):
@@ -140,7 +133,7 @@ class MaskArguments:
                     f"prefix must be in max(0, Skv - Sq) .. Skv = {low.tolist()} .. {high.tolist()}; "
                     f"got {values.tolist()}."
                 )
-        return prefix
+        return prefix if values is None else tuple(values.tolist())
 
     # --- structure
 
@@ -201,7 +194,7 @@ class MaskArguments:
             self._check_compressed(mask)
             return None
         if packed is not None:
-            return masks.Dense(_spread(mask, packed))
+            return masks.Dense(_spread(mask, d.N, packed))
         allowed: tuple[tuple[Any, ...], ...] = ((*d.B, d.N, d.Sq, d.Skv), (*d.B, 1, d.Sq, d.Skv))
         if self.mode != 5 or d.B == (1,):
             allowed += ((1, 1, d.Sq, d.Skv), (d.Sq, d.Skv))
@@ -218,7 +211,7 @@ class MaskArguments:
         if mask.shape[max(0, rank) :] != pattern.shape or mask.shape[: max(0, rank)] != (1,) * rank:
             raise ValueError(
                 f"atten_mask must have shape {pattern.shape} in sparse_mode={self.mode}; got {mask.shape}. "
-                "A mask of your own goes with sparse_mode=0 or 1; the compressed one may be left out."
+                "A mask of your own goes with sparse_mode=0 or 1."
             )
         values = known(mask)
         if values is not None and not np.array_equal(values.reshape(pattern.shape) != 0, pattern != 0):
@@ -226,9 +219,15 @@ class MaskArguments:
             below = f", with {spec.PREFIX_ROWS} rows below it that are 0 on the left half and 1 on the right,"
             raise ValueError(
                 f"atten_mask must be {top}{below if self.mode == 6 else ''} in sparse_mode={self.mode}; got "
-                "another pattern. A mask of your own goes with sparse_mode=0 or 1; the compressed one may be "
-                "left out."
+                "another pattern. A mask of your own goes with sparse_mode=0 or 1."
             )
+
+
+def check_mode(mode, packed: bool) -> None:
+    modes = spec.PACKED_MODES if packed else spec.MODES
+    if mode not in modes or isinstance(mode, bool):
+        where = "with layout TND" if packed else "(7 and 8 are for layout TND)"
+        raise ValueError(f"sparse_mode must be one of {', '.join(map(str, modes))} {where}; got {mode!r}.")
 
 
 def _numbers(d: Dims) -> bool:
@@ -240,12 +239,13 @@ def _visible(mask):
     return jnp.logical_not(jnp.asarray(mask).astype(jnp.bool_))
 
 
-def _spread(mask, packed: Packed):
-    """Visibility over the packed axes, boolean `Sq Skv`, from a mask of any shape that TND takes."""
+def _spread(mask, N: int, packed: Packed):
+    """Visibility over the packed axes, boolean `[N] Sq Skv`, from a mask of any shape that TND takes."""
     lengths = packed.lengths()
     whole = (packed.Sq, packed.Skv)
-    # One mask for all sequences, or `[B, 1, max Sq_b, max Skv_b]`: one for each.
-    each = mask.ndim == 4 and packed.count > 1 and mask.shape[:2] == (packed.count, 1)
+    # One mask for all sequences, or `[B, 1 or N, max Sq_b, max Skv_b]`: one for each.
+    lead = mask.shape[:-2]
+    each = lead not in ((), (1, 1)) and lead in ((packed.count, 1), (packed.count, N))
     shape = mask.shape[-2:] if each or mask.shape[:-2] == (1,) * (mask.ndim - 2) else mask.shape
     if shape == whole and not each:
         return _visible(mask.reshape(shape))
@@ -258,7 +258,7 @@ def _spread(mask, packed: Packed):
         wanted = f"(max Sq_b, max Skv_b)={longest} or (sum Sq_b, sum Skv_b)={total}"
     if not fits:
         raise ValueError(
-            f"atten_mask must have shape {wanted}, or (B, 1, max Sq_b, max Skv_b) with B={packed.count}, in layout "
+            f"atten_mask must have shape {wanted}, or (B, 1 or N, max Sq_b, max Skv_b) with B={packed.count}, N={N}, in layout "
             f"TND; got {mask.shape}."
         )
     if 0 in shape:
@@ -270,4 +270,5 @@ def _spread(mask, packed: Packed):
     i, j = jnp.minimum(rows.position, shape[0] - 1), jnp.minimum(j, shape[1] - 1)
     if not each:
         return visible[0, i][:, j]
-    return visible[rows.sequence[:, None], i[:, None], j]
+    found = visible.reshape(lead + shape)[rows.sequence[:, None], :, i[:, None], j]
+    return found[..., 0] if lead[1] == 1 else jnp.moveaxis(found, -1, 0)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import indices
-from jax_fa.indices import known, search_last
+from jax_fa.call import Dims
+from jax_fa.indices import known, list_of_integers, search_last
 
 
 class Places(NamedTuple):
@@ -56,6 +57,10 @@ class Packed:
         (query, query_ends), (key, key_ends) = self._bounds()
         return query_ends - query, key_ends - key
 
+    def last_row(self) -> jax.Array:
+        """Where the last sequence ends in query."""
+        return self._bounds()[0][1][-1]
+
     def rows(self) -> Places:
         return self._places(0, self.Sq)
 
@@ -83,8 +88,47 @@ def _bounds(ends, size: int) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
 
 
-def checked_ends(name: str, ends, total: int, packed_axis: str):
+def sequences(input_layout: str, query_ends, key_ends, d: Dims) -> Packed | None:
+    """The sequences of layout TND; None in the other layouts."""
+    given = {"actual_seq_qlen": query_ends, "actual_seq_kvlen": key_ends}
+    for name, ends in given.items():
+        absent = ends is None or (isinstance(ends, (list, tuple)) and not ends)
+        if input_layout == "TND" and absent:
+            raise ValueError(
+                f"{name} must hold the cumulative lengths of the sequences in layout TND; got {ends}."
+            )
+        if input_layout != "TND" and not absent:
+            raise ValueError(f"{name} is for layout TND; got {ends} with input_layout={input_layout!r}.")
+    if input_layout != "TND":
+        return None
+    query, key = (_listed(list_of_integers(name, ends)) for name, ends in given.items())
+    if np.shape(query) != np.shape(key) or np.shape(query) == (0,):
+        raise ValueError(
+            "actual_seq_qlen and actual_seq_kvlen must name the same sequences, at least one; got "
+            f"{np.shape(query)[0]} and {np.shape(key)[0]} entries."
+        )
+    query = _checked_ends("actual_seq_qlen", query, d.Sq, "query's T")
+    key = _checked_ends("actual_seq_kvlen", key, d.Skv, "key's T")
+    return Packed(query, key, d.Sq, d.Skv)
+
+
+def _listed(ends):
+    """A list where the values are known: CANN takes nothing else, and a mask of T x T costs more than compiling again."""
+    values = known(ends)
+    return ends if values is None else tuple(values.tolist())
+
+
+def _checked_ends(name: str, ends, total: int, packed_axis: str):
     """Cumulative ends without the zeros that may fill up the list; raises ValueError where known ones do not fit."""
+    values = known(ends)
+    if values is not None and values.size and indices.is_int(total) and total:
+        # Lengths in place of ends are the commonest mistake; some of them are no wrong ends.
+        if min(values) >= 0 and values.max() != total and int(values.sum(dtype=np.int64)) == total:
+            raise ValueError(
+                f"{name} must be cumulative ends of the sequences along T; got {ends}, whose sum is "
+                f"{packed_axis}={total}, as if these were lengths. For lengths pass "
+                f"{tuple(np.cumsum(values).tolist())}; where these are ends, cut the arrays behind the last one."
+            )
     ends = indices.tidy_ends(name, ends)
     values = known(ends)
     if values is not None and values.size and indices.is_int(total) and values[-1] > total:

@@ -12,6 +12,7 @@ contiguous, so a row needs only the index of its key 0 (`bias_offset`), or its s
 Source: aclnnFlashAttentionScoreV2, realShiftOptional and pseType; ops-transformer `op_kernel/arch22/pse.h`.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jax_fa.cann.masks import MaskArguments
 from jax_fa.cann.packed import Packed
 from jax_fa.cann.spec import ALIBI_ROWS, ALIBI_TYPES, PSE_TYPES
 from jax_fa.entry import Terms
+from jax_fa.indices import FAR, is_int
 
 
 def check_mode_of_pse(pse, sparse_mode: int) -> None:
@@ -31,16 +33,53 @@ def check_mode_of_pse(pse, sparse_mode: int) -> None:
         raise ValueError(f"pse must be None in sparse_mode={sparse_mode}, as in CANN; got an array.")
 
 
-def pse_terms(
+@dataclass(frozen=True)
+class Pse:
+    """The arguments of a call that shift its logits."""
+
+    values: Any
+    type: Any
+    q_start_idx: Any = None
+    kv_start_idx: Any = None
+
+    @property
+    def start(self) -> int:
+        """How much further than key 0 the first row stands, for slopes."""
+        if self.type not in ALIBI_TYPES:
+            return 0
+        return _start("q_start_idx", self.q_start_idx) - _start("kv_start_idx", self.kv_start_idx)
+
+    def terms(self, sparse: MaskArguments, *, scale, dtype, d: Dims, packed: Packed | None) -> Terms:
+        """Checks pse and turns it into terms of the logits.
+
+        Args:
+          sparse: the arguments of the mask.
+          scale: see `flash_attention_score`.
+          dtype: query's. d: the sizes of the call. packed: the sequences in layout TND.
+        """
+        form = _terms(self.values, self.type, sparse, scale=scale, dtype=dtype, d=d, packed=packed)
+        if not self.start:
+            return form
+        index = jnp.arange(d.Sq, dtype=jnp.int32)[(None,) * (len(d.B) + 1)]
+        position = index if form.position is None else form.position
+        return form._replace(position=position + self.start)
+
+
+def _start(name: str, given) -> int:
+    """Where a piece of a longer sequence begins: a list of one int, or nothing."""
+    if given is None or (isinstance(given, (list, tuple)) and not given):
+        return 0
+    one = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
+    if not is_int(one):
+        raise TypeError(f"{name} must be a list of one int, or None; got {arguments.shown(given)}.")
+    if not 0 <= one < FAR:
+        raise ValueError(f"{name} must be in 0..{FAR - 1}; got {one}.")
+    return int(one)
+
+
+def _terms(
     pse, pse_type: int, sparse: MaskArguments, *, scale, dtype, d: Dims, packed: Packed | None
 ) -> Terms:
-    """Checks pse and turns it into terms of the logits.
-
-    Args:
-      pse, pse_type, scale: see `flash_attention_score`.
-      sparse: the arguments of the mask.
-      dtype: query's. d: the sizes of the call. packed: the sequences in layout TND.
-    """
     if pse_type not in PSE_TYPES:
         raise ValueError(f"pse_type must be 0, 1, 2 or 3; got {pse_type!r}.")
     if pse is None:

@@ -1,28 +1,21 @@
-"""The public entry with CANN's conventions: `flash_attention_score`.
+"""The public entries with the names of CANN's operator: `flash_attention_score` and its backward.
 
-Names, layouts and rules are those of `aclnnFlashAttentionScore` (and of torch_npu's `npu_fusion_attention`).
-This file turns them into a `Call`; `masks` holds the sparse modes, `pse` the positional shift, `drop_mask` the keep
-bits, `packed` the arithmetic of layout TND, `spec` the constants.
+Names, layouts and rules are those of `aclnnFlashAttentionScore`; `torch_npu` holds the entries with torch_npu's names.
+`operator` turns the arguments into a `Call`; `masks` holds the sparse modes, `pse` the positional shift, `drop_mask` the
+keep bits, `packed` the arithmetic of layout TND, `statistics` and `sinks` what their names say, `spec` the constants.
 """
 
-import math
+import warnings
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Float32
 
 from jax_fa import backends, entry
-from jax_fa.arguments import array, choice, integer, shown
-from jax_fa.call import Axes, Dims
-from jax_fa.cann import spec
-from jax_fa.cann.drop_mask import keep_bits
+from jax_fa.attention import Attention
+from jax_fa.cann import backward, spec
 from jax_fa.cann.masks import MaskArguments
-from jax_fa.cann.packed import Packed, checked_ends
-from jax_fa.cann.pse import check_mode_of_pse, pse_terms
-from jax_fa.indices import list_of_integers
-from jax_fa.softmax import FLT_MAX
+from jax_fa.cann.operator import Operator
+from jax_fa.cann.pse import Pse
 
 
 class FlashAttentionScoreOutput(NamedTuple):
@@ -31,18 +24,12 @@ class FlashAttentionScoreOutput(NamedTuple):
     attention_out: Float[Array, "..."]  # in query's layout
 
 
-class _Layout(NamedTuple):
-    axes: Axes  # put arrays of rank 4 (TND: 3) into the order *B S N D
-    unfolded: str | None = None  # the layout once an axis H = N * D is split into heads and head_dim
-
-
-_LAYOUTS = {
-    "BSH": _Layout((0, 1, 2, 3), unfolded="BSND"),
-    "SBH": _Layout((1, 0, 2, 3), unfolded="SBND"),
-    "BSND": _Layout((0, 1, 2, 3)),
-    "BNSD": _Layout((0, 2, 1, 3)),
-    "TND": _Layout((0, 1, 2)),
-}
+class FlashAttentionScoreGradOutput(NamedTuple):
+    dq: Float[Array, "..."]
+    dk: Float[Array, "..."]
+    dv: Float[Array, "..."]
+    dpse: Float[Array, "..."] | None  # of pse, where there is one
+    dsink: Float32[Array, " N"] | None
 
 
 @entry.entry
@@ -58,14 +45,19 @@ def flash_attention_score(
     head_num: int,
     input_layout: str = "BSH",
     scale_value: float | ArrayLike = 1.0,
-    keep_prob: float = 1.0,
+    keep_prob: float | int = 1.0,
     pre_tokens: int = spec.UNBOUNDED,
     next_tokens: int = spec.UNBOUNDED,
     inner_precise: int = 0,
     sparse_mode: int = 0,
     pse_type: int = 1,
+    q_start_idx: Any = None,
+    kv_start_idx: Any = None,
     actual_seq_qlen: Any = None,
     actual_seq_kvlen: Any = None,
+    query_rope: ArrayLike | None = None,
+    key_rope: ArrayLike | None = None,
+    sink: ArrayLike | None = None,
     implementation: backends.Implementation = None,
 ) -> entry.Request[FlashAttentionScoreOutput]:
     """CANN's `aclnnFlashAttentionScore` for JAX arrays, on every backend, differentiable.
@@ -93,10 +85,10 @@ def flash_attention_score(
         another, without padding). See `jax_fa.dropout_mask`.
       atten_mask: bool or uint8, 1 = masked. Sparse modes 0 and 1: `[B, N, Sq, Skv]`, `[B, 1, Sq, Skv]`,
         `[1, 1, Sq, Skv]` or `[Sq, Skv]` (mode 5: the first two, with B = 1 all; TND: `[max Sq_b, max Skv_b]`,
-        `[B, 1, max Sq_b, max Skv_b]` or `[sum Sq_b, sum Skv_b]`). Other modes need none; the `[2048, 2048]` mask
+        `[B, 1 or N, max Sq_b, max Skv_b]` or `[sum Sq_b, sum Skv_b]`). Other modes need none; the `[2048, 2048]` mask
         that CANN wants (mode 6: `[3072, 2048]`) is accepted, checked where its values are known, and not read.
-      prefix: sparse modes 5 and 6: one integer per batch entry in `max(0, d) .. Skv`. A list or tuple is part
-        of the program, an array is data; values not known when tracing mean the nearer end of 0 .. Skv.
+      prefix: sparse modes 5 and 6: one integer per batch entry in `max(0, d) .. Skv`. Values that are known are part
+        of the program; those not known when tracing mean the nearer end of 0 .. Skv.
       head_num: N.
       input_layout: "BSH", "SBH", "BSND", "BNSD", or "TND" for sequences of different lengths packed along T.
       scale_value: factor of the logits, a finite number or an array that holds one. Note the default: 1, not
@@ -113,13 +105,19 @@ def flash_attention_score(
       pse_type: 0 `scale*s + pse`, 1 `scale*(s + pse)`, 2 `scale*s - slope*|j - i|`, 3 the same with
         `sqrt(|j - i|)`; i and j count within their own sequence from its first row and key. A pse of -inf masks its
         key, also where scale_value is 0 or negative.
+      q_start_idx: pse types 2 and 3: a list of one int, the position of the first row; None is 0.
+      kv_start_idx: likewise, the position of the first key.
       actual_seq_qlen: TND: where each sequence ends along T, cumulative, without a leading 0; empty
         sequences are fine, and so are zeros after the last end, which are empty sequences. Rows past the last end
-        are fully masked. Lists and tuples are part of the program, arrays are data, checked where their values are
-        known. Traced ends count as their running maximum, at most T, and T stands for the sums of the lengths in
+        are fully masked. Values that are known (lists, NumPy arrays, concrete arrays) are part of the program, and
+        checked. Traced ends count as their running maximum, at most T, and T stands for the sums of the lengths in
         the shapes above; the caller must then ensure that pse has the size of its sequences and, for ALiBi, that
         Sq_b = Skv_b.
       actual_seq_kvlen: TND: the same of key and value.
+      query_rope: the rotated part of query, in its layout, with a head_dim of its own: the logits are
+        `query key^T + query_rope key_rope^T`.
+      key_rope: that of key.
+      sink: float32 `[N]`: one more logit for each row of a head, without a value. Differentiable.
       implementation: None (the best backend that can), the name of a backend, or the options of one:
         `jax_fa.ascend.Options`, `jax_fa.mosaic.Options`.
 
@@ -149,190 +147,122 @@ def flash_attention_score(
     Source: aclnnFlashAttentionScoreV2 and aclnnFlashAttentionVarLenScoreV4 in the CANN operator library's
     documentation; stats of TND as with softmaxOutLayout "same_as_input".
     """
-    backend = backends.chosen(implementation)
-    _check_choices(input_layout, inner_precise, sparse_mode, pse_type)
-    scale_value = entry.finite_scale("scale_value", scale_value)
-    arrays = _arrays(query, key, value, input_layout, head_num)
-    d, dtype = arrays.dims, arrays.query.dtype
-    sequences = _sequences(input_layout, actual_seq_qlen, actual_seq_kvlen, d)
-    _check_limits(d, sequences, prefix)
-    check_mode_of_pse(pse, sparse_mode)
-    sparse = MaskArguments(
-        mode=sparse_mode, pre_tokens=pre_tokens, next_tokens=next_tokens, atten_mask=atten_mask, prefix=prefix
-    )
-    call = entry.build(
-        arrays,
-        mask=sparse.mask(d, sequences),
-        terms=pse_terms(pse, pse_type, sparse, scale=scale_value, dtype=dtype, d=d, packed=sequences),
+    operator = Operator(
+        arrays=(query, key, value),
+        ropes=(query_rope, key_rope),
+        head_num=head_num,
+        input_layout=input_layout,
         scale=scale_value,
-        dropped=keep_bits(drop_mask, keep_prob, d, sequences),
-        backend=backend,
-        hints=_own_form(sparse, pse, pse_type, d, sequences),
+        inner_precise=inner_precise,
+        pse=Pse(pse, pse_type, q_start_idx, kv_start_idx),
+        sparse=MaskArguments(sparse_mode, pre_tokens, next_tokens, atten_mask, prefix),
+        dropped=(keep_prob, drop_mask, None),
+        ends=(actual_seq_qlen, actual_seq_kvlen),
+        sink=sink,
+        implementation=implementation,
     )
+    built = operator.built()
+    _warn_without_mask(operator.sparse)
 
-    def finish(result):
-        m, l = _statistics(result.softmax_max, result.softmax_sum, d, sequences)
-        out = result.out
-        if _LAYOUTS[input_layout].unfolded:
-            out = out.reshape(*out.shape[:2], d.N * d.Dv)
+    def finish(result: Attention) -> FlashAttentionScoreOutput:
+        out, m, l = built.results(result)
         return FlashAttentionScoreOutput(m, l, out)
 
-    return entry.Request(call, finish)
+    return entry.Request(built.call, finish, built.run)
 
 
-# --- the call in CANN's terms, for the Ascend backend
+_warned = False
 
 
-def _own_form(
-    sparse: MaskArguments, pse, pse_type: int, d: Dims, sequences: Packed | None
-) -> spec.Arguments | None:
-    """Nothing where CANN's host integers are arrays here."""
-    given = [sparse.prefix] if sequences is None else [sparse.prefix, sequences.query, sequences.key]
-    if any(hasattr(x, "shape") for x in given):
-        return None
-    prefix = None if sparse.prefix is None else list_of_integers("prefix", sparse.prefix)
-    mask = sparse.atten_mask if sequences is not None and sparse.full() else None
-    # CANN's TND has no mask for each sequence.
-    mask = None if mask is None or math.prod(np.shape(mask)[:-2]) != 1 else mask
-
-    def lead(x):
-        return None if x is None else jax.lax.stop_gradient(jnp.asarray(x)[(None,) * len(d.B)])
-
-    return spec.Arguments(
-        sizes=(*d.B, d.N, d.Sq, d.Skv),
-        sparse_mode=int(sparse.mode),
-        pre_tokens=max(-spec.UNBOUNDED, min(int(sparse.pre_tokens), spec.UNBOUNDED)),
-        next_tokens=max(-spec.UNBOUNDED, min(int(sparse.next_tokens), spec.UNBOUNDED)),
-        prefix=prefix,  # type: ignore[arg-type]
-        actual_seq_qlen=None if sequences is None else sequences.query,  # type: ignore[arg-type]
-        actual_seq_kvlen=None if sequences is None else sequences.key,  # type: ignore[arg-type]
-        pse_type=int(pse_type),
-        pse=lead(pse),
-        mask=lead(mask),
+def _warn_without_mask(sparse: MaskArguments) -> None:
+    """Says once what is otherwise than in CANN."""
+    global _warned
+    if _warned or sparse.atten_mask is not None or sparse.mode == 1:
+        return
+    if sparse.mode == 0 and min(sparse.pre_tokens, sparse.next_tokens) >= spec.UNBOUNDED:
+        return
+    _warned = True
+    warnings.warn(
+        f"flash_attention_score applies sparse_mode={sparse.mode} and its tokens without an atten_mask, where CANN and "
+        "jax_fa.npu_fusion_attention ignore them. (Said once.)",
+        UserWarning,
+        stacklevel=5,
     )
 
 
-# --- checks and shapes
+@entry.entry
+def flash_attention_score_grad(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    dy: ArrayLike,
+    softmax_max: ArrayLike,
+    softmax_sum: ArrayLike,
+    attention_in: ArrayLike,
+    pse: ArrayLike | None = None,
+    drop_mask: ArrayLike | None = None,
+    atten_mask: ArrayLike | None = None,
+    prefix: Any = None,
+    *,
+    head_num: int,
+    input_layout: str = "BSH",
+    scale_value: float | ArrayLike = 1.0,
+    keep_prob: float | int = 1.0,
+    pre_tokens: int = spec.UNBOUNDED,
+    next_tokens: int = spec.UNBOUNDED,
+    inner_precise: int = 0,
+    sparse_mode: int = 0,
+    pse_type: int = 1,
+    q_start_idx: Any = None,
+    kv_start_idx: Any = None,
+    actual_seq_qlen: Any = None,
+    actual_seq_kvlen: Any = None,
+    query_rope: ArrayLike | None = None,
+    key_rope: ArrayLike | None = None,
+    sink: ArrayLike | None = None,
+    implementation: backends.Implementation = None,
+) -> entry.Request[FlashAttentionScoreGradOutput]:
+    """CANN's `aclnnFlashAttentionScoreGrad`: the backward with statistics and an output that are given.
 
+        p = exp(x - softmax_max) / softmax_sum, ds = p (dp - rowsum(dy * attention_in))
 
-def _check_choices(input_layout, inner_precise, sparse_mode, pse_type) -> None:
-    choice("input_layout", input_layout, _LAYOUTS)
-    for name, x in (("inner_precise", inner_precise), ("sparse_mode", sparse_mode), ("pse_type", pse_type)):
-        integer(name, x)
-    if inner_precise not in (0, 1, 2):
-        raise ValueError(f"inner_precise must be 0, 1 or 2; got {inner_precise!r}.")
+    with x as in `flash_attention_score` and dp the gradient of the weights. Whatever the statistics are: where those of
+    several blocks of keys are merged, and attention_in is the merged output, the result is the share of this block, as
+    context-parallel code wants it. It is differentiable itself, in all of these arrays, to any order.
 
+    Args:
+      dy: the cotangent of attention_out, with its shape and dtype.
+      softmax_max: as the forward gives it, or merged. Rows whose sum is 0 or +FLT_MAX have gradients 0.
+      softmax_sum: likewise.
+      attention_in: the output of the forward, or the merged one.
+      query, key, value, and all others: as in `flash_attention_score`.
 
-def _arrays(query, key, value, input_layout: str, head_num) -> entry.Arrays:
-    """query, key and value with separate head and head_dim axes."""
-    if isinstance(head_num, bool) or not isinstance(head_num, (int, np.integer)):
-        raise TypeError(f"head_num must be an int; got {shown(head_num)}.")
-    if not 0 < head_num <= spec.MAX_HEADS:
-        raise ValueError(f"head_num must be in 1..{spec.MAX_HEADS}; got {head_num}.")
-    axes, unfolded = _LAYOUTS[input_layout]
-    arrays = {"query": query, "key": key, "value": value}
-    for name, x in arrays.items():
-        x = x if hasattr(x, "dtype") else array(name, x)
-        if x.dtype.name not in spec.DTYPES:
-            *some, last = spec.DTYPES
-            raise TypeError(f"{name} must have dtype {', '.join(some)} or {last}; got {x.dtype}.")
-        rank = 3 if unfolded else len(axes)
-        if x.ndim != rank:
-            raise ValueError(f"{name} must have {rank} dimensions ({input_layout}); got shape {x.shape}.")
-        arrays[name] = jnp.asarray(x)
-    stored = _unfold(**arrays, head_num=head_num) if unfolded else tuple(arrays.values())
-    layout = f"{input_layout} as {unfolded}" if unfolded else input_layout
-    query, key, value = stored
-    found = entry.checked(query, key, value, axes, layout)
-    d = found.dims
-    if d.N != head_num:
-        raise ValueError(
-            f"head_num must be query's number of heads {d.N} (shape {found.query.shape}, {layout}); got {head_num}."
-        )
-    if not 0 < d.Dv <= d.D:
-        raise ValueError(
-            f"value must have a head_dim in 1..D={d.D}; got {d.Dv} from shape {found.value.shape} ({layout})."
-        )
-    return found
+    Returns:
+      dq, dk, dv, each with the shape and dtype of its array; dpse of pse (None without one), which CANN itself does not
+      compute; and dsink (None without a sink). With query_rope and key_rope, dq and dk hold the gradients of these beside
+      their own, along head_dim.
 
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `flash_attention_score`.
 
-def _unfold(query, key, value, head_num):
-    """H into N x D: D = H / head_num, K = Hkv / D, Dv = Hv / K."""
-    D = _divide("query", query, "head_num", head_num)
-    K = _divide("key", key, "query's head_dim D", D)
-    Dv = _divide("value", value, "key's number of heads K", K)
-    shapes = ((query, (head_num, D)), (key, (K, D)), (value, (K, Dv)))
-    return tuple(x.reshape(*x.shape[:2], *heads) for x, heads in shapes)
+    Source: aclnnFlashAttentionScoreGradV2 in the CANN operator library's documentation.
+    """
+    operator = Operator(
+        arrays=(query, key, value),
+        ropes=(query_rope, key_rope),
+        head_num=head_num,
+        input_layout=input_layout,
+        scale=scale_value,
+        inner_precise=inner_precise,
+        pse=Pse(pse, pse_type, q_start_idx, kv_start_idx),
+        sparse=MaskArguments(sparse_mode, pre_tokens, next_tokens, atten_mask, prefix),
+        dropped=(keep_prob, drop_mask, None),
+        ends=(actual_seq_qlen, actual_seq_kvlen),
+        sink=sink,
+        implementation=implementation,
+    )
 
+    def finish(found: backward.Gradients) -> FlashAttentionScoreGradOutput:
+        return FlashAttentionScoreGradOutput(*found[:5])
 
-def _divide(name: str, x, what: str, by: int) -> int:
-    size = x.shape[2]
-    if size == 0 or size % by:
-        raise ValueError(
-            f"{name} must have a last axis H that is a positive multiple of {what}={by}; got H={size}."
-        )
-    return size // by
-
-
-def _check_limits(d: Dims, sequences: Packed | None, prefix) -> None:
-    """CANN's limits on sizes."""
-    if sequences is None:
-        B, most = d.B[0], spec.MAX_BATCH if prefix is None else spec.MAX_BATCH_PREFIX
-    else:
-        B, most = sequences.count, spec.MAX_BATCH if prefix is None else spec.MAX_SEQUENCES_PREFIX
-    with_prefix = "" if prefix is None else " with prefix"
-    rows, keys = ("Sq", "Skv") if sequences is None else ("T", "T")
-    for name, what, size, limit in (
-        ("query", f"B{with_prefix}", B, most),
-        ("query", rows, d.Sq, spec.MAX_LENGTH),
-        ("key", keys, d.Skv, spec.MAX_LENGTH),
-        ("query", "D", d.D, spec.MAX_HEAD_DIM),
-    ):
-        if isinstance(size, int) and size > limit:  # a symbolic size (jax.export) has no number yet
-            raise ValueError(f"{name} must have {what} of at most {limit}; got {size}.")
-
-
-def _sequences(input_layout: str, query_ends, key_ends, d: Dims) -> Packed | None:
-    """The sequences of layout TND; None in the other layouts."""
-    given = {"actual_seq_qlen": query_ends, "actual_seq_kvlen": key_ends}
-    for name, ends in given.items():
-        absent = ends is None or (isinstance(ends, (list, tuple)) and not ends)
-        if input_layout == "TND" and absent:
-            raise ValueError(
-                f"{name} must hold the cumulative lengths of the sequences in layout TND; got {ends}."
-            )
-        if input_layout != "TND" and not absent:
-            raise ValueError(f"{name} is for layout TND; got {ends} with input_layout={input_layout!r}.")
-    if input_layout != "TND":
-        return None
-    query, key = (list_of_integers(name, ends) for name, ends in given.items())
-    if np.shape(query) != np.shape(key) or np.shape(query) == (0,):
-        raise ValueError(
-            "actual_seq_qlen and actual_seq_kvlen must name the same sequences, at least one; got "
-            f"{np.shape(query)[0]} and {np.shape(key)[0]} entries."
-        )
-    query = checked_ends("actual_seq_qlen", query, d.Sq, "query's T")
-    key = checked_ends("actual_seq_kvlen", key, d.Skv, "key's T")
-    return Packed(query, key, d.Sq, d.Skv)
-
-
-# --- statistics
-
-
-def _statistics(m, l, d: Dims, sequences: Packed | None):
-    """CANN's (softmax_max, softmax_sum) from the kernels', `*B N Sq` each."""
-    # Rows without a visible key: a sum of FLT_MAX makes exp(x - max) / sum vanish there.
-    l = jnp.where(l == 0, FLT_MAX, l)
-    no_keys = None
-    if d.Skv == 0:
-        no_keys = True
-    elif sequences is not None:
-        rows = sequences.rows()
-        no_keys = rows.inside & (rows.skv == 0)
-
-    def store(x):
-        x = x if no_keys is None else jnp.where(no_keys, 0.0, x)
-        x = x if sequences is None else x.T  # TND: rows first
-        return jnp.broadcast_to(x[..., None], (*x.shape, spec.LANES))
-
-    return store(m), store(l)
+    return backward.request(operator, softmax_max, softmax_sum, attention_in, dy, finish=finish)

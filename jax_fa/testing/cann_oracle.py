@@ -29,6 +29,7 @@ class Sequence:
     shift: Any = 0.0  # what pse adds to scale * s
     weight: Any = 1.0  # keep / keep_prob
     dout: Any = None  # as out; only `compute` needs it
+    sink: Any = None  # `N`: one more logit of each row, without a value
 
     def compute(self, dtype=None) -> dict[str, np.ndarray]:
         """out, max, sum and gradients; in float64, or with a naive implementation's roundings to dtype."""
@@ -44,7 +45,12 @@ class Sequence:
         x = q @ k.swapaxes(1, 2) * scale + np.asarray(self.shift, wide)
         m = np.max(x, axis=-1, where=self.visible, initial=-FLT_MAX)
         p = np.where(self.visible, np.exp(np.where(self.visible, x - m[..., None], 0)), 0)
-        l = p.sum(axis=-1)
+        l, sink_weight = p.sum(axis=-1), None
+        if self.sink is not None:
+            sink = self.sink.astype(wide)[:, None]
+            top = np.maximum(m, sink)
+            p, l = p * np.exp(m - top)[..., None], l * np.exp(m - top) + np.exp(sink - top)
+            m, sink_weight = top, np.exp(sink - top) / l
         w = p / np.where(l == 0, 1, l)[..., None]
         out = narrow(narrow(weight * w) @ v)
         dw = weight * (dout @ v.swapaxes(1, 2))
@@ -60,6 +66,8 @@ class Sequence:
         # CANN's marks: a fully masked row whose sequence has keys, and a row of a sequence without keys.
         l = np.where(l == 0, FLT_MAX if k.shape[1] else 0, l)
         m = m if k.shape[1] else np.zeros_like(m)
+        if sink_weight is not None:
+            found["dsink"] = -np.sum(sink_weight * np.sum(out * dout, axis=-1), axis=-1)
         return found | {"max": m, "sum": l, "dx": dx}
 
 
@@ -111,6 +119,7 @@ class Pse:
     lengths: list[tuple[int, int]] = field(default_factory=list)  # of all sequences
     packed: bool = False
     heads: int = 1
+    start: int = 0  # how much further than key 0 the first row stands
 
     def index(self, b: int) -> np.ndarray:
         """Flat index into `stored`, `N Sq Skv`."""
@@ -148,7 +157,7 @@ class Pse:
 
     def factor(self, b: int, scale: float):
         sq, skv = self.lengths[b]
-        away = np.abs(np.arange(skv)[None, :] - np.arange(sq)[:, None])
+        away = np.abs(np.arange(skv)[None, :] - np.arange(sq)[:, None] - self.start)
         return (1.0, scale, -away, -np.sqrt(away))[self.kind]
 
     def shift(self, b: int, scale: float) -> np.ndarray:

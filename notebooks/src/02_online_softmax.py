@@ -13,6 +13,8 @@
 #   and the factor between two tiles `exp[i]`.
 
 # %%
+import warnings
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -21,6 +23,9 @@ from matplotlib.colors import ListedColormap
 
 import jax_fa
 from jax_fa.masks import Causal
+
+# CANN ignores a sparse mode without its mask; the calls below show what the modes are.
+warnings.filterwarnings("ignore", message="flash_attention_score applies")
 
 jax.config.update("jax_enable_x64", True)  # float64 on both sides, so that only the algorithm is compared
 random = np.random.default_rng(0)

@@ -27,7 +27,7 @@ from jax_fa.backends.ascend import costs, custom_call, dense, installation, limi
 from jax_fa.backends.ascend import layout as layouts
 from jax_fa.backends.ascend.operator_call import OperatorCall, Residuals
 from jax_fa.backends.ascend.options import Options
-from jax_fa.backends.ascend.shift import masks_fully
+from jax_fa.backends.ascend.shift import masks_fully, maximum_from_cann, maximum_to_cann
 from jax_fa.backends.ascend.translation import Translation
 from jax_fa.backends.xla import backend as portable
 from jax_fa.call import STORED, Call, Dims, Operands, Problem, Saved, narrowed, rounding_unit, widened
@@ -86,6 +86,7 @@ def _forward(call: Call):
     if op.masking_logit is not None:
         seen &= ~masks_fully(m, op.masking_logit)
     m, l = jnp.where(seen, m, -FLT_MAX), jnp.where(seen, l, 0)
+    m = m if op.pse is None else maximum_from_cann(m)
     if (kept := plan.keep_factor()) is not None:
         out = layouts.times(out, op.layout, d.N, 1 / kept)
     if op.sequences is not None:
@@ -148,7 +149,7 @@ def _cann_gradients(plan: Translation, op: OperatorCall, saved: Saved):
     dv = layouts.narrow(dv, op.layout, op.K, d.Dv)
     if op.sequences is not None:
         dq = op.sequences.put_rows(dq, d.Sq, 0.0)
-        dk, dv = (jnp.pad(x, [(0, d.Skv - x.shape[0]), (0, 0), (0, 0)]) for x in (dk, dv))
+        dk, dv = (op.sequences.put_keys(x, d.Skv) for x in (dk, dv))
     return dq, dk, dv
 
 
@@ -164,7 +165,7 @@ def _residuals(plan: Translation, op: OperatorCall, saved: Saved):
     out, dout = out.astype(op.query.dtype), dout.astype(op.query.dtype)
     flat = (-1, d.N, d.Sq)
     if op.pse is not None:  # exp(logit - m) is 0 for every key of a row that pse masks
-        m = jnp.where(l == 0, 0, m)
+        m = jnp.where(l == 0, 0, maximum_to_cann(m))
     m, l = m.reshape(flat), jnp.where(l == 0, FLT_MAX, l).reshape(flat)
     dlse = None if dlse is None else dlse.reshape(flat).astype(jnp.float32)
     if op.sequences is not None:

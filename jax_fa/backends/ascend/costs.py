@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jax_fa.backends.ascend import dense, installation
 from jax_fa.backends.ascend import layout as layouts
+from jax_fa.backends.ascend.keep_bits import MAX_DRAWN_BYTES
 from jax_fa.backends.ascend.translation import Translation
 from jax_fa.call import STORED, Call
 
@@ -23,8 +24,9 @@ def notes(call: Call) -> tuple[str, ...]:
         size = dense.mask_bytes(call)
         found.append(f"no sparse mode expresses this mask: a full one of {size} bytes is built")
     if call.operands.dropout_seed is not None:
-        bits = math.prod((*call.stats_shape, call.dims.Skv))
-        found.append(f"keep bits are drawn in plain JAX and stored: {-(-bits // 8)} bytes")
+        size = -(-math.prod((*call.stats_shape, call.dims.Skv)) // 8)
+        at_once = f", at most {MAX_DRAWN_BYTES} at a time" if size > MAX_DRAWN_BYTES else ""
+        found.append(f"keep bits are drawn in plain JAX and stored: {size} bytes{at_once}")
     layout = layouts.choose(call)
     if plan.sequences is None and not all(layouts.fits(call, name, layout) for name in (*STORED, "out")):
         found.append("query, key, value and out lie in different orders: some are transposed")

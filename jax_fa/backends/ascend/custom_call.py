@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,10 +22,14 @@ def forward(op: OperatorCall, max_work: int | None):
     """(out, max, sum): out in the layout, the statistics `B N Sq`, in layout TND `T N`."""
     grid = Grid(op, max_work)
     batch = []
+    done = None
     for b in grid.batch:
         heads = []
         for h in grid.heads:
-            rows = [_forward(grid.piece(b, h, s)) for s in grid.rows]
+            rows = []
+            for s in grid.rows:
+                rows.append(_forward(_after(grid.piece(b, h, s), done)))
+                done = rows[-1][1]
             heads.append(_join(rows, op.layout, "S", 2))
         batch.append(_join(heads, op.layout, "N", 1))
     return _join(batch, op.layout, "S" if op.layout == "TND" else "B", 0)
@@ -34,17 +39,29 @@ def backward(op: OperatorCall, saved: Residuals, max_work: int | None):
     """(dq, dk, dv) in the layout."""
     grid = Grid(op, max_work)
     batch = []
+    done = None
     for b in grid.batch:
-        heads = [_backward_of_rows(grid, b, h, saved) for h in grid.heads]
+        heads = []
+        for h in grid.heads:
+            heads.append(_backward_of_rows(grid, b, h, saved, done))
+            done = heads[-1][0]
         batch.append([layouts.join(list(parts), op.layout, "N") for parts in zip(*heads, strict=True)])
     letter = "S" if op.layout == "TND" else "B"
     return tuple(layouts.join(list(parts), op.layout, letter) for parts in zip(*batch, strict=True))
 
 
-def _backward_of_rows(grid: Grid, batch: Range, heads: Range, saved: Residuals):
+def _after(op: OperatorCall, done) -> OperatorCall:
+    """The call, whose keep bits are not drawn before another one is done."""
+    return op if done is None or op.keep is None else replace(op, keep=op.keep.after(done))
+
+
+def _backward_of_rows(grid: Grid, batch: Range, heads: Range, saved: Residuals, done):
     """The gradients of some batch entries and heads: those of key and value are sums over the ranges of rows."""
-    pieces = [(batch, heads, rows) for rows in grid.rows]
-    found = [_backward(grid.piece(*piece), grid.residuals(saved, *piece)) for piece in pieces]
+    found = []
+    for rows in grid.rows:
+        piece = batch, heads, rows
+        found.append(_backward(_after(grid.piece(*piece), done), grid.residuals(saved, *piece)))
+        done = found[-1][0]
     dq, dk, dv = zip(*found, strict=True)
     op = grid.whole
     return layouts.join(list(dq), op.layout, "S"), _sum(dk, op.key.dtype), _sum(dv, op.value.dtype)

@@ -1,10 +1,11 @@
 """Keep bits as CANN's dropMask: packed, least significant bit first, dense over `[B, N, Sq, Skv]`.
 
-CANN reads its mask from memory, so here alone the bits of a call are stored: B * N * Sq * Skv / 8 bytes.
+CANN reads its mask from memory, so here alone the bits of a call are stored: B * N * Sq * Skv / 8 bytes. Calls that draw
+theirs are split so that one piece has at most MAX_DRAWN_BYTES of them, and a piece draws its own when the one before is done.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -36,8 +37,12 @@ class KeepBits(Protocol):
     def packed(self, part: Part) -> Any:
         """uint8: the bits of the part, in the order of `[B, N, Sq, Skv]`."""
 
+    def after(self, done: Any) -> "KeepBits":
+        """The same, which takes no memory before the array `done` is there."""
 
-# Bits that are drawn at once; more are drawn head by head, so that they are never held as bytes together.
+
+MAX_DRAWN_BYTES = 2**28
+# Bits that are drawn at once; more are drawn some rows at a time, so that they are never held as bytes together.
 _AT_ONCE = 2**22
 
 
@@ -56,6 +61,9 @@ class Given:
         cut = bits[part.b0 : part.b1, part.n0 : part.n1, part.r0 : part.r1]
         return jnp.packbits(cut.reshape(-1), bitorder="little")
 
+    def after(self, done: Any) -> "Given":
+        return self
+
 
 @dataclass(frozen=True)
 class GivenSequences:
@@ -65,6 +73,9 @@ class GivenSequences:
 
     def packed(self, part: Part):
         return self.bytes
+
+    def after(self, done: Any) -> "GivenSequences":
+        return self
 
 
 @dataclass(frozen=True)
@@ -77,12 +88,19 @@ class PartOf:
     def packed(self, part: Part):
         return self.whole.packed(self.part)
 
+    def after(self, done: Any) -> "PartOf":
+        return replace(self, whole=self.whole.after(done))
+
 
 @dataclass(frozen=True)
 class Drawn:
     """Bits from the operands, drawn or looked up as every backend does."""
 
     call: Call
+    done: Any = None
+
+    def after(self, done: Any) -> "Drawn":
+        return replace(self, done=done)
 
     def packed(self, part: Part):
         columns, rows = self.call.dims.Skv, part.r1 - part.r0
@@ -92,16 +110,46 @@ class Drawn:
             indexing="ij",
         )
         b, n = b.reshape(-1), n.reshape(-1)
+        if self.done is not None:
+            b, n, _ = jax.lax.optimization_barrier((b, n, self.done))
         at = jnp.arange(part.r0, part.r1, dtype=jnp.int32)
-        if b.size * rows * columns <= _AT_ONCE or rows * columns % 8:
+        if b.size * rows * columns <= _AT_ONCE:
             keep = jax.vmap(lambda b, n: self._head(b, n, at))(b, n)
             return jnp.packbits(keep.reshape(-1), bitorder="little")
+        size = rows * columns
+        if size % 8 == 0:
+            heads = jax.lax.map(lambda at: self._packed_head(at[0], at[1], part), (b, n))
+            return heads.reshape(-1)
 
-        def head(entry):
-            b, n = entry
-            return jnp.packbits(self._head(b, n, at).reshape(-1), bitorder="little")
+        def add(i, found):
+            """The bits of one head, behind those of the heads before, which may end within a byte."""
+            bits = self._packed_head(b[i], n[i], part).astype(jnp.uint16)
+            # i * size passes 32 bits long before bytes do: i = 8 a + c.
+            i = i.astype(jnp.uint32)
+            shift = (i & 7) * (size & 7) & 7
+            start = (i >> 3) * size + (i & 7) * (size >> 3) + ((i & 7) * (size & 7) >> 3)
+            bits = bits << shift.astype(jnp.uint16)
+            low, high = (bits & 255).astype(jnp.uint8), (bits >> 8).astype(jnp.uint8)
+            moved = jnp.pad(low, (0, 1)) | jnp.pad(high, (1, 0))
+            there = jax.lax.dynamic_slice(found, (start,), moved.shape)
+            return jax.lax.dynamic_update_slice(found, there | moved, (start,))
 
-        return jax.lax.map(head, (b, n)).reshape(-1)
+        total = -(-b.size * size // 8)
+        found = jnp.zeros((total + 1,), jnp.uint8)
+        return jax.lax.fori_loop(0, b.size, add, found)[:total]
+
+    def _packed_head(self, b, n, part: Part):
+        """The bits of the part's rows of one head, some rows at a time; those of the last byte that are too many are 0."""
+        columns, rows = self.call.dims.Skv, part.r1 - part.r0
+        step = max(8, _AT_ONCE // columns // 8 * 8)
+
+        def some(first):
+            at = first + jnp.arange(step, dtype=jnp.int32)
+            keep = self._head(b, n, jnp.minimum(at, part.r1 - 1)) & (at < part.r1)[:, None]
+            return jnp.packbits(keep.reshape(-1), bitorder="little")
+
+        found = jax.lax.map(some, jnp.arange(part.r0, part.r1, step, dtype=jnp.int32))
+        return found.reshape(-1)[: -(-rows * columns // 8)]
 
     def _head(self, b, n, rows):
         """Keep bits `rows Skv` of batch entry b, head n."""

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa.softmax import FLT_MAX
+
 # What -inf becomes as a logit. Finite biases may be lower (callers mask with the lowest value of their dtype, which
 # masks nothing in a row without other keys), but do not lie near it.
 _MASKED = 2.0**126
+_NEXT_TO_LOWEST = np.nextafter(np.finfo(np.float32).max, np.float32(0))
 
 
 class Shift(NamedTuple):
@@ -38,6 +41,8 @@ def after_scaling(bias, dtype, scale: float, typed: bool) -> Shift:
 def before_scaling(pse, scale: float) -> Shift:
     """A pse that is added to logits which are scaled then. -inf masks whatever the scale."""
     masked = jnp.isinf(pse) if scale < 0 else jnp.isneginf(pse)
+    # What overflows once it is scaled masks, too.
+    masked = masked | jnp.isneginf(pse.astype(jnp.float32) * np.float32(scale))
     return _finite(pse, masked, 1, scale)
 
 
@@ -46,8 +51,20 @@ def _finite(pse, masked, pse_type: int, scale: float) -> Shift:
     most = min(_MASKED / max(1.0, abs(scale)), float(jnp.finfo(pse.dtype).max))
     value = np.copysign(most, -scale).astype(pse.dtype)
     logit = float(np.float32(value) * np.float32(scale))
+    if pse.dtype == jnp.float32:
+        # The lowest number of all is what CANN gives to keys that its own mask masks.
+        pse = jnp.clip(pse, -_NEXT_TO_LOWEST, _NEXT_TO_LOWEST)
     pse = jnp.where(masked, jnp.asarray(value), pse)
     return Shift(pse, pse_type, logit if logit < -(2.0**100) else None)
+
+
+def maximum_to_cann(m):
+    """A row's maximum as CANN has it, where pse was moved away from the lowest number."""
+    return jnp.maximum(m, -_NEXT_TO_LOWEST)
+
+
+def maximum_from_cann(m):
+    return jnp.where(m <= -_NEXT_TO_LOWEST, -FLT_MAX, m)
 
 
 def masks_fully(m, masking_logit: float):

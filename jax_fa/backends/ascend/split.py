@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.backends.ascend import layout as layouts
-from jax_fa.backends.ascend.keep_bits import Part, PartOf
+from jax_fa.backends.ascend.keep_bits import MAX_DRAWN_BYTES, Drawn, Part, PartOf
 from jax_fa.backends.ascend.operator_call import OperatorCall, Residuals
 from jax_fa.backends.ascend.sequences import Sequences
 from jax_fa.backends.ascend.sparse_modes import FULL_MASK
@@ -36,6 +36,8 @@ class Grid:
             self.batch = _sequence_groups(op, op.sequences, max_work)
             return
         self.batch = [(0, op.B)]
+        if max_work is not None and isinstance(op.keep, Drawn):
+            max_work = min(max_work, 8 * MAX_DRAWN_BYTES * (op.D + op.Dv))
         row = op.Skv * (op.D + op.Dv) * op.G  # the work of one row of the heads that share a key head
         most = spec.MAX_HEADS // op.G
         if max_work is not None:

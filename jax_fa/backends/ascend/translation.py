@@ -155,8 +155,8 @@ class Translation:
         sparse = self._packed_sparse(q_ends, kv_ends)
         if sparse is None or not q_ends or 0 in (q_ends[-1], kv_ends[-1]):
             return None
-        found = Sequences.of(q_ends, kv_ends, sparse)
-        return found if found.q_ends and found.q_ends[-1] else None
+        found = Sequences.of(q_ends, kv_ends, sparse, with_pse=self.shifted)
+        return found if found.q_ends and found.q_ends[-1] and found.kv_ends[-1] else None
 
     @property
     def _ends(self) -> tuple[Ends, Ends] | None:
@@ -192,7 +192,7 @@ class Translation:
         rows, keys = sequences.longest()
         given = None if self.given is None else self.given.mask
         if given is not None and given.shape[-2:] != (rows, keys):
-            return dense.mask(self.call)[0, 0, : sequences.q_ends[-1], : sequences.kv_ends[-1]]
+            return sequences.take_keys(sequences.take_rows(dense.mask(self.call)[0, 0]).T).T
         given = None if given is None else given.reshape(rows, keys) != 0
         return sequences.mask(given, *self._packed_tokens())
 
@@ -231,8 +231,8 @@ class Translation:
         arrays = self._arrays("TND")
         arrays |= {
             "query": sequences.take_rows(arrays["query"]),
-            "key": arrays["key"][: sequences.kv_ends[-1]],
-            "value": arrays["value"][: sequences.kv_ends[-1]],
+            "key": sequences.take_keys(arrays["key"]),
+            "value": sequences.take_keys(arrays["value"]),
         }
         added = self._shift(sequences)
         bits = self.call.operands.drop_bits
@@ -287,9 +287,9 @@ class Translation:
         given = self.given
         assert given is not None
         pse = given.pse.reshape(given.pse.shape[len(self.call.dims.B) :])
-        pse = pse if sequences is None else sequences.take_entries(pse)
         if given.pse_type in spec.ALIBI_TYPES:
-            return Shift(pse, given.pse_type)
+            return Shift(pse if sequences is None else sequences.take_entries(pse), given.pse_type)
+        pse = pse if sequences is None else sequences.own_pse(pse, self.call.dims.N)
         if given.pse_type == 1 and not self.folds_scale:
             return shift.before_scaling(pse, self.scale)
         if given.pse_type == 1:  # the query is scaled already

@@ -1,0 +1,124 @@
+"""The backward of a call from statistics, an output and its cotangent that the caller gives.
+
+Context-parallel code calls it for one block of keys at a time, with the statistics and the output of all blocks merged:
+the probabilities are exp(x - max) / sum of what is given, whatever these are, and delta = rowsum(dy * attention_in).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jax_fa import arguments, entry, primitives, softmax
+from jax_fa.attention import attention
+from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved
+from jax_fa.cann import sinks
+from jax_fa.cann.operator import Built, Operator
+from jax_fa.cann.sinks import by_row, row_sums
+
+R = TypeVar("R")
+_STORED, _ROPES = ("query", "key", "value"), ("query_rope", "key_rope")
+
+
+class Gradients(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+    pse: Any
+    sink: Any
+    query_rope: Any
+    key_rope: Any
+
+
+def request(
+    operator: Operator, softmax_max, softmax_sum, attention_in, dy, *, finish: Callable[[Gradients], R]
+) -> entry.Request[R]:
+    """What an entry asks for that returns the gradients."""
+    given = dict(zip((*_STORED, *_ROPES), (*operator.arrays, *operator.ropes), strict=True))
+    given |= {"pse": operator.pse.values}
+    arrays = {name: arguments.array(name, x) for name, x in given.items() if x is not None or name in _STORED}
+    built, pull = _pulled_back(operator, arrays)
+    m, l = built.statistics(softmax_max, softmax_sum)
+    out, dout = built.like_out("attention_in", attention_in), built.like_out("dy", dy)
+    differentiable = tuple(_differentiable(built.call.operands))
+    wanted = tuple(name for name in differentiable if name not in ("scale", "soft_cap"))
+
+    def run(call: Call) -> Gradients:
+        problem = replace(call.problem, gradients=wanted, logsumexp=False)
+        found = _backward(problem, call.operands, m, l, out, dout)
+        primal = _differentiable(call.operands)
+        zeros = {name: jnp.zeros(primal[name].shape, primal[name].dtype) for name in differentiable}
+        gradients = pull(zeros | found)
+        dsink = None
+        if built.sink is not None:
+            delta = row_sums(dout.astype(jnp.float32) * out.astype(jnp.float32), call)
+            dsink = sinks.gradient(built.sink, m, l, delta)
+        return Gradients(**dict.fromkeys(given) | gradients, sink=dsink)
+
+    return entry.Request(built.call, finish, run)
+
+
+def _pulled_back(operator: Operator, arrays: dict[str, Any]):
+    """The call of these arrays, and from the gradients of its operands to those of the arrays, by name."""
+    made: list[Built] = []
+
+    def operands(arrays):
+        made.append(
+            replace(
+                operator,
+                arrays=tuple(arrays[name] for name in _STORED),
+                ropes=tuple(arrays.get(name) for name in _ROPES),
+                pse=replace(operator.pse, values=arrays.get("pse")),
+            ).built()
+        )
+        found = made[0].call.operands
+        return _differentiable(found), found
+
+    _, pull, whole = jax.vjp(operands, arrays, has_aux=True)
+    built = replace(made[0], call=Call.of(made[0].call.problem, whole))
+    return built, lambda gradients: pull(gradients)[0]
+
+
+def _differentiable(operands: Operands) -> dict[str, Any]:
+    return {name: x for name, x in operands.present().items() if name in DIFFERENTIABLE}
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _backward(problem: Problem, operands: Operands, m, l, out, dout) -> dict[str, Any]:
+    """The gradients that the problem wants; arrays as the kernels have them."""
+    saved = Saved(out=out, m=m, l=l, dout=dout)
+    return primitives.backward(problem, operands, saved).present()
+
+
+@_backward.defjvp
+def _(problem: Problem, primals, tangents):
+    """The rules of the primitives take what is saved for a function of the operands. Here it is not."""
+    _, moved = jax.jvp(partial(_of_attention, problem), primals, tangents)
+    return _backward(problem, *primals), moved
+
+
+def _of_attention(problem: Problem, operands: Operands, m, l, out, dout) -> dict[str, Any]:
+    """The same from attention itself, whose every derivative is known.
+
+    With P' of the call's own statistics, P = w P' for w = exp(lse' - lse), a factor of rows. So dS = P (dP - delta) is what
+    the cotangents w dout of out' and rowsum(w dout out') - w delta of lse' give.
+    """
+
+    def run(arrays):
+        asked = replace(problem, logsumexp=True, gradients=None)
+        result = attention(Call.of(asked, replace(operands, **arrays)))
+        return result.out, result.logsumexp
+
+    arrays = {name: x for name, x in _differentiable(operands).items() if name in (problem.gradients or ())}
+    (own, lse), pull = jax.vjp(run, arrays)
+    call = Call.of(problem, operands)
+    # Where no key is visible, exp would get huge numbers of both signs.
+    masked = (l == 0) | (jax.lax.stop_gradient(lse) == -softmax.FLT_MAX)
+    weight = jnp.where(masked, 0, jnp.exp(jnp.where(masked, 0, lse - softmax.logsumexp(m, l))))
+    wide = dout.astype(jnp.float32)
+    moved = by_row(weight, call) * wide
+    delta, own_delta = row_sums(wide * out.astype(jnp.float32), call), row_sums(moved * own, call)
+    return pull((moved.astype(own.dtype), (own_delta - weight * delta).astype(lse.dtype)))[0]

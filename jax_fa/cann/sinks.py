@@ -1,0 +1,41 @@
+"""The sink of the operator: one more logit per head, without a value (`attention` joins it with the softmax of the keys).
+
+Source: aclnnFlashAttentionScoreV3, sinkOptional.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa.arguments import shown
+from jax_fa.call import Call, Dims
+
+
+def checked(sink, d: Dims):
+    """The sink as an array `N`, or None."""
+    if sink is None:
+        return None
+    if not hasattr(sink, "dtype"):
+        raise TypeError(f"sink must be a float32 array; got {shown(sink)}.")
+    if sink.dtype != np.float32:
+        raise TypeError(f"sink must have dtype float32; got {sink.dtype}.")
+    if sink.shape != (d.N,):
+        raise ValueError(f"sink must have shape (head_num,)={(d.N,)}; got {sink.shape}.")
+    return jnp.asarray(sink)
+
+
+def gradient(sink, m, l, delta):
+    """That of the sink, from joined statistics and delta = rowsum(dy * attention_in), `*B N Sq` each."""
+    weight = jnp.where(l == 0, 0, jnp.exp(sink[:, None] - m) / jnp.where(l == 0, 1, l))
+    other = tuple(axis for axis in range(delta.ndim) if axis != delta.ndim - 2)
+    return -jnp.sum(weight * delta, axis=other)
+
+
+def by_row(x, call: Call):
+    """A factor of rows `*B N Sq` for an array that is stored like out."""
+    return jnp.swapaxes(x, -1, -2)[..., None].transpose(np.argsort(call.problem.out_axes))
+
+
+def row_sums(x, call: Call):
+    """`*B N Sq` in float32, of an array that is stored like out."""
+    canonical = x.astype(jnp.float32).transpose(call.problem.out_axes)
+    return jnp.swapaxes(jnp.sum(canonical, axis=-1), -1, -2)
