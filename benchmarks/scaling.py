@@ -187,7 +187,7 @@ def passes(call: Attention, devices: int, strategy: str, order: str) -> tuple[Pa
             Pass(gathered, (Step(2.5 * most, 0),), scattered, hops),
         )
     most = call.flops(call.pairs / devices)
-    keys *= max(call.K, devices) / call.K  # each device has a key head
+    keys = 2 * max(call.K, devices) * heads  # each device has a key head
     return (
         Pass(share * (queries + keys), (Step(most, 0),), share * queries),
         Pass(share * queries, (Step(2.5 * most, 0),), share * (queries + keys)),

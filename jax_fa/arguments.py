@@ -242,13 +242,21 @@ def names(entry: str) -> frozenset[str]:
     return frozenset(_signatures[entry].parameters)
 
 
+def _needed(entry: str) -> set[str]:
+    """Keywords that must be given."""
+    parameters = _signatures[entry].parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+
+
 def unknown(entry: str, given: Mapping[str, Any]) -> TypeError:
     """What to raise for keywords of which some are none of this entry's."""
     name = next(name for name in given if name not in names(entry))
     instead = _ADVICE.get(entry, {}).get(name)
     others = [other for other in _signatures if other != entry and name in names(other)]
-    # One entry that has all arguments of another, and more, is not what the caller was thinking of.
+    # An entry that has all arguments of another, and more, or needs one that is not given, is not what the caller was
+    # thinking of.
     others = [other for other in others if not any(names(x) < names(other) for x in others)]
+    others = [other for other in others if _needed(other) <= set(given)] or others
     near = difflib.get_close_matches(name, names(entry), n=1, cutoff=0.75)
     text = f"{entry} has no argument {name!r}"
     if instead:

@@ -348,7 +348,9 @@ def _lowering(kind, ctx, *args, tree, problem):
         rule = several and _needs_rule(ctx, backend, call, platform)
         if several and not rule:
             warn(gathered(backend, platform, inputs, problem))
-        run = partial(_run_split, platform, not compat.is_manual(ctx)) if rule else _run
+        run: Callable[..., Any] = _run
+        if rule:
+            run = partial(_run_split, platform, not compat.is_manual(ctx))
         runs[platform] = (backend.name, rule), partial(run, kind, backend, problem, tree)
     (first, fn), *others = runs.values()
     if any(key != first for key, _ in others):

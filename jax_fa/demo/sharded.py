@@ -71,7 +71,12 @@ def _compare(options: argparse.Namespace) -> int:
     return OK if same else MISS
 
 
-def train(config: gpt.Config, mesh: jax.sharding.Mesh, strategy: str, order: str) -> list[float]:
+def train(
+    config: gpt.Config,
+    mesh: jax.sharding.Mesh,
+    strategy: sequence_parallel.Strategy,
+    order: sequence_parallel.Order,
+) -> list[float]:
     """The loss of each step, with everything that has a sequence sharded over it."""
     devices = mesh.shape["sequence"]
     spec = P("data", "sequence", "heads")
