@@ -348,10 +348,10 @@ def _lowering(kind, ctx, *args, tree, problem):
         rule = several and _needs_rule(ctx, backend, call, platform)
         if several and not rule:
             warn(gathered(backend, platform, inputs, problem))
-        run: Callable[..., Any] = _run
+        here: Callable[..., Any] = _run
         if rule:
-            run = partial(_run_split, platform, not compat.is_manual(ctx))
-        runs[platform] = (backend.name, rule), partial(run, kind, backend, problem, tree)
+            here = partial(_run_split, platform, not compat.is_manual(ctx))
+        runs[platform] = (backend.name, rule), partial(here, kind, backend, problem, tree)
     (first, fn), *others = runs.values()
     if any(key != first for key, _ in others):
         branches = {platform: run for platform, (_, run) in runs.items() if platform != platforms[0]}
