@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
 from jax_fa import arguments, backends, compat, entry, indices, masks
-from jax_fa.call import Call
+from jax_fa.call import Call, Size
 from jax_fa.masks import Mask
 
 # What jax.nn takes: whatever jnp.asarray makes an array of.
@@ -173,7 +173,7 @@ def _flag(name: str, x) -> bool:
     return x is not None and arguments.flag(name, x)
 
 
-def _as_jax_nn(shape: tuple[int, ...], dtype: Any, result, *, residual: bool, max_logits: bool) -> Any:
+def _as_jax_nn(shape: tuple[Size, ...], dtype: Any, result, *, residual: bool, max_logits: bool) -> Any:
     """A result of attention as jax.nn stores it, for a query of this shape and dtype."""
 
     def rows():

@@ -97,9 +97,7 @@ def _statistics():
     x = _LONG.operands()
 
     def run(q, k, v):
-        return jax_fa.flash_attention_score(
-            q, k, v, head_num=4, input_layout="BSND", sparse_mode=3, implementation="cpu"
-        )
+        return jax_fa.flash_attention_score(q, k, v, head_num=4, input_layout="BSND", implementation="cpu")
 
     return jax.jit(run), (x["query"], x["key"], x["value"])
 
