@@ -14,7 +14,9 @@ namespace {
 
 // Bytes of an element of an array, or of a unit.
 template <bool kPairs, DType kType>
-constexpr int64_t kBytesOf = kPairs || kType == DType::kF32 ? 4 : 2;
+JAX_FA_INLINE constexpr int64_t BytesOf() {
+  return kPairs || kType == DType::kF32 ? 4 : 2;
+}
 
 // One vector of elements of an array, or of units, read in place.
 template <bool kPairs, DType kType>
@@ -141,7 +143,7 @@ template <bool kPairs, DType kType, int kR, bool kOneHead>
 JAX_FA_INLINE void DotTiles(const DueKey* due, int64_t r, int64_t q_row, int64_t D, int64_t s_row, const char* ask,
                             int64_t parts) {
   constexpr int kSums = kTarget.registers / 2, kKeys = kSums / kR < kDirectTile ? kSums / kR : kDirectTile;
-  constexpr int64_t kBytes = kBytesOf<kPairs, kType>;
+  constexpr int64_t kBytes = BytesOf<kPairs, kType>();
   const int64_t step = kKeys * kLanes * kBytes / parts, bytes = kKeys * Units<kPairs>(D) * kBytes / parts;
   for (int i = 0; i < kDirectTile; i += kKeys, ask += bytes)
     DotTile<kPairs, kType, kR, kKeys, kOneHead>(due + i, r, q_row, D, s_row, {ask, step});
@@ -158,7 +160,7 @@ inline void DotRows(DType type, int64_t n, const DueKey* due, int64_t q_row, int
   WithElements<kPairs>(type, [&](auto elements) {
     constexpr DType kType = decltype(elements)::kOf;
     if (n == 1) return DotTiles<kPairs, kType, 1, false>(due, 0, q_row, D, s_row, ask, 1);
-    const int64_t parts = RowTiles(n), bytes = kDirectTile * Units<kPairs>(D) * kBytesOf<kPairs, kType> / parts;
+    const int64_t parts = RowTiles(n), bytes = kDirectTile * Units<kPairs>(D) * BytesOf<kPairs, kType>() / parts;
     for (int64_t r = 0, done; r < n; r += done, ask += bytes) {
       done = n - r >= 4 ? 4 : n - r >= 2 ? 2 : 1;
       switch (done) {

@@ -69,7 +69,7 @@ template <bool kPairs, DType kType, int kR, int kV>
 inline void AddColumns(const ValueRows& x, int64_t d, int64_t columns, const float* weights, int64_t s_row, float* sums,
                        int64_t dv, const char* ask, int64_t parts) {
   constexpr int kLeast = kPairs ? 2 : 1;
-  const int64_t step = kV * kLanes * kBytesOf<kPairs, kType> / parts;
+  const int64_t step = kV * kLanes * BytesOf<kPairs, kType>() / parts;
   for (; d + kV * kLanes <= columns; d += kV * kLanes, ask += x.count * step)
     AddValues<kPairs, kType, kR, kV, false>(x, d, 0, weights, s_row, sums + d, dv, {ask, step});
   if constexpr (kV > kLeast) {
@@ -87,7 +87,7 @@ inline void AddRows(DType type, const ValueRows& x, int64_t columns, int64_t n, 
                     float* sums, int64_t dv, const char* ask) {
   WithElements<kPairs>(type, [&](auto elements) {
     constexpr DType kType = decltype(elements)::kOf;
-    const int64_t parts = RowTiles(n), bytes = x.count * columns * kBytesOf<kPairs, kType> / parts;
+    const int64_t parts = RowTiles(n), bytes = x.count * columns * BytesOf<kPairs, kType>() / parts;
     for (int64_t r = 0, done; r < n; r += done, ask += bytes) {
       const float* w = weights + r * s_row;
       float* to = sums + r * dv;

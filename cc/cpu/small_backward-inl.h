@@ -54,7 +54,8 @@ inline void SmallBackwardHead(const Call& c, const SmallScratch& s, int64_t b, i
   const FloatRows dout = ReadRows(c.dout, b, h, n, c.Sq, c.Dv, s.dout, marks);
   const FloatRows keys = ReadRows(c.key, b, k, c.Skv, c.Skv, c.D, s.keys, masked ? s.key_marks : nullptr);
   const FloatRows values = ReadRows(c.value, b, k, c.Skv, c.Skv, c.Dv, s.values);
-  const auto [plain, of_row, of_key] = s.layout;
+  const bool plain = s.layout.plain;
+  const int64_t of_row = s.layout.of_row, of_key = s.layout.of_key;
   Dots(c, s.layout, n, q, keys, c.D, s.p);
   Dots(c, s.layout, n, dout, values, c.Dv, s.ds);
   SmallDeltas(c, s, b, h, n, dout);
