@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         help="names of jax_fa's backends, jax.nn, torch (default: all that are here)",
     )
     parser.add_argument(
-        "--rounds", type=_positive, default=7, metavar="N", help="timed calls of each (default: 7)"
+        "--rounds", type=program.positive, default=7, metavar="N", help="timed calls of each (default: 7)"
     )
     _add_files(parser)
     return parser
@@ -177,9 +177,3 @@ def _one_of(allowed: Sequence[str]) -> Callable[[str], str]:
         return text
 
     return read
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
-    return int(text)

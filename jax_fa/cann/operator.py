@@ -255,10 +255,12 @@ def _check_limits(d: Dims, packed: Packed | None, prefix) -> None:
 
 def _own_form(sparse: MaskArguments, pse: Pse, d: Dims, packed: Packed | None) -> spec.Arguments | None:
     """Nothing where CANN's host integers are arrays here."""
-    given = [] if packed is None else [packed.query, packed.key]
+    query_ends, key_ends = (None, None) if packed is None else (packed.query, packed.key)
     prefix = None if sparse.prefix is None else list_of_integers("prefix", sparse.prefix)
     values = None if prefix is None else known(prefix)
-    if (prefix is not None and values is None) or any(hasattr(x, "shape") for x in given):
+    if prefix is not None and values is None:
+        return None
+    if not isinstance(query_ends, tuple | None) or not isinstance(key_ends, tuple | None):
         return None
     mask = sparse.atten_mask if packed is not None and sparse.full() else None
     # CANN's TND has no mask for each sequence.
@@ -273,8 +275,8 @@ def _own_form(sparse: MaskArguments, pse: Pse, d: Dims, packed: Packed | None) -
         pre_tokens=max(-spec.UNBOUNDED, min(int(sparse.pre_tokens), spec.UNBOUNDED)),
         next_tokens=max(-spec.UNBOUNDED, min(int(sparse.next_tokens), spec.UNBOUNDED)),
         prefix=None if values is None else tuple(values.tolist()),
-        actual_seq_qlen=None if packed is None else packed.query,  # type: ignore[arg-type]
-        actual_seq_kvlen=None if packed is None else packed.key,  # type: ignore[arg-type]
+        actual_seq_qlen=query_ends,
+        actual_seq_kvlen=key_ends,
         pse_type=int(pse.type),
         # Where positions start elsewhere, slopes are a bias of their own.
         pse=None if pse.start else lead(pse.values),

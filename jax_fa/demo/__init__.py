@@ -87,13 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, a smaller model: under a minute")
     parser.add_argument(
-        "--seq-len", type=_positive, metavar="S", help="characters per sequence (default 1024)"
+        "--seq-len", type=program.positive, metavar="S", help="characters per sequence (default 1024)"
     )
     parser.add_argument(
-        "--batch", type=_positive, metavar="B", help="sequences per step (default: 2; quick: 1)"
+        "--batch", type=program.positive, metavar="B", help="sequences per step (default: 2; quick: 1)"
     )
     parser.add_argument(
-        "--steps", type=_positive, metavar="N", help="training steps (default: 100; quick: 12)"
+        "--steps", type=program.positive, metavar="N", help="training steps (default: 100; quick: 12)"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of activations (default: float32)"
@@ -105,12 +105,6 @@ def _parser() -> argparse.ArgumentParser:
         "--plot", type=Path, metavar="FILE", help="draw loss curves and step times (needs matplotlib)"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
-    return int(text)
 
 
 def _config(options: argparse.Namespace) -> gpt.Config:

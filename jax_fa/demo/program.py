@@ -1,5 +1,6 @@
 """What the programs of this package share: how they end, and how they write files. Standard library only."""
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -51,6 +52,13 @@ def run(main: Callable[[], int | None]) -> int:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     return code or 0
+
+
+def positive(text: str) -> int:
+    """An argument that must be a positive integer, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
+    return int(text)
 
 
 def check_writable(path: Path) -> None:

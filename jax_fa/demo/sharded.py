@@ -82,7 +82,7 @@ def train(
     spec = P("data", "sequence", "heads")
     attend = jax.shard_map(
         partial(
-            sequence_parallel.sequence_parallel_attention,
+            jax_fa.sequence_parallel_attention,
             axis_name="sequence",
             mask=Causal(),
             strategy=strategy,
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def number(name: str, default: int, text: str) -> None:
         parser.add_argument(
-            name, type=_positive, default=default, metavar="N", help=f"{text} (default: {default})"
+            name, type=program.positive, default=default, metavar="N", help=f"{text} (default: {default})"
         )
 
     number("--processes", 1, "processes, which communicate")
@@ -169,12 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

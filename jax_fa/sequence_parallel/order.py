@@ -46,7 +46,7 @@ class Spread:
         if not self.zigzag or self.devices == 1:
             return x
         n = self.devices
-        order = np.array([[i, 2 * n - 1 - i] for i in range(n)]).reshape(-1)
+        order = np.array([self.starts(i, self.chunks) for i in range(n)]).reshape(-1)
         if restored:
             order = np.argsort(order)
         parts = jnp.split(x, 2 * n, axis=axis)
