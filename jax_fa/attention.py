@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_fa import compat, primitives, rules, softmax
 from jax_fa.call import DIFFERENTIABLE, Axes, Call, Operands, Problem, Saved, has_rounding, widened
@@ -93,7 +92,7 @@ def attention(call: Call, sinks=None) -> Attention:
 def _with_sinks(axes: Axes, out, rounding: list[Any], m, l, sinks):
     """out, m and l with one more logit in each row."""
     share = jax.nn.sigmoid(softmax.logsumexp(m, l) - sinks)
-    rows = jnp.moveaxis(share, -1, -2)[..., None].transpose(np.argsort(axes))
+    rows = softmax.rows_as_stored(share, axes)
     exact = widened(out, rounding[0] if rounding else None, rows.dtype)
     return (exact * rows).astype(out.dtype), *softmax.with_sink(m, l, sinks)
 

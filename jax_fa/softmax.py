@@ -170,6 +170,11 @@ def rows_as_stored(x, axes: Axes):
     return jnp.swapaxes(x, -1, -2)[..., None].transpose([axes.index(i) for i in range(len(axes))])
 
 
+def row_sums(x, axes: Axes):
+    """The sums of rows of what is stored in the order of `axes`, as statistics `*B N Sq`."""
+    return jnp.swapaxes(jnp.sum(x.transpose(axes), axis=-1), -1, -2)
+
+
 def with_sink(m, l, sink):
     """`(m, l)` with one more logit, as if merged with the partial result `(0, sink, 1)`; -inf is no sink.
 

@@ -17,7 +17,6 @@ from jax_fa.attention import attention
 from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved
 from jax_fa.cann import sinks
 from jax_fa.cann.operator import Built, Operator
-from jax_fa.cann.sinks import by_row, row_sums
 
 R = TypeVar("R")
 _STORED, _ROPES = ("query", "key", "value"), ("query_rope", "key_rope")
@@ -54,7 +53,8 @@ def request(
         gradients = pull(zeros | found)
         dsink = None
         if built.sink is not None:
-            delta = row_sums(dout.astype(jnp.float32) * out.astype(jnp.float32), call)
+            products = dout.astype(jnp.float32) * out.astype(jnp.float32)
+            delta = softmax.row_sums(products, call.problem.out_axes)
             dsink = sinks.gradient(built.sink, m, l, delta)
         return Gradients(**dict.fromkeys(given) | gradients, sink=dsink)
 
@@ -114,11 +114,13 @@ def _of_attention(problem: Problem, operands: Operands, m, l, out, dout) -> dict
 
     arrays = {name: x for name, x in _differentiable(operands).items() if name in (problem.gradients or ())}
     (own, lse), pull = jax.vjp(run, arrays)
-    call = Call.of(problem, operands)
     # Where no key is visible, exp would get huge numbers of both signs.
     masked = (l == 0) | (jax.lax.stop_gradient(lse) == -softmax.FLT_MAX)
     weight = jnp.where(masked, 0, jnp.exp(jnp.where(masked, 0, lse - softmax.logsumexp(m, l))))
     wide = dout.astype(jnp.float32)
-    moved = by_row(weight, call) * wide
-    delta, own_delta = row_sums(wide * out.astype(jnp.float32), call), row_sums(moved * own, call)
+    moved = softmax.rows_as_stored(weight, problem.out_axes) * wide
+    delta, own_delta = (
+        softmax.row_sums(products, problem.out_axes)
+        for products in (wide * out.astype(jnp.float32), moved * own.astype(jnp.float32))
+    )
     return pull((moved.astype(own.dtype), (own_delta - weight * delta).astype(lse.dtype)))[0]

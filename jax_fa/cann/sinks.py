@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.arguments import shown
-from jax_fa.call import Call, Dims
+from jax_fa.call import Dims
 
 
 def checked(sink, d: Dims):
@@ -28,14 +28,3 @@ def gradient(sink, m, l, delta):
     weight = jnp.where(l == 0, 0, jnp.exp(sink[:, None] - m) / jnp.where(l == 0, 1, l))
     other = tuple(axis for axis in range(delta.ndim) if axis != delta.ndim - 2)
     return -jnp.sum(weight * delta, axis=other)
-
-
-def by_row(x, call: Call):
-    """A factor of rows `*B N Sq` for an array that is stored like out."""
-    return jnp.swapaxes(x, -1, -2)[..., None].transpose(np.argsort(call.problem.out_axes))
-
-
-def row_sums(x, call: Call):
-    """`*B N Sq` in float32, of an array that is stored like out."""
-    canonical = x.astype(jnp.float32).transpose(call.problem.out_axes)
-    return jnp.swapaxes(jnp.sum(canonical, axis=-1), -1, -2)

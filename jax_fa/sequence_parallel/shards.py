@@ -336,16 +336,16 @@ class Weighted:
         call, own, whole, axes = self.call, self.own, self.whole, self.call.problem.out_axes
         dout = whole.dout.astype(call.acc)
         # The cotangent of lse_s is the weight times this, and the tangent of the weight is it times `turned`.
-        inner = row_sum(dout * self.apart, axes)
+        inner = softmax.row_sums(dout * self.apart, axes)
         if whole.dlogsumexp is not None:
             inner = inner + whole.dlogsumexp
         turned = own.tau - tau
-        inner_tangent = row_sum(dout * (own.moved - moved), axes) + turned * inner
+        inner_tangent = softmax.row_sums(dout * (own.moved - moved), axes) + turned * inner
         dout_tangent = self.row(turned) * dout
         if whole.dout_tangent is not None:
             given = whole.dout_tangent.astype(call.acc)
             dout_tangent = dout_tangent + given
-            inner_tangent = inner_tangent + row_sum(given * self.apart, axes)
+            inner_tangent = inner_tangent + softmax.row_sums(given * self.apart, axes)
         if whole.dlogsumexp_tangent is not None:
             inner_tangent = inner_tangent + whole.dlogsumexp_tangent
         return replace(
@@ -355,11 +355,6 @@ class Weighted:
             dout_tangent=self.weighted(dout_tangent).astype(call.dtype),
             dlogsumexp_tangent=self.weight * inner_tangent,
         )
-
-
-def row_sum(x, axes: Axes):
-    """The sums of rows of what is stored in the order of `axes`, as statistics."""
-    return jnp.swapaxes(jnp.sum(x.transpose(axes), axis=-1), -1, -2)
 
 
 def joined(axes: Axes, whole, part):
