@@ -32,7 +32,7 @@ def array(name: str, x):
         )
     try:
         made = None if x is None else jnp.asarray(x)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         # Arrays that JAX itself cannot use here, such as deleted ones, have a better error of JAX.
         if isinstance(x, jax.Array):
             raise
@@ -40,6 +40,16 @@ def array(name: str, x):
     if made is None or jnp.issubdtype(made.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{name} must be an array; got {'None' if x is None else 'a jax.random key'}.")
     return made
+
+
+def host_array(name: str, x):
+    """x as it is where it is an array of any kind, else as one of NumPy: its values stay known."""
+    if hasattr(x, "dtype"):
+        return x
+    try:
+        return np.asarray(x)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array; got {shown(x)}.") from error
 
 
 def number(name: str, x, what: str) -> None:

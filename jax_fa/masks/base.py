@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import indices
+from jax_fa import arguments, indices
 from jax_fa.call import Shape, Size
 from jax_fa.indices import is_int, known
 from jax_fa.masks import segments
@@ -229,7 +229,7 @@ class Dense(Mask):
     array: Any
 
     def __post_init__(self) -> None:
-        dtype = jnp.result_type(self.array)
+        dtype = getattr(self.array, "dtype", None) or arguments.host_array("mask", self.array).dtype
         if dtype != jnp.bool_:
             raise TypeError(
                 f"mask must be boolean (True = visible); got dtype {dtype}. For an additive mask use bias."
