@@ -43,11 +43,17 @@ class Pse:
     kv_start_idx: Any = None
 
     @property
-    def start(self) -> int:
-        """How much further than key 0 the first row stands, for slopes."""
+    def starts(self) -> tuple[int, int]:
+        """The positions of the first row and of the first key, for slopes."""
         if self.type not in ALIBI_TYPES:
-            return 0
-        return _start("q_start_idx", self.q_start_idx) - _start("kv_start_idx", self.kv_start_idx)
+            return 0, 0
+        return _start("q_start_idx", self.q_start_idx), _start("kv_start_idx", self.kv_start_idx)
+
+    @property
+    def start(self) -> int:
+        """How much further than key 0 the first row stands."""
+        query, key = self.starts
+        return query - key
 
     def terms(self, sparse: MaskArguments, *, scale, dtype, d: Dims, packed: Packed | None) -> Terms:
         """Checks pse and turns it into terms of the logits.
