@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <string>
@@ -26,7 +27,8 @@ struct AscendProblemAttr {
   int64_t head_num;
   double scale_value, keep_prob;
   int64_t pre_tokens, next_tokens, inner_precise, sparse_mode, pse_type;
-  uint32_t present;  // bit 0 pse, 1 drop_mask, 2 atten_mask
+  int64_t q_start, kv_start;
+  uint32_t present;  // bit 0 pse, 1 drop_mask, 2 atten_mask, 3 sink
   std::string_view softmax_layout;
 };
 
@@ -61,23 +63,27 @@ Array ToArray(const std::string& name, const ffi::AnyBuffer& buffer) {
 }
 
 using Member = Array cann::Call::*;
-constexpr Member kOptionals[] = {&cann::Call::pse, &cann::Call::drop_mask, &cann::Call::atten_mask};
+constexpr Member kOptionals[] = {&cann::Call::pse, &cann::Call::drop_mask, &cann::Call::atten_mask,
+                                &cann::Call::sink};
+constexpr size_t kSinkBit = 3;
 
 // The operands and results of a call in the order of the FFI.
 std::vector<Member> Operands(cann::Direction direction, uint32_t present) {
   using C = cann::Call;
   std::vector<Member> members = {&C::query, &C::key, &C::value};
   if (direction == kBackward) members.push_back(&C::dy);
-  for (int i = 0; i < 3; ++i)
-    if (present >> i & 1) members.push_back(kOptionals[i]);
+  for (size_t i = 0; i < std::size(kOptionals); ++i)
+    if (present >> i & 1U) members.push_back(kOptionals[i]);
   if (direction == kBackward) members.insert(members.end(), {&C::softmax_max, &C::softmax_sum, &C::attention});
   return members;
 }
 
-std::vector<Member> Results(cann::Direction direction) {
+std::vector<Member> Results(cann::Direction direction, bool with_sink) {
   using C = cann::Call;
-  if (direction == kBackward) return {&C::dq, &C::dk, &C::dv};
-  return {&C::softmax_max, &C::softmax_sum, &C::attention};
+  if (direction == kForward) return {&C::softmax_max, &C::softmax_sum, &C::attention};
+  std::vector<Member> members = {&C::dq, &C::dk, &C::dv};
+  if (with_sink) members.push_back(&C::dsink);
+  return members;
 }
 
 std::string NameOf(Member member) {
@@ -106,12 +112,16 @@ cann::Call ToCall(cann::Direction direction, const ffi::RemainingArgs& args, con
   c.inner_precise = p.inner_precise;
   c.sparse_mode = p.sparse_mode;
   c.pse_type = p.pse_type;
+  c.q_start = p.q_start;
+  c.kv_start = p.kv_start;
   c.prefix.assign(prefix.begin(), prefix.end());
   c.actual_seq_qlen.assign(actual_seq_qlen.begin(), actual_seq_qlen.end());
   c.actual_seq_kvlen.assign(actual_seq_kvlen.begin(), actual_seq_kvlen.end());
-  if (p.present >> 3 != 0) throw BadCall("present has bits beyond pse, drop_mask and atten_mask");
+  if (p.present >> std::size(kOptionals) != 0)
+    throw BadCall("present has bits beyond pse, drop_mask, atten_mask and sink");
 
-  const std::vector<Member> operands = Operands(direction, p.present), results = Results(direction);
+  const std::vector<Member> operands = Operands(direction, p.present),
+                            results = Results(direction, p.present >> kSinkBit & 1U);
   MustCount("operands", args.size(), operands.size());
   MustCount("results", rets.size(), results.size());
   for (size_t i = 0; i < operands.size(); ++i) {
@@ -132,7 +142,7 @@ cann::Call ToCall(cann::Direction direction, const ffi::RemainingArgs& args, con
 class AlignedCopies {
  public:
   explicit AlignedCopies(cann::Call& call) {
-    const std::vector<Member> results = Results(call.direction);
+    const std::vector<Member> results = Results(call.direction, call.sink.present());
     for (const cann::Slot& slot : cann::kSlots) {
       Array& x = call.*slot.array;
       if (!x.present() || cann::Aligned(x)) continue;
@@ -226,13 +236,14 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     xla::ffi::StructMember<double>("keep_prob"), xla::ffi::StructMember<int64_t>("pre_tokens"),
     xla::ffi::StructMember<int64_t>("next_tokens"), xla::ffi::StructMember<int64_t>("inner_precise"),
     xla::ffi::StructMember<int64_t>("sparse_mode"), xla::ffi::StructMember<int64_t>("pse_type"),
+    xla::ffi::StructMember<int64_t>("q_start"), xla::ffi::StructMember<int64_t>("kv_start"),
     xla::ffi::StructMember<uint32_t>("present"), xla::ffi::StructMember<std::string_view>("softmax_layout"));
 
 namespace jax_fa {
 namespace {
 
-// operands: query, key, value, [dy], [pse], [drop_mask], [atten_mask], [softmax_max, softmax_sum, attention_in]
-// results: softmax_max, softmax_sum, attention_out, or dq, dk, dv
+// operands: query, key, value, [dy], [pse], [drop_mask], [atten_mask], [sink], [softmax_max, softmax_sum, attention_in]
+// results: softmax_max, softmax_sum, attention_out, or dq, dk, dv, [dsink]
 template <typename Binding>
 auto Common(Binding&& binding) {
   return std::forward<Binding>(binding)

@@ -127,7 +127,6 @@ def dot_product_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropped=entry.Dropout(dropout_rate, dropout_key),
-        logsumexp=sinks is not None,
         backend=backend,
     )
     if cudnn:
@@ -139,7 +138,7 @@ def dot_product_attention(
     finish = functools.partial(
         _as_jax_nn, given[0].shape, given[0].dtype, residual=return_residual, max_logits=return_max_logits
     )
-    return entry.Request(call, finish, entry.with_sinks(call, sinks))
+    return entry.Request(call, finish, entry.with_sinks(call, sinks, may_join=not return_max_logits))
 
 
 # As it is before anybody patches it.
@@ -362,7 +361,7 @@ def flash_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropped=entry.Dropout(dropout_rate, dropout_key),
-        logsumexp=bool(return_logsumexp) or sinks is not None,
+        logsumexp=bool(return_logsumexp),
         backend=backend,
     )
 
@@ -373,7 +372,7 @@ def flash_attention(
             (return_max_logits, lambda: entry.largest_logits(result)),
         )
 
-    return entry.Request(call, finish, entry.with_sinks(call, sinks))
+    return entry.Request(call, finish, entry.with_sinks(call, sinks, may_join=not return_max_logits))
 
 
 def _slopes(slopes, axes: tuple[int, ...]):

@@ -21,8 +21,8 @@ What is saved is a function of x, and each rule is the derivative of what its pr
 rules ignore tangents of saved arrays, and give them no cotangents. The log-sum-exp is m + log l; m and l are no results by
 themselves, so all of its tangent is put on m. (To callers who ask for the pair, m is a constant and l has the derivative.)
 
-An attention sink is one more logit in each row's softmax, without a value. It multiplies the output by the share of the
-keys in the sum, sigmoid(log-sum-exp - sink): plain JAX behind the primitive, with all derivatives.
+An attention sink is one more logit in each row's softmax, without a value: plain JAX behind the primitive (`sinks.py`), or
+an operand of it where a backend may take it.
 
 Above this file stand the public functions, which turn their arguments into a `Call`: a `Problem` (static) and
 `Operands` (arrays). Below stand `rules.py`, which hands the rules of this file to JAX, and the primitives, which choose a
@@ -37,8 +37,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_fa import compat, primitives, rules, softmax
-from jax_fa.call import DIFFERENTIABLE, Axes, Call, Operands, Problem, Saved, has_rounding, widened
+from jax_fa import backends, compat, primitives, rules, softmax
+from jax_fa import sinks as plain_sinks
+from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved
 from jax_fa.primitives import Inputs
 from jax_fa.rules import OUT_NAME, STATS_NAME, jvp_saved
 
@@ -51,7 +52,7 @@ class Attention(NamedTuple):
     out: Any
     m: Any  # m + log l has the derivatives of the log-sum-exp; they may be in either
     l: Any
-    largest_logit: Any  # of each row
+    largest_logit: Any  # of each row; None where a backend took the sinks
 
     @property
     def logsumexp(self):
@@ -71,30 +72,20 @@ class Attention(NamedTuple):
         return self.l * jnp.exp(self.m - self.softmax_max)
 
 
-def attention(call: Call, sinks=None) -> Attention:
-    """`sinks`: of every head, `*#B N` in the dtype of the statistics, or None."""
+def attention(call: Call, sinks=None, *, may_join: bool = True) -> Attention:
+    """`sinks`: of every head, `*#B N` in the dtype of the statistics, or None; `may_join`: a backend may take them."""
     problem = call.problem
-    if sinks is not None:  # accurate gradients need the output before it was rounded
-        problem = replace(problem, rounding_if_derived=has_rounding(call.dtype))
     # Alike here already, so that JAX transposes it: under shard_map the gradient of an operand that all devices share is
     # the sum of theirs.
     operands, sinks = compat.vary_alike((call.operands, sinks))
-    out, m, l, *rounding = primitives.forward(problem, operands)
-    largest = jax.lax.stop_gradient(m)
-    if sinks is not None:
-        out, m, l = _with_sinks(problem.out_axes, out, rounding, m, l, sinks[..., None])
-    return Attention(out, m, l, largest)
-
-
-# (Rematerialized, since its inputs are residuals already and the output in full precision would be one more.)
-@functools.partial(jax.jit, static_argnums=0)
-@functools.partial(jax.checkpoint, static_argnums=0)
-def _with_sinks(axes: Axes, out, rounding: list[Any], m, l, sinks):
-    """out, m and l with one more logit in each row."""
-    share = jax.nn.sigmoid(softmax.logsumexp(m, l) - sinks)
-    rows = softmax.rows_as_stored(share, axes)
-    exact = widened(out, rounding[0] if rounding else None, rows.dtype)
-    return (exact * rows).astype(out.dtype), *softmax.with_sink(m, l, sinks)
+    if sinks is None:
+        out, m, l = primitives.forward(problem, operands)
+        return Attention(out, m, l, jax.lax.stop_gradient(m))
+    if may_join and backends.may_take_sinks(problem):
+        out, m, l = primitives.forward(problem, replace(operands, sinks=sinks))
+        return Attention(out, m, l, None)
+    (out, m, l), largest = plain_sinks.beside(problem, operands, sinks)
+    return Attention(out, m, l, jax.lax.stop_gradient(largest))
 
 
 # --- jvp rules: (problem, inputs x, their tangents) -> (results, tangents of the results)

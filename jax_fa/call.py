@@ -47,7 +47,7 @@ class Problem:
     rounding_if_derived: bool = False
     # With bias_offset: no two key heads (of any batch entries) read the same element of bias.
     bias_apart: bool = False
-    # The caller asks for the log-sum-exp or has sinks; of a backward: the log-sum-exp has a cotangent.
+    # The log-sum-exp is asked for, by the caller or by sinks apart; of a backward: it has a cotangent.
     logsumexp: bool = False
     # How the sequence is spread over devices (a `sequence_parallel.Shards`); None: this device has all of it. Then key
     # and value are a part of the keys, and what says something of keys (bounds, columns, positions) does so of all.
@@ -114,6 +114,8 @@ class Operands:
     keep_threshold: Any = None  # *#B #N uint32: see dropout.threshold
     # The row and column of seeded dropout at which row 0 and key 0 of this call lie; None: 0.
     dropout_start: Any = None  # *1 2 uint32
+    # One more logit in each row's softmax, without a value, where a backend may take them (see `sinks`).
+    sinks: Any = None  # *#B N float32
     # The same call in the terms of the one backend that understands them: a pytree of arrays `*#B ...`, without gradient.
     # Everything else drops it unseen.
     hints: Any = None
@@ -132,7 +134,7 @@ class Operands:
 
 
 OPERANDS = tuple(f.name for f in fields(Operands) if f.name != "hints")
-DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap")
+DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap", "sinks")
 
 
 @jax.tree_util.register_dataclass

@@ -124,6 +124,16 @@ def explicit_keep_tile(
     return (taken >> (bit & 7).astype(jnp.uint8)) & 1 == 1
 
 
+def bit_offset(row, columns, before=(0, 0), first_key=0) -> Int32[Array, "... 2"]:
+    """Where key 0 of a row has its bit: (byte, bit 0..7) of position `before + row * columns - first_key`.
+
+    Positions pass 2**31 long before bytes do. With row = 8 a + c a row begins after a * columns whole bytes
+    and c * columns bits, so 32-bit arithmetic is enough. `before` is a pair (bytes, bits).
+    """
+    bit = before[1] + (row & 7) * columns - first_key
+    return jnp.stack([before[0] + (row >> 3) * columns + (bit >> 3), bit & 7], axis=-1)
+
+
 @compat.allow_promotion()
 def dropout_mask(
     dropout_key, dropout_rate: float, shape: tuple[int, int, int, int]

@@ -341,7 +341,7 @@ def checked_bias(bias, full: Shape, acc):
     return masks.lead(bias, len(full))
 
 
-def with_sinks(call: Call, sinks) -> Callable[[Call], Attention]:
+def with_sinks(call: Call, sinks, *, may_join: bool = True) -> Callable[[Call], Attention]:
     """`attention` with the sinks of an entry, checked against its call; None is none."""
     if sinks is None:
         return attention
@@ -351,7 +351,8 @@ def with_sinks(call: Call, sinks) -> Callable[[Call], Attention]:
     B, N = call.dims.B, call.dims.N
     if sinks.shape[-1:] != (N,) or not masks.broadcasts(sinks.shape, (*B, N)):
         raise ValueError(f"sinks must have shape (N,) or (*B, N) with B={B}, N={N}; got {sinks.shape}.")
-    return functools.partial(attention, sinks=masks.lead(sinks, len(B) + 1).astype(call.acc))
+    sinks = masks.lead(sinks, len(B) + 1).astype(call.acc)
+    return functools.partial(attention, sinks=sinks, may_join=may_join)
 
 
 def _slopes(slopes, batch: Shape, N: Size) -> Any:

@@ -325,6 +325,34 @@ def _run(kind, backend, problem, tree, *leaves):
     return tuple(kind.run(backend, inputs.call(problem), inputs))
 
 
+_SINKS_BESIDE: dict[str, Callable[[Problem, Inputs], list[Any]]] = {}
+
+
+def def_sinks_beside(kind: _Kind, form: Callable[[Problem, Inputs], list[Any]]) -> None:
+    """`form(problem, inputs)` gives the results of inputs with sinks, by primitives without."""
+    _SINKS_BESIDE[kind.what] = form
+
+
+def sinks_beside(kind: _Kind, problem: Problem, inputs: Inputs) -> list[Any]:
+    """The results of inputs with sinks, for backends that take none."""
+    return _SINKS_BESIDE[kind.what](problem, inputs)
+
+
+def _run_beside(kind, problem, tree, *leaves):
+    if kind is JVP:
+        return two_steps(problem, tree, *leaves)
+    return sinks_beside(kind, problem, tree.unflatten(leaves))
+
+
+def why_sinks_beside(kind: _Kind, platform: str, call: Call) -> str | None:
+    """None where the backend that would run takes the sinks of the call, or why it does not."""
+    without = call.replace(operands=replace(call.operands, sinks=None))
+    backend = backends.choose(platform, without, kind.what)
+    if not hasattr(backend, "why_no_sinks"):
+        return f"{backend.name} takes none"
+    return backend.why_no_sinks(call, kind.what)
+
+
 def _lowering(kind, ctx, *args, tree, problem):
     if problem.shards is not None and hasattr(problem.shards, kind.what):
         run = partial(_run, kind, problem.shards, problem, tree)
@@ -338,6 +366,10 @@ def _lowering(kind, ctx, *args, tree, problem):
         ctx, args = ctx.replace(avals_in=[ctx.avals_in[i] for i in kept]), tuple(args[i] for i in kept)
     inputs = tree.unflatten(ctx.avals_in)
     call = inputs.call(problem)
+    if call.operands.sinks is not None and (
+        kind not in (FORWARD, BACKWARD) or any(why_sinks_beside(kind, p, call) for p in platforms)
+    ):
+        return compat.lower_plain(partial(_run_beside, kind, problem, tree), ctx, *args)
     what = "forward" if kind is JVP else kind.what
     chosen = [backends.choose(platform, call, what) for platform in platforms]
     if not all(hasattr(backend, kind.what) for backend in chosen):

@@ -496,6 +496,8 @@ def test_what_only_the_operator_refuses(newer):
         "inner_precise": np.int64(0),
         "sparse_mode": np.int64(0),
         "pse_type": np.int64(1),
+        "q_start": np.int64(0),
+        "kv_start": np.int64(0),
         "present": np.uint32(4),
         "softmax_layout": "",
     }

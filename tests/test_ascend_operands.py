@@ -347,6 +347,8 @@ def _problem(**changed):
         "inner_precise": np.int64(0),
         "sparse_mode": np.int64(1),
         "pse_type": np.int64(1),
+        "q_start": np.int64(0),
+        "kv_start": np.int64(0),
         "present": np.uint32(7),
         "softmax_layout": "",
     }

@@ -64,9 +64,10 @@ def _install(root: Path, **files: str) -> Path:
 
 
 RUNTIME = "libascendcl.so libnnopbase.so"
-LONG, FIRST, SHORT, CUSTOM = (
+LONG, FIRST, SECOND, SHORT, CUSTOM = (
     "libopapi.so",
     "v1/libopapi.so",
+    "v2/libopapi.so",
     "short/libcust_opapi.so",
     "custom/libcust_opapi.so",
 )
@@ -220,6 +221,24 @@ def test_a_library_of_the_first_functions_only(tmp_path):
         assert functions() == ["VarLenScore", "UnpaddingScoreGrad"], functions()
         compare(q, k, k, bias, scale=0.0)  # the scale multiplies the query: pse before scaling cannot be divided by 0
         """),
+        JAX_FA_CANN_EMULATOR=str(root / "lib"),
+    )
+
+
+@pytest.mark.parametrize(("library", "functions"), [(FIRST, ("", "")), (SECOND, ("V2", "V2"))])
+def test_a_library_without_sinks(library, functions, tmp_path):
+    root = _install(tmp_path, lib=f"{RUNTIME} {library}")
+    _run(
+        _program("""
+        import sys
+        q, k = normal(0, 2, 20, 4, 16), normal(1, 2, 20, 2, 16)
+        sinks = normal(2, 4)
+        compare(q, k, k, mask=masks.Causal(), sinks=sinks)
+        assert functions() == sys.argv[1].split(), functions()
+        told = jax_fa.explain(q, k, k, sinks=sinks, entry="flash_attention", platforms="ascend", implementation="ascend")
+        assert sum("this CANN has no aclnnFlashAttentionScore" in note for note in told.notes["ascend"]) == 2, told
+        """),
+        f"Score{functions[0]} ScoreGrad{functions[1]}",
         JAX_FA_CANN_EMULATOR=str(root / "lib"),
     )
 

@@ -721,7 +721,7 @@ def test_bit_positions_beyond_32_bits(columns):
     last = min(2**34 // columns, 2**31) - 1  # of a stream of 2**31 bytes
     rows = [0, 1, 7, 8, last // 3 + 1, last // 2, last]
     first_key = 12345
-    found = drop_mask.drop_offset(jnp.asarray(rows, jnp.int32), columns, (0, 3), first_key)
+    found = dropout.bit_offset(jnp.asarray(rows, jnp.int32), columns, (0, 3), first_key)
     assert found.dtype == jnp.int32
     assert _positions(found) == [3 + row * columns - first_key for row in rows]
     assert ((np.asarray(found)[..., 1] >= 0) & (np.asarray(found)[..., 1] < 8)).all()

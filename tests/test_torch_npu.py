@@ -867,6 +867,27 @@ def test_blocks_of_a_ring_are_the_whole(on):
 
 
 @pytest.mark.parametrize("on", BACKENDS)
+def test_gradients_of_a_sink_by_blocks_add_up(on):
+    """With the merged statistics, each block of keys gives its share of the gradient of the sink, too."""
+    q, k, v, dy = _arrays(2)
+    sink = np.linspace(-1, 2, N, dtype=np.float32)
+
+    def attend(q, k, v, sink):
+        result = jax_fa.npu_fusion_attention(q, k, v, N, "BNSD", scale=0.25, sink=sink, implementation=on)
+        return result.attention, result
+
+    _, pull, whole = jax.vjp(attend, q, k, v, sink, has_aux=True)
+    total = 0
+    for keys in (np.s_[:, :, :7], np.s_[:, :, 7:]):
+        found = jax_fa.npu_fusion_attention_grad(
+            q, k[keys], v[keys], dy, N, "BNSD", softmax_max=whole[1], softmax_sum=whole[2], attention_in=whole[0],
+            scale_value=0.25, sink=sink, implementation=on,
+        )  # fmt: skip
+        total += found.dsink
+    np.testing.assert_allclose(total, pull(dy)[3], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("on", BACKENDS)
 def test_a_block_without_visible_keys_adds_nothing(on):
     """Whatever the merged statistics are; and rows that no block sees have gradients 0."""
     q, k, v, dy = _arrays(2)

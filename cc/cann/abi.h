@@ -73,6 +73,10 @@ struct Inputs {
   Tensor query = nullptr, key = nullptr, value = nullptr;
   auto args() const { return std::make_tuple(query, key, value); }
 };
+struct RopedInputs : Inputs {  // the rotated parts of query and key stay null: they are joined with the others
+  Tensor query_rope = nullptr, key_rope = nullptr;
+  auto args() const { return std::make_tuple(query, query_rope, key, key_rope, value); }
+};
 struct OutGradient {
   Tensor dy = nullptr;
   auto args() const { return std::make_tuple(dy); }
@@ -84,6 +88,10 @@ struct Optionals {
 struct Saved {  // what the forward left for the backward
   Tensor softmax_max = nullptr, softmax_sum = nullptr, softmax_in = nullptr, attention_in = nullptr;
   auto args() const { return std::make_tuple(softmax_max, softmax_sum, softmax_in, attention_in); }
+};
+struct Sink {  // one more logit per head, float32
+  Tensor sink = nullptr;
+  auto args() const { return std::make_tuple(sink); }
 };
 struct Prefix {
   Ints prefix = nullptr;
@@ -124,11 +132,21 @@ struct Gradients {  // dpse stays null: CANN does not compute it, and would fill
   auto args() const { return std::make_tuple(dq, dk, dv, dpse); }
 };
 
+struct RopedGradients : Gradients {
+  Tensor dq_rope = nullptr, dk_rope = nullptr;
+  auto args() const { return std::make_tuple(dq, dq_rope, dk, dk_rope, dv, dpse); }
+};
+struct SinkGradient {
+  Tensor dsink = nullptr;
+  auto args() const { return std::make_tuple(dsink); }
+};
+
 // All that any variant takes; each variant picks its blocks.
-struct Arguments : Inputs,
+struct Arguments : RopedInputs,
                    OutGradient,
                    Optionals,
                    Saved,
+                   Sink,
                    Prefix,
                    Lengths,
                    Starts,
@@ -136,7 +154,8 @@ struct Arguments : Inputs,
                    PseType,
                    SoftmaxLayout,
                    Outputs,
-                   Gradients {};
+                   RopedGradients,
+                   SinkGradient {};
 
 template <typename Tuple>
 struct Phase1Pointer;
@@ -161,22 +180,30 @@ struct Phase1 {
 
 using Score = Phase1<Inputs, Optionals, Prefix, Scalars, Outputs>;
 using ScoreV2 = Phase1<Inputs, Optionals, Prefix, Starts, Scalars, PseType, Outputs>;
+using ScoreV3 = Phase1<Inputs, Optionals, Sink, Prefix, Starts, Scalars, PseType, Outputs>;
 using VarLenScore = Phase1<Inputs, Optionals, Prefix, Lengths, Scalars, Outputs>;
 using VarLenScoreV2 = Phase1<Inputs, Optionals, Prefix, Lengths, Starts, Scalars, PseType, Outputs>;
 using VarLenScoreV4 = Phase1<Inputs, Optionals, Prefix, Lengths, Scalars, SoftmaxLayout, Outputs>;
+using VarLenScoreV5 =
+    Phase1<RopedInputs, Optionals, Sink, Prefix, Lengths, Starts, Scalars, PseType, SoftmaxLayout, Outputs>;
 using ScoreGrad = Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Scalars, Gradients>;
 using ScoreGradV2 = Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Starts, Scalars, PseType, Gradients>;
+using ScoreGradV3 = Phase1<Inputs, OutGradient, Optionals, Saved, Sink, Prefix, Starts, Scalars, PseType, Gradients,
+                           SinkGradient>;
 using UnpaddingScoreGrad = Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Lengths, Scalars, Gradients>;
 using UnpaddingScoreGradV2 =
     Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Lengths, Starts, Scalars, PseType, Gradients>;
 using UnpaddingScoreGradV4 =
     Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Lengths, Scalars, Gradients, SoftmaxLayout>;
+using UnpaddingScoreGradV5 = Phase1<RopedInputs, OutGradient, Optionals, Saved, Sink, Prefix, Lengths, Starts, Scalars,
+                                    PseType, SoftmaxLayout, RopedGradients, SinkGradient>;
 
-static_assert(Score::kCount == 22 && ScoreV2::kCount == 25);
-static_assert(VarLenScore::kCount == 24 && VarLenScoreV2::kCount == 27 && VarLenScoreV4::kCount == 25);
-static_assert(ScoreGrad::kCount == 27 && ScoreGradV2::kCount == 30);
+static_assert(Score::kCount == 22 && ScoreV2::kCount == 25 && ScoreV3::kCount == 26);
+static_assert(VarLenScore::kCount == 24 && VarLenScoreV2::kCount == 27 && VarLenScoreV4::kCount == 25 &&
+              VarLenScoreV5::kCount == 31);
+static_assert(ScoreGrad::kCount == 27 && ScoreGradV2::kCount == 30 && ScoreGradV3::kCount == 32);
 static_assert(UnpaddingScoreGrad::kCount == 29 && UnpaddingScoreGradV2::kCount == 32 &&
-              UnpaddingScoreGradV4::kCount == 30);
+              UnpaddingScoreGradV4::kCount == 30 && UnpaddingScoreGradV5::kCount == 39);
 
 // The short custom op, exported as aclnnFlashAttentionScoreWithLargeHeadDim and, by older builds, under the very name of
 // the built-in op.

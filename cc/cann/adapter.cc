@@ -42,6 +42,10 @@ class Marshalled {
       return values.empty() ? nullptr : descriptors_.AddInts(values);
     };
     a.prefix = ints(call.prefix);
+    if (call.q_start != 0 || call.kv_start != 0) {
+      a.q_start = ints({call.q_start});
+      a.kv_start = ints({call.kv_start});
+    }
     a.actual_seq_qlen = ints(call.actual_seq_qlen);
     a.actual_seq_kvlen = ints(call.actual_seq_kvlen);
     a.scale_value = call.scale_value;

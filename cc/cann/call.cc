@@ -66,7 +66,8 @@ void ValidateDTypes(const Call& c) {
   for (const Slot& slot : kSlots) {
     const Array& x = c.*slot.array;
     const bool mask = slot.array == &Call::drop_mask || slot.array == &Call::atten_mask;
-    const bool stats = slot.array == &Call::softmax_max || slot.array == &Call::softmax_sum;
+    const bool stats = slot.array == &Call::softmax_max || slot.array == &Call::softmax_sum ||
+                       slot.array == &Call::sink || slot.array == &Call::dsink;
     if (stats) same(slot.name, x, ACL_FLOAT);
     if (!mask && !stats && slot.array != &Call::pse) same(slot.name, x, dtype);
   }
@@ -119,6 +120,7 @@ std::string Text(const Call& c) {
   text << ", head_num " << c.head_num << ", scale_value " << c.scale_value << ", keep_prob " << c.keep_prob
        << ", sparse_mode " << c.sparse_mode << ", pre_tokens " << c.pre_tokens << ", next_tokens " << c.next_tokens
        << ", inner_precise " << c.inner_precise << ", pse_type " << c.pse_type;
+  if (c.q_start != 0 || c.kv_start != 0) text << ", q_start " << c.q_start << ", kv_start " << c.kv_start;
   if (!c.prefix.empty()) text << ", prefix " << Text(c.prefix);
   if (!c.actual_seq_qlen.empty()) text << ", actual_seq_qlen " << Text(c.actual_seq_qlen);
   if (!c.actual_seq_kvlen.empty()) text << ", actual_seq_kvlen " << Text(c.actual_seq_kvlen);

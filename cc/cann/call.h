@@ -30,10 +30,11 @@ struct Call {
   int64_t head_num = 0;
   double scale_value = 1.0, keep_prob = 1.0;
   int64_t pre_tokens = 0, next_tokens = 0, inner_precise = 0, sparse_mode = 0, pse_type = 1;
+  int64_t q_start = 0, kv_start = 0;                               // of ALiBi's positions
   std::vector<int64_t> prefix, actual_seq_qlen, actual_seq_kvlen;  // empty: absent
-  Array query, key, value, pse, drop_mask, atten_mask;
+  Array query, key, value, pse, drop_mask, atten_mask, sink;
   Array softmax_max, softmax_sum, attention;  // results of the forward, operands of the backward
-  Array dy, dq, dk, dv;                       // of the backward
+  Array dy, dq, dk, dv, dsink;                // of the backward
 
   bool backward() const { return direction == Direction::kBackward; }
   bool varlen() const { return input_layout == "TND"; }
@@ -56,12 +57,14 @@ inline constexpr Slot kSlots[] = {
     {"pse", &Call::pse, &Arguments::real_shift, &Arguments::real_shift, false},
     {"drop_mask", &Call::drop_mask, &Arguments::drop_mask, &Arguments::drop_mask, false},
     {"atten_mask", &Call::atten_mask, &Arguments::atten_mask, &Arguments::atten_mask, false},
+    {"sink", &Call::sink, &Arguments::sink, &Arguments::sink, false},
     {"softmax_max", &Call::softmax_max, &Arguments::softmax_max_out, &Arguments::softmax_max, true},
     {"softmax_sum", &Call::softmax_sum, &Arguments::softmax_sum_out, &Arguments::softmax_sum, true},
     {"attention", &Call::attention, &Arguments::attention_out, &Arguments::attention_in, true},
     {"dq", &Call::dq, nullptr, &Arguments::dq, true},
     {"dk", &Call::dk, nullptr, &Arguments::dk, true},
     {"dv", &Call::dv, nullptr, &Arguments::dv, true},
+    {"dsink", &Call::dsink, nullptr, &Arguments::dsink, false},
 };
 
 inline Tensor Arguments::* Place(const Slot& slot, const Call& call) {

@@ -10,17 +10,20 @@ namespace {
 
 [[noreturn]] void Refuse(const std::string& what) { throw Failure(Outcome::kUnimplemented, what); }
 
+bool PositionsStartElsewhere(const Call& c) { return c.q_start != 0 || c.kv_start != 0; }
+
 // The long functions that can serve a call, best first. The first ones have no pse_type: they are all of type 1.
 std::vector<Function> Candidates(const Call& c) {
   struct Family {
-    Function v2, v1;
+    Function sink, v2, v1;
   };
   static constexpr Family kFamilies[2][2] = {
-      {{kScoreV2, kScore}, {kVarLenScoreV2, kVarLenScore}},
-      {{kScoreGradV2, kScoreGrad}, {kUnpaddingScoreGradV2, kUnpaddingScoreGrad}}};
-  if (!c.softmax_layout.empty()) return {c.backward() ? kUnpaddingScoreGradV4 : kVarLenScoreV4};
+      {{kScoreV3, kScoreV2, kScore}, {kVarLenScoreV5, kVarLenScoreV2, kVarLenScore}},
+      {{kScoreGradV3, kScoreGradV2, kScoreGrad}, {kUnpaddingScoreGradV5, kUnpaddingScoreGradV2, kUnpaddingScoreGrad}}};
   const Family& family = kFamilies[c.backward()][c.varlen()];
-  if (c.pse.present() && c.pse_type != 1) return {family.v2};
+  if (c.sink.present()) return {family.sink};
+  if (!c.softmax_layout.empty()) return {c.backward() ? kUnpaddingScoreGradV4 : kVarLenScoreV4};
+  if (PositionsStartElsewhere(c) || (c.pse.present() && c.pse_type != 1)) return {family.v2};
   return {family.v2, family.v1};
 }
 
@@ -37,6 +40,7 @@ std::vector<std::string> BeyondShort(const Call& c) {
   unless(!c.pse.present(), "it takes no pse");
   unless(!c.drop_mask.present(), "it takes no drop_mask");
   unless(!c.atten_mask.present(), "it takes no atten_mask");
+  unless(!c.sink.present(), "it takes no sink");
   if (!layout) return reasons;
   const Call s = AsShort(c);
   const int64_t width = s.query.dims[2], kv_width = s.key.dims[2], kv_length = s.key.dims[1];
@@ -71,7 +75,7 @@ Function Choose(const Library& library, const Call& call) {
   const bool short_op = static_cast<bool>(library[kShortScore]);
   if (short_op && library.prefer_short && BeyondShort(call).empty()) return kShortScore;
   const std::vector<Function> candidates = Candidates(call);
-  if (call.pse.present() && call.pse_type != 1 && !call.softmax_layout.empty())
+  if (!call.sink.present() && call.pse.present() && call.pse_type != 1 && !call.softmax_layout.empty())
     Refuse(std::string(kFunctionTable[candidates.front()].phase2) +
            ", which softmax_layout same_as_input needs, takes " + "pse of type 1 only; got pse_type " +
            std::to_string(call.pse_type) + ".");

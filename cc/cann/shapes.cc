@@ -178,7 +178,10 @@ void ValidateShapes(const Call& c) {
   if (!c.prefix.empty() && static_cast<int64_t>(c.prefix.size()) != e.B)
     Refuse("prefix must have one value per batch entry, " + std::to_string(e.B) + "; got " +
            std::to_string(c.prefix.size()) + ".");
+  if (c.sink.present()) Must("sink", c.sink, {{e.N}});
   if (!c.backward()) return;
+  if (c.sink.present() != c.dsink.present()) Refuse("sink and dsink go together in the backward.");
+  if (c.dsink.present()) Must("dsink", c.dsink, {{e.N}});
   Must("dy", c.dy, stored(e.Sq, e.N, e.Dv));
   Must("dq", c.dq, {c.query.dims});
   Must("dk", c.dk, {c.key.dims});

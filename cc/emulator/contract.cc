@@ -52,6 +52,19 @@ Verdict JudgeInterface(const Op& op) {
   return {};
 }
 
+// Of the functions with a sink, what their documentation says.
+Verdict JudgeSink(const Op& op, const Sizes& s) {
+  if (op.query_rope.present() || op.key_rope.present()) return Invalid("queryRope and keyRope are not emulated.");
+  if (!op.sink.present()) return op.dsink.present() ? Tiling("dsink without sink.") : Verdict{};
+  if (op.sink.dtype != kFloat) return Invalid("dtype of sink must be FLOAT, got " + Name(op.sink.dtype) + ".");
+  if (op.sink.dims != Dims{s.N}) return Tiling("sink must be " + Text({s.N}) + ", got " + Text(op.sink.dims) + ".");
+  if (!op.backward) return {};
+  if (op.query.dtype == kFloat) return Invalid("dtype FLOAT is not for the backward with a sink.");
+  if (op.varlen && s.D != s.Dv) return Tiling("with a sink, the head dims of query and value must be the same.");
+  if (op.dsink.dtype != kFloat || op.dsink.dims != Dims{s.N}) return Null("dsink must be FLOAT" + Text({s.N}) + ".");
+  return {};
+}
+
 Dims WithLast(Dims dims, int64_t last) {
   dims.back() = last;
   return dims;
@@ -270,7 +283,7 @@ Verdict Judge(const Op& op) {
   const int64_t most = op.varlen ? 8 : 6;
   if (op.sparse_mode < 0 || op.sparse_mode > most) return Tiling("sparse mode is out of range.");
   if (s.K == 0 || s.N % s.K != 0) return Tiling("the number of query heads is no multiple of that of key heads.");
-  for (auto* judge : {JudgeSequences, JudgeMask, JudgeTokens, JudgePrefix, JudgePse, JudgeDrop}) {
+  for (auto* judge : {JudgeSink, JudgeSequences, JudgeMask, JudgeTokens, JudgePrefix, JudgePse, JudgeDrop}) {
     verdict = judge(op, s);
     if (verdict.code) return verdict;
   }

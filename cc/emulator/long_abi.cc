@@ -1,6 +1,11 @@
 // libopapi.so: the exported functions of the built-in operator. The signatures stand as CANN's headers have them, one by
-// one, and share nothing with those of the adapter.
+// one, and share nothing with those of the adapter. CANN_EMULATOR_RELEASE says which are exported: 1 the first ones, 2 also
+// those with pseType and a layout of the statistics, 3 also those with a sink.
 #include "emulator/phase1.h"
+
+#ifndef CANN_EMULATOR_RELEASE
+#define CANN_EMULATOR_RELEASE 3
+#endif
 
 using namespace cann_emulator;
 
@@ -60,6 +65,18 @@ void Saved(Phase1& p, T dy, T max, T sum, T softmax, T attention) {
   p.Tensor(&Op::dy, dy, "dy", true).Tensor(&Op::max, max, "softmaxMax").Tensor(&Op::sum, sum, "softmaxSum");
   p.Tensor(&Op::softmax, softmax, "softmaxIn").Tensor(&Op::out, attention, "attentionIn", true);
 }
+
+[[maybe_unused]] void Ropes(Phase1& p, T query, T key) {
+  p.Tensor(&Op::query_rope, query, "queryRope").Tensor(&Op::key_rope, key, "keyRope");
+}
+
+[[maybe_unused]] void Sink(Phase1& p, T sink) { p.Tensor(&Op::sink, sink, "sink"); }
+
+[[maybe_unused]] void RopeGradients(Phase1& p, T dq, T dk) {
+  p.Tensor(&Op::dq_rope, dq, "dqRope").Tensor(&Op::dk_rope, dk, "dkRope");
+}
+
+[[maybe_unused]] void SinkGradient(Phase1& p, T dsink) { p.Tensor(&Op::dsink, dsink, "dsink"); }
 
 void Gradients(Phase1& p, T dq, T dk, T dv, T dpse) {
   p.Tensor(&Op::dq, dq, "dq", true).Tensor(&Op::dk, dk, "dk", true).Tensor(&Op::dv, dv, "dv", true);
@@ -138,7 +155,7 @@ CANN_EMULATOR_C int aclnnFlashAttentionUnpaddingScoreGradGetWorkspaceSize(T quer
   return p.Finish(workspace, executor);
 }
 
-#ifndef CANN_EMULATOR_FIRST_FUNCTIONS_ONLY
+#if CANN_EMULATOR_RELEASE >= 2
 
 PHASE2(aclnnFlashAttentionScoreV2)
 CANN_EMULATOR_C int aclnnFlashAttentionScoreV2GetWorkspaceSize(T query, T key, T value, OPTIONALS, I prefix, I q_start,
@@ -229,6 +246,83 @@ CANN_EMULATOR_C int aclnnFlashAttentionUnpaddingScoreGradV4GetWorkspaceSize(T qu
   Scalars(p, NUMBERS);
   p.Layout(layout, softmax_layout, true);
   Gradients(p, dq, dk, dv, dpse);
+  return p.Finish(workspace, executor);
+}
+
+#endif
+
+#if CANN_EMULATOR_RELEASE >= 3
+
+PHASE2(aclnnFlashAttentionScoreV3)
+CANN_EMULATOR_C int aclnnFlashAttentionScoreV3GetWorkspaceSize(T query, T key, T value, OPTIONALS, T sink, I prefix,
+                                                               I q_start, I kv_start, SCALARS, int64_t pse_type,
+                                                               OUTPUTS, TAIL) {
+  Phase1 p("aclnnFlashAttentionScoreV3");
+  Typed(p, q_start, kv_start, pse_type);
+  Inputs(p, query, key, value);
+  Optionals(p, real_shift, drop_mask, padding_mask, atten_mask, prefix);
+  Sink(p, sink);
+  Scalars(p, NUMBERS);
+  p.Layout(layout, nullptr, false);
+  Outputs(p, softmax_max, softmax_sum, softmax_out, attention_out);
+  return p.Finish(workspace, executor);
+}
+
+PHASE2(aclnnFlashAttentionVarLenScoreV5)
+CANN_EMULATOR_C int aclnnFlashAttentionVarLenScoreV5GetWorkspaceSize(T query, T query_rope, T key, T key_rope, T value,
+                                                                     OPTIONALS, T sink, I prefix, I q_len, I kv_len,
+                                                                     I q_start, I kv_start, SCALARS, int64_t pse_type,
+                                                                     char* softmax_layout, OUTPUTS, TAIL) {
+  Phase1 p("aclnnFlashAttentionVarLenScoreV5");
+  Typed(p, q_start, kv_start, pse_type);
+  Inputs(p, query, key, value);
+  Ropes(p, query_rope, key_rope);
+  Optionals(p, real_shift, drop_mask, padding_mask, atten_mask, prefix);
+  Sink(p, sink);
+  Sequences(p, q_len, kv_len);
+  Scalars(p, NUMBERS);
+  p.Layout(layout, softmax_layout, true);
+  Outputs(p, softmax_max, softmax_sum, softmax_out, attention_out);
+  return p.Finish(workspace, executor);
+}
+
+PHASE2(aclnnFlashAttentionScoreGradV3)
+CANN_EMULATOR_C int aclnnFlashAttentionScoreGradV3GetWorkspaceSize(T query, T key, T value, T dy, OPTIONALS,
+                                                                   T softmax_max, T softmax_sum, T softmax_in,
+                                                                   T attention_in, T sink, I prefix, I q_start,
+                                                                   I kv_start, SCALARS, int64_t pse_type, T dq, T dk,
+                                                                   T dv, T dpse, T dsink, TAIL) {
+  Phase1 p("aclnnFlashAttentionScoreGradV3");
+  Typed(p, q_start, kv_start, pse_type);
+  Inputs(p, query, key, value);
+  Optionals(p, real_shift, drop_mask, padding_mask, atten_mask, prefix);
+  Saved(p, dy, softmax_max, softmax_sum, softmax_in, attention_in);
+  Sink(p, sink);
+  Scalars(p, NUMBERS);
+  p.Layout(layout, nullptr, false);
+  Gradients(p, dq, dk, dv, dpse);
+  SinkGradient(p, dsink);
+  return p.Finish(workspace, executor);
+}
+
+PHASE2(aclnnFlashAttentionUnpaddingScoreGradV5)
+CANN_EMULATOR_C int aclnnFlashAttentionUnpaddingScoreGradV5GetWorkspaceSize(
+    T query, T query_rope, T key, T key_rope, T value, T dy, OPTIONALS, T softmax_max, T softmax_sum, T softmax_in,
+    T attention_in, T sink, I prefix, I q_len, I kv_len, I q_start, I kv_start, SCALARS, int64_t pse_type,
+    char* softmax_layout, T dq, T dq_rope, T dk, T dk_rope, T dv, T dpse, T dsink, TAIL) {
+  Phase1 p("aclnnFlashAttentionUnpaddingScoreGradV5");
+  Typed(p, q_start, kv_start, pse_type);
+  Inputs(p, query, key, value);
+  Ropes(p, query_rope, key_rope);
+  Optionals(p, real_shift, drop_mask, padding_mask, atten_mask, prefix);
+  Saved(p, dy, softmax_max, softmax_sum, softmax_in, attention_in);
+  Sink(p, sink);
+  Sequences(p, q_len, kv_len);
+  Scalars(p, NUMBERS);
+  p.Layout(layout, softmax_layout, true);
+  Gradients(p, dq, dk, dv, dpse);
+  RopeGradients(p, dq_rope, dk_rope);
+  SinkGradient(p, dsink);
   return p.Finish(workspace, executor);
 }
 

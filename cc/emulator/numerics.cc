@@ -189,6 +189,11 @@ class Call {
     return count;
   }
 
+  // The sink of a head, in rows that see a key; without one, no logit.
+  float Sink(int64_t n) const {
+    return op.sink.present() ? Load(op.sink.data, op.sink.offset + n, kFloat) : -std::numeric_limits<float>::infinity();
+  }
+
   // 0, or 1 / keepProb.
   float Kept(int64_t b, int64_t n, int64_t i, int64_t j) const {
     if (!op.drop.present()) return 1.0f;
@@ -283,8 +288,9 @@ int RunForward(const Op& op) {
           out.Put(b, i, n, acc.data(), 1.0f);
           continue;
         }
-        float m = -kMax, l = 0;
+        float m = std::max(-kMax, c.Sink(n)), l = 0;
         for (int64_t j = 0; j < skv; ++j) m = std::isnan(x[j]) || x[j] > m ? x[j] : m;
+        if (op.sink.present()) l = std::exp(c.Sink(n) - m);
         for (int64_t j = 0; j < skv; ++j) l += x[j] = std::exp(x[j] - m);
         for (int64_t j = 0; j < skv; ++j) x[j] = Narrow(x[j] * c.Kept(b, n, i, j), op.query.dtype);
         for (int64_t d = 0; d < s.Dv; ++d) {
@@ -313,6 +319,7 @@ int RunBackward(const Op& op) {
       dq(op, op.dq, s.D, s.q_begin), dk(op, op.dk, s.D, s.kv_begin), dv(op, op.dv, s.Dv, s.kv_begin);
   if (op.dpse.present()) std::memset(op.dpse.data, 0xA5, op.dpse.size() * ItemSize(op.dpse.dtype));  // never computed
   const int64_t group = s.N / s.K;
+  std::vector<double> dsink(s.N);
   for (int64_t b = 0; b < s.B; ++b)
     for (int64_t head = 0; head < s.K; ++head) {
       const int64_t skv = s.skv[b];
@@ -339,6 +346,8 @@ int RunBackward(const Op& op) {
           for (int64_t j = 0; j < skv; ++j) {
             const float p = std::exp(x[j] - m) / l, kept = c.Kept(b, n, i, j);
             const float ds = Narrow(p * (dp[j] * kept - delta), op.query.dtype), w = Narrow(p * kept, op.query.dtype);
+            // From the keys of this call alone, whatever attentionIn is.
+            if (op.sink.present()) dsink[n] -= p * kept * dp[j] * (std::exp(c.Sink(n) - m) / l);
             if (p == 0.0f) continue;
             for (int64_t d = 0; d < s.D; ++d) dquery[d] += ds * k[j * s.D + d];
             for (int64_t d = 0; d < s.D; ++d) dkeys[j * s.D + d] += ds * q[d];
@@ -351,6 +360,8 @@ int RunBackward(const Op& op) {
         dv.Put(b, j, head, dvalues.data() + j * s.Dv, 1.0f);
       }
     }
+  for (int64_t n = 0; op.dsink.present() && n < s.N; ++n)
+    Store(op.dsink.data, op.dsink.offset + n, kFloat, static_cast<float>(dsink[n]));
   return 0;
 }
 

@@ -22,7 +22,8 @@ struct Op {
   bool has_prefix = false, has_seq = false;
   std::vector<int64_t> prefix, q_ends, kv_ends, q_start, kv_start;
   // Absent ones are not present(). max, sum and out are operands of the backward.
-  Array query, key, value, dy, pse, drop, padding, mask, max, sum, softmax, out, dq, dk, dv, dpse;
+  Array query, key, value, query_rope, key_rope, dy, pse, drop, padding, mask, sink;
+  Array max, sum, softmax, out, dq, dk, dv, dq_rope, dk_rope, dpse, dsink;
 };
 
 // What follows from shapes and layout.

@@ -8,9 +8,11 @@ import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import jax
+
 from jax_fa import arguments
 from jax_fa.backends import ascend, cpu, mosaic, variables, xla
-from jax_fa.call import Call, Operands, Saved
+from jax_fa.call import Call, Operands, Problem, Saved
 
 __all__ = ["Backend", "Implementation", "register", "registered"]
 
@@ -22,13 +24,16 @@ Implementation: TypeAlias = Any
 class Backend(Protocol):
     """Runs attention calls on some platforms. `forward` and `backward` are plain traceable functions.
 
-    A backend may have three methods more; what it lacks, the portable backend computes.
+    A backend may have four methods more; what it lacks, the portable backend computes.
 
     * `tangent(call, tangents, saved)`: the tangents of out and log-sum-exp (`*B N Sq`) along `tangents`, the `Operands` that
       move; from what the forward saved.
     * `jvp(call, tangents)`: what `forward` and `tangent` give together, in one pass.
     * `second(call, tangents, saved)`: the derivative of `backward` along tangents, as `Operands`, and the gradients by its
       cotangents dout and dlogsumexp. `saved` may hold tangents of the cotangents.
+
+    * `why_no_sinks(call, what)`: None where `forward` or `backward` takes `operands.sinks` (and then m and l include them), or
+      why not. Backends without it get none.
 
     Calls on several devices carry a rule by which XLA splits batch and heads (`sharding.py`). A backend may say more:
 
@@ -121,6 +126,17 @@ _ADVICE = {
     "native": f"{_BEST}: on CPU 'cpu'.",
 }
 _WRITTEN = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def may_take_sinks(problem: Problem) -> bool:
+    """Whether sinks are an operand of a call: whether the backend that it names, or one of JAX's default platform, takes some.
+
+    (Which backend runs is known when a program is lowered. There, the others have sinks beside the call.)
+    """
+    if problem.implementation is not None:
+        return hasattr(named(problem.implementation), "why_no_sinks")
+    platform = jax.default_backend().lower()
+    return any(hasattr(b, "why_no_sinks") and platform in (b.platforms or ()) for b in _backends)
 
 
 def names() -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from jax_fa.call import DIFFERENTIABLE, OPERANDS, Saved
 
+# The arrays that the kernels know. (Sinks are beside their calls: see `jax_fa.sinks`.)
+TAKEN, MOVING = (tuple(name for name in names if name != "sinks") for names in (OPERANDS, DIFFERENTIABLE))
 ABI = 2  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
 _ROOT = _PACKAGE.parent
@@ -37,9 +39,9 @@ def _mismatch(extension: Any) -> str | None:
     wanted = {
         "version": sys.modules["jax_fa"].__version__,
         "abi": ABI,
-        "operand_names": OPERANDS,
-        "differentiable_operands": DIFFERENTIABLE,
-        "second_names": (*DIFFERENTIABLE, "dout", "dlogsumexp"),
+        "operand_names": TAKEN,
+        "differentiable_operands": MOVING,
+        "second_names": (*MOVING, "dout", "dlogsumexp"),
         "saved_names": tuple(f.name for f in fields(Saved)),
     }
     for name, want in wanted.items():

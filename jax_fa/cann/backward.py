@@ -53,9 +53,7 @@ def request(
         gradients = pull(zeros | found)
         dsink = None
         if built.sink is not None:
-            products = dout.astype(jnp.float32) * out.astype(jnp.float32)
-            delta = softmax.row_sums(products, call.problem.out_axes)
-            dsink = sinks.gradient(built.sink, m, l, delta)
+            dsink = sinks.gradient(built.sink, m, l, _weighted_cotangents(call, m, l, dout))
         return Gradients(**dict.fromkeys(given) | gradients, sink=dsink)
 
     return entry.Request(built.call, finish, run)
@@ -86,6 +84,20 @@ def _differentiable(operands: Operands) -> dict[str, Any]:
     return {name: x for name, x in operands.present().items() if name in DIFFERENTIABLE}
 
 
+def _weighted_cotangents(call: Call, m, l, dout):
+    """sum_j p_j dp_j of each row, over the keys of this call: those of other blocks have theirs."""
+    own = attention(call.replace(problem=replace(call.problem, logsumexp=True, gradients=None)))
+    products = dout.astype(jnp.float32) * own.out.astype(jnp.float32)
+    return _share(l, m, own.logsumexp) * softmax.row_sums(products, call.problem.out_axes)
+
+
+def _share(l, m, lse):
+    """exp(lse - the log-sum-exp of m and l): what the keys of a call have of the weights of all; 0 without a visible key."""
+    # There, exp would get huge numbers of both signs.
+    masked = (l == 0) | (jax.lax.stop_gradient(lse) == -softmax.FLT_MAX)
+    return jnp.where(masked, 0, jnp.exp(jnp.where(masked, 0, lse - softmax.logsumexp(m, l))))
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _backward(problem: Problem, operands: Operands, m, l, out, dout) -> dict[str, Any]:
     """The gradients that the problem wants; arrays as the kernels have them."""
@@ -114,9 +126,7 @@ def _of_attention(problem: Problem, operands: Operands, m, l, out, dout) -> dict
 
     arrays = {name: x for name, x in _differentiable(operands).items() if name in (problem.gradients or ())}
     (own, lse), pull = jax.vjp(run, arrays)
-    # Where no key is visible, exp would get huge numbers of both signs.
-    masked = (l == 0) | (jax.lax.stop_gradient(lse) == -softmax.FLT_MAX)
-    weight = jnp.where(masked, 0, jnp.exp(jnp.where(masked, 0, lse - softmax.logsumexp(m, l))))
+    weight = _share(l, m, lse)
     wide = dout.astype(jnp.float32)
     moved = softmax.rows_as_stored(weight, problem.out_axes) * wide
     delta, own_delta = (

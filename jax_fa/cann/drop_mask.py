@@ -12,6 +12,7 @@ from jaxtyping import Array, Int32
 from jax_fa.arguments import host_array, random_key, shown
 from jax_fa.call import Dims
 from jax_fa.cann.packed import Packed
+from jax_fa.dropout import bit_offset
 from jax_fa.entry import Dropout
 
 
@@ -50,19 +51,9 @@ def dropout(keep_prob, drop_mask, dropout_key, d: Dims, packed: Packed | None) -
     return Dropout(keep_prob=float(keep_prob), bits=bits, offset=offset)
 
 
-def drop_offset(row, columns, before=(0, 0), first_key=0) -> Int32[Array, "... 2"]:
-    """Where key 0 of a row has its bit: (byte, bit 0..7) of position `before + row * columns - first_key`.
-
-    Positions pass 2**31 long before bytes do. With row = 8 a + c a row begins after a * columns whole bytes
-    and c * columns bits, so 32-bit arithmetic is enough. `before` is a pair (bytes, bits).
-    """
-    bit = before[1] + (row & 7) * columns - first_key
-    return jnp.stack([before[0] + (row >> 3) * columns + (bit >> 3), bit & 7], axis=-1)
-
-
 def _dense_drop_offset(d: Dims) -> Int32[Array, "B N Sq 2"]:
     rows = jnp.arange(math.prod((*d.B, d.N, d.Sq)), dtype=jnp.int32)
-    return drop_offset(rows.reshape(*d.B, d.N, d.Sq), d.Skv)
+    return bit_offset(rows.reshape(*d.B, d.N, d.Sq), d.Skv)
 
 
 def _packed_drop_offset(d: Dims, packed: Packed) -> Int32[Array, "N T 2"]:
@@ -71,11 +62,11 @@ def _packed_drop_offset(d: Dims, packed: Packed) -> Int32[Array, "N T 2"]:
     bytes_before, bits_before = blocks_before(*packed.sizes(), d.N)
     before = bytes_before[rows.sequence], bits_before[rows.sequence]
     heads = jnp.arange(d.N, dtype=jnp.int32)[:, None]
-    return drop_offset(heads * rows.sq + rows.position, rows.skv, before, rows.first_key)
+    return bit_offset(heads * rows.sq + rows.position, rows.skv, before, rows.first_key)
 
 
 def blocks_before(sq, skv, N: int):
     """(bytes, bits) of all blocks [N, sq_b, skv_b] in front of each sequence's."""
-    size = drop_offset(N * sq, skv)
+    size = bit_offset(N * sq, skv)
     before = jnp.cumsum(size, axis=0, dtype=jnp.int32) - size
     return before[..., 0] + (before[..., 1] >> 3), before[..., 1] & 7

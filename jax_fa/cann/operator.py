@@ -75,7 +75,6 @@ class Operator:
             terms=pse.terms(sparse, scale=scale, dtype=dtype, d=d, packed=packed),
             scale=scale,
             dropped=dropout(*self.dropped, d, packed),
-            logsumexp=sink is not None,
             backend=backend,
             hints=_own_form(sparse, pse, d, packed),
         )
@@ -278,8 +277,8 @@ def _own_form(sparse: MaskArguments, pse: Pse, d: Dims, packed: Packed | None) -
         actual_seq_qlen=query_ends,
         actual_seq_kvlen=key_ends,
         pse_type=int(pse.type),
-        # Where positions start elsewhere, slopes are a bias of their own.
-        pse=None if pse.start else lead(pse.values),
+        starts=pse.starts,
+        pse=lead(pse.values),
         mask=lead(mask),
     )
 

@@ -43,10 +43,16 @@ class Pse:
     kv_start_idx: Any = None
 
     @property
+    def starts(self) -> tuple[int, int]:
+        """The positions of the first row and of the first key, for slopes."""
+        query, key = _start("q_start_idx", self.q_start_idx), _start("kv_start_idx", self.kv_start_idx)
+        return (query, key) if self.type in ALIBI_TYPES else (0, 0)
+
+    @property
     def start(self) -> int:
-        """How much further than key 0 the first row stands, for slopes."""
-        start = _start("q_start_idx", self.q_start_idx) - _start("kv_start_idx", self.kv_start_idx)
-        return start if self.type in ALIBI_TYPES else 0
+        """How much further than key 0 the first row stands."""
+        query, key = self.starts
+        return query - key
 
     def terms(self, sparse: MaskArguments, *, scale, dtype, d: Dims, packed: Packed | None) -> Terms:
         """Checks pse and turns it into terms of the logits.

@@ -23,8 +23,8 @@ def checked(sink, d: Dims):
     return jnp.asarray(sink)
 
 
-def gradient(sink, m, l, delta):
-    """That of the sink, from joined statistics and delta = rowsum(dy * attention_in), `*B N Sq` each."""
+def gradient(sink, m, l, weighted):
+    """That of the sink, from joined statistics and sum_j p_j dp_j over the keys of the call, `*B N Sq` each."""
     weight = jnp.where(l == 0, 0, jnp.exp(sink[:, None] - m) / jnp.where(l == 0, 1, l))
-    other = tuple(axis for axis in range(delta.ndim) if axis != delta.ndim - 2)
-    return -jnp.sum(weight * delta, axis=other)
+    other = tuple(axis for axis in range(weighted.ndim) if axis != weighted.ndim - 2)
+    return -jnp.sum(weight * weighted, axis=other)

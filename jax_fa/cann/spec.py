@@ -79,6 +79,7 @@ def compressed_mask(prefix: bool) -> np.ndarray:
         "actual_seq_qlen",
         "actual_seq_kvlen",
         "pse_type",
+        "starts",
     ),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -96,5 +97,6 @@ class Arguments:
     actual_seq_qlen: tuple[int, ...] | None = None  # layout TND
     actual_seq_kvlen: tuple[int, ...] | None = None
     pse_type: int = 1
+    starts: tuple[int, int] = (0, 0)  # of the positions of rows and keys, for slopes
     pse: Any = None  # as it was given, behind batch dims of size 1
     mask: Any = None  # likewise: a full atten_mask of layout TND

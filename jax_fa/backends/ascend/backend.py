@@ -8,7 +8,8 @@ What CANN does not compute is supplied here in plain JAX around the call:
 * its scale and keep_prob are host numbers: a traced scale multiplies the query, in float32 as CANN would do,
   and a traced keep probability divides out, with CANN's own at 1. In the backward, dout / keep_prob and
   out * keep_prob in the places of dout and out give CANN's gradients;
-* -inf in pse becomes a finite number (`shift`);
+* -inf in pse and in sinks becomes a finite number (`shift`);
+* sinks go to CANN where it has the functions and the call fits them, and are plain JAX around the call elsewhere;
 * values wider than keys: query and key get zeros;
 * no rows, no keys, no batch: no call.
 
@@ -23,14 +24,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa import softmax
 from jax_fa.backends.ascend import costs, custom_call, dense, installation, limits, plugins
 from jax_fa.backends.ascend import layout as layouts
 from jax_fa.backends.ascend.operator_call import OperatorCall, Residuals
-from jax_fa.backends.ascend.options import Options
-from jax_fa.backends.ascend.shift import masks_fully, maximum_from_cann, maximum_to_cann
+from jax_fa.backends.ascend.options import Options, max_work
+from jax_fa.backends.ascend.shift import LOWEST_SINK, masks_fully, maximum_from_cann, maximum_to_cann
 from jax_fa.backends.ascend.translation import Translation
 from jax_fa.backends.xla import backend as portable
-from jax_fa.call import STORED, Call, Dims, Operands, Problem, Saved, narrowed, rounding_unit, widened
+from jax_fa.call import STORED, Call, Dims, Operands, Saved, narrowed, rounding_unit, widened
 from jax_fa.softmax import FLT_MAX
 
 
@@ -44,6 +46,11 @@ class Ascend:
     def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
         plugins.register_with_present(platform)
         return limits.why_not_here(call, platform) or limits.why_not(call, what)
+
+    def why_no_sinks(self, call: Call, what: str) -> str | None:
+        if dense.is_empty(call):
+            return "there are no logits"
+        return Translation(call, installation.here()).why_no_sinks(what)
 
     def notes(self, call: Call) -> tuple[str, ...]:
         return costs.notes(call)
@@ -64,11 +71,6 @@ class Ascend:
 backend = Ascend()
 
 
-def _max_work(problem: Problem) -> int | None:
-    options = problem.options if isinstance(problem.options, Options) else Options()
-    return options.max_work
-
-
 # --- forward
 
 
@@ -80,9 +82,11 @@ def _forward(call: Call):
         return out, jnp.full(stats, -FLT_MAX, jnp.float32), jnp.zeros(stats, jnp.float32)
     plan = Translation(call, installation.here())
     op = plan.operator_call()
-    out, m, l = custom_call.forward(op, _max_work(call.problem))
+    out, m, l = custom_call.forward(op, max_work(call.problem))
     # CANN marks rows without a key by a sum of FLT_MAX, and those of sequences without keys by zeros.
-    seen = (l != 0) & (l < FLT_MAX)
+    seen = ~((l == 0) | (l >= FLT_MAX))
+    if op.sink is not None:
+        seen &= ~(m <= LOWEST_SINK)
     if op.masking_logit is not None:
         seen &= ~masks_fully(m, op.masking_logit)
     m, l = jnp.where(seen, m, -FLT_MAX), jnp.where(seen, l, 0)
@@ -93,7 +97,11 @@ def _forward(call: Call):
         out = op.sequences.put_rows(out, d.Sq, 0.0)
         m, l = op.sequences.put_rows(m, d.Sq, -FLT_MAX).T, op.sequences.put_rows(l, d.Sq, 0.0).T
     m, l = m.reshape(stats), l.reshape(stats)
-    return _clean_masked_rows(call, op, layouts.from_layout(call, "out", out, op.layout), m, l)
+    out, m, l = _clean_masked_rows(call, op, layouts.from_layout(call, "out", out, op.layout), m, l)
+    if op.sink is None:
+        return out, m, l
+    with_sink = softmax.with_sink(m, l, call.operands.sinks[..., None])
+    return out, *(jnp.where(l == 0, x, y) for x, y in zip(with_sink, (m, l), strict=True))
 
 
 def _clean_masked_rows(call: Call, op: OperatorCall, out, m, l):
@@ -123,8 +131,10 @@ def _backward(call: Call, saved: Saved) -> Operands:
         return portable.backward(call, saved)
     plan = Translation(call, installation.here())
     op = plan.operator_call()
-    dq, dk, dv = _cann_gradients(plan, op, saved)
+    dq, dk, dv, dsink = _cann_gradients(plan, op, saved)
     gradients: dict[str, Any] = {}
+    if op.sink is not None:
+        gradients["sinks"] = jnp.where(jnp.isneginf(call.operands.sinks), 0, dsink)
     if call.operands.scale is not None:
         gradients["scale"] = _scale_gradient(call, op.layout, dq)
     if plan.folds_scale:
@@ -139,18 +149,18 @@ def _backward(call: Call, saved: Saved) -> Operands:
 
 
 def _cann_gradients(plan: Translation, op: OperatorCall, saved: Saved):
-    """dq, dk, dv in the layout."""
+    """dq, dk, dv in the layout, and the gradient of the sink `N`."""
     d = plan.call.dims
     residuals, dlse = _residuals(plan, op, saved)
     if dlse is not None:
         op, residuals = _with_logsumexp(op, d, residuals, dlse)
-    dq, dk, dv = custom_call.backward(op, residuals, _max_work(plan.call.problem))
+    dq, dk, dv, dsink = custom_call.backward(op, residuals, max_work(plan.call.problem))
     dq, dk = layouts.narrow(dq, op.layout, op.N, d.D), layouts.narrow(dk, op.layout, op.K, d.D)
     dv = layouts.narrow(dv, op.layout, op.K, d.Dv)
     if op.sequences is not None:
         dq = op.sequences.put_rows(dq, d.Sq, 0.0)
         dk, dv = (op.sequences.put_keys(x, d.Skv) for x in (dk, dv))
-    return dq, dk, dv
+    return dq, dk, dv, dsink
 
 
 def _residuals(plan: Translation, op: OperatorCall, saved: Saved):
@@ -166,6 +176,8 @@ def _residuals(plan: Translation, op: OperatorCall, saved: Saved):
     flat = (-1, d.N, d.Sq)
     if op.pse is not None:  # exp(logit - m) is 0 for every key of a row that pse masks
         m = jnp.where(l == 0, 0, maximum_to_cann(m))
+    if op.sink is not None:  # exp(sink - m) / l is 0 in fully masked rows
+        m = jnp.where(l == 0, 0, m)
     m, l = m.reshape(flat), jnp.where(l == 0, FLT_MAX, l).reshape(flat)
     dlse = None if dlse is None else dlse.reshape(flat).astype(jnp.float32)
     if op.sequences is not None:

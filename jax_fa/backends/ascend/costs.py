@@ -1,7 +1,5 @@
 """What a call that CANN serves costs besides CANN: the notes of `explain`."""
 
-import math
-
 import jax.numpy as jnp
 
 from jax_fa.backends.ascend import dense, installation
@@ -20,12 +18,14 @@ def notes(call: Call) -> tuple[str, ...]:
     if call.problem.logsumexp:
         found.append("the gradient of the log-sum-exp costs CANN's backward a wider head_dim")
     found += _of_dtype(plan)
+    found += _of_sinks(plan)
     if plan.sequences is None and plan.sparse.full:
         size = dense.mask_bytes(call)
         found.append(f"no sparse mode expresses this mask: a full one of {size} bytes is built")
     if call.operands.dropout_seed is not None:
-        size = -(-math.prod((*call.stats_shape, call.dims.Skv)) // 8)
-        at_once = f", at most {MAX_DRAWN_BYTES} at a time" if size > MAX_DRAWN_BYTES else ""
+        size, least = plan.drawn_bytes()
+        most = max(MAX_DRAWN_BYTES, least)
+        at_once = f", at most {most} at a time" if size > most else ""
         found.append(f"keep bits are drawn in plain JAX and stored: {size} bytes{at_once}")
     layout = layouts.choose(call)
     if plan.sequences is None and not all(layouts.fits(call, name, layout) for name in (*STORED, "out")):
@@ -44,6 +44,16 @@ def _of_bias(plan: Translation) -> list[str]:
     if x.bias_offset is not None and not plan.own_pse:
         found.append("the bias is expanded to Sq x Skv: CANN has no per-row offsets")
     return found
+
+
+def _of_sinks(plan: Translation) -> list[str]:
+    if plan.call.operands.sinks is None:
+        return []
+    reasons = {"forward": plan.why_no_sinks("forward"), "gradient": plan.why_no_sinks("backward")}
+    return [
+        f"sinks, {what}: {'by CANN' if why is None else f'in plain JAX around the call, since {why}'}"
+        for what, why in reasons.items()
+    ]
 
 
 def _of_dtype(plan: Translation) -> list[str]:

@@ -36,7 +36,7 @@ def forward(op: OperatorCall, max_work: int | None):
 
 
 def backward(op: OperatorCall, saved: Residuals, max_work: int | None):
-    """(dq, dk, dv) in the layout."""
+    """(dq, dk, dv) in the layout, and the gradient of the sink `N` (without one, of no elements)."""
     grid = Grid(op, max_work)
     batch = []
     done = None
@@ -45,9 +45,12 @@ def backward(op: OperatorCall, saved: Residuals, max_work: int | None):
         for h in grid.heads:
             heads.append(_backward_of_rows(grid, b, h, saved, done))
             done = heads[-1][0]
-        batch.append([layouts.join(list(parts), op.layout, "N") for parts in zip(*heads, strict=True)])
+        *stored, sinks = zip(*heads, strict=True)
+        joined = [layouts.join(list(parts), op.layout, "N") for parts in stored]
+        batch.append([*joined, jnp.concatenate(sinks)])
     letter = "S" if op.layout == "TND" else "B"
-    return tuple(layouts.join(list(parts), op.layout, letter) for parts in zip(*batch, strict=True))
+    *stored, sinks = zip(*batch, strict=True)
+    return *(layouts.join(list(parts), op.layout, letter) for parts in stored), _sum(sinks, jnp.float32)
 
 
 def _after(op: OperatorCall, done) -> OperatorCall:
@@ -62,9 +65,10 @@ def _backward_of_rows(grid: Grid, batch: Range, heads: Range, saved: Residuals, 
         piece = batch, heads, rows
         found.append(_backward(_after(grid.piece(*piece), done), grid.residuals(saved, *piece)))
         done = found[-1][0]
-    dq, dk, dv = zip(*found, strict=True)
+    dq, dk, dv, *sinks = zip(*found, strict=True)
     op = grid.whole
-    return layouts.join(list(dq), op.layout, "S"), _sum(dk, op.key.dtype), _sum(dv, op.value.dtype)
+    dsink = _sum(sinks[0], jnp.float32) if sinks else jnp.zeros((0,), jnp.float32)
+    return layouts.join(list(dq), op.layout, "S"), _sum(dk, op.key.dtype), _sum(dv, op.value.dtype), dsink
 
 
 def _sum(parts, dtype):
@@ -100,7 +104,8 @@ def _backward(op: OperatorCall, saved: Residuals):
     if op.sequences is not None and op.softmax_layout == "":
         m, l = (op.sequences.to_blocks(x) for x in (m, l))
     m, l = (jnp.broadcast_to(x[..., None], (*x.shape, spec.LANES)) for x in (m, l))
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (op.query, op.key, op.value)]
+    given = (op.query, op.key, op.value, *(() if op.sink is None else (op.sink,)))
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
     present, optional = _optional(op)
     call = jax.ffi.ffi_call(installation.BACKWARD, results)
     return call(
@@ -109,10 +114,10 @@ def _backward(op: OperatorCall, saved: Residuals):
 
 
 def _optional(op: OperatorCall) -> tuple[int, list[Any]]:
-    """Which of pse, drop_mask and atten_mask are given, as a bit mask, and their arrays."""
+    """Which of pse, drop_mask, atten_mask and sink are given, as a bit mask, and their arrays."""
     mask = op.mask if op.sparse.full else _pattern(op.sparse)
     drop = None if op.keep is None else op.keep.packed(Part.whole(op.B, op.N, op.Sq))
-    given = [op.pse, drop, mask]
+    given = [op.pse, drop, mask, op.sink]
     present = sum(1 << bit for bit, x in enumerate(given) if x is not None)
     return present, [jnp.asarray(x) for x in given if x is not None]
 
@@ -148,6 +153,8 @@ def _attributes(op: OperatorCall, present: int) -> dict[str, Any]:
             "inner_precise": np.int64(2 if op.sparse.may_mask else 0),
             "sparse_mode": np.int64(op.sparse.mode),
             "pse_type": np.int64(op.pse_type),
+            "q_start": np.int64(op.starts[0]),
+            "kv_start": np.int64(op.starts[1]),
             "present": np.uint32(present),
             "softmax_layout": op.softmax_layout,
         },

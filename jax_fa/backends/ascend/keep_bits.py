@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_fa import dropout
 from jax_fa.call import Call
@@ -42,6 +43,7 @@ class KeepBits(Protocol):
 
 
 MAX_DRAWN_BYTES = 2**28
+MAX_BYTES = 2**31  # that 32 bits count
 # Bits that are drawn at once; more are drawn some rows at a time, so that they are never held as bytes together.
 _AT_ONCE = 2**22
 
@@ -153,30 +155,106 @@ class Drawn:
 
     def _head(self, b, n, rows):
         """Keep bits `rows Skv` of batch entry b, head n."""
-        x, d = self.call.operands, self.call.dims
+        x, Skv = self.call.operands, self.call.dims.Skv
         found = None
         if x.dropout_seed is not None:
-            seed, stream = self._at(x.dropout_seed, b), self._at(x.dropout_stream, b, n)
-            limit = x.keep_threshold
-            limit = dropout.threshold(self.call.problem.keep_prob) if limit is None else self._at(limit, b, n)
-            row_0 = column_0 = jnp.int32(0)
-            if x.dropout_start is not None:
-                row_0, column_0 = x.dropout_start.reshape(2).astype(jnp.int32)
-            found = dropout.keep_tile(seed, stream, rows + row_0, column_0, d.Skv, limit)
+            found = _seeded(self.call, b, n, rows, jnp.int32(0), Skv)
         if x.drop_bits is not None:
-            offset = self._at(x.drop_offset, b, n)
+            offset = _at(self.call, x.drop_offset, b, n)
             offset = offset if offset.shape[0] == 1 else offset[rows]
-            bits = self._at(x.drop_bits, b)
-            given = dropout.explicit_keep_tile(bits, offset, jnp.int32(0), d.Skv)
+            bits = _at(self.call, x.drop_bits, b)
+            given = dropout.explicit_keep_tile(bits, offset, jnp.int32(0), Skv)
             found = given if found is None else found & given
         return found
 
-    def _at(self, x, b, n=None):
-        """Entry b (of all batch dims flattened) and head n of an operand `*#B ...` or `*#B #N ...`."""
-        B = self.call.dims.B
-        rank = len(B)
-        if math.prod(x.shape[:rank]) == 1:
-            x = x.reshape(x.shape[rank:])
-        else:
-            x = jnp.broadcast_to(x, (*B, *x.shape[rank:])).reshape(-1, *x.shape[rank:])[b]
-        return x if n is None else x[0] if x.shape[0] == 1 else x[n]
+
+@dataclass(frozen=True)
+class DrawnSequences:
+    """Bits of packed sequences, drawn as those of a call of all rows and keys: blocks `[N, Sq_b, Skv_b]`, one after another.
+
+    `rows` and `keys` say where each sequence lies, (start, length), in those of the call.
+    """
+
+    call: Call
+    rows: tuple[tuple[int, int], ...]
+    keys: tuple[tuple[int, int], ...]
+    done: Any = None
+
+    def after(self, done: Any) -> "DrawnSequences":
+        return replace(self, done=done)
+
+    def packed(self, part: Part):
+        rows, keys = self.rows[part.b0 : part.b1], self.keys[part.b0 : part.b1]
+        heads = part.n1 - part.n0
+        bits = heads * np.array([sq * skv for (_, sq), (_, skv) in zip(rows, keys, strict=True)], np.int64)
+        begins = np.cumsum(bits) - bits
+        total = -(-int(bits.sum()) // 8)
+        # Rows are drawn as wide as the widest of their kind: so that no kind has one of less than half of that.
+        kinds: dict[int, list[int]] = {}
+        for b in np.flatnonzero(bits):
+            kinds.setdefault(keys[b][1].bit_length(), []).append(int(b))
+        # A row may begin within a byte, and is added as bytes: up to one more than it has.
+        found = jnp.zeros((total + 1,), jnp.uint8)
+        if self.done is not None:
+            found, _ = jax.lax.optimization_barrier((found, self.done))
+        for members in kinds.values():
+            width = max(keys[b][1] for b in members)
+            table = np.array([(*rows[b], *keys[b], begins[b] >> 3, begins[b] & 7) for b in members], np.int32)
+            found = self._add(found, table, width, part)
+        return found[:total]
+
+    def _add(self, found, table: np.ndarray, width: int, part: Part):
+        """The bits of some sequences, some rows of a head at a time. `table`: where each has rows, keys, and bits."""
+        ends = np.cumsum(table[:, 1], dtype=np.int64)
+        count, step = int(ends[-1]), max(1, _AT_ONCE // width)
+        step = min(step, count)
+        chunks = -(-count // step)
+        sequences, last = jnp.asarray(table), jnp.asarray(ends, jnp.int32)
+
+        def add(i, found):
+            n = part.n0 + i // chunks
+            at = i % chunks * step + jnp.arange(step, dtype=jnp.int32)
+            b = jnp.minimum(jnp.searchsorted(last, at, side="right"), len(ends) - 1)
+            first_row, sq, first_key, skv, byte, bit = sequences[b].T
+            row = at - (last[b] - sq)
+            draw = jax.vmap(lambda row, key: _seeded(self.call, 0, n, row[None], key, width)[0])
+            keep = draw(first_row + row, first_key)
+            there = (jnp.arange(width) < skv[:, None]) & (at < count)[:, None]
+            begin = dropout.bit_offset((n - part.n0) * sq + row, skv, (byte, bit))
+            moved = _shifted(keep & there, begin[:, 1])
+            place = begin[:, :1] + jnp.arange(moved.shape[1], dtype=jnp.int32)
+            return found.at[place].add(moved, mode="drop")
+
+        return jax.lax.fori_loop(0, (part.n1 - part.n0) * chunks, add, found)
+
+
+def _shifted(bits, by):
+    """Rows of bits as bytes, each `by` (0..7) places up."""
+    width = bits.shape[1]
+    room = -(-(width + 7) // 8) * 8
+    at = jnp.arange(room, dtype=jnp.int32) - by[:, None]
+    moved = jnp.take_along_axis(bits, jnp.clip(at, 0, width - 1), axis=1) & (at >= 0) & (at < width)
+    return jnp.packbits(moved, axis=1, bitorder="little")
+
+
+def _seeded(call: Call, b, n, rows, first_column, columns: int):
+    """Seeded keep bits `rows columns` of batch entry b, head n."""
+    x = call.operands
+    seed, stream = _at(call, x.dropout_seed, b), _at(call, x.dropout_stream, b, n)
+    limit = x.keep_threshold
+    limit = dropout.threshold(call.problem.keep_prob) if limit is None else _at(call, limit, b, n)
+    row_0 = column_0 = jnp.int32(0)
+    if x.dropout_start is not None:
+        row_0, column_0 = x.dropout_start.reshape(2).astype(jnp.int32)
+    return dropout.keep_tile(seed, stream, rows + row_0, first_column + column_0, columns, limit)
+
+
+def _at(call: Call, x, b, n=None):
+    """Entry b (of all batch dims flattened) and head n of an operand `*#B ...` or `*#B #N ...`."""
+    B = call.dims.B
+    rank = len(B)
+    if math.prod(x.shape[:rank]) == 1:
+        x = x.reshape(x.shape[rank:])
+    else:
+        x = jnp.broadcast_to(x, (*B, *x.shape[rank:])).reshape(-1, *x.shape[rank:])[b]
+    return x if n is None else x[0] if x.shape[0] == 1 else x[n]

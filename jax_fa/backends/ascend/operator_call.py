@@ -33,6 +33,8 @@ class OperatorCall:
     keep: KeepBits | None = None
     sequences: Sequences | None = None
     softmax_layout: str = ""
+    sink: Any = None  # float32 `N`
+    starts: tuple[int, int] = (0, 0)  # of the positions of rows and keys, for ALiBi
 
     @property
     def G(self) -> int:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from jax_fa.arguments import shown
+from jax_fa.call import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +32,8 @@ class Options:
         if isinstance(work, bool) or not isinstance(work, (int, np.integer)) or work <= 0:
             raise ValueError(f"max_work must be a positive int or None; got {shown(work)}.")
         object.__setattr__(self, "max_work", int(work))
+
+
+def max_work(problem: Problem) -> int | None:
+    options = problem.options if isinstance(problem.options, Options) else Options()
+    return options.max_work

@@ -55,6 +55,21 @@ class Sequences:
         sq, skv = (int(np.diff(ends, prepend=0).max()) for ends in (self.q_ends, self.kv_ends))
         return sq, skv
 
+    def places(self) -> tuple[Ranges, Ranges]:
+        """Where each sequence lies, (start, length), in the caller's rows and in the caller's keys."""
+
+        def places(ends: Ends, ranges: Ranges) -> Ranges:
+            lengths = np.diff(ends, prepend=0).tolist()
+            starts = (0, *ends) if self.entries is None else [start for start, _ in ranges]
+            return tuple(zip(starts, lengths, strict=False))
+
+        return places(self.q_ends, self.rows), places(self.kv_ends, self.keys)
+
+    def logits(self) -> tuple[int, int]:
+        """Of one head, how many the largest sequence has, and all of them."""
+        sq, skv = (np.diff(ends, prepend=0).astype(object) for ends in (self.q_ends, self.kv_ends))
+        return int((sq * skv).max()), int((sq * skv).sum())
+
     def mask(self, given, left: int | None, right: int | None):
         """True = masked, for the longest sequences: a mask (or None) and a band from the top left."""
         rows, keys = self.longest()

@@ -16,6 +16,8 @@ from jax_fa.softmax import FLT_MAX
 # What -inf becomes as a logit. Finite biases may be lower (callers mask with the lowest value of their dtype, which
 # masks nothing in a row without other keys), but do not lie near it.
 _MASKED = 2.0**126
+# What a sink of -inf becomes: far above what masked keys get, far below every logit.
+LOWEST_SINK = -(2.0**125)
 _NEXT_TO_LOWEST = np.nextafter(np.finfo(np.float32).max, np.float32(0))
 
 
@@ -25,6 +27,7 @@ class Shift(NamedTuple):
     pse: Any = None
     pse_type: int = 1
     masking_logit: float | None = None
+    starts: tuple[int, int] = (0, 0)  # of the positions of rows and keys, for slopes
 
 
 def after_scaling(bias, dtype, scale: float, typed: bool) -> Shift:

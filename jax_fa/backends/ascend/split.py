@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.backends.ascend import layout as layouts
-from jax_fa.backends.ascend.keep_bits import MAX_DRAWN_BYTES, Drawn, Part, PartOf
+from jax_fa.backends.ascend.keep_bits import (
+    MAX_DRAWN_BYTES,
+    Drawn,
+    DrawnSequences,
+    GivenSequences,
+    Part,
+    PartOf,
+)
 from jax_fa.backends.ascend.operator_call import OperatorCall, Residuals
 from jax_fa.backends.ascend.sequences import Sequences
 from jax_fa.backends.ascend.sparse_modes import FULL_MASK
@@ -32,12 +39,15 @@ class Grid:
     def __init__(self, op: OperatorCall, max_work: int | None) -> None:
         self.whole = op
         self.heads, self.rows = [(0, op.K)], [(0, op.Sq)]
+        if max_work is not None and isinstance(op.keep, (Drawn, DrawnSequences)):
+            max_work = min(max_work, 8 * MAX_DRAWN_BYTES * (op.D + op.Dv))
         if op.sequences is not None:
             self.batch = _sequence_groups(op, op.sequences, max_work)
+            if max_work is not None and _heads_may_split(op):
+                work = op.sequences.logits()[0] * (op.D + op.Dv) * op.G
+                self.heads = ranges(op.K, max_work // max(1, work)) if work * op.K > max_work else self.heads
             return
         self.batch = [(0, op.B)]
-        if max_work is not None and isinstance(op.keep, Drawn):
-            max_work = min(max_work, 8 * MAX_DRAWN_BYTES * (op.D + op.Dv))
         row = op.Skv * (op.D + op.Dv) * op.G  # the work of one row of the heads that share a key head
         most = spec.MAX_HEADS // op.G
         if max_work is not None:
@@ -56,7 +66,7 @@ class Grid:
     def piece(self, batch: Range, heads: Range, rows: Range) -> OperatorCall:
         op = self.whole
         if op.sequences is not None:
-            return _group(op, op.sequences, batch)
+            return self._some_heads(_group(op, op.sequences, batch), batch, heads)
         part = self._part(batch, heads, rows)
         if part == Part.whole(op.B, op.N, op.Sq):
             return op
@@ -79,13 +89,33 @@ class Grid:
             mask=mask,
             pse=_cut_pse(op.pse, op, part),
             keep=None if op.keep is None else PartOf(op.keep, part),
+            sink=None if op.sink is None else op.sink[part.n0 : part.n1],
+        )
+
+    def _some_heads(self, op: OperatorCall, batch: Range, heads: Range) -> OperatorCall:
+        """In layout TND, a group of sequences with some of its key heads."""
+        whole = self.whole
+        if (batch, heads) == ((0, whole.B), (0, whole.K)):
+            return op
+        part = self._part(batch, heads, (0, whole.Sq))._replace(r1=op.Sq)
+        rows = part._replace(b0=0, b1=op.B, r0=0)
+        return replace(
+            op,
+            N=part.n1 - part.n0,
+            K=heads[1] - heads[0],
+            query=layouts.cut(op.query, "TND", "N", rows.n0, rows.n1),
+            key=layouts.cut(op.key, "TND", "N", *heads),
+            value=layouts.cut(op.value, "TND", "N", *heads),
+            pse=None if op.pse is None else _cut_pse(op.pse, op, rows),
+            keep=None if op.keep is None else PartOf(op.keep, part),
+            sink=None if op.sink is None else op.sink[part.n0 : part.n1],
         )
 
     def residuals(self, saved: Residuals, batch: Range, heads: Range, rows: Range) -> Residuals:
         """Those of the piece."""
         op = self.whole
         if op.sequences is not None:
-            at = slice(*rows_of(op.sequences, batch))
+            at = slice(*rows_of(op.sequences, batch)), slice(heads[0] * op.G, heads[1] * op.G)
             return Residuals(*(x[at] for x in saved))
         part = self._part(batch, heads, rows)
         out, dout = (self._cut_rows(x, part, op.Dv) for x in (saved.out, saved.dout))
@@ -137,16 +167,23 @@ def _cut_pse(pse, op: OperatorCall, part: Part):
 
 def _sequence_groups(op: OperatorCall, s: Sequences, max_work: int | None) -> list[Range]:
     """Not split where pse, the mask or the keep bits are stored for all sequences together."""
-    if max_work is None or op.pse is not None or op.keep is not None or op.sparse.full:
+    stored = op.keep is not None and not isinstance(op.keep, DrawnSequences)
+    if max_work is None or op.pse is not None or stored or op.sparse.full:
         return [(0, op.B)]
-    sq, skv = (np.diff(ends, prepend=0).astype(object) for ends in (s.q_ends, s.kv_ends))
     found, start, total = [], 0, 0
+    sq, skv = (np.diff(ends, prepend=0).astype(object) for ends in (s.q_ends, s.kv_ends))
     for b, work in enumerate(sq * skv * (op.N * (op.D + op.Dv))):
         if b > start and total + work > max_work:
             found.append((start, b))
             start, total = b, 0
         total += work
     return [*found, (start, op.B)]
+
+
+def _heads_may_split(op: OperatorCall) -> bool:
+    """Not where pse or the keep bits are stored sequence after sequence, each with all heads."""
+    stored = isinstance(op.keep, GivenSequences) or (op.pse is not None and op.pse_type < 2)
+    return not stored
 
 
 def rows_of(s: Sequences, batch: Range) -> Range:

@@ -12,10 +12,11 @@ from jax_fa import dropout, masks
 from jax_fa.backends.ascend import dense, shift, sparse_modes
 from jax_fa.backends.ascend import layout as layouts
 from jax_fa.backends.ascend.installation import Library
-from jax_fa.backends.ascend.keep_bits import Drawn, Given, GivenSequences
+from jax_fa.backends.ascend.keep_bits import MAX_BYTES, Drawn, DrawnSequences, Given, GivenSequences
 from jax_fa.backends.ascend.operator_call import OperatorCall
+from jax_fa.backends.ascend.options import max_work
 from jax_fa.backends.ascend.sequences import Ends, Sequences
-from jax_fa.backends.ascend.shift import Shift
+from jax_fa.backends.ascend.shift import LOWEST_SINK, Shift
 from jax_fa.backends.ascend.sparse_modes import SparseMode
 from jax_fa.call import STORED, Call
 from jax_fa.cann import spec
@@ -23,6 +24,9 @@ from jax_fa.cann import spec
 V2 = ("aclnnFlashAttentionScoreV2", "aclnnFlashAttentionScoreGradV2")
 PACKED_V2 = ("aclnnFlashAttentionVarLenScoreV2", "aclnnFlashAttentionUnpaddingScoreGradV2")
 PACKED_V4 = ("aclnnFlashAttentionVarLenScoreV4", "aclnnFlashAttentionUnpaddingScoreGradV4")
+# With a sink: dense, packed.
+SINKS = ("aclnnFlashAttentionScoreV3", "aclnnFlashAttentionScoreGradV3")
+PACKED_SINKS = ("aclnnFlashAttentionVarLenScoreV5", "aclnnFlashAttentionUnpaddingScoreGradV5")
 _PSE_TYPES = {kind: pse_type for pse_type, kind in spec.ALIBI_TYPES.items()}
 
 
@@ -143,8 +147,8 @@ class Translation:
         if ends is None or math.prod(d.B) != 1 or d.N > spec.MAX_HEADS:
             return None
         q_ends, kv_ends = ends
-        # What is dense over the packed axes would have to be cut into sequences again, and drawn bits too.
-        if x.dropout_seed is not None or (x.drop_bits is not None and self.given is None):
+        # What is dense over the packed axes would have to be cut into sequences again.
+        if x.drop_bits is not None and (self.given is None or x.dropout_seed is not None):
             return None
         if x.mask is not None and (self.given is None or self.given.mask is None):
             return None
@@ -156,7 +160,27 @@ class Translation:
         if sparse is None or not q_ends or 0 in (q_ends[-1], kv_ends[-1]):
             return None
         found = Sequences.of(q_ends, kv_ends, sparse, with_pse=self.shifted)
-        return found if found.q_ends and found.q_ends[-1] and found.kv_ends[-1] else None
+        if not (found.q_ends and found.q_ends[-1] and found.kv_ends[-1]):
+            return None
+        if x.dropout_seed is not None and self._drawn_bytes(found)[1] >= MAX_BYTES:
+            return None
+        return found
+
+    def drawn_bytes(self) -> tuple[int, int]:
+        """Bytes of drawn keep bits, and of those that no splitting divides."""
+        d = self.call.dims
+        if self.sequences is not None:
+            return self._drawn_bytes(self.sequences)
+        return -(-math.prod((*d.B, d.N, d.Sq, d.Skv)) // 8), 0
+
+    def _drawn_bytes(self, sequences: Sequences) -> tuple[int, int]:
+        d, (largest, every) = self.call.dims, sequences.logits()
+        whole = self.shifted or sequences.sparse.full  # which are stored for all sequences together
+        least = d.N * every
+        if max_work(self.call.problem) is not None:
+            heads = d.G if self.call.operands.bias is None else d.N
+            least = heads * (every if whole else largest)
+        return -(-d.N * every // 8), -(-least // 8)
 
     @property
     def _ends(self) -> tuple[Ends, Ends] | None:
@@ -208,6 +232,36 @@ class Translation:
         left, right = (None if n is None else int(n) for n in (within.left, within.right))
         return left, right
 
+    # --- sinks
+
+    def why_no_sinks(self, what: str) -> str | None:
+        """None where CANN takes the sinks, or why they are plain JAX around the call."""
+        call = self.call
+        rank = len(call.dims.B)
+        forward, backward = SINKS if self.sequences is None else PACKED_SINKS
+        function = forward if what == "forward" else backward
+        if self.library is None:
+            return "which functions CANN has is not known here"
+        if not self.library.exports(function):
+            return f"this CANN has no {function}"
+        if math.prod(call.operands.sinks.shape[:rank]) != 1:
+            return "CANN has one sink per head, whatever the batch entry"
+        if what == "forward":
+            return None
+        if call.problem.logsumexp:
+            return f"{function} has no gradient of the log-sum-exp"
+        if self.wide or call.dtype == jnp.float32:
+            return f"{function} serves float16 and bfloat16"
+        if self.sequences is not None and call.dims.D != call.dims.Dv:
+            return f"{function} needs values as wide as keys"
+        if "sinks" not in call.gradient_names:
+            return "nobody asks for the gradient of the sinks"
+        return None
+
+    def _sink(self) -> dict[str, Any]:
+        sinks = self.call.operands.sinks
+        return {} if sinks is None else {"sink": jnp.maximum(sinks.reshape(-1), LOWEST_SINK)}
+
     # --- the operator's arguments
 
     def operator_call(self) -> OperatorCall:
@@ -224,6 +278,7 @@ class Translation:
             sparse=sparse,
             # In mode 5 CANN has no mask without the batch.
             mask=dense.mask(self.call, whole_batch=sparse.mode == 5) if sparse.full else None,
+            **self._sink(),
             **self._arrays(layout),
         )
 
@@ -235,7 +290,9 @@ class Translation:
             "value": sequences.take_keys(arrays["value"]),
         }
         added = self._shift(sequences)
-        bits = self.call.operands.drop_bits
+        by_sink = (
+            self.call.operands.sinks is not None
+        )  # those functions take the layout with every type of pse
         in_rows = added.pse_type == 1 and self.library is not None and self.exports(PACKED_V4)
         return OperatorCall(
             layout="TND",
@@ -243,11 +300,12 @@ class Translation:
             Sq=sequences.q_ends[-1],
             Skv=sequences.kv_ends[-1],
             **added._asdict(),
-            keep=None if bits is None else GivenSequences(bits.reshape(-1)),
+            keep=self._keep_sequences(sequences),
             sparse=sequences.sparse,
             mask=self._packed_mask(sequences) if sequences.sparse.full else None,
             sequences=sequences,
-            softmax_layout="same_as_input" if in_rows else "",
+            softmax_layout="same_as_input" if by_sink or in_rows else "",
+            **self._sink(),
             **arrays,
         )
 
@@ -288,7 +346,8 @@ class Translation:
         assert given is not None
         pse = given.pse.reshape(given.pse.shape[len(self.call.dims.B) :])
         if given.pse_type in spec.ALIBI_TYPES:
-            return Shift(pse if sequences is None else sequences.take_entries(pse), given.pse_type)
+            pse = pse if sequences is None else sequences.take_entries(pse)
+            return Shift(pse, given.pse_type, starts=given.starts)
         pse = pse if sequences is None else sequences.own_pse(pse, self.call.dims.N)
         if given.pse_type == 1 and not self.folds_scale:
             return shift.before_scaling(pse, self.scale)
@@ -296,6 +355,12 @@ class Translation:
             scaled = pse.astype(jnp.float32) * self.scale_factor().reshape(())
             pse = jnp.where(pse == -jnp.inf, -jnp.inf, scaled)
         return shift.after_scaling(pse, dtype, self.scale, typed)
+
+    def _keep_sequences(self, sequences: Sequences) -> GivenSequences | DrawnSequences | None:
+        x = self.call.operands
+        if x.dropout_seed is not None:
+            return DrawnSequences(self.call, *sequences.places())
+        return None if x.drop_bits is None else GivenSequences(x.drop_bits.reshape(-1))
 
     def _keep_bits(self) -> Given | Drawn | None:
         x, d = self.call.operands, self.call.dims
