@@ -20,6 +20,7 @@ ROOMS = {
     "bench",
     "cann",
     "demo",
+    "flex",
     "integrations",
     "mosaic",
     "sequence_parallel",

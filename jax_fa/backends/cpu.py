@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_fa import compat, dropout
 from jax_fa.backends import native
-from jax_fa.call import DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved
+from jax_fa.call import STORED, Call, Operands, Problem, Saved
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_HEAD_DIM = 768
@@ -134,7 +134,8 @@ def _run(
         [*given, "rounding"] if what in ("forward", "jvp") and call.problem.saves_rounding else list(given)
     )
     wanted = call.problem.gradients
-    may_be_unwanted = {"backward": DIFFERENTIABLE, "second": native.extension.second_names()}.get(what, ())
+    names_of = {"backward": "differentiable_operands", "second": "second_names"}
+    may_be_unwanted = getattr(native.extension, names_of[what])() if what in names_of else ()
     unwanted = [name for name in may_be_unwanted if wanted is not None and name not in wanted]
     word = _saved_word(names, along.present(), unwanted)
     run = jax.ffi.ffi_call(f"jax_fa_cpu_{what}", results)
