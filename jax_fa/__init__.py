@@ -23,6 +23,7 @@ from jax_fa.cann.torch_npu import (
 )
 from jax_fa.dropout import dropout_mask
 from jax_fa.explanation import Explanation, explain
+from jax_fa.flex import BlockMask, create_block_mask
 from jax_fa.sequence_parallel import sequence_parallel_attention
 from jax_fa.softmax import merge
 
@@ -32,6 +33,7 @@ sys.modules |= {f"{__name__}.ascend": ascend, f"{__name__}.mosaic": mosaic}
 __all__ = [
     "OUT_NAME",
     "STATS_NAME",
+    "BlockMask",
     "Explanation",
     "FlashAttentionScoreGradOutput",
     "FlashAttentionScoreOutput",
@@ -39,6 +41,7 @@ __all__ = [
     "NpuFusionAttentionOutput",
     "ascend",
     "backends",
+    "create_block_mask",
     "dot_product_attention",
     "dropout_mask",
     "explain",

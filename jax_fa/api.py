@@ -15,6 +15,7 @@ from jaxtyping import ArrayLike, Bool, Float, Num
 
 from jax_fa import arguments, backends, compat, entry, indices, masks
 from jax_fa.call import Call, Size
+from jax_fa.flex.masks import of_function
 from jax_fa.masks import Mask
 
 # What jax.nn takes: whatever jnp.asarray makes an array of.
@@ -41,6 +42,8 @@ def dot_product_attention(
     logits_soft_cap: float | Like | None = None,
     sinks: Like | None = None,
     return_max_logits: bool = False,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
 ) -> entry.Request[Any]:
     """A drop-in for `jax.nn.dot_product_attention` in O(S) memory.
 
@@ -108,12 +111,7 @@ def dot_product_attention(
     arguments.flag("return_max_logits", return_max_logits)
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     given = [arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
-    q, k, v = (_four_dims(name, x) for name, x in zip(("query", "key", "value"), given, strict=True))
-    if v.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"value must have key's shape {k.shape}; got {v.shape}. "
-            "(jax_fa.flash_attention takes values of another head_dim.)"
-        )
+    q, k, v = _with_batch(*given)
     bias, mask = _at_most_four_dims("bias", bias), _at_most_four_dims("mask", mask)
     call = entry.build(
         entry.checked(q, k, v, arguments.LAYOUTS["BSND"], "BSND"),
@@ -122,8 +120,9 @@ def dot_product_attention(
             masks.Causal() if is_causal else None,
             _window(local_window_size),
             _lengths(query_seq_lengths, key_value_seq_lengths, q.shape, k.shape),
+            _function(mask_mod),
         ),
-        terms=entry.Terms(bias=bias),
+        terms=entry.Terms(bias=bias, score_mod=score_mod),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropped=entry.Dropout(dropout_rate, dropout_key),
@@ -134,7 +133,8 @@ def dot_product_attention(
         sizes = dict(query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
         theirs = (*given, bias, mask), same | sizes | dict(local_window_size=local_window_size)
         ours = dict(dropout_rate=dropout_rate, logits_soft_cap=logits_soft_cap, sinks=sinks)
-        return _cudnn(call, *theirs, ours | dict(return_max_logits=return_max_logits))
+        more = dict(return_max_logits=return_max_logits, score_mod=score_mod, mask_mod=mask_mod)
+        return _cudnn(call, *theirs, ours | more)
     finish = functools.partial(
         _as_jax_nn, given[0].shape, given[0].dtype, residual=return_residual, max_logits=return_max_logits
     )
@@ -192,6 +192,10 @@ def _returned(out, *others: tuple[bool, Callable[[], Any]]) -> Any:
     return (out, *found) if found else out
 
 
+def _function(mask_mod: Callable[..., Any] | None) -> Mask | None:
+    return None if mask_mod is None else of_function(mask_mod)
+
+
 def _joined(*parts: Mask | None) -> Mask | None:
     given = [part for part in parts if part is not None]
     return functools.reduce(operator.and_, given) if given else None
@@ -223,6 +227,17 @@ def _at_most_four_dims(name: str, x):
     if x.ndim > 4:
         raise ValueError(f"{name} must have at most 4 dimensions; got shape {x.shape}.")
     return x
+
+
+def _with_batch(*given):
+    """Query, key and value with four dims."""
+    q, k, v = (_four_dims(name, x) for name, x in zip(("query", "key", "value"), given, strict=True))
+    if v.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"value must have key's shape {k.shape}; got {v.shape}. "
+            "(jax_fa.flash_attention takes values of another head_dim.)"
+        )
+    return q, k, v
 
 
 def _four_dims(name: str, x):
@@ -290,6 +305,8 @@ def flash_attention(
     return_logsumexp: bool = False,
     sinks: Float[ArrayLike, "..."] | None = None,
     return_max_logits: bool = False,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
 ) -> entry.Request[Any]:
     """Exact attention with all features: structured masks, ALiBi, dropout, any layout, a differentiable log-sum-exp.
 
@@ -351,12 +368,12 @@ def flash_attention(
     _check_kinds(scale, logits_soft_cap, dropout_rate, dropout_key)
     q, k, v = (arguments.array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     axes, layout = arguments.axes_of(layout, "query", q)
-    terms = entry.Terms(bias=None if bias is None else arguments.array("bias", bias))
+    terms = entry.Terms(bias=None if bias is None else arguments.array("bias", bias), score_mod=score_mod)
     if alibi_slopes is not None:
         terms = terms._replace(alibi="linear", alibi_slopes=_slopes(alibi_slopes, axes))
     call = entry.build(
         entry.checked(q, k, v, axes, layout),
-        mask=None if mask is None else one_mask(mask),
+        mask=_joined(None if mask is None else one_mask(mask), _function(mask_mod)),
         terms=terms,
         scale=scale,
         logits_soft_cap=logits_soft_cap,

@@ -37,6 +37,10 @@ class Problem:
     keep_prob: float = 1.0
     # What the mask is (a `masks.Mask` without its arrays), for backends with a mask language of their own.
     mask: Hashable = None
+    # Functions of one pair (`flex.Program`): what a score becomes before the soft cap, and what must hold for it to be visible.
+    score_mod: Any = None
+    mask_mods: tuple[Any, ...] = ()
+    block_size: tuple[int, int] | None = None  # rows and columns of a block of `Operands.blocks`
     # The gradients of what broadcasts keep the first `mapped` batch dims in full: vmap added them.
     mapped: int = 0
     # Which gradients a derivative gives, by the names of operands and, of the second, "dout" and "dlogsumexp"; None: all.
@@ -69,6 +73,11 @@ class Problem:
     @property
     def batch_rank(self) -> int:
         return len(self.query_axes) - 3
+
+    @property
+    def functions(self) -> tuple[Any, ...]:
+        """The programs of `score_mod` and `mask_mods`, in the order in which they share vectors."""
+        return (() if self.score_mod is None else (self.score_mod,)) + self.mask_mods
 
     def axes(self, name: str) -> Axes:
         """The axis order of query, key, value, or of out and what is stored like it."""
@@ -116,6 +125,13 @@ class Operands:
     dropout_start: Any = None  # *1 2 uint32
     # One more logit in each row's softmax, without a value, where a backend may take them (see `sinks`).
     sinks: Any = None  # *#B N float32
+    # What functions close over (see `flex.Program`), and where this call's entries lie for them.
+    function_floats: Any = (
+        None  # *#B 1 n float32 (float64 for float64 calls): what score_mod is differentiable in
+    )
+    function_words: Any = None  # *#B 1 n uint32
+    function_place: Any = None  # *#B #N 2 int32: the batch index, over all of *B, and the head
+    blocks: Any = None  # *#B #N R C uint8: 0 where all pairs of a block are masked; see block_size
     # The same call in the terms of the one backend that understands them: a pytree of arrays `*#B ...`, without gradient.
     # Everything else drops it unseen.
     hints: Any = None
@@ -134,7 +150,8 @@ class Operands:
 
 
 OPERANDS = tuple(f.name for f in fields(Operands) if f.name != "hints")
-DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap", "sinks")
+OF_FUNCTIONS = ("function_floats", "function_words", "function_place", "blocks")
+DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap", "sinks", "function_floats")
 
 
 @jax.tree_util.register_dataclass

@@ -79,6 +79,11 @@ def explicit_axes(x) -> tuple[Any, ...]:
     return (*spec, *(None,) * (len(x.shape) - len(spec)))
 
 
+def gathered(x):
+    """x whole on every device, where its type says that explicit mesh axes cut it."""
+    return x if explicit_mesh(x) is None else jax.reshard(x, PartitionSpec(*(None,) * x.ndim))
+
+
 def automatic(fn: Callable, arrays, specs: Callable):
     """`fn(arrays)`, a tree of arrays with the mesh axes of `specs(result)`, in which explicit axes are automatic.
 
@@ -89,11 +94,7 @@ def automatic(fn: Callable, arrays, specs: Callable):
         return fn(arrays)
     inside = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto))
     with jax.sharding.use_abstract_mesh(inside):
-        plain = jax.tree.map(
-            lambda x: x if explicit_mesh(x) is None else jax.reshard(x, PartitionSpec(*(None,) * x.ndim)),
-            arrays,
-        )
-        found = fn(plain)
+        found = fn(jax.tree.map(gathered, arrays))
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.tree.map(lambda x, spec: jax.reshard(x, PartitionSpec(*spec)), found, specs(found))
 

@@ -20,6 +20,8 @@ from jax_fa import arguments, compat, dropout, indices, masks, softmax
 from jax_fa.attention import Attention, attention
 from jax_fa.backends import strictness
 from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
+from jax_fa.flex import masks as functions
+from jax_fa.flex import programs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,7 +82,7 @@ class Arrays(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What is added to the logits.
+    """What is added to the logits, and the function that they then go through.
 
     With `bias_offset`, the bias is an operand already (see `Operands`), and so are slopes of rank B + 2. Without
     `position`, the mask places the rows.
@@ -92,6 +94,7 @@ class Terms(NamedTuple):
     alibi: str | None = None
     alibi_slopes: Any = None
     position: Any = None
+    score_mod: Callable | None = None
 
 
 class Dropout(NamedTuple):
@@ -129,6 +132,7 @@ def build(
     scale, soft_cap = _scale(scale, d.D), _soft_cap(logits_soft_cap)
     seeds = _Seeds.of(dropped, d)
     keep_prob = dropped.keep_prob
+    called = _Functions.of(terms.score_mod, mask, d, acc)
     problem = Problem(
         query_axes=axes,
         key_axes=axes,
@@ -140,6 +144,9 @@ def build(
         keep_prob=_static(seeds.limit, dropout.LIMIT) / dropout.LIMIT if keep_prob is None else keep_prob,
         mask=None if mask is None else mask.static(),
         bias_apart=terms.bias_apart,
+        score_mod=called.score_mod,
+        mask_mods=called.mask_mods,
+        block_size=called.block_size,
         logsumexp=logsumexp,
         strict=strictness.active(),
         implementation=name,
@@ -160,6 +167,7 @@ def build(
         scale=_data(scale, rank, acc),
         soft_cap=_data(soft_cap, rank, acc),
         keep_threshold=_data(seeds.limit, rank, jnp.uint32),
+        **called.operands,
         hints=hints,
     )
     return Call.of(problem, operands)
@@ -217,6 +225,48 @@ def _term_operands(terms: Terms, mask: masks.Mask | None, arrays: Arrays, acc) -
         position = _of_mask(masks.positions, mask, arrays)
     slopes = _slopes(terms.alibi_slopes, d.B, d.N)
     return {"bias": bias, "bias_offset": terms.bias_offset, "alibi_slopes": slopes, "position": position}
+
+
+class _Functions(NamedTuple):
+    """The functions of a call, and the operands that they take."""
+
+    score_mod: Any
+    mask_mods: tuple[Any, ...]
+    block_size: tuple[int, int] | None
+    operands: dict[str, Any]
+
+    @classmethod
+    def of(cls, score_mod: Callable | None, mask: masks.Mask | None, d: Dims, acc) -> "_Functions":
+        score = [] if score_mod is None else [programs.traced("score_mod", score_mod, acc)]
+        members = functions.functions_of(() if mask is None else masks.members(mask))
+        every = [*score, *(programs.Traced(member.program, member.arrays) for member in members)]
+        if not every:
+            return cls(None, (), None, {})
+        rank = len(d.B) + 2
+        blocks, block_size = functions.blocks_of(members, rank + 1)
+        packed = [program.packed(arrays, acc) for program, arrays in every]
+        floats, words = ([x for vectors in packed for x in vectors[i]] for i in range(2))
+        operands = {
+            "function_floats": _vector(floats, rank),
+            "function_words": _vector(words, rank),
+            "function_place": _place(d),
+            "blocks": blocks,
+        }
+        found = tuple(program for program, _ in every)
+        return cls(found[0] if score else None, found[len(score) :], block_size, operands)
+
+
+def _vector(parts: list[Any], rank: int):
+    """One vector of several, with leading dims of size 1; None for nothing."""
+    found = [x for x in parts if x.size]
+    return masks.lead(jnp.concatenate(found), rank) if found else None
+
+
+def _place(d: Dims):
+    """The batch index, over all of *B, and the head of every query head: `*B N 2`."""
+    batch = jnp.arange(math.prod(d.B), dtype=jnp.int32).reshape(*d.B, 1)
+    head = jnp.arange(d.N, dtype=jnp.int32)
+    return jnp.stack(jnp.broadcast_arrays(batch, head), axis=-1)
 
 
 class _Seeds(NamedTuple):

@@ -460,7 +460,8 @@ def _key(kind, backend, platform: str, sums: bool, problem: Problem, inputs: Inp
             "backend": backend.name,
             "platform": platform,
             "sums": sums,
-            "problem": static | {"mask": repr(problem.mask), "options": repr(problem.options)},
+            "problem": static
+            | {name: repr(static[name]) for name in ("mask", "options", "score_mod", "mask_mods")},
             "arrays": arrays,
             "program": digest,
         }
@@ -472,12 +473,13 @@ def _restored(key: str) -> Split:
     found = json.loads(key)
     static, backend = found["problem"], backends.named(found["backend"])
     reads_mask = not getattr(backend, "splits_rows", False) and static["mask"] != repr(None)
-    if reads_mask or static["options"] != repr(None):
+    functions = (static["score_mod"], static["mask_mods"]) != (repr(None), repr(()))
+    if reads_mask or functions or static["options"] != repr(None):
         raise NotImplementedError(
-            f"a program exported with options or a mask of {backend.name} cannot be split over devices elsewhere."
+            f"a program exported with options, functions or a mask of {backend.name} cannot be split over devices elsewhere."
         )
     static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
-    problem = Problem(**static | {"mask": None, "options": None})
+    problem = Problem(**static | {"mask": None, "options": None, "score_mod": None, "mask_mods": ()})
     parts = {
         part: (Saved if part == "saved" else Operands)(
             **dict.fromkeys(_REQUIRED if part == "saved" else ())

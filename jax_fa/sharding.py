@@ -48,8 +48,9 @@ class Partition:
     def __init__(self, call: Call, *, rows: bool = True, sums: bool = True) -> None:
         """`rows`: whether query rows may be split; `sums`: whether devices may sum results."""
         self.call, self.dims, self.sums = call, call.dims, sums
-        # Seeded dropout counts rows from the first one of the call.
-        self.rows = "Sq" if rows and call.operands.dropout_seed is None else None
+        # Seeded dropout and functions count rows from the first one of the call.
+        counts = call.operands.dropout_seed is not None or bool(call.problem.functions)
+        self.rows = "Sq" if rows and not counts else None
 
     def of(self, name: str, shape: Shape) -> Labels:
         """Of an operand, a saved array or a result."""
@@ -387,6 +388,8 @@ def _why(partition: Partition, name: str, axis: int, label) -> str:
         return "each row attends to all keys (shard the sequence inside jax.shard_map)"
     if partition.rows is None and partition.call.operands.dropout_seed is not None:
         return "dropout counts rows from the first of the sequence"
+    if partition.rows is None and partition.call.problem.functions:
+        return "functions count rows from the first of the sequence"
     if partition.rows is None and name == "query":
         return "rows are not split here"
     return "it is needed whole"

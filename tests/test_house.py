@@ -21,6 +21,7 @@ ROOMS = {
     "cann",
     "demo",
     "doctor",
+    "flex",
     "integrations",
     "mosaic",
     "sequence_parallel",

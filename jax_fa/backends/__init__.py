@@ -38,6 +38,7 @@ class Backend(Protocol):
     Calls on several devices carry a rule by which XLA splits batch and heads (`sharding.py`). A backend may say more:
 
     * `splits_rows = True`: query rows too. Then `problem.mask` says nothing, for it counts from the first row; the operands do.
+    * `runs_functions = True`: it evaluates `problem.functions`. A call that has some goes to no other backend.
     * `splits_alone(call)`, for plain JAX: whether XLA splits this call without a rule, and without communication.
 
     Attributes:
@@ -185,9 +186,16 @@ def reasons(platform: str, call: Call, what: str = "forward") -> dict[str, str |
         if not serves and platform.lower() not in backend.emulated_on:
             where = ", ".join(_WRITTEN.get(served, served) for served in backend.platforms or ())
             found[backend.name] = f"runs on {where} only, not on {_WRITTEN.get(platform, platform)}"
+        elif call.problem.functions and not getattr(backend, "runs_functions", False):
+            found[backend.name] = f"does not support {_functions(call)}: xla does"
         else:
             found[backend.name] = backend.why_not(call, platform=platform, what=what)
     return found
+
+
+def _functions(call: Call) -> str:
+    """The arguments that hold the functions of a call."""
+    return " and ".join(dict.fromkeys(program.name for program in call.problem.functions))
 
 
 def choose(platform: str, call: Call, what: str = "forward") -> Backend:

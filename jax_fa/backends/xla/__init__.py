@@ -56,6 +56,7 @@ class Xla:
     platforms = None
     emulated_on = ()
     splits_rows = True
+    runs_functions = True
 
     def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
         """Nothing is refused."""
@@ -66,7 +67,7 @@ class Xla:
 
     def splits_alone(self, call: Call) -> bool:
         """Without loops: XLA would gather rows that it slices, and compute the bounds of loops from all devices' masks."""
-        return is_one_tile(call.dims)
+        return is_one_tile(call.dims) and not call.problem.functions
 
     def forward(self, call: Call) -> tuple[Any, ...]:
         padding = Padding(call)

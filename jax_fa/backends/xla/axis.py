@@ -23,6 +23,11 @@ class Axis:
         count = max(1, -(-size // most))
         return cls(size, -(-size // count))
 
+    @classmethod
+    def by(cls, size: int, tile: int) -> "Axis":
+        """Tiles of this size, or one."""
+        return cls(size, min(size, tile))
+
     @property
     def count(self) -> Size:
         return self.size // self.tile if is_symbolic(self.size) else -(-self.size // self.tile)

@@ -45,7 +45,7 @@ class _Sums:
     def _key_tile(self, row: Row, u, dq, gradients):
         call, wanted = self.call, self.call.wanted
         pairs = Pairs(self.tiles, row, u)
-        dk = dv = dscale = dcap = None
+        dk = dv = dscale = dcap = dfloats = None
         if "query" in wanted:
             dq = dq + wide_product(call, "kgij,kjd->kgid", pairs.dx, self.tiles.clean(pairs.k))
         if "key" in wanted:
@@ -57,8 +57,10 @@ class _Sums:
             dscale = pairs.counted(pairs.dx * pairs.logits.product)
         if "soft_cap" in wanted:
             dcap = pairs.counted(pairs.ds * pairs.logits.cap.by_cap)
+        if "function_floats" in wanted:
+            dfloats = pairs.logits.score.floats_cotangent(pairs.dy, gradients.function_floats)
         dx = pairs.dx if wanted & {"bias", "alibi_slopes"} else None
-        return dq, sums.add_tile(pairs.tile, gradients, sums.Parts(dk, dv, dx, dscale, dcap))
+        return dq, sums.add_tile(pairs.tile, gradients, sums.Parts(dk, dv, dx, dscale, dcap, dfloats))
 
 
 def _times_scale(call: Canonical, ds, q):

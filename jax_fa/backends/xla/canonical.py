@@ -30,6 +30,7 @@ class Canonical:
         self.mask = self.by_head(operands.mask)
         self.lower, self.upper = self.by_head(operands.lower), self.by_head(operands.upper)
         self.segment_row, self.segment_key = map(self.by_head, (operands.segment_row, operands.segment_key))
+        self.blocks = self.by_head(operands.blocks)
         self.slopes, self.position = self.by_head(operands.alibi_slopes), self.by_head(operands.position)
         self.scale = self.factor(operands.scale, problem.scale)
         self.soft_cap = self.factor(operands.soft_cap, problem.logits_soft_cap)

@@ -19,9 +19,10 @@ class Parts(NamedTuple):
 
     dk: Any = None  # `*#B K keys D`
     dv: Any = None
-    dx: Any = None  # of the logits before the soft cap, `*#B K G rows keys`
+    dx: Any = None  # of the logits before score_mod and soft cap, `*#B K G rows keys`
     dscale: Any = None  # of each pair, likewise
     dcap: Any = None
+    dfloats: Any = None  # as their sum is stored
 
 
 def zeros(call: Canonical) -> Operands:
@@ -70,7 +71,7 @@ def add_tile(tile: Tile, gradients: Operands, parts: Parts) -> Operands:
     d = tile.call.dims
     full = (*tile.call.B, d.K, d.G, tile.rows.tile, tile.keys.tile)
     # In full, so that a batch dim in which all that the parts are made of broadcasts counts as often as it is long.
-    wide: Any = [None if x is None else jnp.broadcast_to(x, full) for x in parts[2:]]
+    wide: Any = [None if x is None else jnp.broadcast_to(x, full) for x in parts[2:5]]
     dx, dscale, dcap = wide
 
     def along_keys(total, part):
@@ -102,6 +103,8 @@ def add_tile(tile: Tile, gradients: Operands, parts: Parts) -> Operands:
         changes["scale"] = scalar(gradients.scale, dscale)
     if dcap is not None:
         changes["soft_cap"] = scalar(gradients.soft_cap, dcap)
+    if parts.dfloats is not None:
+        changes["function_floats"] = gradients.function_floats + parts.dfloats
     return replace(gradients, **changes)
 
 

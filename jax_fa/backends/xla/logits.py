@@ -1,6 +1,7 @@
 """The logits of one tile, its mask and its dropout bits."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax_fa import dropout
 from jax_fa.backends.xla.axis import Axis
 from jax_fa.backends.xla.canonical import Canonical
+from jax_fa.backends.xla.functions import Functions, Score
 from jax_fa.indices import take_last
 
 
@@ -39,7 +41,13 @@ class Tile:
         if call.segment_row is not None:
             row = self.rows.cut(call.segment_row, -1, self.t)[..., None]
             terms.append((row < 0) | (row == self.keys.cut(call.segment_key, -1, self.u)[..., None, :]))
+        if call.problem.mask_mods:
+            terms += self.functions.visible(self)
         return every(*terms)
+
+    @cached_property
+    def functions(self) -> Functions:
+        return Functions(self.call)
 
     def distance(self):
         """What an ALiBi slope multiplies."""
@@ -70,24 +78,26 @@ class Tile:
         call = self.call
         product = call.product("kgid,kjd->kgij", q, k)
         s = product * call.scale
-        bias = cap = None
+        bias = cap = score = masked = None
         if call.bias is not None:
             bias = self.bias(call.bias)
             s = s + bias
         if call.slopes is not None:
             s = s - self.alibi(call.slopes)
+        if bias is not None and (call.problem.score_mod is not None or call.soft_cap is not None):
+            masked = bias == -jnp.inf  # which masks a key, whatever comes after
+        if call.problem.score_mod is not None:
+            score = Score(self.functions, self, s, masked, visible)
+            s, masked = score.value, score.masked
         if call.soft_cap is not None:
-            if bias is None:
-                cap = SoftCap.of(s, call.soft_cap)
-                s = cap.value
-            else:  # -inf masks a key, whatever comes after
-                masked = bias == -jnp.inf
-                cap = SoftCap.of(jnp.where(masked, 0, s), call.soft_cap)
-                s = jnp.where(masked, -jnp.inf, cap.value)
+            cap = SoftCap.of(s if masked is None else jnp.where(masked, 0, s), call.soft_cap)
+            s = cap.value
+        if masked is not None:
+            s = jnp.where(masked, -jnp.inf, s)
         if nan_marker is not None:
             s = s + nan_marker[..., None, None, :].astype(call.acc)
         s = s if visible is None else jnp.where(visible, s, -jnp.inf)
-        return Logits(s, product, cap)
+        return Logits(s, product, cap, score)
 
     def keep(self):
         """Keep bits of the tile, or None without dropout."""
@@ -139,6 +149,7 @@ class Logits(NamedTuple):
     x: Any  # logits, -inf where masked
     product: Any  # q k^T
     cap: Any  # a `SoftCap`; None without one
+    score: Any  # a `Score`; None without a score_mod
 
 
 def every(*terms):

@@ -42,7 +42,7 @@ class Tiles:
         self.call, self.saved = call, saved
         self.tangents = Tangents(call, Operands() if tangents is None else tangents)
         self.rows, self.keys = tiling(call)
-        rules = (call.lower, call.upper, call.mask, call.segment_row)
+        rules = (call.lower, call.upper, call.mask, call.segment_row, call.problem.mask_mods or None)
         self.masked = self.rows.ragged or self.keys.ragged or any(x is not None for x in rules)
 
     def clean(self, x):
@@ -153,10 +153,16 @@ class Pairs:
         return self.counted(self.p * (self.dp - self.row.delta[..., None]))
 
     @cached_property
-    def dx(self):
+    def dy(self):
         """The cotangent of the logits before the soft cap."""
         cap = self.logits.cap
         return self.ds if cap is None else self.counted(self.ds * cap.slope)
+
+    @cached_property
+    def dx(self):
+        """The cotangent of the logits before the score_mod."""
+        score = self.logits.score
+        return self.dy if score is None else self.counted(self.dy * score.slope)
 
     @cached_property
     def tangent(self) -> LogitTangent:

@@ -125,9 +125,9 @@ class _Sums:
         def by_key_of(weights, x):
             return wide_product(call, "kgij,kgid->kjd", weights, x)
 
-        dk = dv = dx = dscale = dcap = None
+        dk = dv = dx = dscale = dcap = dfloats = None
         if wanted - {"value"}:
-            g, gx = pairs.second(by_row)
+            g, gy, gx = pairs.second(by_row)
             dx = gx if wanted & {"bias", "alibi_slopes"} else None
         if wanted & {"query", "key"}:
             factor = scale * gx if moved.scale is None else scale * gx + moved.scale * pairs.dx
@@ -162,7 +162,10 @@ class _Sums:
             if moved.move_logits:
                 dcap = dcap - cap.ratio * pairs.bend
             dcap = pairs.counted(dcap)
-        return dq, out, sums.add_tile(pairs.tile, gradients, sums.Parts(dk, dv, dx, dscale, dcap))
+        if "function_floats" in wanted:
+            dfloats = pairs.floats_second(gy, gradients.function_floats)
+        parts = sums.Parts(dk, dv, dx, dscale, dcap, dfloats)
+        return dq, out, sums.add_tile(pairs.tile, gradients, parts)
 
 
 class _Pairs(Pairs):
@@ -185,8 +188,15 @@ class _Pairs(Pairs):
         """ds f'' X', with the soft cap's part in it."""
         return self.ds * self.logits.cap.curve * self.tangent.inner
 
-    def second(self, by_row: _RowSums) -> tuple[Any, Any]:
-        """The tangents of ds and of dx, G and GX."""
+    def floats_second(self, gy, like):
+        """The tangent of what a tile adds to the gradient of function_floats."""
+        score, moved = self.logits.score, self.tiles.tangents
+        if not moved.move_logits:
+            return score.floats_cotangent(gy, like)
+        return score.floats_second(self.dy, gy, self.tangent.before, moved.floats, like)
+
+    def second(self, by_row: _RowSums) -> tuple[Any, Any, Any]:
+        """The tangents of ds, dy and dx: G, that before the soft cap, and GX."""
         moving = self.tiles.tangents.move_logits
         u, g = self._dp_tangent(), None
         if by_row.sigma is not None:
@@ -195,11 +205,18 @@ class _Pairs(Pairs):
             g = self.p * u
         if moving:
             g = _plus(g, self.ds * (self.tangent.s - by_row.tau[..., None]))
-        g, cap = self.counted(g), self.logits.cap
-        if cap is None:
-            return g, g
-        gx = g * cap.slope
-        return g, self.counted(gx + self.bend if moving else gx)
+        gy = gx = g = self.counted(g)
+        cap, score = self.logits.cap, self.logits.score
+        if cap is not None:
+            gy = g * cap.slope
+            gy = gx = self.counted(gy + self.bend if moving else gy)
+        if score is not None:
+            gx = gy * score.slope
+            if moving:
+                along = self.tangent.before, self.tiles.tangents.floats
+                gx = gx + self.dy * score.slope_tangent(*along)
+            gx = self.counted(gx)
+        return g, gy, gx
 
 
 def _plus(x, y):

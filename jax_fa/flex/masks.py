@@ -1,0 +1,194 @@
+"""Masks that are functions of one pair, and which blocks of pairs they leave visible."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fa import compat
+from jax_fa.arguments import integer, shown
+from jax_fa.flex.programs import Program, traced
+from jax_fa.masks.base import Mask, Rows, Terms, broadcasts
+
+HIDDEN, PARTIAL, FULL = 0, 1, 2
+_CHUNK = 2**20  # pairs that are evaluated at a time
+
+
+@dataclass(frozen=True)
+class Function(Mask):
+    """`visible(i, j) = mask_mod(batch, head, i, j)`; made by `of_function`."""
+
+    program: Program
+    arrays: tuple[Any, ...]
+
+    def rules(self, rows: Rows) -> Terms:
+        return Terms()
+
+
+def of_function(mask_mod: Callable) -> Function:
+    return Function(*traced("mask_mod", mask_mod))
+
+
+@dataclass(frozen=True)
+class BlockMask(Function):
+    """A `mask_mod` and, for blocks of rows and columns, whether it hides all, some or no pairs of each.
+
+    Made by `create_block_mask`; a mask for `mask=`, also joined with others by `&`. It is a pytree whose leaves are the
+    states of the blocks and what the function closes over.
+
+    Attributes:
+      states: uint8 `*#B #N blocks of rows, blocks of columns`: 0 where all pairs are masked, 1 where some are, 2 where none is.
+      block_size: rows and columns of a block.
+      lengths: rows and columns of the call.
+    """
+
+    states: Any
+    block_size: tuple[int, int]
+    lengths: tuple[int, int]
+
+    @property
+    def sparsity(self) -> Any:
+        """The share of blocks that are masked whole, in 0..1."""
+        return jnp.mean(self.states == HIDDEN)
+
+    def check(self, batch, heads, sq, skv) -> None:
+        if (sq, skv) != self.lengths:
+            raise ValueError(
+                f"a BlockMask must be made for the lengths of the call, Sq={sq} and Skv={skv}; this one is for "
+                f"rows={self.lengths[0]} and columns={self.lengths[1]}."
+            )
+        given, full = self.states.shape[:-2], (*batch, heads)
+        if not broadcasts(given, full):
+            raise ValueError(
+                f"a BlockMask must be made for the batch and heads of the call, (*B, N)={full}, or for None of them; this one "
+                f"is for {tuple(given)}."
+            )
+
+
+def create_block_mask(
+    mask_mod: Callable,
+    batch: int | Sequence[int] | None,
+    heads: int | None,
+    rows: int,
+    columns: int,
+    block_size: int | tuple[int, int] = 128,
+) -> BlockMask:
+    """A block-sparse mask from a function of one pair: `torch.nn.attention.flex_attention.create_block_mask` for JAX.
+
+    The function is evaluated once for every pair, a few blocks at a time: O(S^2) work in O(S) memory, and one byte for each
+    block is kept. Blocks that it masks whole are then skipped in the forward and in every derivative. Make the mask once,
+    outside of the loop over layers or steps, or inside `jax.jit`, where it may depend on data.
+
+    Args:
+      mask_mod: `mask_mod(batch, head, row, column) -> bool`, of int32 scalars that are traced; True = visible. It may close
+        over arrays, traced ones too: `document[batch, row] == document[batch, column]`.
+      batch: how many batch entries (several batch dims: a tuple); None: the mask is the same for all, and mask_mod may not use
+        its batch index. `batch` counts all batch entries of a call, in row-major order of `*B`.
+      heads: how many query heads; None likewise.
+      rows: Sq of the call.
+      columns: Skv of the call.
+      block_size: rows and columns of a block, one number or two.
+
+    Returns:
+      A `BlockMask`, for `mask=`.
+
+    Raises:
+      TypeError: a function of other arguments or results, sizes that are no integers.
+      ValueError: a function with side effects, sizes that are not positive, an index that is used for None.
+
+    Source: Dong et al. 2024, arXiv:2412.05496.
+    """
+    found = traced("mask_mod", mask_mod)
+    lead = (
+        (() if batch is None else tuple(batch))
+        if isinstance(batch, (tuple, list)) or batch is None
+        else (batch,)
+    )
+    sizes = block_size if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    if len(sizes) != 2:
+        raise ValueError(
+            f"block_size must be one number or two, of rows and of columns; got {shown(block_size)}."
+        )
+    named = {"rows": (rows,), "columns": (columns,), "block_size": sizes, "batch": lead}
+    named["heads"] = () if heads is None else (heads,)
+    for name, values in named.items():
+        for value in values:
+            integer(name, value)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+    for name, given in (("batch", batch), ("head", heads)):
+        if given is None and found.program.uses(name):
+            argument = "heads" if name == "head" else name
+            raise ValueError(
+                f"{argument} must say how many there are, for mask_mod uses the index {name}; got None, which is for masks that "
+                "are the same for all."
+            )
+    block = (int(sizes[0]), int(sizes[1]))
+    of_heads = 1 if heads is None else int(heads)
+    with compat.allow_promotion():
+        _, words = found.program.packed(found.arrays, jnp.float32)
+        packed = jnp.concatenate([jnp.zeros(0, jnp.uint32), *words])
+        states = _states(found.program, (*map(int, lead), of_heads), (int(rows), int(columns)), block, packed)
+    return BlockMask(found.program, found.arrays, states, block, (int(rows), int(columns)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _states(program: Program, lead: tuple[int, ...], lengths, block, words):
+    """uint8 `*lead blocks of rows, blocks of columns`."""
+    entries = 1
+    for size in lead:
+        entries *= size
+    heads = lead[-1]
+    blocks = [-(-length // size) for length, size in zip(lengths, block, strict=True)]
+    chunk = max(1, min(blocks[1], _CHUNK // (entries * block[0] * block[1])))
+    chunks = -(-blocks[1] // chunk)
+    entry = jnp.arange(entries, dtype=jnp.int32)[:, None, None]
+    batch, head = entry // heads, entry % heads
+
+    def of_rows(r):
+        row = (r * block[0] + jnp.arange(block[0], dtype=jnp.int32))[:, None]
+
+        def of_columns(c):
+            column = c * chunk * block[1] + jnp.arange(chunk * block[1], dtype=jnp.int32)
+            empty = jnp.zeros((1, 1, 1, 0), jnp.float32)
+            visible = program.over(empty, words[None, None, None], batch, head, row[None], column[None, None])
+            there = (row < lengths[0]) & (column < lengths[1])
+            visible = jnp.broadcast_to(visible, (entries, *there.shape))
+            tiles = (entries, block[0], chunk, block[1])
+            some = jnp.any((visible & there).reshape(tiles), axis=(1, 3))
+            every = jnp.all((visible | ~there).reshape(tiles), axis=(1, 3))
+            return jnp.where(some, jnp.where(every, FULL, PARTIAL), HIDDEN).astype(jnp.uint8)
+
+        found = lax.map(of_columns, jnp.arange(chunks, dtype=jnp.int32))
+        return jnp.moveaxis(found, 0, 1).reshape(entries, chunks * chunk)[:, : blocks[1]]
+
+    found = lax.map(of_rows, jnp.arange(blocks[0], dtype=jnp.int32))
+    return jnp.moveaxis(found, 0, 1).reshape(*lead, *blocks)
+
+
+# --- of a call
+
+
+def functions_of(members: Sequence[Mask]) -> list[Function]:
+    return [member for member in members if isinstance(member, Function)]
+
+
+def blocks_of(functions: Sequence[Function], rank: int) -> tuple[Any, tuple[int, int] | None]:
+    """The states of blocks, `*#B #N R C` of this rank, and the size of a block; None for both where no mask has blocks."""
+    found: Any = None
+    size = None
+    for mask in functions:
+        if not isinstance(mask, BlockMask):
+            continue
+        if size not in (None, mask.block_size):
+            raise ValueError(
+                f"BlockMasks that are joined must have the same block_size; got {size} and {mask.block_size}."
+            )
+        size = mask.block_size
+        states = mask.states.reshape((1,) * (rank - mask.states.ndim) + mask.states.shape)
+        found = states if found is None else jnp.minimum(found, states)
+    return found, size
