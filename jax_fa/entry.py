@@ -126,7 +126,7 @@ def build(
     d, axes = arrays.dims, arrays.axes
     rank, acc = len(d.B), accumulator_dtype(computed_dtype(arrays.query.dtype))
     name, options = backend
-    scale, soft_cap = _scale(scale, d.D), _soft_cap(logits_soft_cap)
+    scale, soft_cap = _scale(scale, d), _soft_cap(logits_soft_cap, d)
     seeds = _Seeds.of(dropped, d)
     keep_prob = dropped.keep_prob
     problem = Problem(
@@ -243,8 +243,10 @@ def _static(x, otherwise):
 
 
 def _data(x, rank: int, dtype):
-    """A scalar that is data, `*1 1`; None where it is part of the program."""
-    return x.astype(dtype).reshape((1,) * (rank + 1)) if isinstance(x, jax.Array) else None
+    """What is data, a scalar or `*#B #N 1 1`, as `*#B #N`; None where it is part of the program."""
+    if not isinstance(x, jax.Array):
+        return None
+    return masks.lead(x.astype(dtype).reshape(x.shape[:-2]), rank + 1)
 
 
 def computed_dtype(dtype):
@@ -291,22 +293,28 @@ def _expect(name, layout, what, want, got, other, x, other_name="query") -> str:
     )
 
 
-def _scale(scale, D: Size) -> float | jax.Array:
-    return 1.0 / math.sqrt(D) if scale is None else finite_scale("scale", scale)
+def _scale(scale, d: Dims) -> float | jax.Array:
+    if scale is None:
+        return 1.0 / math.sqrt(d.D)
+    return _finite("scale", arguments.per_head("scale", scale, d.B, d.N))
 
 
 def finite_scale(name: str, scale) -> float | jax.Array:
     """A factor of the logits: finite where it is known."""
-    scale = arguments.scalar(name, scale)
-    if isinstance(scale, float) and not math.isfinite(scale):
+    return _finite(name, arguments.scalar(name, scale))
+
+
+def _finite(name: str, scale) -> float | jax.Array:
+    values = indices.known(scale)
+    if values is not None and not np.all(np.isfinite(values)):
         raise ValueError(f"{name} must be finite; got {scale}.")
     return scale
 
 
-def _soft_cap(cap) -> float | jax.Array | None:
+def _soft_cap(cap, d: Dims) -> float | jax.Array | None:
     if cap is None:
         return None
-    cap = arguments.scalar("logits_soft_cap", cap)
+    cap = arguments.per_head("logits_soft_cap", cap, d.B, d.N)
     if isinstance(cap, float):
         if not (cap > 0 and math.isfinite(cap)):
             raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")

@@ -14,6 +14,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 from jax.extend import backend as extend_backend
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jax.sharding import NamedSharding
@@ -202,7 +203,8 @@ def _found(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
     leaves: list[Any]
     tree: Any
     leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = [i for i, leaf in enumerate(leaves) if _has_shape(leaf)]
+    # (NumPy's scalars are numbers and flags, as Python's are.)
+    arrays = [i for i, leaf in enumerate(leaves) if _has_shape(leaf) and not _is_host_scalar(leaf)]
 
     def run(*values):
         filled = list(leaves)
@@ -370,6 +372,10 @@ def _entry(args: tuple, kwargs: dict[str, Any]) -> str:
 
 def _has_shape(x) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _is_host_scalar(x) -> bool:
+    return isinstance(x, (np.generic, np.ndarray)) and x.ndim == 0
 
 
 def _check_bound(entry: str, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ SHARED = [
         "scale-shape",
         {"scale": jnp.ones(2)},
         ValueError,
-        r"scale must be a scalar; got shape \(2,\)\.",
+        r"scale must be a scalar, or .* \(\*B, N, 1, 1\)=\(2, 4, 1, 1\): .* shape \(4, 1, 1\); got shape \(2,\)\.",
     ),
     ("scale-nan", {"scale": float("nan")}, ValueError, r"scale must be finite; got nan\."),
     ("scale-infinite", {"scale": -np.inf}, ValueError, r"scale must be finite; got -inf\."),
@@ -401,7 +401,7 @@ FLASH = [
     (
         lambda: attend(logits_soft_cap=jnp.ones(2)),
         ValueError,
-        r"logits_soft_cap must be a scalar; got shape \(2,\)\.",
+        r"logits_soft_cap must be a scalar, or .*; got shape \(2,\)\.",
     ),
     (
         lambda: attend(dropout_rate=jnp.ones(2), dropout_key=KEY),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import indices
+from jax_fa.arguments import truth
 from jax_fa.call import Shape, Size
 from jax_fa.indices import is_int, known
 from jax_fa.masks import segments
@@ -102,6 +103,35 @@ class _Traced:
 TRACED = _Traced()
 
 
+def _equal(a: "Mask", b: Any) -> bool:
+    """Of one class, with the same values; arrays whose values are not known are equal to themselves alone."""
+    same = type(a) is type(b)
+    return same and all(_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))  # type: ignore[arg-type]
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if hasattr(a, "shape") or hasattr(b, "shape"):
+        return alike(a, b)
+    return bool(a == b)
+
+
+def _hash(mask: "Mask") -> int:
+    return hash((type(mask), *(_hashable(mask, getattr(mask, f.name)) for f in fields(mask))))  # type: ignore[arg-type]
+
+
+def _hashable(mask: "Mask", value):
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(mask, v) for v in value)
+    if hasattr(value, "shape") and not isinstance(value, np.integer):
+        raise TypeError(
+            f"{type(mask).__name__} holds arrays, which are data and have no hash: pass the mask to a jitted function as an "
+            "argument that is not static, or make it of Python ints and tuples."
+        )
+    return value
+
+
 class Mask:
     """Which keys are visible to a query row. Combine masks with `&`.
 
@@ -114,6 +144,10 @@ class Mask:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # `dataclass` leaves what is there: its own would compare arrays element by element.
+        for name, method in (("__eq__", _equal), ("__hash__", _hash)):
+            if name not in cls.__dict__:
+                setattr(cls, name, method)
         jax.tree_util.register_pytree_node(cls, _flatten, partial(_unflatten, cls))
 
     def __bool__(self) -> bool:
@@ -243,7 +277,7 @@ class Dense(Mask):
             )
 
     def rules(self, rows: Rows) -> Terms:
-        return Terms(dense=jnp.asarray(self.array))
+        return Terms(dense=jnp.asarray(truth(self.array)))
 
 
 @dataclass(frozen=True)

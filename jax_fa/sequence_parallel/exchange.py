@@ -31,6 +31,7 @@ def ulysses(local: Local, shards: dict[str, Any], options: dict[str, Any]) -> en
         "bias": None if bias is None else exchange.of_rows(bias),
         "mask": mask,
         "alibi_slopes": exchange.of_heads(options["alibi_slopes"], -1),
+        **{name: exchange.of_heads(options[name], -3) for name in ("scale", "logits_soft_cap")},
     }
     request = entry.request_of(api.flash_attention, **arrays, **options)
     whole, operands = request.call, request.call.operands

@@ -104,7 +104,10 @@ class Local:
 
         query = whole("query", mask.query, d.Sq, sq) if self.spread.rows else mask.query
         key = None if same else whole("key", mask.key, d.Skv, skv)
-        return replace(mask, query=query, key=key)
+        within = mask.within
+        if isinstance(within, masks.Prefix) and self.spread.rows:
+            within = replace(within, length=whole("length", within.length, d.Sq, sq))
+        return replace(mask, query=query, key=key, within=within)
 
     def call(self, travel: str | None) -> Call:
         """This device's call: what says something of keys says it of all keys."""
