@@ -8,8 +8,8 @@ import functools
 import inspect
 import math
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -147,11 +147,12 @@ def build(
     )
     stored = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
     query, key, value = stored
+    first, *others = mask_operands(_of_mask(masks.parts, mask, arrays))
     operands = Operands(
         query=query,
         key=key,
         value=value,
-        **_mask_operands(mask, arrays),
+        **first.present(),
         **_term_operands(terms, mask, arrays, acc),
         dropout_seed=seeds.seed,
         dropout_stream=seeds.stream,
@@ -162,12 +163,14 @@ def build(
         keep_threshold=_data(seeds.limit, rank, jnp.uint32),
         hints=hints,
     )
-    return Call.of(problem, operands)
+    return replace(Call.of(problem, operands), parts=tuple(others))
 
 
-def _mask_operands(mask: masks.Mask | None, arrays: Arrays) -> dict[str, Any]:
-    rules = _of_mask(masks.intervals, mask, arrays)._asdict()
-    return {"mask": rules.pop("dense"), **rules}
+def mask_operands(parts: Sequence[masks.Rules]) -> list[Operands]:
+    """The masks alone, of each part."""
+    return [
+        Operands(**{"mask" if n == "dense" else n: x for n, x in part._asdict().items()}) for part in parts
+    ]
 
 
 def _of_mask(fn: Callable, mask: masks.Mask | None, arrays: Arrays) -> Any:
@@ -194,9 +197,9 @@ def _of_mask(fn: Callable, mask: masks.Mask | None, arrays: Arrays) -> Any:
             )
             return (*given, *(None,) * (x.ndim - len(full)))
 
-        if not isinstance(found, masks.Rules):
-            return spec("", found)
-        return masks.Rules(**{n: None if x is None else spec(n, x) for n, x in found._asdict().items()})
+        if isinstance(found, masks.Rules):
+            return masks.Rules(**{n: None if x is None else spec(n, x) for n, x in found._asdict().items()})
+        return tuple(map(specs, found)) if isinstance(found, tuple) else spec("", found)
 
     def whole(values):
         known = iter(values)

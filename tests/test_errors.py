@@ -300,17 +300,10 @@ FLASH = [
         r"mask must be an object; got the class Causal: pass Causal\(\)",
     ),
     (
-        lambda: ~masks.Causal(),
+        lambda: masks.Causal() | 1.0,
         TypeError,
-        r"masks have no complement \(~\): pass the inverted boolean array, with True = visible\.",
+        r"mask must be a jax_fa\.masks\.Mask or a boolean array; got float",
     ),
-    (
-        lambda: masks.Causal() | masks.Lengths(key=(3,)),
-        TypeError,
-        r"masks have no union \(\|\): join masks by &, or pass the union as a boolean array\.",
-    ),
-    (lambda: jnp.ones((5, 7), bool) | masks.Causal(), TypeError, r"masks have no union \(\|\)"),
-    (lambda: np.ones((5, 7), bool) | masks.Causal(), TypeError, r"masks have no union \(\|\)"),
     (
         lambda: attend(causal=True),
         TypeError,

@@ -20,6 +20,7 @@ ROOMS = {
     "bench",
     "cann",
     "demo",
+    "explanation",
     "integrations",
     "mosaic",
     "sequence_parallel",

@@ -25,7 +25,10 @@ ALIGN = st.sampled_from(["top-left", BOTTOM])
 
 def visible(mask, batch: tuple[int, ...], heads: int, sq: int, skv: int) -> np.ndarray:
     """What the kernels would let each row attend to, `*B N Sq Skv`."""
-    return visible_by(masks.intervals(mask, batch, heads, sq, skv), batch, heads, sq, skv)
+    parts = masks.parts(mask, batch, heads, sq, skv)
+    found = np.sum([visible_by(rules, batch, heads, sq, skv).astype(int) for rules in parts], axis=0)
+    assert found.max(initial=0) <= 1  # they are disjoint
+    return found == 1
 
 
 def visible_by(rules: masks.Rules, batch: tuple[int, ...], heads: int, sq: int, skv: int) -> np.ndarray:
@@ -380,8 +383,8 @@ def test_masks_are_pytrees(kind):
         same(other, want, (2,), 9, 7, 4)
 
 
-def visible_inside(mask) -> masks.Rules:
-    return masks.intervals(mask, (2,), 4, 9, 7)
+def visible_inside(mask) -> tuple[masks.Rules, ...]:
+    return masks.parts(mask, (2,), 4, 9, 7)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *HOST])

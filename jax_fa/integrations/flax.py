@@ -273,10 +273,11 @@ def _check_decoding(options: _Options, is_causal: bool, query, key) -> None:
             f"alibi_slopes need the positions of the queries; this call has one query and {key.shape[-3]} keys, a step "
             "of decoding, whose position jax_fa does not know. Pass a bias, or decode without a cache."
         )
-    for mask in () if options.mask is None else masks.members(options.mask):
-        if isinstance(mask, (masks.Band, masks.Prefix)) and not _shows_all_to_the_last(mask):
+    for member in () if options.mask is None else masks.members(options.mask):
+        counts = [kind for kind in masks.kinds(member) if isinstance(kind, (masks.Band, masks.Prefix))]
+        if counts and not _shows_all_to_the_last(member):
             raise ValueError(
-                f"mask={mask!r} of make_attention_fn counts positions; this call has one query and {key.shape[-3]} keys, "
+                f"mask={member!r} of make_attention_fn counts positions; this call has one query and {key.shape[-3]} keys, "
                 "a step of decoding, whose position jax_fa does not know. A causal mask that works in training and "
                 'decoding is Causal("bottom-right") (the layer masks what is not yet in its cache).'
             )

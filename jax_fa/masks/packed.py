@@ -12,7 +12,8 @@ from jax_fa.call import Shape, Size
 from jax_fa.indices import is_int, is_static, known, search_last
 from jax_fa.masks import segments
 from jax_fa.masks.bands import Band, Prefix
-from jax_fa.masks.base import Mask, Placement, Rows, Terms, alike, broadcasts
+from jax_fa.masks.base import Mask, Placement, Rows, alike, broadcasts
+from jax_fa.masks.parts import Terms
 
 
 class _Packed(Mask):

@@ -25,7 +25,7 @@ def ulysses(local: Local, shards: dict[str, Any], options: dict[str, Any]) -> en
         arrays[name] = exchange.to_heads(x, head, seq)
     mask = None
     if local.mask is not None:
-        mask = masks.Intersection(tuple(map(exchange.of_mask, masks.members(local.mask))))
+        mask = masks.replaced(exchange.of_mask, local.mask)
     bias = entry.checked_bias(local.bias, (*d.B, d.N, d.Sq, local.full[1]), call.acc)
     options = options | {
         "bias": None if bias is None else exchange.of_rows(bias),

@@ -491,8 +491,36 @@ KINDS: dict[str, Kind] = {
     "segments_twice": _both("segments_mixed", "segments_padded", position="segments_padded"),
     "causal_dense": _both("causal", "dense_padding", "dense_square"),
 }
+# Unions and complements: several intervals for each row, which are calls of their own.
+UNIONS: dict[str, Kind] = {
+    "sinks_window": Kind(
+        lambda c: masks.Causal() & (masks.Lengths(key=4) | masks.SlidingWindow(7)),
+        lambda c: oracle.causal(c.Sq, c.Skv) & (oracle.band(c.Sq, c.Skv, 7, 0) | (np.arange(c.Skv) < 4)),
+    ),
+    "not_band": Kind(lambda c: ~masks.Band(3, 6), lambda c: ~oracle.band(c.Sq, c.Skv, 3, 6)),
+    "not_lengths": Kind(
+        lambda c: ~(masks.Causal() & KINDS["lengths"].make(c)),
+        lambda c: ~KINDS["causal_lengths"].visible(c),
+    ),
+    "two_bands": Kind(
+        lambda c: masks.Band(4, 0, offset=_batch(c, 9, -6)) | masks.Band(-3, 8),
+        lambda c: (
+            oracle.band(c.Sq, c.Skv, 4, 0, offset=_batch(c, 9, -6)[..., None, None])
+            | oracle.band(c.Sq, c.Skv, -3, 8)
+        ),
+    ),
+    "dense_window": Kind(
+        lambda c: masks.SlidingWindow(7) | KINDS["dense_square"].make(c),
+        lambda c: oracle.band(c.Sq, c.Skv, 7, 0) | KINDS["dense_square"].visible(c),
+    ),
+    "lengths_segments": Kind(
+        lambda c: masks.Lengths(key=_lengths(c, c.Skv, 2, 9)) | KINDS["segments_padded"].make(c),
+        lambda c: oracle.lengths(c.Sq, c.Skv, key=_batch(c, 2, 9)) | KINDS["segments_padded"].visible(c),
+    ),
+}
 # They make what others make: they are for tests of masks, and a call or two.
 WITHIN_PACKED = ("cumulative_prefix", "segments_prefix")
+KINDS |= UNIONS
 
 
 # --- the table
@@ -546,7 +574,7 @@ CASES: tuple[Case, ...] = (
     *(
         Case(name=f"mask-{kind}", mask=kind, feature=not kind.startswith("dense"))
         for kind in KINDS
-        if kind not in WITHIN_PACKED
+        if kind not in (*WITHIN_PACKED, *UNIONS)
     ),
     *(Case(name=f"bias-{shape or 'scalar'}", bias=shape, feature=False) for shape in _BIASES),
     Case(name="bias-causal", bias="1NQK", mask="causal"),

@@ -7,7 +7,7 @@ single call of an entry, and reads no argument itself.
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -179,8 +179,13 @@ def explain(
     named = kwargs.get("implementation")
     if isinstance(named, str) and named == "cudnn" and entry == "dot_product_attention":
         raise ValueError("implementation='cudnn' is a call of jax.nn, which explain does not read.")
-    (one,) = _found(_ENTRIES[entry], args, kwargs)
-    return _explanation(entry, one, asked)
+    found = _found(_ENTRIES[entry], args, kwargs)
+    # Of the parts of a union, the one with most operands.
+    told = _explanation(entry, max(found, key=lambda x: len(x.inputs.arrays())), asked)
+    if len(found) == 1:
+        return told
+    note = f"{len(found)} such calls, one for each disjoint part of the visible keys, are merged"
+    return replace(told, notes={platform: (*notes, note) for platform, notes in told.notes.items()})
 
 
 @dataclass(frozen=True)
