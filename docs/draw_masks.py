@@ -99,6 +99,21 @@ MASKS = {
             KEYS,
         ),
     ],
+    "union": [
+        (
+            "SlidingWindow(3) | Lengths(key=2)",
+            SlidingWindow(3) | Lengths(key=2),
+            ROWS,
+            KEYS,
+        ),
+        (
+            "Causal() & (... | ...)",
+            Causal() & (SlidingWindow(3) | Lengths(key=2)),
+            ROWS,
+            KEYS,
+        ),
+        ("~SlidingWindow(3, 2)", ~SlidingWindow(3, 2), ROWS, KEYS),
+    ],
 }
 
 OWN = jnp.asarray(

@@ -60,7 +60,7 @@ def dot_product_attention(
         its gradient is summed over broadcast dims as it is computed.
       mask: boolean, True = visible; broadcastable to `(B, N, T, S)`, lower ranks too.
       scale: factor of the logits; None: `1 / sqrt(H)`. A Python number or a scalar array, traced or not, with the
-        same result. Differentiable.
+        same result; or one for each head, of shape `(N, 1, 1)` (of each batch entry, `(B, 1, 1, 1)`; of both). Differentiable.
       is_causal: mask keys j > i for query i (top-left aligned, as in jax.nn).
       query_seq_lengths: integers of shape `(B,)`; rows from the length on are 0.
       key_value_seq_lengths: integers of shape `(B,)`; keys from the length on are masked.
@@ -79,7 +79,7 @@ def dot_product_attention(
         `jax_fa.dropout_mask` returns them.
       logits_soft_cap: positive; replaces the logits x (after scale and bias) by `cap * tanh(x / cap)`. A finite
         bias is capped with them; a bias of -inf masks its key all the same. May be traced; differentiable. A traced
-        cap that is not positive and finite gives NaN.
+        cap that is not positive and finite gives NaN. One for each head as with scale.
       sinks: attention sinks, shape `(N,)` or `(B, N)`: see `flash_attention`.
       return_max_logits: also return the largest logit of every head: see `flash_attention`.
 
@@ -95,7 +95,7 @@ def dot_product_attention(
       * float64 inputs are computed in float64 throughout.
       * `implementation="xla"` takes O(S) memory.
       * Refused, with the way out: integer query, key and value, fewer than 3 dims, an empty head_dim, a boolean bias, a
-        Python bool as mask or scale, a scale with dims, a window that is not integer.
+        Python bool as mask or scale, a scale of each row or key, a window that is not integer.
       * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
 
     Raises:
@@ -323,7 +323,7 @@ def flash_attention(
       value: shape `(*B, Skv, K, Dv)`, query's dtype; Dv may differ from D.
       bias: added to the scaled logits; broadcastable to `(*B, N, Sq, Skv)`. Differentiable.
       mask: a mask of `jax_fa.masks` (`Causal`, `SlidingWindow`, `Band`, `Prefix`, `Lengths`,
-        `CumulativeLengths`, `SegmentIds`, `Dense`, or several joined by `&`), or a boolean array
+        `CumulativeLengths`, `SegmentIds`, `Dense`, or several joined by `&`, `|` and `~`), or a boolean array
         broadcastable to `(*B, N, Sq, Skv)` with True = visible. Structured masks skip fully masked tiles.
       alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)` (arXiv:2108.12409); evaluated in the kernel.
         Differentiable. The distance of key j to row i is `|p - j|` with p the key position at which the mask places

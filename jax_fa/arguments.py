@@ -31,7 +31,7 @@ def array(name: str, x):
             "(jax_fa.explain and jax.eval_shape take such shapes.)"
         )
     try:
-        made = None if x is None else jnp.asarray(x)
+        made = None if x is None else jnp.asarray(truth(x))
     except (OverflowError, TypeError, ValueError) as error:
         # Arrays that JAX itself cannot use here, such as deleted ones, have a better error of JAX.
         if isinstance(x, jax.Array):
@@ -50,6 +50,14 @@ def host_array(name: str, x):
         return np.asarray(x)
     except (OverflowError, TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array; got {shown(x)}.") from error
+
+
+def truth(x):
+    """A NumPy array of booleans with the bytes that XLA expects of them, 0 and 1: a view of other bytes may have more."""
+    if not isinstance(x, np.ndarray) or x.dtype != np.bool_:
+        return x
+    found = np.asarray(x).view(np.uint8)
+    return found != 0 if np.any(found > 1) else x
 
 
 def number(name: str, x, what: str) -> None:
@@ -76,6 +84,26 @@ def scalar(name: str, x) -> float | jax.Array:
         if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
             return x
     return float(x)
+
+
+def per_head(name: str, x, batch: tuple[Any, ...], heads: Any) -> float | jax.Array:
+    """A real scalar, or an array of one value for each head or batch entry: `*#B #N 1 1`, as it broadcasts to logits."""
+    shape = np.shape(x) if hasattr(x, "dtype") else ()
+    full = (*batch, heads, 1, 1)
+    if not shape or not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+        return scalar(name, x)
+    tail = full[max(0, len(full) - len(shape)) :]
+    if len(shape) > len(full) or any(a not in (1, b) for a, b in zip(shape, tail, strict=True)):
+        raise ValueError(
+            f"{name} must be a scalar, or an array that broadcasts to (*B, N, 1, 1)={full}: one value for each head has shape "
+            f"({heads}, 1, 1); got shape {shape}."
+        )
+    return jnp.asarray(x)
+
+
+def is_zero(x) -> bool:
+    """Whether this is known to be 0 when tracing."""
+    return isinstance(x, numbers.Real) and x == 0
 
 
 def integer(name: str, x) -> None:

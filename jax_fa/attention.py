@@ -75,8 +75,14 @@ class Attention(NamedTuple):
 def attention(call: Call, sinks=None, *, may_join: bool = True) -> Attention:
     """`sinks`: of every head, `*#B N` in the dtype of the statistics, or None; `may_join`: a backend may take them."""
     problem = call.problem
+    if call.parts:  # accurate gradients need the output before it was rounded
+        problem = replace(problem, rounding_if_derived=has_rounding(call.dtype))
     # Alike here already, so that JAX transposes it: under shard_map the gradient of an operand that all devices share is
     # the sum of theirs.
+    if call.parts:
+        parts, sinks = compat.vary_alike((call.in_parts, sinks))
+        found = [primitives.forward(problem, operands) for operands in parts]
+        return Attention(*_merged(problem.out_axes, found, None if sinks is None else sinks[..., None]))
     operands, sinks = compat.vary_alike((call.operands, sinks))
     if sinks is None:
         out, m, l = primitives.forward(problem, operands)
@@ -86,6 +92,26 @@ def attention(call: Call, sinks=None, *, may_join: bool = True) -> Attention:
         return Attention(out, m, l, None)
     (out, m, l), largest = plain_sinks.beside(problem, operands, sinks)
     return Attention(out, m, l, jax.lax.stop_gradient(largest))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _merged(axes: Axes, parts: list[list[Any]], sinks):
+    """out, m and l of all parts of the keys, with the sinks, and the largest logit."""
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [m for _, m, *_ in parts]))
+    # (Of a part without a visible key l is 0.)
+    weights = [l * jnp.exp(m - largest) for _, m, l, *_ in parts]
+    m, l = largest, functools.reduce(operator.add, weights)
+    share = softmax.inverse(l)
+    if sinks is not None:
+        share = share * jax.nn.sigmoid(softmax.logsumexp(m, l) - sinks)
+    exact: Any = 0
+    for (out, _, _, *rounding), weight in zip(parts, weights, strict=True):
+        rows = softmax.rows_as_stored(weight * share, axes)
+        exact = exact + widened(out, rounding[0] if rounding else None, rows.dtype) * rows
+    if sinks is not None:
+        m, l = softmax.with_sink(m, l, sinks)
+    return exact.astype(parts[0][0].dtype), m, l, largest
 
 
 # --- jvp rules: (problem, inputs x, their tangents) -> (results, tangents of the results)

@@ -272,6 +272,9 @@ class Call:
     problem: Problem
     operands: Operands
     dims: Dims
+    # The masks alone of the other parts where what is visible to a row is several intervals: for `attention`, which makes a
+    # call of each and merges them. Nothing below it has any.
+    parts: tuple[Operands, ...] = ()
 
     @classmethod
     def of(cls, problem: Problem, operands: Operands, *others: Saved | Operands | None) -> "Call":
@@ -281,7 +284,16 @@ class Call:
     def replace(self, *, problem: Problem | None = None, operands: Operands | None = None) -> "Call":
         """The call with another problem or other operands. Its batch stays, also where only saved arrays have it."""
         problem, operands = problem or self.problem, operands or self.operands
-        return Call(problem, operands, replace(_dims(problem, operands), B=self.dims.B))
+        return replace(
+            self, problem=problem, operands=operands, dims=replace(_dims(problem, operands), B=self.dims.B)
+        )
+
+    @property
+    def in_parts(self) -> list[Operands]:
+        """The operands of each part, whose visible keys are disjoint."""
+        masks = ("mask", "lower", "upper", "segment_row", "segment_key")
+        others = ({name: getattr(part, name) for name in masks} for part in self.parts)
+        return [self.operands, *(replace(self.operands, **part) for part in others)]
 
     def without_hints(self) -> "Call":
         return replace(self, operands=replace(self.operands, hints=None))

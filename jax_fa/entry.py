@@ -8,8 +8,8 @@ import functools
 import inspect
 import math
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -129,7 +129,7 @@ def build(
     d, axes = arrays.dims, arrays.axes
     rank, acc = len(d.B), accumulator_dtype(computed_dtype(arrays.query.dtype))
     name, options = backend
-    scale, soft_cap = _scale(scale, d.D), _soft_cap(logits_soft_cap)
+    scale, soft_cap = _scale(scale, d), _soft_cap(logits_soft_cap, d)
     seeds = _Seeds.of(dropped, d)
     keep_prob = dropped.keep_prob
     called = _Functions.of(terms.score_mod, mask, d, acc)
@@ -154,11 +154,12 @@ def build(
     )
     stored = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
     query, key, value = stored
+    first, *others = mask_operands(_of_mask(masks.parts, mask, arrays))
     operands = Operands(
         query=query,
         key=key,
         value=value,
-        **_mask_operands(mask, arrays),
+        **first.present(),
         **_term_operands(terms, mask, arrays, acc),
         dropout_seed=seeds.seed,
         dropout_stream=seeds.stream,
@@ -170,12 +171,14 @@ def build(
         **called.operands,
         hints=hints,
     )
-    return Call.of(problem, operands)
+    return replace(Call.of(problem, operands), parts=tuple(others))
 
 
-def _mask_operands(mask: masks.Mask | None, arrays: Arrays) -> dict[str, Any]:
-    rules = _of_mask(masks.intervals, mask, arrays)._asdict()
-    return {"mask": rules.pop("dense"), **rules}
+def mask_operands(parts: Sequence[masks.Rules]) -> list[Operands]:
+    """The masks alone, of each part."""
+    return [
+        Operands(**{"mask" if n == "dense" else n: x for n, x in part._asdict().items()}) for part in parts
+    ]
 
 
 def _of_mask(fn: Callable, mask: masks.Mask | None, arrays: Arrays) -> Any:
@@ -202,9 +205,9 @@ def _of_mask(fn: Callable, mask: masks.Mask | None, arrays: Arrays) -> Any:
             )
             return (*given, *(None,) * (x.ndim - len(full)))
 
-        if not isinstance(found, masks.Rules):
-            return spec("", found)
-        return masks.Rules(**{n: None if x is None else spec(n, x) for n, x in found._asdict().items()})
+        if isinstance(found, masks.Rules):
+            return masks.Rules(**{n: None if x is None else spec(n, x) for n, x in found._asdict().items()})
+        return tuple(map(specs, found)) if isinstance(found, tuple) else spec("", found)
 
     def whole(values):
         known = iter(values)
@@ -293,8 +296,10 @@ def _static(x, otherwise):
 
 
 def _data(x, rank: int, dtype):
-    """A scalar that is data, `*1 1`; None where it is part of the program."""
-    return x.astype(dtype).reshape((1,) * (rank + 1)) if isinstance(x, jax.Array) else None
+    """What is data, a scalar or `*#B #N 1 1`, as `*#B #N`; None where it is part of the program."""
+    if not isinstance(x, jax.Array):
+        return None
+    return masks.lead(x.astype(dtype).reshape(x.shape[:-2]), rank + 1)
 
 
 def computed_dtype(dtype):
@@ -341,22 +346,28 @@ def _expect(name, layout, what, want, got, other, x, other_name="query") -> str:
     )
 
 
-def _scale(scale, D: Size) -> float | jax.Array:
-    return 1.0 / math.sqrt(D) if scale is None else finite_scale("scale", scale)
+def _scale(scale, d: Dims) -> float | jax.Array:
+    if scale is None:
+        return 1.0 / math.sqrt(d.D)
+    return _finite("scale", arguments.per_head("scale", scale, d.B, d.N))
 
 
 def finite_scale(name: str, scale) -> float | jax.Array:
     """A factor of the logits: finite where it is known."""
-    scale = arguments.scalar(name, scale)
-    if isinstance(scale, float) and not math.isfinite(scale):
+    return _finite(name, arguments.scalar(name, scale))
+
+
+def _finite(name: str, scale) -> float | jax.Array:
+    values = indices.known(scale)
+    if values is not None and not np.all(np.isfinite(values)):
         raise ValueError(f"{name} must be finite; got {scale}.")
     return scale
 
 
-def _soft_cap(cap) -> float | jax.Array | None:
+def _soft_cap(cap, d: Dims) -> float | jax.Array | None:
     if cap is None:
         return None
-    cap = arguments.scalar("logits_soft_cap", cap)
+    cap = arguments.per_head("logits_soft_cap", cap, d.B, d.N)
     if isinstance(cap, float):
         if not (cap > 0 and math.isfinite(cap)):
             raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")

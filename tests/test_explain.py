@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_fa
@@ -238,3 +239,22 @@ def test_a_symbolic_length():
     told = jax_fa.explain(x, x, x, platforms="cpu")
     assert told.chosen == {"cpu": "xla"}
     assert told.reasons["cpu"]["cpu"] == "symbolic dimensions are not supported"
+
+
+@pytest.mark.usefixtures("no_type_checker")
+def test_lists_and_scalars_of_numpy():
+    """They are read as the entries read them."""
+    x = np.ones((1, 4, 1, 8), np.float32)
+    options = {
+        "is_causal": np.bool_(True),
+        "scale": np.float32(0.5),
+        "dropout_rate": np.float64(0.0),
+        "key_value_seq_lengths": [3],
+        "local_window_size": (np.int32(2), np.array(1)),
+        "mask": [True, True, False, True],
+    }
+    told = jax_fa.explain(x.tolist(), x.tolist(), x.tolist(), **options, platforms="cpu")
+    assert told.entry == "dot_product_attention" and told.problem.scale == 0.5 and told.dims.Sq == 4
+    (told,) = jax_fa.explain(jax_fa.dot_product_attention, x, x, x, platforms="cpu", **options)
+    assert told.problem.scale == 0.5
+    assert jax_fa.explain(x, x, x, is_causal=np.array(True), return_residual=np.bool_(True)).chosen

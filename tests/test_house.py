@@ -22,6 +22,7 @@ ROOMS = {
     "demo",
     "doctor",
     "flex",
+    "explanation",
     "integrations",
     "mosaic",
     "sequence_parallel",

@@ -706,6 +706,24 @@ def test_nnx_decoding(nnx, flax_ours):
     assert all(layer.cache_index[...] == S for layer in layers)
 
 
+def test_nnx_decoding_with_is_causal(nnx, flax_ours):
+    """The layer hands it on beside its own causal mask: counted from the first key, it would leave that key alone."""
+    layer = nnx.MultiHeadAttention(N, E, attention_fn=flax_ours.attention_fn, decode=True, rngs=nnx.Rngs(0))
+    layer.init_cache((B, S, E))
+    with pytest.raises(
+        ValueError, match=rf"is_causal must be False with one query and {S} keys, a step of decoding"
+    ):
+        layer(_normal(B, 1, E), is_causal=True)
+
+
+def test_flax_dropout_rate_as_data(flax_ours):
+    key = jax.random.key(0)
+    run = lambda rate: flax_ours.attention_fn(_x(), _x(), _x(), dropout_rate=rate, dropout_rng=key)  # noqa: E731
+    _close(jax.jit(run)(jnp.float32(0.25)), run(0.25), TOLERANCE["float32"])
+    with pytest.raises(ValueError, match=r"dropout_rate must be in \[0, 1\); got -0.5"):
+        run(-0.5)
+
+
 def test_nnx_dropout(nnx, flax_ours):
     x = _normal(B, S, E)
     layer = nnx.MultiHeadAttention(
@@ -902,6 +920,18 @@ def test_equinox_dropout(eqx, eqx_ours):
     _mean_is(lambda key: layer(x, x, x, key=key), np.asarray(want))
 
 
+def test_equinox_dropout_rate_as_data(eqx, eqx_ours):
+    """A rate that is a leaf of the model, under jit: as the same number."""
+    layer = eqx_ours.MultiheadAttention(N, E, dropout_p=0.25, key=jax.random.key(0))
+    x, key = _normal(S, E), jax.random.key(1)
+    traced = eqx.tree_at(lambda layer: layer.dropout.p, layer, jnp.float32(0.25))
+    arrays, rest = eqx.partition(traced, eqx.is_array)
+    found = jax.jit(lambda arrays: eqx.combine(arrays, rest)(x, x, x, key=key))(arrays)
+    _close(found, layer(x, x, x, key=key), TOLERANCE["float32"])
+    with pytest.raises(ValueError, match=r"key must be a jax\.random key where inference is false"):
+        jax.jit(lambda arrays: eqx.combine(arrays, rest)(x, x, x))(arrays)
+
+
 @pytest.mark.usefixtures("no_type_checker")
 def test_equinox_errors(eqx, eqx_ours):
     layer = eqx_ours.MultiheadAttention(N, E, dropout_p=0.4, key=jax.random.key(0))
@@ -997,6 +1027,30 @@ def test_haiku_transforms(hk, hk_ours):
     ours, theirs = model(hk_ours.MultiHeadAttention), model(hk.MultiHeadAttention)
     x = _normal(B, S, E)
     _same(ours.apply, theirs.apply, theirs.init(jax.random.key(0), x), x)
+
+
+def test_haiku_dropout(hk, hk_ours):
+    """Of the attention weights, by Haiku's own stream of keys or one that is given."""
+    x, w_init = _normal(B, S, E), hk.initializers.VarianceScaling(1.0)
+
+    def apply(x, rate, key=None):
+        return hk_ours.MultiHeadAttention(N, D, w_init=w_init)(x, x, x, dropout_rate=rate, dropout_key=key)
+
+    model = hk.transform(apply)
+    params = model.init(jax.random.key(0), x, 0.0)
+    want = model.apply(params, None, x, 0.0)
+    one, again, other = (model.apply(params, jax.random.key(seed), x, 0.4) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert (one != want).any() and (one != other).any()
+    by_key = model.apply(params, None, x, 0.4, jax.random.key(3))
+    _close(
+        jax.jit(model.apply)(params, None, x, jnp.float32(0.4), jax.random.key(3)),
+        by_key,
+        TOLERANCE["float32"],
+    )
+    _mean_is(lambda key: model.apply(params, key, x, 0.4), np.asarray(want))
+    with pytest.raises(ValueError, match=r"dropout_rate must be in \[0, 1\)"):
+        model.apply(params, jax.random.key(1), x, 1.5)
 
 
 @pytest.mark.usefixtures("no_type_checker")

@@ -298,6 +298,12 @@ KINDS: dict[str, tuple[tuple, dict[str, Any]]] = {
     "numpy scale": ((Q, KEY, VALUE), {"scale": np.float64(0.3)}),
     "jax scale": ((Q, KEY, VALUE), {"scale": jnp.float32(0.3)}),
     "weak scale": ((Q, KEY, VALUE), {"scale": jnp.asarray(0.3)}),
+    # (With fewer key heads, jax.nn has no shape for it.)
+    "scale of each head": (
+        (Q, *(np.repeat(x, N // K, axis=2) for x in (KEY, VALUE))),
+        {"scale": np.linspace(0.1, 1, N, dtype=np.float32)[:, None, None]},
+    ),
+    "scale of each batch entry": ((Q, KEY, VALUE), {"scale": jnp.array([0.2, 0.7]).reshape(B, 1, 1, 1)}),
     "flags of 1": ((Q, KEY, VALUE), {"is_causal": 1, "return_residual": 1}),
     "numpy flags": ((Q, KEY, VALUE), {"is_causal": np.bool_(True), "return_residual": np.bool_(True)}),
     "no flags": ((Q, KEY, VALUE), {"is_causal": None, "return_residual": None}),
@@ -353,7 +359,7 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], str]] = {
     "boolean bias": ((Q, KEY, VALUE, MASK), {}, r"bias must be numeric.*Pass it as mask"),
     "Python bool as mask": ((Q, KEY, VALUE, None, True), {}, r"A causal mask is is_causal=True"),
     "bool as scale": ((Q, KEY, VALUE), {"scale": True}, r"scale must be a number or None; got True"),
-    "scale with dims": ((Q, KEY, VALUE), {"scale": np.full(1, 0.3)}, r"scale must be a scalar"),
+    "scale with dims": ((Q, KEY, VALUE), {"scale": np.full((T, 1), 0.3)}, r"scale must be a scalar, or"),
     "window of floats": (
         (Q, KEY, VALUE),
         {"local_window_size": (2.0, 1.0)},

@@ -1,5 +1,8 @@
 """Masks against their brute-force definition: which keys are visible to every row, before any attention."""
 
+import copy
+import dataclasses
+import pickle
 from functools import partial
 
 import jax
@@ -13,7 +16,7 @@ import jax_fa
 from jax_fa import masks
 from jax_fa.masks import Band, Causal, CumulativeLengths, Dense, Lengths, Prefix, SegmentIds, SlidingWindow
 from jax_fa.testing import oracle
-from jax_fa.testing.cases import BOTTOM, KINDS, Case
+from jax_fa.testing.cases import BOTTOM, KINDS, WITHIN_PACKED, Case, check
 
 # Few sizes: each compiles the few operations that turn a mask into intervals.
 SIZES = st.sampled_from([1, 5, 8])
@@ -22,7 +25,10 @@ ALIGN = st.sampled_from(["top-left", BOTTOM])
 
 def visible(mask, batch: tuple[int, ...], heads: int, sq: int, skv: int) -> np.ndarray:
     """What the kernels would let each row attend to, `*B N Sq Skv`."""
-    return visible_by(masks.intervals(mask, batch, heads, sq, skv), batch, heads, sq, skv)
+    parts = masks.parts(mask, batch, heads, sq, skv)
+    found = np.sum([visible_by(rules, batch, heads, sq, skv).astype(int) for rules in parts], axis=0)
+    assert found.max(initial=0) <= 1  # they are disjoint
+    return found == 1
 
 
 def visible_by(rules: masks.Rules, batch: tuple[int, ...], heads: int, sq: int, skv: int) -> np.ndarray:
@@ -377,8 +383,8 @@ def test_masks_are_pytrees(kind):
         same(other, want, (2,), 9, 7, 4)
 
 
-def visible_inside(mask) -> masks.Rules:
-    return masks.intervals(mask, (2,), 4, 9, 7)
+def visible_inside(mask) -> tuple[masks.Rules, ...]:
+    return masks.parts(mask, (2,), 4, 9, 7)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *HOST])
@@ -737,3 +743,119 @@ def test_masks_that_put_rows_at_different_keys():
     np.testing.assert_array_equal(
         masks.positions(joined, (2,), 2, 5, 8)[:, 0], np.arange(5) + 3 + np.array([[1], [2]])
     )
+
+
+# --- masks as values of Python
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *HOST])
+def test_masks_are_copied_and_compared_by_value(kind):
+    mask, _ = _mask(kind)
+    for again in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert again == mask and not again != mask and type(again) is type(mask)
+    fields = {f.name: getattr(mask, f.name) for f in dataclasses.fields(mask) if f.init}
+    assert dataclasses.replace(mask, **fields) == mask
+    assert mask != (Causal(offset=1) if mask == Causal() else Causal())
+    if jax.tree.leaves(mask):
+        with pytest.raises(TypeError, match="holds arrays, which are data and have no hash"):
+            hash(mask)
+    else:
+        assert hash(mask) == hash(copy.deepcopy(mask))
+
+
+def test_masks_of_other_values_differ():
+    a, b = (Lengths(key=np.array([3, x])) for x in (4, 5))
+    assert a != b and a & Causal() != b & Causal() and a == Lengths(key=jnp.array([3, 4]))
+    inside = []
+    jax.jit(lambda x: inside.append((Lengths(key=x) == Lengths(key=x), Lengths(key=x) == a)))(
+        np.array([3, 4])
+    )
+    assert inside == [(True, False)]
+
+
+def test_replace():
+    assert dataclasses.replace(Causal(), offset=3) == Causal(offset=3)
+    assert dataclasses.replace(Causal(offset=1), align=BOTTOM) == Causal(BOTTOM, 1)
+    assert dataclasses.replace(SlidingWindow(2, 1), right=None) == SlidingWindow(2, None)
+    for mask, change in ((Causal(), {"left": 1}), (SlidingWindow(2), {"offset": 1})):
+        with pytest.raises(ValueError, match="init=False"):  # it would be another kind
+            dataclasses.replace(mask, **change)
+
+
+@pytest.mark.parametrize(
+    "array", [np.tri(5, 8, dtype=bool), jnp.ones((5, 8), bool), np.bool_(True)], ids=type
+)
+def test_arrays_join_masks_from_either_side(array):
+    """As one mask, and not element by element."""
+    for mask in (array & Causal(), Causal() & array):
+        assert isinstance(mask, masks.Intersection)
+        same(mask, np.asarray(array) & oracle.causal(5, 8), (), 5, 8)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int64])
+def test_lengths_of_every_integer_dtype(dtype):
+    """The largest value of a dtype, traced, means the end."""
+    big = np.iinfo(dtype).max if dtype not in (np.uint64, np.int64) else np.iinfo(dtype).max - 5
+    with jax.enable_x64(True):
+        values = np.array([big, 3], dtype)
+
+        def rules(x):
+            offset = jnp.minimum(x, 3)
+            made = (Lengths(key=x), Lengths(query=x), Prefix(x), SlidingWindow(x, x), Causal(offset=offset))
+            return [masks.intervals(mask, (2,), 1, 5, 8) for mask in made]
+
+        found = [visible_by(x, (2,), 1, 5, 8) for x in jax.jit(rules)(values)]
+    ends, five = [8, 3], [5, 3]
+    wanted = [
+        oracle.lengths(5, 8, key=ends),
+        oracle.lengths(5, 8, query=five),
+        oracle.prefix(5, 8, ends),
+        oracle.band(5, 8, *(np.array(ends)[:, None, None, None],) * 2),
+        oracle.band(5, 8, None, 0, offset=np.array([3, 3])[:, None, None]),
+    ]
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, np.broadcast_to(b, a.shape))
+
+
+def test_true_is_any_byte_but_0(backend):
+    """NumPy's views of other dtypes have booleans that are neither 0 nor 1."""
+    want = np.tri(9, dtype=bool)
+    odd = np.where(want, np.arange(9) * 28 + 2, 0).astype(np.uint8).view(np.bool_)
+    x = [np.random.default_rng(i).standard_normal((1, 9, 2, 8)).astype(np.float32) for i in range(3)]
+
+    def run(mask):
+        joined = jax_fa.flash_attention(*x, mask=Dense(mask) & Dense(mask), implementation=backend)
+        return jax_fa.flash_attention(*x, mask=mask, implementation=backend), joined
+
+    expected = oracle.attention(*x, visible=want).out
+    for out in (*run(odd), jax.jit(run)(odd)[0], jax_fa.dot_product_attention(*x, mask=odd)):
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_prefixes_within_packed_sequences():
+    """Of all sequences, of each of them, and known or not; what does not fit is told."""
+    ends, ids = np.array([2, 2, 6, 9]), np.array([1, 1, 2, 1, 2, 2, 0, 0, 2])
+    for length, each in ((3, [3] * 4), ((1, 0, 2, 3), [1, 0, 2, 3]), (np.array([9, 9, 0, 2]), [9, 9, 0, 2])):
+        mask = CumulativeLengths(ends, within=Prefix(length))
+        same(mask, oracle.cumulative(9, 9, ends, within=oracle.causal, prefix=np.array(each)), (), 9, 9)
+    per_row = np.array([0, 1, 2])[ids]
+    want = oracle.segments(ids, within=oracle.causal, prefix=lambda name: name)
+    same(SegmentIds(ids, within=Prefix(per_row)), want, (), 9, 9)
+    traced = jax.jit(lambda *x: masks.intervals(SegmentIds(x[0], within=Prefix(x[1])), (), 1, 9, 9))(
+        ids, per_row
+    )
+    np.testing.assert_array_equal(visible_by(traced, (), 1, 9, 9)[0], want)
+    ordered = masks.intervals(SegmentIds(np.sort(ids), within=Prefix(2)), (), 1, 9, 9)
+    assert ordered.segment_row is None
+    with pytest.raises(
+        ValueError, match=r"must be an int or have the shape \(4,\) of query; got shape \(2,\)"
+    ):
+        masks.intervals(CumulativeLengths(ends, within=Prefix((1, 2))), (2,), 1, 9, 9)
+
+
+@pytest.mark.parametrize("kind", WITHIN_PACKED)
+def test_prefixes_within_packed_sequences_on_every_backend(kind, backend):
+    case = Case(name=kind, mask=kind)
+    run = jax.jit(partial(case.gradient, implementation=backend))
+    (out, lse), gradients = run(case.operands(), *case.cotangents())
+    check(case, out, lse, gradients)

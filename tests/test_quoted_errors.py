@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_fa
 from jax_fa.backends import cpu, native
 from jax_fa.backends.mosaic import device
-from jax_fa.masks import Causal, Lengths
+from jax_fa.masks import Causal, Lengths, SegmentIds
 from jax_fa.testing import emulator
 
 pytestmark = pytest.mark.usefixtures("no_type_checker")
@@ -134,8 +135,9 @@ PROVOKED: dict[str, Callable[..., object]] = {
     "layout must be one of BSND, BNSD, SBND, SND, NSD; got 'BHSD'": lambda: attend(layout="BHSD"),
     "mask must be boolean (True = visible); got dtype ...": lambda: attend(mask=jnp.zeros((8, 8))),
     "mask must be one mask; got a list of 2": lambda: attend(mask=[Causal(), Lengths(key=(3,))]),
-    "masks have no union (|)": lambda: Causal() | Lengths(key=(3,)),
-    "masks have no complement (~)": lambda: ~Causal(),
+    "~ and | cannot take the complement of SegmentIds that lie apart": lambda: attend(
+        mask=~SegmentIds(np.array([0, 1, 0, 1, 0, 1, 0, 1]))
+    ),
     "flash_attention has no argument 'is_causal'; pass mask=jax_fa.masks.Causal() instead": lambda: attend(
         is_causal=True
     ),

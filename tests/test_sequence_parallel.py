@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jax_fa
 from jax_fa import masks
 from jax_fa.backends import native
-from jax_fa.masks import Causal, Lengths, SegmentIds, SlidingWindow
+from jax_fa.masks import Causal, Lengths, Prefix, SegmentIds, SlidingWindow
 from jax_fa.sequence_parallel import position_ids, reorder, restore, visited_tiles
 from jax_fa.sequence_parallel.schedule import Schedule
 from jax_fa.testing.cases import BY_NAME, CASES, Case, check
@@ -579,8 +579,8 @@ def test_segments_of_the_shards(order):
     case = replace(case, Sq=case.Skv, mask=None)
     x, spec = case.stored_operands(), P(None, "x")
 
-    def local(x, ids):
-        mask = SegmentIds(ids, within=Causal())
+    def local(x, ids):  # the prefix lengths of rows are sharded likewise
+        mask = SegmentIds(ids, within=Prefix(ids))
         return jax_fa.sequence_parallel_attention(
             **x, axis_name="x", mask=mask, order=order, implementation=CPU
         )
@@ -588,7 +588,7 @@ def test_segments_of_the_shards(order):
     run = jax.shard_map(local, mesh=_mesh(4), in_specs=(spec, spec), out_specs=spec)
     given = jax.tree.map(lambda a: reorder(jnp.asarray(a), devices=4, order=order), (x, ids))
     found = restore(run(*given), devices=4, order=order)
-    want = jax_fa.flash_attention(**x, mask=SegmentIds(ids, within=Causal()), implementation=CPU)
+    want = jax_fa.flash_attention(**x, mask=SegmentIds(ids, within=Prefix(ids)), implementation=CPU)
     assert _distance(found, want) <= CLOSE
 
 

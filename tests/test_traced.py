@@ -187,3 +187,32 @@ def test_inference_in_16_bits_multiplies_16_bits(platform):
     for line in products:
         operands = line.split(" : (")[1].split(") -> ")[0]
         assert operands.count("xbf16>") == 2, line
+
+
+@pytest.mark.parametrize("name", ["scale", "logits_soft_cap"])
+@pytest.mark.parametrize("shape", [(N, 1, 1), (B, 1, 1, 1), (B, N, 1, 1), (1, 1)], ids=str)
+def test_one_value_for_each_head(name, shape, backend):
+    """As calls of each batch entry and head alone, with its gradient; under vmap, too."""
+    values = jnp.asarray(np.linspace(0.3, 0.9, int(np.prod(shape))).reshape(shape), jnp.float32)
+    x = ARRAYS | {n: np.repeat(ARRAYS[n], N // K, axis=2) for n in ("key", "value")}
+
+    def whole(value, x, dout):
+        def run(value):
+            return jax_fa.flash_attention(**x, mask=Causal(), implementation=backend, **{name: value})
+
+        out, pullback = jax.vjp(run, value)
+        return out, pullback(dout)[0]
+
+    def alone(value):
+        product = jnp.einsum("bsnd,btnd->bnst", x["query"], x["key"])
+        logits = product * value if name == "scale" else value * jnp.tanh(product / 4 / value)
+        weights = jax.nn.softmax(jnp.where(np.tri(SQ, SKV, dtype=bool), logits, -jnp.inf))
+        return jnp.einsum("bnst,btnd->bsnd", weights, x["value"])
+
+    want, pullback = jax.vjp(alone, values)
+    out, gradient = jax.jit(whole)(values, x, DOUT)
+    assert gradient.shape == shape
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    np.testing.assert_allclose(gradient, pullback(DOUT)[0], rtol=1e-4, atol=1e-4)
+    twice = jax.jit(jax.vmap(whole, (0, None, None)))(jnp.stack([values, values]), x, DOUT)
+    np.testing.assert_allclose(twice[0][1], want, atol=1e-5)

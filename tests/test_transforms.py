@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa.masks import Causal, CumulativeLengths, Lengths, SegmentIds
+from jax_fa.masks import Causal, CumulativeLengths, Lengths, Prefix, SegmentIds
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, check
 from jax_fa.testing.programs import primitives
@@ -336,7 +336,10 @@ def test_export_of_segments_with_symbolic_lengths():
     def run(x, ids, ends):
         packed = CumulativeLengths(ends, within=Causal())
         segments = SegmentIds(ids, within=Causal("bottom-right"))
-        return [jax_fa.flash_attention(x, x, x, mask=mask) for mask in (packed, segments)]
+        prefixes = CumulativeLengths(ends, within=Prefix(jnp.maximum(ends - 2, 0)))
+        twice = segments & SegmentIds(ids // 2, within=Prefix(ids))
+        given = (packed, segments, prefixes, twice)
+        return [jax_fa.flash_attention(x, x, x, mask=mask) for mask in given]
 
     shapes = ((batch, length, 2, 8), jnp.float32), ((batch, length), jnp.int32), ((batch, 3), jnp.int32)
     program = jax.export.export(jax.jit(run))(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))

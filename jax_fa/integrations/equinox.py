@@ -84,12 +84,10 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                     f"process_heads must keep the shapes {shapes}; it returned {[x.shape for x in heads]}."
                 )
         dtype = jnp.result_type(*heads)
-        rate = self._dropout_rate(inference, key)
         out = api.flash_attention(
             *(x.astype(dtype) for x in heads),
             mask=mask,
-            dropout_rate=rate,
-            dropout_key=key if rate else None,
+            **self._dropout_arguments(inference, key),
             layout="SND",
             implementation=self.implementation,
         )
@@ -98,16 +96,16 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
     def _project(self, proj, x):
         return _apply(proj, x).reshape(x.shape[0], self.num_heads, -1)
 
-    def _dropout_rate(self, inference: bool | None, key) -> float:
+    def _dropout_arguments(self, inference: bool | None, key) -> dict[str, Any]:
         inference = self.dropout.inference if inference is None else inference
-        if inference or (isinstance(self.dropout.p, (int, float)) and self.dropout.p == 0):
-            return 0.0
+        if inference or arguments.is_zero(self.dropout.p):
+            return {}
         if key is None:
             raise ValueError(
                 f"key must be a jax.random key where inference is false and dropout_p={self.dropout.p}; got None."
             )
         arguments.random_key("key", key)
-        return self.dropout.p
+        return {"dropout_rate": self.dropout.p, "dropout_key": key}
 
 
 def _apply(proj, x):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype as promote_like_linen
+from jaxtyping import ArrayLike
 
 from jax_fa import api, arguments, backends, entry, masks
 from jax_fa.attention import attention
@@ -39,7 +40,7 @@ def attention_fn(
     mask=None,
     broadcast_dropout: bool = True,
     dropout_rng=None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | ArrayLike = 0.0,
     deterministic: bool = False,
     dtype=None,
     precision=None,
@@ -79,7 +80,9 @@ def attention_fn(
       force_fp32_for_softmax: changes nothing: the softmax is computed in float32 anyway.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: must be None: there is no einsum.
       promote_dtype: in place of Flax's rule, called as `promote_dtype((query, key, value), dtype=dtype)`.
-      is_causal: query i attends to keys j <= i (top-left aligned).
+      is_causal: query i attends to keys j <= i (top-left aligned). Refused with one query and several keys, a step of
+        decoding: there nnx passes its layer's is_causal on, which would leave key 0 alone, beside a cache mask that is
+        causal already.
 
     Returns:
       Shape `(*B, Sq, N, Dv)`, in the dtype that query, key and value were cast to. A fully masked row is 0.
@@ -100,9 +103,9 @@ def attention_fn(
     else:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
     _check_precision(precision, query.dtype)
-    _check_decoding(_options, query, key)
+    _check_decoding(_options, is_causal, query, key)
     arguments.number("dropout_rate", dropout_rate, "a number in [0, 1)")
-    dropping = not deterministic and dropout_rate > 0.0
+    dropping = not deterministic and not arguments.is_zero(dropout_rate)
     _check_rng(dropping, dropout_rng, dropout_rate)
     call = entry.request_of(
         api.flash_attention,
@@ -125,7 +128,7 @@ def attention_fn(
     return attention(call).out
 
 
-def _check_rng(dropping: bool, dropout_rng, dropout_rate: float) -> None:
+def _check_rng(dropping: bool, dropout_rng, dropout_rate: float | ArrayLike) -> None:
     if dropping and dropout_rng is None:
         raise ValueError(
             f"dropout_rng must be a jax.random key where deterministic is false and dropout_rate={dropout_rate}; "
@@ -256,19 +259,25 @@ def _level(precision) -> int:
     return jax.lax.Precision(precision).value
 
 
-def _check_decoding(options: _Options, query, key) -> None:
+def _check_decoding(options: _Options, is_causal: bool, query, key) -> None:
     """One query and many keys: a step of decoding, at a position that only the layer knows."""
     if query.shape[-3] != 1 or key.shape[-3] == 1:
         return
+    if is_causal:
+        raise ValueError(
+            f"is_causal must be False with one query and {key.shape[-3]} keys, a step of decoding: counted from the first "
+            "key it would mask all keys but that one. The layer's own mask is causal when it decodes."
+        )
     if options.alibi_slopes is not None:
         raise ValueError(
             f"alibi_slopes need the positions of the queries; this call has one query and {key.shape[-3]} keys, a step "
             "of decoding, whose position jax_fa does not know. Pass a bias, or decode without a cache."
         )
-    for mask in () if options.mask is None else masks.members(options.mask):
-        if isinstance(mask, (masks.Band, masks.Prefix)) and not _shows_all_to_the_last(mask):
+    for member in () if options.mask is None else masks.members(options.mask):
+        counts = [kind for kind in masks.kinds(member) if isinstance(kind, (masks.Band, masks.Prefix))]
+        if counts and not _shows_all_to_the_last(member):
             raise ValueError(
-                f"mask={mask!r} of make_attention_fn counts positions; this call has one query and {key.shape[-3]} keys, "
+                f"mask={member!r} of make_attention_fn counts positions; this call has one query and {key.shape[-3]} keys, "
                 "a step of decoding, whose position jax_fa does not know. A causal mask that works in training and "
                 'decoding is Causal("bottom-right") (the layer masks what is not yet in its cache).'
             )

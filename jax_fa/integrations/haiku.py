@@ -22,7 +22,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         backends.chosen(implementation)
         self.implementation = implementation
 
-    def __call__(self, query, key, value, mask=None):
+    def __call__(self, query, key, value, mask=None, *, dropout_rate=0.0, dropout_key=None):
         """Attention with any number of leading batch dims `*B`.
 
         Args:
@@ -31,6 +31,8 @@ class MultiHeadAttention(hk.MultiHeadAttention):
           value: shape `(*#B, Skv, Dv)`.
           mask: an array of rank `*B` + 3, broadcastable to `(*B, num_heads, Sq, Skv)`, of any dtype, nonzero =
             visible; or a mask of `jax_fa.masks`.
+          dropout_rate: probability in [0, 1) of dropping an attention weight: 0 (the default) outside of training.
+          dropout_key: a `jax.random` key; None: `haiku.next_rng_key()`, where the rate is not 0.
 
         Returns:
           Shape `(*B, Sq, model_size)`. A fully masked row is the output projection of 0.
@@ -49,6 +51,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         out = api.flash_attention(
             *(_over(batch, x).astype(dtype) for x in heads),
             mask=_mask(mask, rank=len(batch) + 3),
+            **_dropout(dropout_rate, dropout_key),
             implementation=self.implementation,
         )
         project = hk.Linear(self.model_size, w_init=self.w_init, with_bias=self.with_bias, b_init=self.b_init)
@@ -58,6 +61,13 @@ class MultiHeadAttention(hk.MultiHeadAttention):
 def _over(batch: tuple[int, ...], x):
     """The heads `*#B S N D` over all batch dims."""
     return x if x.shape[:-3] == batch else jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+
+
+def _dropout(rate, key) -> dict[str, Any]:
+    arguments.number("dropout_rate", rate, "a number in [0, 1)")
+    if arguments.is_zero(rate):
+        return {}
+    return {"dropout_rate": rate, "dropout_key": hk.next_rng_key() if key is None else key}
 
 
 def _mask(mask, rank: int) -> Mask | None:

@@ -24,25 +24,30 @@ from jax_fa.masks.bands import Band, Causal, Lengths, Prefix, SlidingWindow
 from jax_fa.masks.base import (
     TRACED,
     Align,
+    Complement,
     Dense,
     Intersection,
     Mask,
     Placement,
     Rows,
-    Terms,
-    aligned,
+    Union,
     as_mask,
     broadcasts,
+    kinds,
     lead,
     members,
+    placed,
+    replaced,
 )
 from jax_fa.masks.packed import CumulativeLengths, SegmentIds
+from jax_fa.masks.parts import Terms
 
 __all__ = [
     "TRACED",
     "Align",
     "Band",
     "Causal",
+    "Complement",
     "CumulativeLengths",
     "Dense",
     "Intersection",
@@ -54,10 +59,14 @@ __all__ = [
     "SegmentIds",
     "SlidingWindow",
     "Terms",
+    "Union",
     "as_mask",
     "broadcasts",
+    "kinds",
     "lead",
     "members",
+    "placed",
+    "replaced",
 ]
 
 
@@ -71,21 +80,28 @@ class Rules(NamedTuple):
     segment_key: Any = None  # *#B #N Skv int32
 
 
-def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size, at: Any = None) -> Rules:
-    """What the kernels take of a mask, for the rows `at` (int32 indices; None: all).
+def parts(
+    mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size, at: Any = None
+) -> tuple[Rules, ...]:
+    """What the kernels take of a mask, for the rows `at` (int32 indices; None: all), as disjoint parts, at least one.
 
     A boolean array has these rows and no others.
 
     Raises:
       ValueError: the mask does not fit a call of these sizes.
       TypeError: likewise.
+      NotImplementedError: the mask has too many parts, or one without a complement.
     """
     if mask is None:
-        return Rules()
-    for member in members(mask):
-        member.check(batch, heads, sq if at is None or not isinstance(member, Dense) else len(at), skv)
-    found = mask.rules(_rows(batch, sq, skv, at))
-    rank = len(batch) + 2
+        return (Rules(),)
+    rows = _rows(batch, sq, skv, at)
+    for kind in kinds(mask):
+        kind.check(batch, heads, sq if at is None or not isinstance(kind, Dense) else len(at), skv)
+    nothing = (Terms(upper=jnp.zeros_like(rows.i)),)
+    return tuple(_rules(found, len(batch) + 2, skv) for found in mask.parts(rows) or nothing)
+
+
+def _rules(found: Terms, rank: int, skv: Size) -> Rules:
     segment_row, segment_key = _labels(found.labels, rank)
     return Rules(
         lower=_fit(found.lower, rank, skv),
@@ -94,6 +110,12 @@ def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size,
         segment_row=segment_row,
         segment_key=segment_key,
     )
+
+
+def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size, at: Any = None) -> Rules:
+    """`parts` of a mask that has one."""
+    (found,) = parts(mask, batch, heads, sq, skv, at)
+    return found
 
 
 def positions(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size, at: Any = None):
@@ -105,26 +127,31 @@ def positions(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size,
     the key from which they count. ALiBi's distance counts from there too.
 
     Raises:
-      ValueError: the masks of an intersection put a row at different positions (or may do so).
+      ValueError: masks that are joined put a row at different positions (or may do so).
     """
     if mask is None:
         return None
-    rows = aligned(mask, _rows(batch, sq, skv, at))
-    placed = [(m, p) for m in members(mask) if (p := m.placement(rows)) is not None]
-    placed = [x for x in placed if x[1].binds] or placed
-    if not placed:
+    found = [
+        (m, p, r) for m, r in placed(mask, _rows(batch, sq, skv, at)) if (p := m.placement(r)) is not None
+    ]
+    found = [x for x in found if x[1].binds] or found
+    if not found:
         return None
-    (first, where), *others = placed
-    for other, there in others:
-        if not where.same(there):
+    (first, where, rows), *others = found
+    for other, there, their_rows in others:
+        if not where.same(there) or (where.corner and not _same_lengths(rows, their_rows)):
             raise ValueError(
                 "alibi_slopes need one position for each row; the masks put it at several: "
                 f"{first.static()!r} and {other.static()!r}. Align them alike, or pass a bias."
             )
     if where.plain:
         return None
-    found = where.packed.position(rows) if where.packed is not None else rows.i + _moved(where, rows)
-    return lead(jnp.asarray(found, jnp.int32), len(batch) + 2)
+    position = where.packed.position(rows) if where.packed is not None else rows.i + _moved(where, rows)
+    return lead(jnp.asarray(position, jnp.int32), len(batch) + 2)
+
+
+def _same_lengths(a: Rows, b: Rows) -> bool:
+    return a.sq is b.sq and a.skv is b.skv
 
 
 def _moved(where: Placement, rows: Rows):

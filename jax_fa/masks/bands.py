@@ -1,6 +1,6 @@
 """Masks that say where keys begin and end by the position of a row: bands, a prefix, lengths."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -77,6 +77,10 @@ class Band(Mask):
         upper = None if self.right is None else at + self._sum(offset, self.right, 1, rows) + 1
         return lower, upper
 
+    def shift(self, rows: Rows):
+        """How far the band moves every row."""
+        return rows.corner(self.align) + rows.per_row(self.offset)
+
     def _sum(self, offset: int, tokens, sign: int, rows: Rows):
         """offset + sign * tokens, of which no part leaves -FAR..FAR."""
         if is_int(tokens):
@@ -102,13 +106,19 @@ def same_length(sq, skv) -> bool:
     return not hasattr(sq, "shape") and not hasattr(skv, "shape") and bool(sq == skv)
 
 
+@dataclass(frozen=True, init=False)
 class Causal(Band):
     """`visible(i, j) = j <= i + off`, off = offset (+ skv - sq if bottom-right): see `Band`."""
+
+    # No arguments of __init__, so that `dataclasses.replace` passes none of them.
+    left: Any = field(default=None, init=False)
+    right: Any = field(default=0, init=False)
 
     def __init__(self, align: Align = "top-left", offset: Any = 0) -> None:
         super().__init__(None, 0, align, offset)
 
 
+@dataclass(frozen=True, init=False)
 class SlidingWindow(Band):
     """`visible(i, j) = i + off - left <= j <= i + off + right`, off = 0 (top-left) or skv - sq (bottom-right).
 
@@ -120,6 +130,8 @@ class SlidingWindow(Band):
       right: likewise.
       align: see the module.
     """
+
+    offset: Any = field(default=0, init=False)  # likewise
 
     def __init__(self, left: Any, right: Any = 0, align: Align = "top-left") -> None:
         for name, value in (("left", left), ("right", right)):
@@ -142,7 +154,9 @@ class Prefix(Mask):
 
     Args:
       length: prefix length of each batch entry, in 0..Skv, shape `*B` (or a Python int or tuple). Values outside,
-        where they are not known when tracing, mean the nearer end.
+        where they are not known when tracing, mean the nearer end. Within packed sequences: of all of them (an int), or
+        of each, in the shape of their `query`: one per sequence in `CumulativeLengths`, in `SegmentIds` one per row, which
+        is that of the row's segment.
       align: off = 0 (top-left) or skv - sq (bottom-right).
     """
 
@@ -158,8 +172,16 @@ class Prefix(Mask):
         indices.check_range("length", self.length, skv)
 
     def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
-        causal = rows.i + rows.corner(self.align) + 1
-        return None, jnp.maximum(causal, rows.per_batch(self.length, skv))
+        return self.bounds(rows, rows.per_batch(self.length, skv))
+
+    def bounds(self, rows: Rows, length) -> tuple[Any, Any]:
+        """`rows`, of these lengths."""
+        after = rows.i + self.shift(rows) + 1
+        return None, indices.module(after, length).maximum(after, length)
+
+    def shift(self, rows: Rows):
+        """How far the diagonal lies from that of the top-left corner."""
+        return rows.corner(self.align)
 
     def placement(self, rows: Rows) -> Placement:
         return Placement(self.align == "bottom-right" and not same_length(rows.sq, rows.skv))

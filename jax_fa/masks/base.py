@@ -4,12 +4,14 @@ In a structured mask key j is visible to row i where `lower[i] <= j < upper[i]`.
 intervals (`Mask.rows`); its docstring gives the brute-force definition that the tests hold it against.
 Intersections (`a & b`) of intervals are intervals again. Two kinds may need more (`Mask.rules`): `Dense` is an
 arbitrary boolean array, kept as it is and combined with the intervals, and `SegmentIds` whose segments are
-interleaved compare labels.
+interleaved compare labels. Unions (`a | b`) and complements (`~a`) are several such parts (`Mask.parts`, see `parts`).
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +20,9 @@ import numpy as np
 from jax_fa import arguments, indices
 from jax_fa.call import Shape, Size
 from jax_fa.indices import is_int, known
-from jax_fa.masks import segments
+from jax_fa.masks.parts import Parts, Terms, both, complement, either
 
 Align = Literal["top-left", "bottom-right"]
-
-
-class Terms(NamedTuple):
-    """What one mask adds to the rules: unclipped bounds, labels and a boolean array."""
-
-    lower: Any = None
-    upper: Any = None
-    labels: segments.Labels | None = None
-    dense: Any = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +95,37 @@ class _Traced:
 TRACED = _Traced()
 
 
+def _equal(a: "Mask", b: Any) -> bool:
+    """Of one class, with the same values; arrays whose values are not known are equal to themselves alone."""
+    same = type(a) is type(b)
+    return same and all(_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))  # type: ignore[arg-type]
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if hasattr(a, "shape") or hasattr(b, "shape"):
+        return alike(a, b)
+    return bool(a == b)
+
+
+def _hash(mask: "Mask") -> int:
+    return hash((type(mask), *(_hashable(mask, getattr(mask, f.name)) for f in fields(mask))))  # type: ignore[arg-type]
+
+
+def _hashable(mask: "Mask", value):
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(mask, v) for v in value)
+    if hasattr(value, "shape") and not isinstance(value, np.integer):
+        raise TypeError(
+            f"{type(mask).__name__} holds arrays, which are data and have no hash: pass the mask to a jitted function as an "
+            "argument that is not static, or make it of Python ints and tuples."
+        )
+    return value
+
+
 class Mask:
-    """Which keys are visible to a query row. Combine masks with `&`.
+    """Which keys are visible to a query row. Combine masks with `&`, `|` and `~`.
 
     A new kind is a frozen dataclass with this base and a method `rows` (or `rules`). It is a JAX pytree by being
     defined: fields that hold arrays or masks are its leaves, all others are static.
@@ -114,10 +136,14 @@ class Mask:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # `dataclass` leaves what is there: its own would compare arrays element by element.
+        for name, method in (("__eq__", _equal), ("__hash__", _hash)):
+            if name not in cls.__dict__:
+                setattr(cls, name, method)
         jax.tree_util.register_pytree_node(cls, _flatten, partial(_unflatten, cls))
 
     def __bool__(self) -> bool:
-        raise TypeError("a mask has no truth value: join masks by &, not by `and`, `or` or `not`.")
+        raise TypeError("a mask has no truth value: join masks by &, | and ~, not by `and`, `or` or `not`.")
 
     def __and__(self, other) -> "Mask":
         return Intersection(members(self) + members(as_mask(other)))
@@ -125,14 +151,14 @@ class Mask:
     def __rand__(self, other) -> "Mask":
         return as_mask(other) & self
 
-    def __invert__(self) -> "Mask":
-        raise TypeError("masks have no complement (~): pass the inverted boolean array, with True = visible.")
-
     def __or__(self, other) -> "Mask":
-        raise TypeError("masks have no union (|): join masks by &, or pass the union as a boolean array.")
+        return Union(_alternatives(self) + _alternatives(as_mask(other)))
 
     def __ror__(self, other) -> "Mask":
-        return self | other
+        return as_mask(other) | self
+
+    def __invert__(self) -> "Mask":
+        return self.mask if isinstance(self, Complement) else Complement(self)
 
     def check(self, batch: Shape, heads: Size, sq: Size, skv: Size) -> None:
         """Raises ValueError or TypeError where the mask does not fit a call of these sizes."""
@@ -144,6 +170,10 @@ class Mask:
     def rules(self, rows: Rows) -> Terms:
         """What the mask says of the given rows, where two bounds do not say it all."""
         return Terms(*self.rows(rows, rows.all_skv))
+
+    def parts(self, rows: Rows) -> Parts:
+        """The same as disjoint parts, where one interval does not say it."""
+        return (self.rules(rows),)
 
     def aligned(self, rows: Rows) -> Rows:
         """The rows, with the lengths of sequences that the mask gives: masks joined with it align to these."""
@@ -243,7 +273,7 @@ class Dense(Mask):
             )
 
     def rules(self, rows: Rows) -> Terms:
-        return Terms(dense=jnp.asarray(self.array))
+        return Terms(dense=jnp.asarray(arguments.truth(self.array)))
 
 
 @dataclass(frozen=True)
@@ -252,26 +282,61 @@ class Intersection(Mask):
 
     masks: tuple[Mask, ...]
 
-    def check(self, batch, heads, sq, skv) -> None:
-        for mask in self.masks:
-            mask.check(batch, heads, sq, skv)
-
-    def rules(self, rows: Rows) -> Terms:
+    def parts(self, rows: Rows) -> Parts:
         rows = aligned(self, rows)
-        found = Terms()
-        for mask in self.masks:
-            new = mask.rules(rows)
-            found = Terms(
-                lower=combine(jnp.maximum, found.lower, new.lower),
-                upper=combine(jnp.minimum, found.upper, new.upper),
-                labels=segments.both(found.labels, new.labels),
-                dense=combine(jnp.logical_and, found.dense, new.dense),
-            )
-        return found
+        return functools.reduce(both, (mask.parts(rows) for mask in self.masks))
+
+
+@dataclass(frozen=True)
+class Union(Mask):
+    """`visible(i, j)`: visible in any one of `masks`. Lengths in one of them do not align the others."""
+
+    masks: tuple[Mask, ...]
+
+    def parts(self, rows: Rows) -> Parts:
+        return functools.reduce(either, (mask.parts(rows) for mask in self.masks))
+
+
+@dataclass(frozen=True)
+class Complement(Mask):
+    """`visible(i, j)`: not visible in `mask`."""
+
+    mask: Mask
+
+    def parts(self, rows: Rows) -> Parts:
+        return complement(self.mask.parts(rows))
 
 
 def members(mask: Mask) -> tuple[Mask, ...]:
+    """The masks that are joined by &."""
     return mask.masks if isinstance(mask, Intersection) else (mask,)
+
+
+def _alternatives(mask: Mask) -> tuple[Mask, ...]:
+    return mask.masks if isinstance(mask, Union) else (mask,)
+
+
+def replaced(fn: Callable[[Mask], Mask], mask: Mask) -> Mask:
+    """The mask with each kind in it replaced: `fn` is not called for what `&`, `|` and `~` make."""
+    if isinstance(mask, (Intersection, Union)):
+        return type(mask)(tuple(replaced(fn, x) for x in mask.masks))
+    return Complement(replaced(fn, mask.mask)) if isinstance(mask, Complement) else fn(mask)
+
+
+def kinds(mask: Mask) -> tuple[Mask, ...]:
+    """The masks that a mask is made of by `&`, `|` and `~`."""
+    if isinstance(mask, (Intersection, Union)):
+        return tuple(kind for x in mask.masks for kind in kinds(x))
+    return kinds(mask.mask) if isinstance(mask, Complement) else (mask,)
+
+
+def placed(mask: Mask, rows: Rows) -> list[tuple[Mask, Rows]]:
+    """`kinds`, each with the rows that align it."""
+    if isinstance(mask, Intersection):
+        rows = aligned(mask, rows)
+    if isinstance(mask, (Intersection, Union)):
+        return [found for x in mask.masks for found in placed(x, rows)]
+    return placed(mask.mask, rows) if isinstance(mask, Complement) else [(mask, mask.aligned(rows))]
 
 
 def as_mask(mask) -> Mask:
@@ -291,7 +356,3 @@ def aligned(mask: Mask, rows: Rows) -> Rows:
     for member in members(mask):
         rows = member.aligned(rows)
     return rows
-
-
-def combine(fn, a, b):
-    return b if a is None else a if b is None else fn(a, b)

@@ -1,5 +1,6 @@
 """Masks of several sequences in one array: by cumulative lengths, and by segment IDs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,8 +11,9 @@ from jax_fa import indices
 from jax_fa.call import Shape, Size
 from jax_fa.indices import is_int, is_static, known, search_last
 from jax_fa.masks import segments
-from jax_fa.masks.bands import Band
-from jax_fa.masks.base import Mask, Placement, Rows, Terms, alike, broadcasts
+from jax_fa.masks.bands import Band, Prefix
+from jax_fa.masks.base import Mask, Placement, Rows, alike, broadcasts
+from jax_fa.masks.parts import Terms
 
 
 class _Packed(Mask):
@@ -19,16 +21,36 @@ class _Packed(Mask):
 
     query: Any
     key: Any
-    within: Band | None
+    within: Band | Prefix | None
     contiguous: ClassVar[bool] = True  # the members of a sequence lie side by side
 
     def _check_within(self) -> None:
-        if self.within is not None and not isinstance(self.within, Band):
-            raise TypeError(f"within must be a Band (Causal, SlidingWindow); got {self.within!r}.")
+        if self.within is not None and not isinstance(self.within, (Band, Prefix)):
+            raise TypeError(
+                f"within must be a Band (Causal, SlidingWindow) or a Prefix; got {self.within!r}."
+            )
 
     def check(self, batch, heads, sq, skv) -> None:
-        if self.within is not None:
-            self.within.check(batch, heads, sq, skv)
+        if not isinstance(self.within, Prefix):
+            if self.within is not None:
+                self.within.check(batch, heads, sq, skv)
+            return
+        length, shape = self.within.length, np.shape(self.query)
+        if np.shape(length) not in ((), shape):
+            raise ValueError(
+                f"length of a Prefix within packed sequences must be an int or have the shape {shape} of query; got shape "
+                f"{np.shape(length)}."
+            )
+        indices.check_range("length", length, skv)
+
+    def _bounds(self, own: Rows, skv: Size, prefix: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """What `within` shows the rows of their `own` sequences; `prefix` gives each row the length of its sequence."""
+        if self.within is None:
+            return None, None
+        if not isinstance(self.within, Prefix):
+            return self.within.rows(own, skv)
+        length = indices.int32(self.within.length)
+        return self.within.bounds(own, prefix(length) if np.ndim(length) else length)
 
     def placement(self, rows: Rows) -> Placement:
         # The position of a row of self-attention is that of its own key; `within` counts from the same corner either way.
@@ -41,9 +63,7 @@ class _Packed(Mask):
 
     def _shift(self, rows: Rows):
         """How far `within` moves the rows of a sequence; `rows` has the lengths of each one's own."""
-        if self.within is None:
-            return 0
-        return rows.corner(self.within.align) + rows.per_row(self.within.offset)
+        return 0 if self.within is None else self.within.shift(rows)
 
     def position(self, rows: Rows):
         """The key position of each row."""
@@ -60,12 +80,12 @@ class CumulativeLengths(_Packed):
         decrease otherwise; those whose values are not known when tracing count as their running maximum, within
         0..Sq. Rows past the last end are fully masked.
       key: the same of keys, None: the same as query. Keys past the last end are masked.
-      within: a Band, Causal or SlidingWindow relative to each sequence, with that sequence's lengths.
+      within: a Band, Causal, SlidingWindow or Prefix relative to each sequence, with that sequence's lengths.
     """
 
     query: Any
     key: Any = None
-    within: Band | None = None
+    within: Band | Prefix | None = None
 
     def __post_init__(self) -> None:
         self._check_within()
@@ -98,24 +118,23 @@ class CumulativeLengths(_Packed):
     def rows(self, rows: Rows, skv: Size) -> tuple[Any, Any]:
         if np.shape(self.query)[-1] == 0:
             return None, jnp.zeros_like(rows.i)
-        inside, start_k, own = self._places(rows)
+        inside, start_k, own, at = self._places(rows)
         lower, upper = start_k, start_k + own.skv
-        if self.within is not None:
-            lo, hi = self.within.rows(own, skv)
-            if lo is not None:
-                lower = jnp.maximum(lower, start_k + lo)
-            if hi is not None:
-                upper = jnp.minimum(upper, start_k + hi)
+        lo, hi = self._bounds(own, skv, lambda length: _take(jnp.asarray(length), at))
+        if lo is not None:
+            lower = jnp.maximum(lower, start_k + lo)
+        if hi is not None:
+            upper = jnp.minimum(upper, start_k + hi)
         return lower, jnp.where(inside, upper, 0)
 
     def position(self, rows: Rows):
         if np.shape(self.query)[-1] == 0:
             return rows.i
-        _, start_k, own = self._places(rows)
+        _, start_k, own, _ = self._places(rows)
         return start_k + own.i + self._shift(own)
 
     def _places(self, rows: Rows):
-        """(whether a row is in a sequence, its first key, the row within the sequence)."""
+        """(whether a row is in a sequence, its first key, the row within the sequence, which sequence it is)."""
         end_q = indices.rising(self.query, rows.all_sq)
         end_k = indices.rising(self.query if self.key is None else self.key, rows.all_skv)
         count = end_q.shape[-1]
@@ -127,7 +146,7 @@ class CumulativeLengths(_Packed):
 
         start_q, start_k = take(end_q, at - 1), take(end_k, at - 1)
         own = replace(rows, i=rows.i - start_q, sq=take(end_q, at) - start_q, skv=take(end_k, at) - start_k)
-        return sequence < count, start_k, own
+        return sequence < count, start_k, own, at
 
 
 @dataclass(frozen=True)
@@ -139,13 +158,13 @@ class SegmentIds(_Packed):
     Args:
       query: integer ids, shape `*#B Sq`.
       key: the same of keys, shape `*#B Skv`; None: the same as query.
-      within: a Band, Causal or SlidingWindow relative to each segment, with that segment's lengths.
+      within: a Band, Causal, SlidingWindow or Prefix relative to each segment, with that segment's lengths.
       padding_id: rows of this id are fully masked, keys of this id are masked; None: no id is special.
     """
 
     query: Any
     key: Any = None
-    within: Band | None = None
+    within: Band | Prefix | None = None
     padding_id: int | np.integer | None = None
     contiguous: ClassVar[bool] = False
 
@@ -171,7 +190,7 @@ class SegmentIds(_Packed):
         if 0 in (*np.shape(self.query), *np.shape(self.key)):
             return Terms(upper=jnp.zeros_like(rows.i))
         found, own = self._segments(rows)
-        lo, hi = (None, None) if self.within is None else self.within.rows(own, rows.all_skv)
+        lo, hi = self._bounds(own, rows.all_skv, self._per_row(rows))
         lower, upper, labels = segments.interval(found, lo, hi)
         return Terms(rows.of(lower), rows.of(upper), None if labels.idle else labels.of(rows.of))
 
@@ -180,6 +199,10 @@ class SegmentIds(_Packed):
             return rows.i
         found, own = self._segments(rows)
         return rows.of(segments.position(found, self._shift(own)))
+
+    def _per_row(self, rows: Rows) -> Callable[[Any], Any]:
+        """Values of the shape of the rows' ids, so that they broadcast with `Rows.i` of segments."""
+        return lambda x: x.reshape((1,) * (rows.batch_rank + 1 - x.ndim) + x.shape)[..., None, :]
 
     def _segments(self, rows: Rows) -> tuple[segments.Segments, Rows]:
         """The segments, and all rows within their own."""

@@ -100,9 +100,8 @@ def both(a: Labels | None, b: Labels | None) -> Labels | None:
     """Labels that are equal where those of a and of b are."""
     if a is None or b is None:
         return b if a is None else a
-    row_batch = np.broadcast_shapes(a.row.shape[:-1], b.row.shape[:-1])
-    key_batch = np.broadcast_shapes(a.key.shape[:-1], b.key.shape[:-1])
-    batch = np.broadcast_shapes(row_batch, key_batch)
+    # (NumPy's takes no symbolic sizes.)
+    batch = jnp.broadcast_shapes(*(x.shape[:-1] for x in (a.row, b.row, a.key, b.key)))
     xp = indices.module(*a, *b)
     # The pairs of rows and keys are numbered together: sorted by the second label, then stably by the first.
     sizes = a.row.shape[-1], a.key.shape[-1]

@@ -25,12 +25,13 @@ def ulysses(local: Local, shards: dict[str, Any], options: dict[str, Any]) -> en
         arrays[name] = exchange.to_heads(x, head, seq)
     mask = None
     if local.mask is not None:
-        mask = masks.Intersection(tuple(map(exchange.of_mask, masks.members(local.mask))))
+        mask = masks.replaced(exchange.of_mask, local.mask)
     bias = entry.checked_bias(local.bias, (*d.B, d.N, d.Sq, local.full[1]), call.acc)
     options = options | {
         "bias": None if bias is None else exchange.of_rows(bias),
         "mask": mask,
         "alibi_slopes": exchange.of_heads(options["alibi_slopes"], -1),
+        **{name: exchange.of_heads(options[name], -3) for name in ("scale", "logits_soft_cap")},
     }
     request = entry.request_of(api.flash_attention, **arrays, **options)
     whole, operands = request.call, request.call.operands

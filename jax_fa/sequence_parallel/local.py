@@ -83,10 +83,7 @@ class Local:
         """The mask, with the segment IDs of all tokens."""
         if self.given_mask is None:
             return None
-        first, *others = map(self._whole_ids, masks.members(self.given_mask))
-        for other in others:
-            first = first & other
-        return first
+        return masks.replaced(self._whole_ids, self.given_mask)
 
     def _whole_ids(self, mask: Mask) -> Mask:
         if not isinstance(mask, masks.SegmentIds):
@@ -104,15 +101,18 @@ class Local:
 
         query = whole("query", mask.query, d.Sq, sq) if self.spread.rows else mask.query
         key = None if same else whole("key", mask.key, d.Skv, skv)
-        return replace(mask, query=query, key=key)
+        within = mask.within
+        if isinstance(within, masks.Prefix) and self.spread.rows:
+            within = replace(within, length=whole("length", within.length, d.Sq, sq))
+        return replace(mask, query=query, key=key, within=within)
 
     def call(self, travel: str | None) -> Call:
         """This device's call: what says something of keys says it of all keys."""
         call, d, (sq, skv) = self.request.call, self.dims, self.full
         x = call.operands
         batch, heads = d.B, d.N
-        rules = masks.intervals(self.mask, batch, heads, sq, skv, self.rows)._asdict()
-        found = {"mask": rules.pop("dense"), **rules}
+        parts = entry.mask_operands(masks.parts(self.mask, batch, heads, sq, skv, self.rows))
+        found = parts[0].present()
         found["bias"] = entry.checked_bias(self.bias, (*batch, heads, d.Sq, skv), call.acc)
         if x.alibi_slopes is not None:
             at = masks.positions(self.mask, batch, heads, sq, skv, self.rows)
@@ -121,9 +121,9 @@ class Local:
         drops = x.dropout_seed is not None
         if drops:  # each block has its own
             found["dropout_start"] = jnp.zeros((1,) * len(batch) + (2,), jnp.uint32)
-        parts = self.spread.chunks if drops and self.spread.rows else 1, self.spread.chunks
+        pieces = self.spread.chunks if drops and self.spread.rows else 1, self.spread.chunks
         if x.alibi_slopes is None and not drops:
-            parts = 1, 1
+            pieces = 1, 1
         if 0 in (*batch, d.Sq, d.Skv):
             travel = "stay"  # no key for any row: nothing to communicate, for which XLA has no empty arrays
         shards = Shards(
@@ -133,11 +133,12 @@ class Local:
             rows=self.spread.rows,
             travel=travel,
             schedule=self._schedule() if travel == "ring" else None,
-            row_parts=parts[0],
-            key_parts=parts[1],
+            row_parts=pieces[0],
+            key_parts=pieces[1],
         )
         problem = replace(call.problem, shards=shards, mask=None if self.mask is None else _ANY_MASK)
-        return call.replace(problem=problem, operands=replace(x, **found))
+        made = call.replace(problem=problem, operands=replace(x, **found))
+        return replace(made, parts=tuple(parts[1:]))
 
     def _schedule(self) -> "Schedule":
         d, (sq, skv) = self.dims, self.full

@@ -15,8 +15,13 @@ def visible_chunks(mask: Mask | None, batch, heads, sq: int, skv: int, chunks: i
     if known is None or 0 in (sq, skv):
         return np.ones((chunks, chunks), bool)
     with compat.eager():
-        rules = masks.intervals(known, batch, heads, sq, skv)
-        lower, upper = (None if x is None else np.asarray(x) for x in (rules.lower, rules.upper))
+        parts = masks.parts(known, batch, heads, sq, skv)
+        return np.any([_chunks_of(rules, sq, skv, chunks) for rules in parts], axis=0)
+
+
+def _chunks_of(rules: masks.Rules, sq: int, skv: int, chunks: int) -> np.ndarray:
+    """`visible_chunks` of one part."""
+    lower, upper = (None if x is None else np.asarray(x) for x in (rules.lower, rules.upper))
     lower = np.zeros((1, 1), np.int32) if lower is None else lower.reshape(-1, lower.shape[-1])
     upper = np.full((1, 1), skv, np.int32) if upper is None else upper.reshape(-1, upper.shape[-1])
     lower, upper = np.broadcast_arrays(lower, upper)
@@ -70,10 +75,16 @@ def visited_tiles(
     for name, length in (("sq", sq), ("skv", skv)):
         if length % (devices * spread.chunks):
             raise ValueError(f"{name} must be a multiple of {devices * spread.chunks}; got {length}.")
-    rows, keys = sq // devices, skv // devices
-    rules = masks.intervals(mask, (), 1, sq, skv)
-    if rules.dense is not None:
+    parts = masks.parts(mask, (), 1, sq, skv)
+    if any(rules.dense is not None for rules in parts):
         raise ValueError("mask must be a structured one; a boolean array visits all tiles.")
+    return np.sum([_tiles_of(rules, sq, skv, spread, tile) for rules in parts], axis=0)
+
+
+def _tiles_of(rules: masks.Rules, sq: int, skv: int, spread: Spread, tile: int) -> np.ndarray:
+    """`visited_tiles` of one part."""
+    devices = spread.devices
+    rows, keys = sq // devices, skv // devices
     bounds = [
         np.broadcast_to(np.asarray(x if x is not None else fill), (1, sq)).reshape(-1)
         for x, fill in ((rules.lower, 0), (rules.upper, skv))

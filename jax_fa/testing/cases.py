@@ -295,6 +295,11 @@ def _ends(case: Case, size: int, salt: str) -> np.ndarray:
     return np.sort(case.random(salt).integers(0, size, (*case.B, 4)), axis=-1).astype(np.int32)
 
 
+def _prefixes(case: Case, salt: str) -> np.ndarray:
+    """A prefix length for each of four sequences."""
+    return case.random(salt).integers(0, min(9, case.Skv), (*case.B, 4)).astype(np.int32)
+
+
 def _dense(shape: str, chance: float = 0.7) -> Kind:
     """A random boolean mask of the dims named, as `Case.bias`."""
 
@@ -414,6 +419,29 @@ KINDS: dict[str, Kind] = {
         ),
         lambda c: oracle.cumulative_position(c.Sq, _ends(c, c.Sq, "q"), _ends(c, c.Skv, "k"), bottom=True),
     ),
+    "cumulative_prefix": Kind(
+        lambda c: masks.CumulativeLengths(
+            _ends(c, c.Sq, "q"), _ends(c, c.Skv, "k"), masks.Prefix(_prefixes(c, "q"), BOTTOM)
+        ),
+        lambda c: oracle.cumulative(
+            c.Sq,
+            c.Skv,
+            _ends(c, c.Sq, "q"),
+            _ends(c, c.Skv, "k"),
+            partial(oracle.causal, align=BOTTOM),
+            _prefixes(c, "q"),
+        ),
+        lambda c: oracle.cumulative_position(c.Sq, _ends(c, c.Sq, "q"), _ends(c, c.Skv, "k"), bottom=True),
+    ),
+    "segments_prefix": Kind(
+        lambda c: masks.SegmentIds(
+            _mixed_ids(c, c.Sq, "q"), _mixed_ids(c, c.Skv, "k"), masks.Prefix(_mixed_ids(c, c.Sq, "q"))
+        ),
+        lambda c: oracle.segments(
+            _mixed_ids(c, c.Sq, "q"), _mixed_ids(c, c.Skv, "k"), oracle.causal, prefix=lambda name: name
+        ),
+        lambda c: oracle.segment_position(_mixed_ids(c, c.Sq, "q"), _mixed_ids(c, c.Skv, "k")),
+    ),
     "segments": Kind(
         lambda c: masks.SegmentIds(_ids(c, c.Sq, "q"), _ids(c, c.Skv, "k")),
         lambda c: oracle.segments(_ids(c, c.Sq, "q"), _ids(c, c.Skv, "k")),
@@ -463,6 +491,36 @@ KINDS: dict[str, Kind] = {
     "segments_twice": _both("segments_mixed", "segments_padded", position="segments_padded"),
     "causal_dense": _both("causal", "dense_padding", "dense_square"),
 }
+# Unions and complements: several intervals for each row, which are calls of their own.
+UNIONS: dict[str, Kind] = {
+    "sinks_window": Kind(
+        lambda c: masks.Causal() & (masks.Lengths(key=4) | masks.SlidingWindow(7)),
+        lambda c: oracle.causal(c.Sq, c.Skv) & (oracle.band(c.Sq, c.Skv, 7, 0) | (np.arange(c.Skv) < 4)),
+    ),
+    "not_band": Kind(lambda c: ~masks.Band(3, 6), lambda c: ~oracle.band(c.Sq, c.Skv, 3, 6)),
+    "not_lengths": Kind(
+        lambda c: ~(masks.Causal() & KINDS["lengths"].make(c)),
+        lambda c: ~KINDS["causal_lengths"].visible(c),
+    ),
+    "two_bands": Kind(
+        lambda c: masks.Band(4, 0, offset=_batch(c, 9, -6)) | masks.Band(-3, 8),
+        lambda c: (
+            oracle.band(c.Sq, c.Skv, 4, 0, offset=_batch(c, 9, -6)[..., None, None])
+            | oracle.band(c.Sq, c.Skv, -3, 8)
+        ),
+    ),
+    "dense_window": Kind(
+        lambda c: masks.SlidingWindow(7) | KINDS["dense_square"].make(c),
+        lambda c: oracle.band(c.Sq, c.Skv, 7, 0) | KINDS["dense_square"].visible(c),
+    ),
+    "lengths_segments": Kind(
+        lambda c: masks.Lengths(key=_lengths(c, c.Skv, 2, 9)) | KINDS["segments_padded"].make(c),
+        lambda c: oracle.lengths(c.Sq, c.Skv, key=_batch(c, 2, 9)) | KINDS["segments_padded"].visible(c),
+    ),
+}
+# They make what others make: they are for tests of masks, and a call or two.
+WITHIN_PACKED = ("cumulative_prefix", "segments_prefix")
+KINDS |= UNIONS
 
 
 # --- the table
@@ -513,7 +571,11 @@ CASES: tuple[Case, ...] = (
     Case(name="no-batch", B=(), mask="window", bias="NQK"),
     Case(name="two-batch-dims", B=(2, 3), mask="lengths", bias="BNQK", slopes="BN", N=2, K=1),
     Case(name="batch-of-one", B=(1, 2, 1), mask="prefix", bias="B11K", dropout=0.5, N=2, K=1, feature=False),
-    *(Case(name=f"mask-{kind}", mask=kind, feature=not kind.startswith("dense")) for kind in KINDS),
+    *(
+        Case(name=f"mask-{kind}", mask=kind, feature=not kind.startswith("dense"))
+        for kind in KINDS
+        if kind not in (*WITHIN_PACKED, *UNIONS)
+    ),
     *(Case(name=f"bias-{shape or 'scalar'}", bias=shape, feature=False) for shape in _BIASES),
     Case(name="bias-causal", bias="1NQK", mask="causal"),
     Case(name="slopes", slopes="N", N=6),

@@ -196,8 +196,11 @@ def lengths(sq: int, skv: int, query=None, key=None) -> np.ndarray:
     return visible
 
 
-def cumulative(sq: int, skv: int, query, key=None, within=None) -> np.ndarray:
-    """Blocks between consecutive ends; `within(rows, keys)` fills a block of that many rows and keys."""
+def cumulative(sq: int, skv: int, query, key=None, within=None, prefix=None) -> np.ndarray:
+    """Blocks between consecutive ends; `within(rows, keys)` fills a block of that many rows and keys.
+
+    `prefix`: how many keys of each sequence are visible besides.
+    """
     query, key = np.asarray(query), np.asarray(query if key is None else key)
     batch = np.broadcast_shapes(query.shape[:-1], key.shape[:-1])
     count = query.shape[-1]
@@ -205,16 +208,21 @@ def cumulative(sq: int, skv: int, query, key=None, within=None) -> np.ndarray:
     query, key = np.broadcast_to(query, (*batch, count)), np.broadcast_to(key, (*batch, count))
     for b in np.ndindex(*batch):
         row = column = 0
-        for end_row, end_column in zip(query[b], key[b], strict=True):
+        for i, (end_row, end_column) in enumerate(zip(query[b], key[b], strict=True)):
             rows, columns = end_row - row, end_column - column
             block = np.ones((rows, columns), bool) if within is None else within(int(rows), int(columns))
+            if prefix is not None:
+                block = block | (np.arange(columns) < prefix[*b, i])
             visible[b][row:end_row, column:end_column] = block
             row, column = end_row, end_column
     return visible if not batch else visible[..., None, :, :]
 
 
-def segments(query, key=None, within=None, padding_id=None) -> np.ndarray:
-    """Rows and keys of equal id; `within(rows, keys)` fills the block of one id. Padding is fully masked."""
+def segments(query, key=None, within=None, padding_id=None, prefix=None) -> np.ndarray:
+    """Rows and keys of equal id; `within(rows, keys)` fills the block of one id. Padding is fully masked.
+
+    `prefix(id)`: how many keys of a segment are visible besides.
+    """
     query, key = np.asarray(query), np.asarray(query if key is None else key)
     batch = np.broadcast_shapes(query.shape[:-1], key.shape[:-1])
     sq, skv = query.shape[-1], key.shape[-1]
@@ -226,7 +234,10 @@ def segments(query, key=None, within=None, padding_id=None) -> np.ndarray:
             shape = (len(rows), len(columns))
             if name == padding_id:
                 continue
-            visible[b][np.ix_(rows, columns)] = True if within is None else within(*shape)
+            block = np.ones(shape, bool) if within is None else within(*shape)
+            if prefix is not None:
+                block = block | (np.arange(shape[1]) < prefix(name))
+            visible[b][np.ix_(rows, columns)] = block
     return visible if not batch else visible[..., None, :, :]
 
 

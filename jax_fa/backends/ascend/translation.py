@@ -227,7 +227,7 @@ class Translation:
             return tokens if self.given.sparse_mode == 0 else (None, None)
         kind = self._packed_mask_kind
         within = None if kind is None else kind.within
-        if within is None:
+        if not isinstance(within, masks.Band):
             return None, None
         left, right = (None if n is None else int(n) for n in (within.left, within.right))
         return left, right

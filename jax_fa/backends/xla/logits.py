@@ -37,7 +37,8 @@ class Tile:
         if call.upper is not None:
             terms.append(j < self.rows.cut(call.upper, -1, self.t)[..., None])
         if call.mask is not None:
-            terms.append(self.cut(call.mask))
+            # (Bytes other than 0 and 1, which views of other dtypes have, are true on the other backends.)
+            terms.append(self.cut(call.mask).astype(jnp.uint8) != 0)
         if call.segment_row is not None:
             row = self.rows.cut(call.segment_row, -1, self.t)[..., None]
             terms.append((row < 0) | (row == self.keys.cut(call.segment_key, -1, self.u)[..., None, :]))

@@ -7,13 +7,14 @@ single call of an entry, and reads no argument itself.
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 from jax.extend import backend as extend_backend
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jax.sharding import NamedSharding
@@ -178,8 +179,13 @@ def explain(
     named = kwargs.get("implementation")
     if isinstance(named, str) and named == "cudnn" and entry == "dot_product_attention":
         raise ValueError("implementation='cudnn' is a call of jax.nn, which explain does not read.")
-    (one,) = _found(_ENTRIES[entry], args, kwargs)
-    return _explanation(entry, one, asked)
+    found = _found(_ENTRIES[entry], args, kwargs)
+    # Of the parts of a union, the one with most operands.
+    told = _explanation(entry, max(found, key=lambda x: len(x.inputs.arrays())), asked)
+    if len(found) == 1:
+        return told
+    note = f"{len(found)} such calls, one for each disjoint part of the visible keys, are merged"
+    return replace(told, notes={platform: (*notes, note) for platform, notes in told.notes.items()})
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,8 @@ def _found(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
     leaves: list[Any]
     tree: Any
     leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = [i for i, leaf in enumerate(leaves) if _has_shape(leaf)]
+    # (NumPy's scalars are numbers and flags, as Python's are.)
+    arrays = [i for i, leaf in enumerate(leaves) if _has_shape(leaf) and not _is_host_scalar(leaf)]
 
     def run(*values):
         filled = list(leaves)
@@ -370,6 +377,10 @@ def _entry(args: tuple, kwargs: dict[str, Any]) -> str:
 
 def _has_shape(x) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _is_host_scalar(x) -> bool:
+    return isinstance(x, (np.generic, np.ndarray)) and x.ndim == 0
 
 
 def _check_bound(entry: str, args: tuple, kwargs: dict[str, Any]) -> None:
