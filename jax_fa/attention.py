@@ -91,10 +91,13 @@ def attention(call: Call, sinks=None) -> Attention:
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _with_sinks(axes: Axes, out, rounding: list[Any], m, l, sinks):
     """out, m and l with one more logit in each row."""
-    share = jax.nn.sigmoid(softmax.logsumexp(m, l) - sinks)
+    # (The derivative of jax.nn.sigmoid at 1 - 1e-9 is 0 in float32.)
+    share = jnp.exp(jax.nn.log_sigmoid(softmax.logsumexp(m, l) - sinks))
     rows = softmax.rows_as_stored(share, axes)
     exact = widened(out, rounding[0] if rounding else None, rows.dtype)
-    return (exact * rows).astype(out.dtype), *softmax.with_sink(m, l, sinks)
+    # A fully masked row has no output, and whatever its cotangent is, none of it reaches the sink.
+    found = jnp.where(softmax.rows_as_stored(l == 0, axes), 0, exact * rows)
+    return found.astype(out.dtype), *softmax.with_sink(m, l, sinks)
 
 
 # --- jvp rules: (problem, inputs x, their tangents) -> (results, tangents of the results)
