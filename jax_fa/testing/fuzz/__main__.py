@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of all programs and data (default: a new one, which is printed)")
     parser.add_argument("--count", type=int, help="stop after so many calls")
     parser.add_argument("--time", type=float, help="stop after so many seconds (default: 60, without --count)")
-    parser.add_argument("--draws", type=int, default=60, help="calls of each program, at most (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=100, help="calls of each program, at most (default: %(default)s)")
     parser.add_argument("--program-time", type=float, default=4.0, help="seconds of a program (default: %(default)s)")
     parser.add_argument("--shrink", type=float, default=60.0, help="seconds to make a failure small (default: %(default)s)")
     parser.add_argument("--backends", default="", help="names, separated by commas (default: all that are present)")

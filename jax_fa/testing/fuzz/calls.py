@@ -14,6 +14,7 @@ import numpy as np
 import jax_fa
 from jax_fa import masks
 from jax_fa.testing.fuzz import inputs as given
+from jax_fa.testing.fuzz import score
 from jax_fa.testing.fuzz.inputs import Inputs
 from jax_fa.testing.fuzz.kinds import KINDS
 from jax_fa.testing.fuzz.program import Program
@@ -93,7 +94,8 @@ def _named(before: str, arrays: Arrays, after: str) -> Arrays:
 
 def _attend(program: Program, known: Inputs, operands: Arrays, values: Arrays, dropout: Arrays) -> Arrays:
     mask_values = known.masks if program.known_mask else values
-    made = {name: KINDS[name].make(_as_known(mask_values[name], program.known_mask)) for name in program.mask}
+    if program.entry == score.ENTRY:
+        return score.attend(program, operands, mask_values, dropout, program.known_mask)
     options: Arrays = {}
     if program.scale == "known":
         options["scale"] = known.scale
@@ -104,8 +106,11 @@ def _attend(program: Program, known: Inputs, operands: Arrays, values: Arrays, d
         options["dropout_key"] = jax.random.wrap_key_data(dropout["dropout_key"], impl="threefry2x32")
         options["dropout_rate"] = dropout.get("rate", known.rate)
         more["seed"] = given.seed_words(dropout["dropout_key"])
+    if program.entry == "dot_product_attention":
+        return _as_jax_nn(program, operands, mask_values, options) | more
     way = _WAYS.get(program.how, _plainly)
-    return way(program, operands, list(made.values()), options) | more
+    made = [KINDS[name].make(_as_known(mask_values[name], program.known_mask)) for name in program.mask]
+    return way(program, operands, made, options) | more
 
 
 def _as_known(values: Arrays, known: bool) -> Arrays:
@@ -113,6 +118,34 @@ def _as_known(values: Arrays, known: bool) -> Arrays:
     if not known:
         return values
     return {name: int(x) if np.ndim(x) == 0 and x.dtype != bool else np.asarray(x) for name, x in values.items()}
+
+
+def _as_jax_nn(program: Program, operands: Arrays, values: Arrays, options: Arrays) -> Arrays:
+    p, shape = program, program.B or (1,)
+    lengths = {
+        f"{word}_seq_lengths": jnp.broadcast_to(jnp.asarray(x), shape)
+        for name in p.mask
+        if "lengths" in name
+        for word, x in (("key_value" if key == "key" else key, x) for key, x in values[name].items())
+    }
+    mask = None
+    for name in p.mask:
+        if name.startswith("dense"):
+            mask = values[name]["array"]
+    out, *others = _as_tuple(
+        jax_fa.dot_product_attention(
+            **operands,
+            **options,
+            **lengths,
+            mask=mask,
+            is_causal="causal" in p.mask,
+            implementation=p.backend,
+            return_residual=True,
+            return_max_logits=p.max_logits,
+        )
+    )
+    found = {"out": out, "lse": jnp.swapaxes(others[0], -1, -2)}
+    return found | ({"max": others[1]} if p.max_logits else {})
 
 
 def _call(program: Program, operands: Arrays, made: list[Any], options: Arrays) -> Arrays:

@@ -31,7 +31,7 @@ class Options:
     seed: int
     count: int | None = None  # calls
     seconds: float | None = None
-    draws: int = 60
+    draws: int = 100
     program_seconds: float = 4.0
     shrink: float = 60.0
     backends: tuple[str, ...] = ()
@@ -85,6 +85,7 @@ def environment(options: Options, number: int) -> dict[str, str]:
         "JAX_FA_CPU_CACHES": str(random.choice(CACHES)),
         "NPROC": str(random.integers(1, 4)),
         "XLA_FLAGS": FLAGS,
+        "OPENBLAS_NUM_THREADS": "1",
         "JAX_PLATFORMS": "cpu",
     }
     if installation.absence() is None:

@@ -82,7 +82,8 @@ def _compare(x: np.ndarray, number: Number, tainted: np.ndarray, dtype: Any) -> 
         most = float(jnp.finfo(dtype).max)
         exact = np.abs(r) >= FLT_MAX  # the mark of fully masked rows
         overflows = (np.abs(r) + bound >= most) & np.isinf(x) & (np.sign(x) == np.sign(r)) & ~exact
-        ratio = np.where(exact, np.where(x == r.astype(np.float32), 0.0, np.inf), off / bound)
+        marks = np.sign(r) * min(FLT_MAX, most)
+        ratio = np.where(exact, np.where(x == marks, 0.0, np.inf), off / bound)
         ratio = np.where(tainted | overflows, 0.0, np.where(np.isnan(ratio), np.inf, ratio))
         unbounded = ~(bound < np.inf) & ~exact
         ratio = np.where(unbounded, 0.0, ratio)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.testing import oracle
-from jax_fa.testing.fuzz import kinds
-from jax_fa.testing.fuzz.kinds import KINDS, Random, Sizes
+from jax_fa.testing.fuzz import kinds, score
+from jax_fa.testing.fuzz.kinds import Random, Sizes
 from jax_fa.testing.fuzz.program import Data, Program
 from jax_fa.testing.fuzz.reference import Attention
 
@@ -56,19 +56,27 @@ def dtype_of(program: Program, name: str) -> Any:
     return jnp.dtype(program.bias_dtype if name == "bias" else accumulator(program))
 
 
-def to_stored(program: Program, name: str, x: Any, lead: int) -> Any:
+def to_stored(program: Program, name: str, x: np.ndarray, lead: int) -> np.ndarray:
     """`lead`: how many dims precede those of the layout."""
-    if name not in STORED or program.layout in ("BSND", "SND"):
+    layout = program.layout
+    if name not in STORED or layout in ("BSND", "SND", "TND"):
         return x
-    if program.layout == "SBND":
-        return np.moveaxis(x, -3, lead) if isinstance(x, np.ndarray) else jnp.moveaxis(x, -3, lead)
-    return x.swapaxes(-2, -3)
+    if layout in ("BNSD", "NSD"):
+        return x.swapaxes(-2, -3)
+    x = np.moveaxis(x, -3, lead) if layout.startswith("SB") else x
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]) if layout.endswith("H") else x
 
 
 def from_stored(program: Program, name: str, x: np.ndarray, lead: int) -> np.ndarray:
-    if name not in STORED or program.layout in ("BSND", "SND"):
+    layout = program.layout
+    if name not in STORED or layout in ("BSND", "SND", "TND"):
         return x
-    return np.moveaxis(x, lead, -3) if program.layout == "SBND" else x.swapaxes(-2, -3)
+    if layout in ("BNSD", "NSD"):
+        return x.swapaxes(-2, -3)
+    if layout.endswith("H"):
+        heads = program.N if name in ("query", "out") else program.K
+        x = x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+    return np.moveaxis(x, lead, -3) if layout.startswith("SB") else x
 
 
 # --- drawing
@@ -172,12 +180,15 @@ class Inputs:
         if self.program.slopes is None:
             return None
         j = np.arange(self.program.Skv)
-        return np.abs(j - np.asarray(self.position, np.int64)[..., None])
+        away = np.abs(j - np.asarray(self.position, np.int64)[..., None])
+        return away ** score.distance_power(self.program)
 
     def _keep(self, seed_words: Any) -> Any:
         p = self.program
         if p.dropout is None:
             return None
+        if p.dropout == "bits":
+            return score.keep_bits(p, self.dropout["drop_mask"], self.masks) / score.KEEP_PROB
         limit = max(1, 65536 - int(np.rint(np.float32(self.rate) * np.float32(65536))))
         shape, words = (*p.B, p.N, p.Sq, p.Skv), np.asarray(seed_words)
         if words.ndim == 1:
@@ -205,12 +216,18 @@ class Inputs:
 def _known(program: Program) -> dict[str, Any]:
     """Numbers that are part of the program."""
     random = np.random.default_rng((program.seed, 2))
+    if program.entry == score.ENTRY:
+        return {"scale": score.known_scale(program), "cap": None, "rate": 0.0}
     factor = float(random.choice([0.0, -0.5, 0.2, 1.0, 1.7]))
     return {
         "scale": program.D**-0.5 * (factor if program.scale == "known" else 1.0),
         "cap": float(random.choice([0.7, 3.0, 50.0])) if program.cap == "known" else None,
         "rate": float(random.choice([0.1, 0.3, 0.5, 0.9])) if program.dropout else 0.0,
     }
+
+
+def kind_of(name: str) -> kinds.Kind:
+    return kinds.KINDS.get(name) or score.SCORE_KINDS[name]
 
 
 def draw_masks(program: Program, seed: int) -> dict[str, dict[str, np.ndarray]]:
@@ -223,7 +240,7 @@ def draw_masks(program: Program, seed: int) -> dict[str, dict[str, np.ndarray]]:
             random = Random(
                 np.random.default_rng((p.seed, 3, at)), np.random.default_rng((seed, 4, at, copy))
             )
-            values[name] = KINDS[name].draw(random, sizes)
+            values[name] = kind_of(name).draw(random, sizes)
         drawn.append(values)
     if "mask" not in p.mapped:
         return drawn[0]
@@ -240,8 +257,8 @@ def _visible(program: Program, values: dict[str, dict[str, np.ndarray]]) -> tupl
     found = np.ones((1,) * (len(p.B) + 3), bool)
     position: Any = np.arange(p.Sq)
     for name in p.mask:
-        found = found & KINDS[name].visible(sizes, values[name])
-        place = KINDS[name].position
+        found = found & kind_of(name).visible(sizes, values[name])
+        place = kind_of(name).position
         if place is not None:
             position = place(sizes, values[name])
     position = np.broadcast_to(position, (*p.B, p.N, p.Sq))
@@ -267,7 +284,9 @@ def draw(program: Program, data: Data) -> Inputs:
     operands = {name: values_of.operand(name) for name in p.operands}
     dropout: dict[str, Any] = {}
     rate = known["rate"]
-    if p.dropout:
+    if p.dropout == "bits":
+        dropout = score.draw_bits(p, random)
+    elif p.dropout:
         shape = (2, 2) if "dropout_key" in p.mapped else (2,)
         dropout["dropout_key"] = random.integers(0, 2**32, shape, dtype=np.uint32)
     if p.dropout == "traced":

@@ -198,7 +198,27 @@ def draw_program(seed: int, backends: tuple[str, ...]) -> Program:
         max_logits=chance(0.15),
         seed=seed,
     )
+    entry = random.random()
+    if entry < 0.2:
+        from jax_fa.testing.fuzz import score
+
+        return score.draw_program(random, program)
+    if entry < 0.3:
+        return _as_jax_nn(random, program)
     return _mapped(random, program) if chance(0.2) and backend != "ascend" else _called(random, program)
+
+
+def _as_jax_nn(random: np.random.Generator, p: Program) -> Program:
+    """A program of `dot_product_attention`."""
+    B = p.B[:1]
+    fields = {"entry": "dot_product_attention", "layout": "BSND", "B": B, "Dv": p.D, "slopes": None}
+    can = ("causal", "lengths", "key_lengths", "query_lengths", "dense_BNQK", "dense_QK", "dense_B1QK", "dense_K")
+    count = int(random.choice([0, 1, 1, 2, 3]))
+    mask: tuple[str, ...] = ()
+    for name in random.choice(can, count, replace=False):
+        alike = [other for other in mask if ("dense" in name and "dense" in other) or ("lengths" in name and "lengths" in other)]
+        mask = mask if alike else (*mask, str(name))
+    return dataclasses.replace(p, **fields, mask=mask)
 
 
 def _mapped(random: np.random.Generator, program: Program) -> Program:

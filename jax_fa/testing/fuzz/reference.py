@@ -302,30 +302,28 @@ class _Taint:
         self.call = call
         self.shape = call.structural.shape
 
-    def _pairs(self, name: str, x: Any) -> np.ndarray:
-        """Which pairs of a row and a key a value that is not finite, or one near overflow, belongs to."""
+    def _pairs(self, name: str, x: Any, moved: bool) -> np.ndarray:
+        """Which pairs of a row and a key a value that is not finite belongs to; `moved`: it is a tangent."""
         x = self.call._arranged(name, np.asarray(x, np.float64))
         bad = ~np.isfinite(x)
+        if name in ("bias", "sinks") and not moved:  # -inf is no key, and no sink
+            return bad & ~np.isneginf(x)
         if name in ("query", "out"):
             return bad.any(axis=-1, keepdims=True)
         if name in ("key", "value"):
             return np.swapaxes(bad.any(axis=-1, keepdims=True), -1, -2)
         if name == "lse":
             return bad[..., None]
-        if name == "bias":
-            return ~np.isfinite(x) & ~np.isneginf(x)
-        if name == "sinks":
-            return bad & ~np.isneginf(x)
         return bad
 
-    def rows(self, arrays: dict[str, Any]) -> np.ndarray:
+    def rows(self, arrays: dict[str, Any], moved: bool = False) -> np.ndarray:
         """`*B K G Sq`: rows with a visible key that see such a value."""
         c = self.call
         found = np.zeros(self.shape[:-1], bool)
         for name, x in arrays.items():
             if x is None:
                 continue
-            pairs = self._pairs(name, x)
+            pairs = self._pairs(name, x, moved)
             if not pairs.any():
                 continue
             found |= (c.structural & pairs).any(axis=-1)
@@ -338,7 +336,7 @@ class _Taint:
         overflow = (np.abs(c.s.value) + c.s.error > _HUGE) & c.structural
         overflow |= (np.abs(c.dot.value) + c.dot.error / c.eps > _HUGE) & c.structural
         forward = self.rows(c.given) | overflow.any(axis=-1)
-        tangent = forward | self.rows(c.tangents)
+        tangent = forward | self.rows(c.tangents, moved=True)
         self.forward_rows = forward
         self._mark(("out", "lse", "m", "l", "largest"), "", forward)
         self._mark(("out", "lse"), "'", tangent)
