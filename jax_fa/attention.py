@@ -104,12 +104,13 @@ def _merged(axes: Axes, parts: list[list[Any]], sinks):
     m, l = largest, functools.reduce(operator.add, weights)
     share = softmax.inverse(l)
     if sinks is not None:
-        share = share * jax.nn.sigmoid(softmax.logsumexp(m, l) - sinks)
+        share = share * plain_sinks.share(m, l, sinks)
     exact: Any = 0
     for (out, _, _, *rounding), weight in zip(parts, weights, strict=True):
         rows = softmax.rows_as_stored(weight * share, axes)
         exact = exact + widened(out, rounding[0] if rounding else None, rows.dtype) * rows
     if sinks is not None:
+        exact = jnp.where(softmax.rows_as_stored(l == 0, axes), 0, exact)
         m, l = softmax.with_sink(m, l, sinks)
     return exact.astype(parts[0][0].dtype), m, l, largest
 

@@ -44,10 +44,17 @@ def joined(axes: Axes, out, rounding: list[Any], m, l, sinks):
 
 def _exact(axes: Axes, out, rounding: list[Any], m, l, sinks):
     """The same with an output that is not rounded."""
-    share = jax.nn.sigmoid(softmax.logsumexp(m, l) - sinks[..., None])
-    rows = softmax.rows_as_stored(share, axes)
+    rows = softmax.rows_as_stored(share(m, l, sinks[..., None]), axes)
     exact = widened(out, rounding[0] if rounding else None, rows.dtype)
-    return exact * rows, *softmax.with_sink(m, l, sinks[..., None])
+    # A fully masked row has no output, and whatever its cotangent is, none of it reaches the sink.
+    found = jnp.where(softmax.rows_as_stored(l == 0, axes), 0, exact * rows)
+    return found, *softmax.with_sink(m, l, sinks[..., None])
+
+
+def share(m, l, sinks):
+    """That of the keys in each row's sum, with sinks that broadcast to it."""
+    # (The derivative of jax.nn.sigmoid at 1 - 1e-9 is 0 in float32.)
+    return jnp.exp(jax.nn.log_sigmoid(softmax.logsumexp(m, l) - sinks))
 
 
 def beside(problem: Problem, operands: Operands, sinks) -> tuple[list[Any], Any]:

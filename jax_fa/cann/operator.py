@@ -193,7 +193,9 @@ class Built:
 
     def folded(self, x):
         """query, key, value, out or their kin as stored, with heads and head_dim as one axis where the layout has one."""
-        return x.reshape(*x.shape[:2], -1) if _LAYOUTS[self.operator.input_layout].unfolded else x
+        unfolded = _LAYOUTS[self.operator.input_layout].unfolded
+        # (Of an empty array, -1 is no size.)
+        return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]) if unfolded else x
 
     def like_out(self, name: str, x):
         """An argument that is shaped and stored like attention_out."""

@@ -91,10 +91,11 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             layout="SND",
             implementation=self.implementation,
         )
-        return _apply(self.output_proj, out.reshape(out.shape[0], -1))
+        return _apply(self.output_proj, out.reshape(out.shape[0], out.shape[1] * out.shape[2]))
 
     def _project(self, proj, x):
-        return _apply(proj, x).reshape(x.shape[0], self.num_heads, -1)
+        found = _apply(proj, x)
+        return found.reshape(x.shape[0], self.num_heads, found.shape[-1] // self.num_heads)
 
     def _dropout_arguments(self, inference: bool | None, key) -> dict[str, Any]:
         inference = self.dropout.inference if inference is None else inference

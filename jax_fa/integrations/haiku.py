@@ -55,7 +55,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
             implementation=self.implementation,
         )
         project = hk.Linear(self.model_size, w_init=self.w_init, with_bias=self.with_bias, b_init=self.b_init)
-        return project(out.reshape(*query.shape[:-1], -1))
+        return project(out.reshape(*query.shape[:-1], out.shape[-2] * out.shape[-1]))
 
 
 def _over(batch: tuple[int, ...], x):

@@ -1,0 +1,282 @@
+"""A run of many programs: rounds, each a process with an environment of its own, and the file of what they found."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_fa import ascend
+from jax_fa.backends import native
+from jax_fa.backends.ascend import installation
+from jax_fa.testing.fuzz import script
+
+PROGRAMS = 20  # of a round
+SILENCE = 400.0  # seconds without a line: the process hangs
+# Compiling takes most of the time, and half of it goes into optimizations of loops, which small arrays do not need.
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+CACHES = (
+    "",
+    "32768,524288,16777216",
+    "49152,2097152,33554432",
+    "65536,1048576,1048576",
+)  # first to third, in bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    seed: int
+    count: int | None = None  # calls
+    seconds: float | None = None
+    draws: int = 100
+    program_seconds: float = 4.0
+    shrink: float = 60.0
+    backends: tuple[str, ...] = ()
+    instruction_sets: tuple[str, ...] = ()
+    out: Path | None = None
+    resume: bool = False
+
+
+@dataclass
+class Totals:
+    rounds: int = 0
+    programs: int = 0
+    calls: int = 0
+    refused: int = 0
+    failures: int = 0
+    reached: int = 0
+    seconds: float = 0.0
+    worst: dict[str, float] = field(default_factory=dict)
+    sets: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        per_minute = 60 * self.calls / max(self.seconds, 1e-9)
+        sets = ", ".join(f"{name} {count}" for name, count in sorted(self.sets.items()))
+        return (
+            f"{self.calls} calls of {self.programs} programs in {self.seconds:.0f} s ({per_minute:.0f} a minute), "
+            f"{self.refused} programs refused, {self.failures} failures; calls by instruction set: {sets}"
+        )
+
+
+def present_backends() -> tuple[str, ...]:
+    found = ["xla"]
+    if native.missing is None:
+        found = ["cpu", "cpu", "cpu", "xla"]  # the one with the most code comes most often
+    if installation.absence() is None:
+        found.append("ascend")
+    return tuple(found)
+
+
+def present_sets() -> tuple[str, ...]:
+    if native.missing is not None:
+        return ("",)
+    return tuple(name for name, there in native.extension.instruction_sets().items() if there)
+
+
+def environment(options: Options, number: int) -> dict[str, str]:
+    """What differs between rounds."""
+    random = np.random.default_rng((options.seed, number))
+    sets = options.instruction_sets or present_sets()
+    found = {
+        "JAX_FA_CPU_ISA": sets[number % len(sets)],
+        "JAX_FA_CPU_CACHES": str(random.choice(CACHES)),
+        "NPROC": str(random.integers(1, 4)),
+        "XLA_FLAGS": FLAGS,
+        "OPENBLAS_NUM_THREADS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    if installation.absence() is None:
+        found[installation.EMULATOR] = str(ascend.emulator_dir())
+    return {name: x for name, x in found.items() if x}
+
+
+def small_tiles(options: Options, number: int) -> bool:
+    return bool(np.random.default_rng((options.seed, number, 1)).random() < 0.5)
+
+
+class Campaign:
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.totals = Totals()
+        self._start = time.monotonic()
+        self._before = 0.0
+        if options.resume:
+            self._resume()
+
+    def run(self) -> Totals:
+        while not self._over():
+            self._round(self.totals.rounds)
+            self.totals.rounds += 1
+            self._count_time()
+            self._write(state=self._state())
+            print(f"round {self.totals.rounds}: {self.totals}", flush=True)
+        return self.totals
+
+    # --- the file
+
+    def _write(self, **line: Any) -> None:
+        if self.options.out is not None:
+            with self.options.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _state(self) -> dict[str, Any]:
+        return {"seed": self.options.seed, **vars(self.totals), "sets": dict(self.totals.sets)}
+
+    def _resume(self) -> None:
+        out = self.options.out
+        if out is None or not out.exists():
+            return
+        states = [json.loads(line).get("state") for line in out.read_text().splitlines()]
+        states = [state for state in states if state and state["seed"] == self.options.seed]
+        if states:
+            last = dict(states[-1])
+            last.pop("seed")
+            self.totals = Totals(**last | {"sets": Counter(last["sets"])})
+            self._before = self.totals.seconds
+
+    # --- rounds
+
+    def _count_time(self) -> None:
+        self.totals.seconds = self._before + time.monotonic() - self._start
+
+    def _over(self) -> bool:
+        self._count_time()
+        o, t = self.options, self.totals
+        return (o.count is not None and t.calls >= o.count) or (
+            o.seconds is not None and t.seconds >= o.seconds
+        )
+
+    def _round(self, number: int) -> None:
+        variables = environment(self.options, number)
+        first = (self.options.seed * 100_000 + number) * PROGRAMS
+        seed, end = first, first + PROGRAMS
+        while seed < end and not self._over():
+            reached = self._process(number, variables, (seed, end))
+            if reached is None:
+                return
+            seed = reached + 1  # what a program kills is that program alone
+
+    def _process(self, number: int, variables: dict[str, str], seeds: tuple[int, int]) -> int | None:
+        """Runs the programs of these seeds; returns the seed of the one that ended the process, None: none did."""
+        o, at, told = self.options, seeds[0] - 1, False
+        given = {
+            "seeds": seeds,
+            "draws": o.draws,
+            "seconds": o.program_seconds,
+            "shrink": o.shrink,
+            "backends": o.backends or present_backends(),
+            "small_tiles": small_tiles(o, number),
+        }
+        command = [sys.executable, "-P", "-m", "jax_fa.testing.fuzz.worker", json.dumps(given)]
+        child = subprocess.Popen(
+            command,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        lines, errors = _lines(child)
+        try:
+            while True:
+                self._count_time()
+                line = self._next(lines)
+                if line is None:
+                    break
+                at = line.get("begin", at)
+                self._note(line, variables, given)
+                if self._over():
+                    told = True
+                    return None
+        except queue.Empty:
+            self._failed(variables, given, at, "call", f"hangs: no sign of life for {SILENCE:.0f} s", {})
+            return at
+        finally:
+            child.kill()
+            code = child.wait()
+        if code in (0, -9) or told:
+            return None
+        self._failed(variables, given, at, "process", f"ended with {code}: {''.join(errors)[-2000:]}", {})
+        return at
+
+    def _next(self, lines: "queue.Queue[dict[str, Any] | None]") -> dict[str, Any] | None:
+        """The next line; None at the end. While nothing comes, the time may run out."""
+        end = time.monotonic() + SILENCE
+        while True:
+            try:
+                return lines.get(timeout=5)
+            except queue.Empty:
+                if self._over():
+                    return {}
+                if time.monotonic() > end:
+                    raise
+
+    def _note(self, line: dict[str, Any], variables: dict[str, str], given: dict[str, Any]) -> None:
+        t = self.totals
+        if "refused" in line:
+            t.refused += 1
+        if "done" in line:
+            t.programs += 1
+            t.calls += line["calls"]
+            t.reached += line["reached"]
+            t.sets[variables.get("JAX_FA_CPU_ISA", "none")] += line["calls"]
+            for name, ratio in line["worst"].items():
+                t.worst[name] = max(t.worst.get(name, 0.0), ratio)
+        if "failure" in line:
+            self._failed(variables, given, line["failure"], line["result"], line["text"], line)
+
+    def _failed(
+        self,
+        variables: dict[str, str],
+        given: dict[str, Any],
+        seed: int,
+        result: str,
+        text: str,
+        found: dict[str, Any],
+    ) -> None:
+        self.totals.failures += 1
+        small, data = found.get("small_program"), found.get("small_data")
+        source = script.reproducing(variables, given["small_tiles"], small, data, seed, given["backends"])
+        self._write(
+            failure=result,
+            text=text,
+            seed=seed,
+            environment=variables,
+            small_tiles=given["small_tiles"],
+            **{
+                name: found[name]
+                for name in ("others", "program", "data", "small_program", "small_data")
+                if name in found
+            },
+            script=source,
+        )
+        print(f"FAILURE {result} {text}\n{source}", flush=True)
+
+
+def _lines(child: "subprocess.Popen[str]") -> tuple["queue.Queue[dict[str, Any] | None]", list[str]]:
+    """What the process says, line by line, and what it writes to stderr."""
+    lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    errors: list[str] = []
+
+    def read() -> None:
+        assert child.stdout is not None
+        for line in child.stdout:
+            lines.put(json.loads(line))
+        lines.put(None)
+
+    def read_errors() -> None:
+        assert child.stderr is not None
+        for line in child.stderr:
+            errors.append(line)
+            del errors[:-200]
+
+    for target in (read, read_errors):
+        threading.Thread(target=target, daemon=True).start()
+    return lines, errors

@@ -1,0 +1,408 @@
+"""Attention by its definition in float64, with all derivatives and with bounds of what each result may be off.
+
+    s = cap tanh((scale q k^T + bias - slope distance) / cap),  p = exp(s) / (sum of exp(s) + exp(sink)),  out = (keep p) v
+    ds = p (keep dout v^T - delta) cap',  delta = rowsum(keep p dout v^T) - dlse,  dq = scale ds k,  dk = scale ds^T q
+
+Imports nothing of the library. Derivatives along a direction are those of these very formulas (see `numbers`).
+
+Values that are not finite are taken out before, and the rows that they reach are known by the mask alone: a result that
+such a row has a part in is `tainted`, and may be anything; every other one must be as if they were not there.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from jax_fa.testing.fuzz.numbers import TINY, Number, growth
+
+FLT_MAX = float(np.finfo(np.float32).max)
+OPERANDS = ("query", "key", "value", "bias", "alibi_slopes", "sinks", "scale", "logits_soft_cap")
+_HUGE = 1e37  # beyond it, float32 may overflow on the way
+
+
+@dataclass
+class Attention:
+    """A call in canonical form: query `*#B Sq N D`, key and value `*#B Skv K D`, statistics `*B N Sq`.
+
+    `given` holds the operands by name; slopes, sinks, scale and cap have heads last, `*#B #N`. The others broadcast to
+    `*B N Sq Skv`. `unit`: the unit roundoff of the dtype; `narrow`: that with which weights and their gradients may enter
+    products; `eps`: that of sums.
+    """
+
+    batch: tuple[int, ...]
+    given: dict[str, np.ndarray]
+    scale: float
+    visible: Any = True
+    distance: Any = None
+    keep: Any = None
+    cap: float | None = None
+    unit: float = 2.0**-24
+    smallest: float = 0.0
+    eps: float = 2.0**-24
+    narrow: float = 0.0
+    loose_delta: bool = False  # the backward takes delta from the rounded output
+    tangents: dict[str, np.ndarray] = field(default_factory=dict)
+    cotangents: Any = None  # of out and of the log-sum-exp, which may be None
+    cotangent_tangents: Any = (None, None)
+
+    def __post_init__(self) -> None:
+        q, k = self.given["query"], self.given["key"]
+        self.Sq, self.N, self.D = q.shape[-3:]
+        self.Skv, self.K = k.shape[-3:-1]
+        self.G = self.N // self.K
+        self.full = (*self.batch, self.N, self.Sq, self.Skv)
+        self.results: dict[str, Number] = {}
+        self.tainted: dict[str, np.ndarray] = {}
+
+    # --- from how arrays are given to `*B K G rows columns`, and back
+
+    def _split(self, x: np.ndarray, rest: int) -> np.ndarray:
+        """`*#B #N ...` as `*#B K G ...` or `*#B 1 1 ...`; `rest` dims follow the heads."""
+        x = np.asarray(x)
+        rank = len(self.batch) + 1 + rest
+        x = x.reshape((1,) * (rank - x.ndim) + x.shape)
+        at = x.ndim - rest - 1
+        heads = (self.K, self.G) if x.shape[at] == self.N else (1, 1)
+        return x.reshape(*x.shape[:at], *heads, *x.shape[at + 1 :])
+
+    def _arranged(self, name: str, x: np.ndarray) -> np.ndarray:
+        if name in ("query", "out"):
+            return self._split(np.swapaxes(x, -2, -3), 2)
+        if name in ("key", "value"):
+            return np.swapaxes(x, -2, -3)[..., None, :, :]
+        if name == "bias":
+            return self._split(x, 2)
+        if name == "lse":
+            return self._split(x, 1)
+        return self._split(x, 0)[..., None, None]
+
+    def _given_back(self, name: str, x: Number) -> Number:
+        """A gradient of the shape of its operand."""
+        shape = np.shape(self.given[name])
+        if name in ("key", "value"):
+            x = x.sum(axis=-3)
+        elif name == "bias" or name == "query":
+            x = x.map(lambda a: a.reshape(*a.shape[:-4], self.N, *a.shape[-2:]))
+        else:
+            x = x.map(lambda a: a.reshape(*a.shape[:-4], self.N))
+        if name in ("query", "key", "value"):
+            x = x.map(lambda a: np.swapaxes(a, -2, -3))
+        return _sum_to(x, shape)
+
+    def _number(self, name: str) -> Number:
+        """An operand as computed with: what is not finite is 0."""
+        x = _clean(self._arranged(name, np.asarray(self.given[name], np.float64)))
+        tangent = None
+        if self.tangents:
+            moved = self.tangents.get(name)
+            if moved is not None:
+                tangent = Number(
+                    _clean(self._arranged(name, np.asarray(moved, np.float64))), 0.0, None, self.eps
+                )
+        return Number(x, 0.0, tangent, self.eps)
+
+    def _grouped(self, x: Any, rest: int = 2) -> np.ndarray:
+        return self._split(np.asarray(x), rest)
+
+    # --- the masks
+
+    @cached_property
+    def structural(self) -> np.ndarray:
+        """`*B K G Sq Skv`: visible by the mask."""
+        shape = (*self.batch, self.K, self.G, self.Sq, self.Skv)
+        return np.broadcast_to(self._grouped(self.visible), shape)
+
+    @cached_property
+    def seen(self) -> np.ndarray:
+        """... and not masked by a bias of -inf."""
+        if "bias" not in self.given:
+            return self.structural
+        return self.structural & ~np.isneginf(self._grouped(np.asarray(self.given["bias"], np.float64)))
+
+    # --- forward
+
+    def compute(self) -> None:
+        with np.errstate(all="ignore"):
+            self._forward()
+            if self.cotangents is not None:
+                self._backward()
+            _Taint(self).find()
+
+    def _forward(self) -> None:
+        q, k, v = (self._number(name) for name in ("query", "key", "value"))
+        scale = (
+            self._number("scale")
+            if "scale" in self.given
+            else Number(np.asarray(self.scale), 0.0, None, self.eps)
+        )
+        self.q, self.k, self.v, self.scale_number = q, k, v, scale
+        self.dot = q @ k.map(_turned)
+        x = self.dot * scale
+        if "bias" in self.given:
+            x = x + self._number("bias")
+        if "alibi_slopes" in self.given:
+            self.away = self._grouped(self.distance).astype(np.float64)
+            # (A distance in float32, and its product.)
+            x = x - (self._number("alibi_slopes") * self.away).rounded(4 * self.eps)
+        self.by_x: Number | None = None
+        cap = self.cap
+        if "logits_soft_cap" in self.given or cap is not None:
+            c = (
+                self._number("logits_soft_cap")
+                if cap is None
+                else Number(np.asarray(cap), 0.0, None, self.eps)
+            )
+            self.u = x / c
+            t = self.u.tanh()
+            self.by_x = t._of(1.0) - t * t
+            self.by_cap = t - self.u * self.by_x
+            x = t * c
+        self.s = x = x.map(lambda a: np.broadcast_to(a, self.seen.shape))
+        seen = self.seen
+        m = np.max(x.value, axis=-1, keepdims=True, where=seen, initial=-FLT_MAX)
+        error = np.max(np.broadcast_to(x.error, seen.shape), axis=-1, keepdims=True, where=seen, initial=0.0)
+        self._result("largest", Number(m[..., 0], error[..., 0]), (self.K, self.G, self.Sq))
+        if "sinks" in self.given:
+            sinks = self._number("sinks")
+            sink_values = self._arranged("sinks", np.asarray(self.given["sinks"], np.float64))
+            there = ~np.isneginf(sink_values)
+            m = np.maximum(m, np.where(there, sinks.value, -FLT_MAX))
+        top = Number(m, 0.0, None, self.eps)
+        e = (x - top).map(lambda a: np.where(seen, a, 0.0)).exp().where(seen)
+        l = e.sum(axis=-1, keepdims=True)
+        self.sink_weight: Number | None = None
+        if "sinks" in self.given:
+            of_sink = (sinks - top).exp().where(there)
+            l = l + of_sink
+        self.empty = l.value == 0
+        safe = Number(np.where(self.empty, 1.0, l.value), l.error, l.tangent, self.eps)
+        if "sinks" in self.given:
+            self.sink_weight = of_sink / safe
+        p = e / safe
+        self.p = p.map(lambda a: np.minimum(a, FLT_MAX))
+        self.kept = p if self.keep is None else p * self._grouped(self.keep)
+        narrow = self.kept.rounded(self.narrow, self._least())
+        out = self._with_sink_rounded(narrow @ v)
+        self.out = out
+        lse = top + safe.log()
+        spread = (p * Number(np.zeros_like(p.value), x.error, None, self.eps)).sum(axis=-1, keepdims=True)
+        lse = lse._new(lse.value, spread.error + self.eps * (8 + 4 * np.abs(lse.value)), lse.tangent)
+        lse = lse._new(
+            np.where(self.empty, -FLT_MAX, lse.value), np.where(self.empty, 0, lse.error), lse.tangent
+        )
+        rows = (self.K, self.G, self.Sq)
+        self._result("lse", lse.map(lambda a: a[..., 0]), rows)
+        most = error[..., 0]
+        self._result("m", Number(np.where(self.empty, -FLT_MAX, m)[..., 0], most), rows)
+        l_error = l.error[..., 0] + l.value[..., 0] * np.expm1(np.minimum(2 * most, 50))
+        self._result("l", Number(np.where(self.empty, 0, l.value)[..., 0], l_error), rows)
+        self._stored("out", out)
+
+    def rows_that_see(self, arrays: dict[str, Any]) -> np.ndarray:
+        """`*B K G Sq`: rows to which something is visible that is not finite in one of these."""
+        return _Taint(self).rows(arrays)
+
+    def _with_sink_rounded(self, x: Number) -> Number:
+        """The tangent of what is the product of a 16-bit array and of the keys' share in the sum, by its two terms."""
+        if (
+            self.sink_weight is None
+            or x.tangent is None
+            or not self.narrow
+            or self.sink_weight.tangent is None
+        ):
+            return x
+        share = np.maximum(1 - self.sink_weight.value, 1e-30)
+        term = np.abs(x.value) * np.abs(self.sink_weight.tangent.value / share)
+        tangent = x.tangent
+        more = self.narrow * (np.abs(tangent.value) + 2 * term) + self._least()
+        return x._new(x.value, x.error, x._new(tangent.value, tangent.error + more))
+
+    def _least(self) -> float:
+        return self.smallest if self.narrow else 0.0
+
+    def _result(self, name: str, x: Number, heads: tuple[int, ...]) -> None:
+        rank = len(self.batch)
+        shape = (*self.batch, *heads)
+
+        def whole(a):
+            a = np.broadcast_to(a, shape)
+            return a.reshape(*a.shape[:rank], self.N, *a.shape[rank + 2 :])
+
+        self.results[name] = x.map(whole)
+
+    def _stored(self, name: str, x: Number) -> None:
+        """`*B K G Sq width` as `*B Sq N width`."""
+        rank = len(self.batch)
+
+        def whole(a):
+            a = np.broadcast_to(a, (*self.batch, self.K, self.G, *a.shape[-2:]))
+            return np.swapaxes(a.reshape(*a.shape[:rank], self.N, *a.shape[-2:]), -2, -3)
+
+        self.results[name] = x.map(whole)
+
+    # --- backward
+
+    def _cotangent(self, at: int, name: str) -> Number | None:
+        x, moved = self.cotangents[at], self.cotangent_tangents[at]
+        if x is None:
+            return None
+        x = _clean(self._arranged(name, np.asarray(x, np.float64)))
+        tangent = None
+        if moved is not None:
+            tangent = Number(_clean(self._arranged(name, np.asarray(moved, np.float64))), 0.0, None, self.eps)
+        return Number(x, 0.0, tangent, self.eps)
+
+    def _backward(self) -> None:
+        dout, dlse = self._cotangent(0, "out"), self._cotangent(1, "lse")
+        assert dout is not None
+        narrow, least = self.narrow, self._least()
+        if self.sink_weight is not None:  # which scales the output's cotangent, in its dtype
+            dout = self._with_sink_rounded(dout.rounded(narrow, least))
+        dw = dout @ self.v.map(_turned)
+        if self.keep is not None:
+            dw = dw * self._grouped(self.keep)
+        terms = self.p * dw
+        delta = terms.sum(axis=-1, keepdims=True)
+        delta = self._as_computed(delta, dout, terms)
+        if dlse is not None:
+            delta = delta - dlse.map(lambda a: a[..., None])
+        dx = (self.p * (dw - delta)).where(self.seen)
+        ds = dx if self.by_x is None else (dx * self.by_x).where(self.seen)
+        narrow_ds = ds.rounded(narrow, least)
+        dq = (narrow_ds @ self.k) * self.scale_number
+        dk = (narrow_ds.map(_turned) @ self.q) * self.scale_number
+        dv = self.kept.rounded(narrow, least).map(_turned) @ dout
+        dq = self._moved(dq, ds)
+        found = {"query": dq, "key": dk, "value": dv}
+        if "bias" in self.given:
+            found["bias"] = ds
+        if "alibi_slopes" in self.given:
+            found["alibi_slopes"] = -(ds * self.away).rounded(4 * self.eps)
+        if "scale" in self.given:
+            found["scale"] = ds * self.dot
+        if "logits_soft_cap" in self.given:
+            found["logits_soft_cap"] = (dx * self.by_cap).where(self.seen)
+        if self.sink_weight is not None:
+            found["sinks"] = -(self.sink_weight * delta)
+        for name, x in found.items():
+            if name in ("alibi_slopes", "scale", "logits_soft_cap", "sinks"):
+                x = x.map(lambda a: np.broadcast_to(a, (*self.batch, self.K, self.G, *a.shape[-2:])))
+                x = x.sum(axis=(-1, -2), keepdims=True)
+            self.results[f"d{name}"] = self._given_back(name, x)
+
+    def _as_computed(self, delta: Number, dout: Number, terms: Number) -> Number:
+        """delta by way of the output: rowsum(dout out), where the output may be rounded."""
+        size = (np.abs(dout.value) * np.abs(self.out.value)).sum(axis=-1, keepdims=True)
+        summed = np.abs(terms.value).sum(axis=-1, keepdims=True)
+        unit = self.unit if self.loose_delta else self.unit**2
+        from_out = (np.abs(dout.value) * self.out.error).sum(axis=-1, keepdims=True)
+        if self.narrow and not self.loose_delta:
+            from_out = from_out + self.narrow * self.narrow * summed
+        return delta._new(delta.value, delta.error + from_out + 8 * (unit + self.eps) * size, delta.tangent)
+
+    def _moved(self, dq: Number, ds: Number) -> Number:
+        """What may be put on another key where gradients are rounded, so that they still add up."""
+        if not self.narrow:
+            return dq
+        size = np.abs(ds.value).sum(axis=-1, keepdims=True) * 2 * self.narrow
+        largest = np.abs(self.k.value).max(axis=-2, keepdims=True, initial=0.0)
+        more = size * largest * np.abs(self.scale_number.value)
+        return dq._new(dq.value, dq.error + more, dq.tangent)
+
+
+class _Taint:
+    """Which results may be anything."""
+
+    def __init__(self, call: Attention) -> None:
+        self.call = call
+        self.shape = call.structural.shape
+
+    def _pairs(self, name: str, x: Any, moved: bool) -> np.ndarray:
+        """Which pairs of a row and a key a value that is not finite belongs to; `moved`: it is a tangent."""
+        x = self.call._arranged(name, np.asarray(x, np.float64))
+        bad = ~np.isfinite(x)
+        if name in ("bias", "sinks") and not moved:  # -inf is no key, and no sink
+            return bad & ~np.isneginf(x)
+        if name in ("query", "out"):
+            return bad.any(axis=-1, keepdims=True)
+        if name in ("key", "value"):
+            return np.swapaxes(bad.any(axis=-1, keepdims=True), -1, -2)
+        if name == "lse":
+            return bad[..., None]
+        return bad
+
+    def rows(self, arrays: dict[str, Any], moved: bool = False) -> np.ndarray:
+        """`*B K G Sq`: rows with a visible key that see such a value."""
+        c = self.call
+        found = np.zeros(self.shape[:-1], bool)
+        for name, x in arrays.items():
+            if x is None:
+                continue
+            pairs = self._pairs(name, x, moved)
+            if not pairs.any():
+                continue
+            found |= (c.structural & pairs).any(axis=-1)
+            if name in ("sinks", "lse") and "sinks" in c.given:  # which a fully masked row has, too
+                found |= np.broadcast_to(pairs[..., 0], found.shape)
+        return found
+
+    def find(self) -> None:
+        c = self.call
+        overflow = (np.abs(c.s.value) + c.s.error > _HUGE) & c.structural
+        overflow |= (np.abs(c.dot.value) + c.dot.error / c.eps > _HUGE) & c.structural
+        forward = self.rows(c.given) | overflow.any(axis=-1)
+        tangent = forward | self.rows(c.tangents, moved=True)
+        self.forward_rows = forward
+        self._mark(("out", "lse", "m", "l", "largest"), "", forward)
+        self._mark(("out", "lse"), "'", tangent)
+        if c.cotangents is None:
+            return
+        backward = forward | self.rows(dict(zip(("out", "lse"), c.cotangents, strict=True)))
+        second = backward | tangent | self.rows(dict(zip(("out", "lse"), c.cotangent_tangents, strict=True)))
+        for suffix, rows in (("", backward), ("'", second)):
+            pairs = c.structural & rows[..., None]
+            at = {
+                "query": rows[..., None],
+                "key": _turned(pairs.any(axis=-2, keepdims=True)),
+                "bias": pairs,
+            }
+            at["value"] = at["key"]
+            for name in OPERANDS:
+                if f"d{name}" not in c.results:
+                    continue
+                bad = at.get(name, rows[..., None])
+                if name in ("query", "key", "value"):
+                    width = np.asarray(c.given[name]).shape[-1]
+                    bad = np.broadcast_to(bad, (*bad.shape[:-1], width))
+                if name not in ("query", "key", "value", "bias"):
+                    bad = bad.any(axis=(-1, -2), keepdims=True)
+                counted = Number(bad.astype(np.float64))
+                c.tainted[f"d{name}{suffix}"] = c._given_back(name, counted).value > 0
+
+    def _mark(self, names: tuple[str, ...], suffix: str, rows: np.ndarray) -> None:
+        c, rank = self.call, len(self.call.batch)
+        flat = rows.reshape(*rows.shape[:rank], c.N, c.Sq)
+        for name in names:
+            wide = np.swapaxes(flat, -1, -2)[..., None] if name == "out" else flat
+            c.tainted[name + suffix] = np.broadcast_to(wide, c.results[name].value.shape)
+
+
+def _turned(x: np.ndarray) -> np.ndarray:
+    return np.swapaxes(x, -1, -2)
+
+
+def _clean(x: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(x), x, 0.0)
+
+
+def _sum_to(x: Number, shape: tuple[int, ...]) -> Number:
+    lead = x.value.ndim - len(shape)
+    if lead:
+        x = x.sum(axis=tuple(range(lead)))
+    axes = tuple(i for i, size in enumerate(shape) if size == 1 and x.value.shape[i] != 1)
+    return x.sum(axis=axes, keepdims=True) if axes else x
+
+
+__all__ = ["FLT_MAX", "OPERANDS", "TINY", "Attention", "growth"]
