@@ -29,9 +29,9 @@ R = TypeVar("R")
 class Request(Generic[R]):
     """What an entry asks for: a call, what to compute of it, and what the entry returns of the result."""
 
-    call: Call
+    call: Any  # a Call, or a PagedCall
     finish: Callable[[Any], R]
-    run: Callable[[Call], Any] = attention
+    run: Callable[[Any], Any] = attention
 
 
 def entry(build: Callable[P, Request[R]]) -> Callable[P, R]:
@@ -126,7 +126,7 @@ def build(
     d, axes = arrays.dims, arrays.axes
     rank, acc = len(d.B), accumulator_dtype(computed_dtype(arrays.query.dtype))
     name, options = backend
-    scale, soft_cap = _scale(scale, d.D), _soft_cap(logits_soft_cap)
+    scale, soft_cap = scale_of(scale, d.D), soft_cap_of(logits_soft_cap)
     seeds = _Seeds.of(dropped, d)
     keep_prob = dropped.keep_prob
     problem = Problem(
@@ -291,7 +291,8 @@ def _expect(name, layout, what, want, got, other, x, other_name="query") -> str:
     )
 
 
-def _scale(scale, D: Size) -> float | jax.Array:
+def scale_of(scale, D: Size) -> float | jax.Array:
+    """The factor of the logits that an entry is given: a float where it is known, else traced."""
     return 1.0 / math.sqrt(D) if scale is None else finite_scale("scale", scale)
 
 
@@ -303,7 +304,8 @@ def finite_scale(name: str, scale) -> float | jax.Array:
     return scale
 
 
-def _soft_cap(cap) -> float | jax.Array | None:
+def soft_cap_of(cap) -> float | jax.Array | None:
+    """The soft cap of the logits, likewise."""
     if cap is None:
         return None
     cap = arguments.scalar("logits_soft_cap", cap)
@@ -345,13 +347,18 @@ def with_sinks(call: Call, sinks) -> Callable[[Call], Attention]:
     """`attention` with the sinks of an entry, checked against its call; None is none."""
     if sinks is None:
         return attention
+    return functools.partial(attention, sinks=checked_sinks(sinks, call.dims, call.acc))
+
+
+def checked_sinks(sinks, dims: Dims, acc):
+    """Sinks as `*#B N` in the dtype of the statistics."""
     sinks = arguments.array("sinks", sinks)
     if not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise TypeError(f"sinks must have a floating dtype; got {sinks.dtype}.")
-    B, N = call.dims.B, call.dims.N
+    B, N = dims.B, dims.N
     if sinks.shape[-1:] != (N,) or not masks.broadcasts(sinks.shape, (*B, N)):
         raise ValueError(f"sinks must have shape (N,) or (*B, N) with B={B}, N={N}; got {sinks.shape}.")
-    return functools.partial(attention, sinks=masks.lead(sinks, len(B) + 1).astype(call.acc))
+    return masks.lead(sinks, len(B) + 1).astype(acc)
 
 
 def _slopes(slopes, batch: Shape, N: Size) -> Any:

@@ -22,6 +22,7 @@ ROOMS = {
     "demo",
     "integrations",
     "mosaic",
+    "paged",
     "sequence_parallel",
     "testing",
 }

@@ -14,6 +14,7 @@ import numpy as np
 from jax_fa import compat, dropout
 from jax_fa.backends import native
 from jax_fa.call import DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved
+from jax_fa.paged.call import PagedCall
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_HEAD_DIM = 768
@@ -34,7 +35,7 @@ class Cpu:
     emulated_on = ()
     splits_rows = True
 
-    def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
+    def why_not(self, call: Call | PagedCall, *, platform: str, what: str) -> str | None:
         if native.missing is not None:
             return native.absence()
         wanted = os.environ.get("JAX_FA_CPU_ISA")
