@@ -80,6 +80,23 @@ class Cpu:
         found = dict(zip(results, arrays, strict=True))
         return call.gradients(found), found.get("dout"), found.get("dlogsumexp")
 
+    def paged(self, call: PagedCall) -> tuple[Any, ...]:
+        o, stats = call.operands, jax.ShapeDtypeStruct(call.stats_shape, jnp.float32)
+        factors = [
+            None if x is None else x.astype(jnp.float32)
+            for x in (o.key_scale, o.value_scale, o.scale, o.soft_cap)
+        ]
+        first = o.query, o.key_pages, o.value_pages, o.page_table, o.lengths
+        arrays = [x for x in (*first, *call.bounds(), *factors) if x is not None]
+        optional = o.value_pages, *factors  # in the order of their bits
+        problem = {
+            "present": np.uint32(sum(1 << bit for bit, x in enumerate(optional) if x is not None)),
+            "scale": np.float32(call.problem.scale),
+            "soft_cap": np.float32(call.problem.logits_soft_cap or 0.0),
+        }
+        out = jax.ShapeDtypeStruct(call.out_shape, call.problem.out_dtype)
+        return tuple(jax.ffi.ffi_call("jax_fa_cpu_paged", (out, stats, stats))(*arrays, problem=problem))
+
 
 backend = Cpu()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_fa.call import DIFFERENTIABLE, OPERANDS, Saved
 
-ABI = 2  # of cc/operands.h: what handlers take in ways that names do not show
+ABI = 3  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
 _ROOT = _PACKAGE.parent
 
