@@ -15,9 +15,9 @@
 
 namespace jax_fa {
 
-enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8 };
+enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kI8, kF8E4M3, kF8E5M2 };
 
-JAX_FA_INLINE int64_t ItemSize(DType t) { return t == DType::kU8 ? 1 : t == DType::kBF16 || t == DType::kF16 ? 2 : 4; }
+JAX_FA_INLINE constexpr int64_t ItemSize(DType t) { return t >= DType::kU8 ? 1 : t == DType::kBF16 || t == DType::kF16 ? 2 : 4; }
 
 // An array of the call. Strides are in elements; a dim of size 1 that broadcasts has stride 0.
 struct View {
@@ -37,6 +37,24 @@ struct View {
   }
 };
 
+// Where keys and values lie if those of a batch entry are not one after the other: in pages of one pool, all of whose rows
+// are neighbours. The batch offsets of key and value are 0 then.
+struct Pages {
+  const int32_t* table = nullptr;    // [B, each]: which page; nullptr: there are no pages
+  const int32_t* lengths = nullptr;  // [B]: how many keys there are; entries of the table behind them are not read
+  int64_t count = 0, size = 0;       // pages of the pool, keys of a page
+  int64_t each = 0;                  // pages of a batch entry
+
+  JAX_FA_INLINE explicit operator bool() const { return table != nullptr; }
+
+  // Page i of a batch entry, moved into the pool.
+  JAX_FA_INLINE int64_t Page(int64_t b, int64_t i) const {
+    const int64_t page = table[b * each + i];
+    return page < 0 ? 0 : page < count ? page : count - 1;
+  }
+  JAX_FA_INLINE int64_t Row(int64_t b, int64_t j) const { return Page(b, j / size) * size + j % size; }
+};
+
 enum class Alibi : uint8_t { kNone, kLinear, kSqrt };
 
 struct Call {
@@ -46,6 +64,8 @@ struct Call {
   uint32_t threshold = 0;  // a 16-bit number below it keeps its element
 
   View query, key, value, out;    // row: position, col: head_dim
+  Pages pages;                    // of keys and values
+  View key_scale, value_scale;    // with pages: float [.., K], row: page, col: key of a page; factors of keys and values
   View bias, mask;                // row: query, col: key; mask: nonzero = visible
   View bias_offset;               // int32 [.., N, Sq]: then bias is [.., N, elements], and key j's is at offset + j
   int64_t bias_elements = 0;      // of one head; what lies outside belongs to masked pairs
@@ -77,6 +97,15 @@ struct Call {
 
   // A division takes as long as much of what is done for a row.
   JAX_FA_INLINE int64_t G() const { return N == K ? 1 : N / K; }
+
+  // The row of key and value that key j of a batch entry is.
+  JAX_FA_INLINE int64_t KeyRow(int64_t b, int64_t j) const { return pages ? pages.Row(b, j) : j; }
+  // How many keys a batch entry has.
+  JAX_FA_INLINE int64_t Keys(int64_t b) const {
+    if (!pages) return Skv;
+    const int64_t n = pages.lengths[b];
+    return n < 0 ? 0 : n < Skv ? n : Skv;
+  }
 };
 
 // Whether two batch entries add to the same bias gradient: then one shares the first's, as an axis broadcasts as a whole.

@@ -1,13 +1,10 @@
 #include "cpu_ffi.h"
 
 #include <cmath>
-#include <cstring>
-#include <exception>
-#include <string>
 #include <string_view>
 #include <vector>
 
-#include "cpu/kernel.h"
+#include "handlers.h"
 #include "operands.h"
 #include "shapes.h"
 #include "tasks.h"
@@ -27,31 +24,6 @@ struct ProblemAttr {
   uint8_t alibi, bias_apart;
   uint32_t threshold;
 };
-
-Element ToElement(ffi::DataType t) {
-  switch (t) {
-    case ffi::F32: return Element::kF32;
-    case ffi::BF16: return Element::kBF16;
-    case ffi::F16: return Element::kF16;
-    case ffi::S32: return Element::kI32;
-    case ffi::U32: return Element::kU32;
-    case ffi::U8: return Element::kU8;
-    case ffi::PRED: return Element::kBool;
-    default: return Element::kOther;
-  }
-}
-
-DType ToDType(Element e) {
-  switch (e) {
-    case Element::kBF16: return DType::kBF16;
-    case Element::kF16: return DType::kF16;
-    case Element::kI32: return DType::kI32;
-    case Element::kU32: return DType::kU32;
-    case Element::kU8:
-    case Element::kBool: return DType::kU8;
-    default: return DType::kF32;
-  }
-}
 
 // Builds views of arrays whose shapes were checked; owns their tables of batch offsets.
 class Views {
@@ -102,22 +74,7 @@ class Views {
   std::vector<std::vector<int64_t>> tables_;  // their data stays where it is
 };
 
-ffi::AnyBuffer Arg(const ffi::RemainingArgs& args, size_t i) {
-  auto x = args.get<ffi::AnyBuffer>(i);
-  if (!x.has_value()) throw BadCall(x.error().message());
-  return *x;
-}
-
-ffi::AnyBuffer Ret(const ffi::RemainingRets& rets, size_t i) {
-  auto x = rets.get<ffi::AnyBuffer>(i);
-  if (!x.has_value()) throw BadCall(x.error().message());
-  return **x;
-}
-
 CallShapes ShapesOf(Pass pass, const ProblemAttr& p, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
-  const auto shape = [](const ffi::AnyBuffer& x) {
-    return Shape{ToElement(x.element_type()), x.dimensions().begin(), x.dimensions().size()};
-  };
   CallShapes call;
   call.pass = pass;
   call.present = p.present, call.saved = p.saved;
@@ -125,8 +82,8 @@ CallShapes ShapesOf(Pass pass, const ProblemAttr& p, const ffi::RemainingArgs& a
   call.out_axes = p.out_axes;
   call.args.reserve(args.size());
   call.rets.reserve(rets.size());
-  for (size_t i = 0; i < args.size(); ++i) call.args.push_back(shape(Arg(args, i)));
-  for (size_t i = 0; i < rets.size(); ++i) call.rets.push_back(shape(Ret(rets, i)));
+  for (size_t i = 0; i < args.size(); ++i) call.args.push_back(ShapeOf(Arg(args, i)));
+  for (size_t i = 0; i < rets.size(); ++i) call.rets.push_back(ShapeOf(Ret(rets, i)));
   return call;
 }
 
@@ -178,45 +135,6 @@ bool IsTiny(const Call& c) {
   const double rows = static_cast<double>(c.B) * static_cast<double>(c.N * (c.Sq + c.Skv));
   const double pairs = static_cast<double>(c.B * c.N) * static_cast<double>(c.Sq) * static_cast<double>(c.Skv);
   return (pairs + kElement * rows) * static_cast<double>(c.D + c.Dv) + kRow * rows < kMost;
-}
-
-const Kernels& Chosen() {
-  const Kernels* kernels = ChosenKernels();
-  if (kernels == nullptr) throw BadCall("JAX_FA_CPU_ISA names no instruction set that this machine has");
-  if (!CachesAreValid())
-    throw BadCall(
-        "JAX_FA_CPU_CACHES must be three numbers of bytes, of the first, second and third cache: 32768,524288,16777216");
-  return *kernels;
-}
-
-template <typename Fn>
-ffi::Error Reported(const Fn& fn) {
-  try {
-    fn();
-    return ffi::Error::Success();
-  } catch (const BadCall& e) {
-    return ffi::Error::InvalidArgument(e.what());
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_fa cpu: out of memory for scratch");
-  } catch (const std::exception& e) {
-    return ffi::Error::Internal(std::string("jax_fa cpu: ") + e.what());
-  } catch (...) {
-    return ffi::Error::Internal("jax_fa cpu: unknown failure");
-  }
-}
-
-void Clear(const ffi::AnyBuffer& x) {
-  if (x.size_bytes() > 0) std::memset(x.untyped_data(), 0, x.size_bytes());
-}
-
-// No exception may leave a handler, and the texts of errors take memory of their own.
-template <typename Fn>
-ffi::Error Guard(const Fn& fn) {
-  try {
-    return Reported(fn);
-  } catch (...) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string());
-  }
 }
 
 template <Pass kPass>

@@ -11,5 +11,6 @@ XLA_FFI_Error* CpuBackward(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CpuJvp(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CpuTangent(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* CpuSecond(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* CpuPaged(XLA_FFI_CallFrame* call_frame);
 
 }  // namespace jax_fa

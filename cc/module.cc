@@ -89,6 +89,7 @@ PYBIND11_MODULE(_native, module) {
     handlers["jax_fa_cpu_backward"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuBackward));
     handlers["jax_fa_cpu_jvp"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuJvp));
     handlers["jax_fa_cpu_tangent"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuTangent));
+    handlers["jax_fa_cpu_paged"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuPaged));
     handlers["jax_fa_cpu_second"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuSecond));
     return handlers;
   });

@@ -11,9 +11,9 @@ namespace jax_fa {
 
 // Increased by one where what the handlers take changes in a way that the names do not show: attributes, their order or
 // meaning, sizes, dtypes.
-constexpr int64_t kAbi = 2;
+constexpr int64_t kAbi = 3;
 
-enum class Element : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kBool, kOther };
+enum class Element : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kBool, kI8, kF8E4M3, kF8E5M2, kOther };
 
 constexpr uint32_t Bit(Element e) { return uint32_t{1} << static_cast<int>(e); }
 constexpr uint32_t kFloats = Bit(Element::kF32) | Bit(Element::kBF16) | Bit(Element::kF16);

@@ -35,6 +35,36 @@ struct Label {
   const char* of = "";
 };
 
+// --- texts of messages
+
+inline std::string Joined(const std::vector<std::string>& list, const char* between) {
+  std::string text;
+  for (const std::string& x : list) text += (text.empty() ? "" : between) + x;
+  return text;
+}
+inline std::string ElementName(Element e) {
+  static const char* const kNames[] = {"float32", "bfloat16", "float16", "int32",         "uint32",
+                                       "uint8",   "bool",     "int8",    "float8_e4m3fn", "float8_e5m2"};
+  return e == Element::kOther ? "another dtype" : kNames[static_cast<int>(e)];
+}
+inline std::string ShapeText(const Shape& x) {
+  std::vector<std::string> dims;
+  dims.reserve(x.rank);
+  for (size_t i = 0; i < x.rank; ++i) dims.push_back(std::to_string(x.dims[i]));
+  return ElementName(x.element) + " (" + Joined(dims, ", ") + ")";
+}
+
+[[noreturn]] inline void Differs(const Label& label, const Shape& x, uint32_t elements,
+                                 const std::vector<std::string>& dims) {
+  std::vector<std::string> names;
+  for (int e = 0; e < static_cast<int>(Element::kOther); ++e)
+    if (elements >> e & 1) names.push_back(ElementName(static_cast<Element>(e)));
+  throw BadCall(label.Text() + " is " + ShapeText(x) + "; expected " + Joined(names, " or ") + " (" + Joined(dims, ", ") +
+                ")");
+}
+
+// --- calls
+
 // An array of a call besides its operands: its view, and what it is like.
 struct OtherArray {
   enum Like : uint8_t { kOut, kStatistic, kTangent, kGradient };  // the last two: like `operand`
@@ -122,22 +152,6 @@ class ShapeCheck {
  private:
   explicit ShapeCheck(const CallShapes& call) : call_(call) {}
 
-  static std::string Text(const std::vector<std::string>& list, const char* between) {
-    std::string text;
-    for (const std::string& x : list) text += (text.empty() ? "" : between) + x;
-    return text;
-  }
-  static std::string Text(const Shape& x) {
-    std::vector<std::string> dims;
-    dims.reserve(x.rank);
-    for (size_t i = 0; i < x.rank; ++i) dims.push_back(std::to_string(x.dims[i]));
-    return Name(x.element) + " (" + Text(dims, ", ") + ")";
-  }
-  static std::string Name(Element e) {
-    static const char* const kNames[] = {"float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool"};
-    return e == Element::kOther ? "another dtype" : kNames[static_cast<int>(e)];
-  }
-
   // What does not depend on shapes.
   void Static() {
     const auto is_permutation = [&](const char* name, std::string_view axes) {
@@ -200,16 +214,16 @@ class ShapeCheck {
     const auto of = [&](const Shape& x, std::string_view axes, size_t i) { return x.dims[axes[lead + i] - 'a']; };
     sizes_.Skv = of(key, call_.key_axes, 0), sizes_.K = of(key, call_.key_axes, 1);
     sizes_.D = of(key, call_.key_axes, 2), sizes_.Dv = of(value, call_.value_axes, 2);
-    if (sizes_.D < 1) throw BadCall("key is " + Text(key) + "; expected a head_dim of at least 1");
+    if (sizes_.D < 1) throw BadCall("key is " + ShapeText(key) + "; expected a head_dim of at least 1");
     if (sizes_.K < 1 || sizes_.N % sizes_.K != 0)
-      throw BadCall("key is " + Text(key) + ", that is " + std::to_string(sizes_.K) +
+      throw BadCall("key is " + ShapeText(key) + ", that is " + std::to_string(sizes_.K) +
                     " heads; expected a number that divides the " + std::to_string(sizes_.N) + " of query");
     if (sizes_.Skv >= INT32_MAX || sizes_.Sq >= INT32_MAX) throw BadCall("a sequence is longer than 2^31 - 2");
   }
 
   void Rank(const Label& label, const Shape& x, size_t rank) {
     if (x.rank != rank)
-      throw BadCall(label.Text() + " is " + Text(x) + ", of rank " + std::to_string(x.rank) + "; expected rank " +
+      throw BadCall(label.Text() + " is " + ShapeText(x) + ", of rank " + std::to_string(x.rank) + "; expected rank " +
                     std::to_string(rank));
   }
 
@@ -323,15 +337,6 @@ class ShapeCheck {
       case 'V': return sizes_.Dv;
       default: return letter - '0';
     }
-  }
-
-  [[noreturn]] static void Differs(const Label& label, const Shape& x, uint32_t elements,
-                                   const std::vector<std::string>& dims) {
-    std::vector<std::string> names;
-    for (int e = 0; e < static_cast<int>(Element::kOther); ++e)
-      if (elements >> e & 1) names.push_back(Name(static_cast<Element>(e)));
-    throw BadCall(label.Text() + " is " + Text(x) + "; expected " + Text(names, " or ") + " (" + Text(dims, ", ") +
-                  ")");
   }
 
   const CallShapes& call_;

@@ -24,6 +24,7 @@ from jax_fa.cann.torch_npu import (
 from jax_fa.dropout import dropout_mask
 from jax_fa.explanation import Explanation, explain
 from jax_fa.flex import BlockMask, create_block_mask
+from jax_fa.paged.attention import paged_attention
 from jax_fa.sequence_parallel import sequence_parallel_attention
 from jax_fa.softmax import merge
 
@@ -53,6 +54,7 @@ __all__ = [
     "mosaic",
     "npu_fusion_attention",
     "npu_fusion_attention_grad",
+    "paged_attention",
     "sequence_parallel",
     "sequence_parallel_attention",
     "strict",

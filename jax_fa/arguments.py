@@ -196,6 +196,22 @@ _MASKS = dict.fromkeys(
     ("attn_mask", "attention_mask", "atten_mask"), "mask (boolean, True = visible) or bias"
 )
 _ADVICE: dict[str, dict[str, str]] = {
+    "paged_attention": {
+        **_SCALES,
+        **_CAPS,
+        **_SINKS,
+        **dict.fromkeys(("block_table", "block_tables", "page_indices", "page_tables"), "page_table"),
+        **dict.fromkeys(("cache_seqlens", "context_lens", "seq_lens", "kv_lens"), "lengths"),
+        **dict.fromkeys(("window_size", "window"), "local_window_size (keys before the token's own)"),
+        "sliding_window": "local_window_size=sliding_window - 1",
+        **dict.fromkeys(("return_residual", "return_lse", "return_softmax_lse"), "return_logsumexp"),
+        "k_scale": "key_scale",
+        "v_scale": "value_scale",
+        "key_cache": "key_pages",
+        "value_cache": "value_pages",
+        "k_pages": "key_pages",
+        "v_pages": "value_pages",
+    },
     "dot_product_attention": {
         **_SCALES,
         **_CAPS,

@@ -31,9 +31,9 @@ R = TypeVar("R")
 class Request(Generic[R]):
     """What an entry asks for: a call, what to compute of it, and what the entry returns of the result."""
 
-    call: Call
+    call: Any  # a Call, or a PagedCall
     finish: Callable[[Any], R]
-    run: Callable[[Call], Any] = attention
+    run: Callable[[Any], Any] = attention
 
 
 def entry(build: Callable[P, Request[R]]) -> Callable[P, R]:
@@ -352,6 +352,11 @@ def _scale(scale, d: Dims) -> float | jax.Array:
     return _finite("scale", arguments.per_head("scale", scale, d.B, d.N))
 
 
+def scale_of(scale, D: Size) -> float | jax.Array:
+    """The factor of the logits that an entry is given: a float where it is known, else traced."""
+    return 1.0 / math.sqrt(D) if scale is None else finite_scale("scale", scale)
+
+
 def finite_scale(name: str, scale) -> float | jax.Array:
     """A factor of the logits: finite where it is known."""
     return _finite(name, arguments.scalar(name, scale))
@@ -364,10 +369,18 @@ def _finite(name: str, scale) -> float | jax.Array:
     return scale
 
 
+def soft_cap_of(cap) -> float | jax.Array | None:
+    """The soft cap of the logits, likewise."""
+    return None if cap is None else _positive(arguments.scalar("logits_soft_cap", cap))
+
+
 def _soft_cap(cap, d: Dims) -> float | jax.Array | None:
     if cap is None:
         return None
-    cap = arguments.per_head("logits_soft_cap", cap, d.B, d.N)
+    return _positive(arguments.per_head("logits_soft_cap", cap, d.B, d.N))
+
+
+def _positive(cap) -> float | jax.Array:
     if isinstance(cap, float):
         if not (cap > 0 and math.isfinite(cap)):
             raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")
@@ -406,14 +419,18 @@ def with_sinks(call: Call, sinks, *, may_join: bool = True) -> Callable[[Call], 
     """`attention` with the sinks of an entry, checked against its call; None is none."""
     if sinks is None:
         return attention
+    return functools.partial(attention, sinks=checked_sinks(sinks, call.dims, call.acc), may_join=may_join)
+
+
+def checked_sinks(sinks, dims: Dims, acc):
+    """Sinks as `*#B N` in the dtype of the statistics."""
     sinks = arguments.array("sinks", sinks)
     if not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise TypeError(f"sinks must have a floating dtype; got {sinks.dtype}.")
-    B, N = call.dims.B, call.dims.N
+    B, N = dims.B, dims.N
     if sinks.shape[-1:] != (N,) or not masks.broadcasts(sinks.shape, (*B, N)):
         raise ValueError(f"sinks must have shape (N,) or (*B, N) with B={B}, N={N}; got {sinks.shape}.")
-    sinks = masks.lead(sinks, len(B) + 1).astype(call.acc)
-    return functools.partial(attention, sinks=sinks, may_join=may_join)
+    return masks.lead(sinks, len(B) + 1).astype(acc)
 
 
 def _slopes(slopes, batch: Shape, N: Size) -> Any:

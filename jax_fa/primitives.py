@@ -392,7 +392,7 @@ def _lowering(kind, ctx, *args, tree, problem):
 
 
 # Whose compilers ask Python how to split a custom call. TPU's do not.
-_RULES_ON = ("cpu", "cuda", "rocm", "gpu")
+RULES_ON = ("cpu", "cuda", "rocm", "gpu")
 
 
 def _needs_rule(ctx, backend, call: Call, platform: str) -> bool:
@@ -401,7 +401,7 @@ def _needs_rule(ctx, backend, call: Call, platform: str) -> bool:
     if splits_alone is None:
         return True
     # Plain code needs nothing of this package where an exported program runs, and knows manual axes.
-    if compat.for_export(ctx) or compat.is_manual(ctx) or platform not in _RULES_ON:
+    if compat.for_export(ctx) or compat.is_manual(ctx) or platform not in RULES_ON:
         return False
     return not splits_alone(call)
 
@@ -412,7 +412,7 @@ def gathered(backend, platform: str, inputs: Inputs, problem: Problem) -> list[s
     splits_alone = getattr(backend, "splits_alone", None)
     if splits_alone is not None and splits_alone(call):
         return []
-    with_rule = splits_alone is None or platform in _RULES_ON
+    with_rule = splits_alone is None or platform in RULES_ON
     rows = with_rule and getattr(backend, "splits_rows", False)
     return gathered_by_types(Partition(call, rows=rows), inputs.arrays(), with_rule=with_rule)
 
@@ -492,7 +492,6 @@ def _restored(key: str) -> Split:
 
 
 _REQUIRED = ("out", "m", "l")
-restore_splits(_restored)
 
 
 def _without_hints(tree):
@@ -533,3 +532,4 @@ KINDS = {
     second_p: SECOND,
     second_tangent_p: SECOND_TANGENT,
 }
+restore_splits((kind.what for kind in KINDS.values()), _restored)

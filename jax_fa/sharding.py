@@ -11,9 +11,10 @@ label every device has. So the rule needs no mesh, and a program means the same 
 Sharded keys are gathered: sequence parallelism is a function that the caller names, not a rule.
 """
 
+import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,27 @@ class Partition:
     def size(self, label) -> int:
         d = self.dims
         return d.B[label] if isinstance(label, int) else getattr(d, label)
+
+    def why(self, name: str, axis: int, label) -> str:
+        """Why an axis with this label is gathered."""
+        d, dim = self.dims, _dim(self, name, axis)
+        if label is not None and not self.sums:
+            return "in a partly manual mesh the gradients of what devices share are not summed by the kernels' rule"
+        if label in ("N", "K"):
+            return f"N={d.N} query heads that read K={d.K} key heads do not split evenly"
+        if label is not None:
+            return "its size is not divisible, or other arrays are sharded in another way"
+        if dim == 2:
+            return "attention sums over head_dim"
+        if dim == 0 and name in ("key", "value"):
+            return "each row attends to all keys (shard the sequence inside jax.shard_map)"
+        if self.rows is None and self.call.operands.dropout_seed is not None:
+            return "dropout counts rows from the first of the sequence"
+        if self.rows is None and self.call.problem.functions:
+            return "functions count rows from the first of the sequence"
+        if self.rows is None and name == "query":
+            return "rows are not split here"
+        return "it is needed whole"
 
     def _labels(self, shape: Shape, names: Labels, axes: Axes | None = None) -> Labels:
         """Labels of an array stored in the order of `axes`; `names` are those of its dims after `*B`."""
@@ -364,35 +386,12 @@ def _gathered(
         for axis in sorted(cut):
             label = labels[axis]
             if label not in used and not (label == "K" and "N" in used):
-                found.setdefault((axis, _why(partition, name, axis, label)), []).append(name)
+                found.setdefault((axis, partition.why(name, axis, label)), []).append(name)
     return [
         f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} gathered whole on every device along axis {axis}, "
         f"which is sharded: {why}"
         for (axis, why), names in found.items()
     ]
-
-
-def _why(partition: Partition, name: str, axis: int, label) -> str:
-    d, dim = partition.dims, _dim(partition, name, axis)
-    if label is not None and not partition.sums:
-        return (
-            "in a partly manual mesh the gradients of what devices share are not summed by the kernels' rule"
-        )
-    if label in ("N", "K"):
-        return f"N={d.N} query heads that read K={d.K} key heads do not split evenly"
-    if label is not None:
-        return "its size is not divisible, or other arrays are sharded in another way"
-    if dim == 2:
-        return "attention sums over head_dim"
-    if dim == 0 and name in ("key", "value"):
-        return "each row attends to all keys (shard the sequence inside jax.shard_map)"
-    if partition.rows is None and partition.call.operands.dropout_seed is not None:
-        return "dropout counts rows from the first of the sequence"
-    if partition.rows is None and partition.call.problem.functions:
-        return "functions count rows from the first of the sequence"
-    if partition.rows is None and name == "query":
-        return "rows are not split here"
-    return "it is needed whole"
 
 
 _warned: set[str] = set()
@@ -418,15 +417,22 @@ def split(x: Split, results: Sequence[Any], *arrays) -> tuple[Any, ...]:
     return tuple(_split_p.bind(*arrays, key=x.key, avals=tuple((r.shape, r.dtype) for r in results)))
 
 
-def restore_splits(made: Callable[[str], Split]) -> None:
-    """Says how to make a `Split` from its key, where an exported program asks for one that this process has not made."""
+def restore_splits(kinds: Iterable[str], made: Callable[[str], Split]) -> None:
+    """Says how to make a `Split` from a key that is JSON with one of these as its "kind".
 
-    def found(key: str) -> Split:
-        if key not in _splits:
-            _splits[key] = made(key)
-        return _splits[key]
+    For an exported program that asks for one which this process has not made.
+    """
+    _makers.update(dict.fromkeys(kinds, made))
 
-    compat.def_partitioner(TARGET, found)
+
+def _found(key: str) -> Split:
+    if key not in _splits:
+        _splits[key] = _makers[json.loads(key)["kind"]](key)
+    return _splits[key]
+
+
+_makers: dict[str, Callable[[str], Split]] = {}
+compat.def_partitioner(TARGET, _found)
 
 
 def _lower(ctx, *leaves, key: str, avals):

@@ -25,6 +25,7 @@ ROOMS = {
     "explanation",
     "integrations",
     "mosaic",
+    "paged",
     "sequence_parallel",
     "testing",
 }

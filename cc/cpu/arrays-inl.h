@@ -20,7 +20,35 @@ JAX_FA_INLINE void EachElement(int64_t n, int64_t stride, const Vector& vector, 
   for (; i < n; ++i) element(i);
 }
 
-// `n` elements with the given stride to contiguous floats.
+// A vector of 8-bit elements.
+template <DType kType>
+JAX_FA_INLINE F LoadBytes(const char* p) {
+  if constexpr (kType == DType::kI8) {
+    return LoadI8(reinterpret_cast<const int8_t*>(p));
+  } else if constexpr (kType == DType::kF8E4M3) {
+    return LoadF8E4M3(reinterpret_cast<const uint8_t*>(p));
+  } else {
+    return LoadF8E5M2(reinterpret_cast<const uint8_t*>(p));
+  }
+}
+
+// The first n < kLanes of them, then zeros; nothing behind them is read.
+template <DType kType>
+JAX_FA_INLINE F LoadFirstBytes(const char* p, int n) {
+  char x[kLanes] = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return LoadBytes<kType>(x);
+}
+
+// Neighbours to floats.
+template <DType kType>
+inline void LoadByteRow(const char* src, int64_t n, float* dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) Store(dst + i, LoadBytes<kType>(src + i));
+  if (const int rest = static_cast<int>(n - i); rest > 0) StoreFirst(dst + i, LoadFirstBytes<kType>(src + i, rest), rest);
+}
+
+// `n` elements with the given stride to contiguous floats. 8-bit ones are neighbours.
 inline void LoadRow(const void* src, DType dtype, int64_t stride, int64_t n, float* dst) {
   const float* s = static_cast<const float*>(src);
   const uint16_t* h = static_cast<const uint16_t*>(src);
@@ -30,10 +58,16 @@ inline void LoadRow(const void* src, DType dtype, int64_t stride, int64_t n, flo
     EachElement(
         n, stride, [&](int64_t i) { Store(dst + i, LoadBF16(h + i)); },
         [&](int64_t i) { dst[i] = ToFloatBF16(h[i * stride]); });
-  } else {
+  } else if (dtype == DType::kF16) {
     EachElement(
         n, stride, [&](int64_t i) { Store(dst + i, LoadF16(h + i)); },
         [&](int64_t i) { dst[i] = ToFloatF16(h[i * stride]); });
+  } else if (dtype == DType::kI8) {
+    LoadByteRow<DType::kI8>(static_cast<const char*>(src), n, dst);
+  } else if (dtype == DType::kF8E4M3) {
+    LoadByteRow<DType::kF8E4M3>(static_cast<const char*>(src), n, dst);
+  } else {
+    LoadByteRow<DType::kF8E5M2>(static_cast<const char*>(src), n, dst);
   }
 }
 
@@ -120,10 +154,16 @@ inline float ZeroOrNaN(const uint16_t* x, int64_t n) {  // bfloat16
 }
 
 // Floats that staging rows of a call takes: kLanes rows, or two rows filled up to whole panels.
-inline int64_t StageSize(const Call& c) {
+inline int64_t StagedRows(const Call& c) {
   const int64_t wide = c.D > c.Dv ? c.D : c.Dv, rows = kLanes * RoundUp(wide, kLanes),
                 panels = 2 * Panels(wide) * kPanel;
-  return rows > panels ? rows : panels;
+  return RoundUp(rows > panels ? rows : panels, 16);
+}
+
+// ... and a block of keys or values that lie in pages.
+inline int64_t StageSize(const Call& c) {
+  const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
+  return StagedRows(c) + (c.pages ? kMostKeys * RoundUp(wide, 2 * kLanes) : 0);
 }
 
 // --- rows as units: floats, or the bfloat16 elements as they are

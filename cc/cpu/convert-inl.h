@@ -1,4 +1,4 @@
-// 16-bit floats, one at a time. Rounds to nearest even; NaN stays NaN.
+// 16-bit and 8-bit floats, one at a time. Rounds to nearest even; NaN stays NaN.
 #pragma once
 
 #include <stdint.h>
@@ -36,6 +36,16 @@ inline float ToFloatF16(uint16_t h) {
     return BitsToFloat(sign |
                        FloatToBits(static_cast<float>(static_cast<int32_t>(magnitude)) * BitsToFloat(0x33800000u)));
   return BitsToFloat(sign | ((magnitude << 13) + 0x38000000u));
+}
+
+// The upper half of a half.
+inline float ToFloatF8E5M2(uint8_t x) { return ToFloatF16(static_cast<uint16_t>(x << 8)); }
+
+// Its bits are those of a half, but for a bias of 7 instead of 15, a NaN of all ones, and no infinity.
+inline float ToFloatF8E4M3(uint8_t x) {
+  const int magnitude = x & 0x7f, sign = (x & 0x80) << 8;
+  if (magnitude == 0x7f) return BitsToFloat(0x7fc00000u);
+  return ToFloatF16(static_cast<uint16_t>(sign | magnitude << 7)) * 256.0f;
 }
 
 inline uint16_t FromFloatF16(float f) {

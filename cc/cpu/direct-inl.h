@@ -9,6 +9,7 @@
 #include "cpu/forward_plan-inl.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/pack-inl.h"
+#include "cpu/pages-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/softmax-inl.h"
 
@@ -46,6 +47,10 @@ class Asked {
   void Then(const View& x, int64_t width, int64_t first, int64_t last) {
     if (x.col != 1 || width == 0 || first >= last) return;
     const int64_t size = ItemSize(x.dtype), n = last - first;
+    if (c_.pages) {  // page by page, in whole rows
+      spans_[count_++] = {x.Bytes(b_, 0), first, last, 0, 1, x.row * size};
+      return;
+    }
     Span s{x.Bytes(b_, 0, first), x.row * size, n, x.head * size, c_.K, width * size};
     if (HeadsInRow(c_, x)) {
       s.bytes += (c_.K - 1) * s.outer;
@@ -64,13 +69,15 @@ class Asked {
   }
 
  private:
-  // inner_count runs of bytes that lie side by side, and that outer_count times.
+  // inner_count runs of bytes that lie side by side, and that outer_count times. In pages, keys [inner, inner_count) of so many
+  // bytes each.
   struct Span {
     const char* data;
     int64_t inner, inner_count, outer, outer_count, bytes;
   };
 
   bool NextRun() {
+    if (c_.pages) return NextPage();
     for (; span_ < count_; ++span_, outer_ = 0) {
       const Span& s = spans_[span_];
       for (; outer_ < s.outer_count; ++outer_, inner_ = 0) {
@@ -79,6 +86,20 @@ class Asked {
         left_ = s.bytes;
         return true;
       }
+    }
+    return false;
+  }
+
+  bool NextPage() {
+    for (; span_ < count_; ++span_) {
+      Span& s = spans_[span_];
+      if (s.inner >= s.inner_count) continue;
+      const int64_t rest = c_.pages.size - s.inner % c_.pages.size, left = s.inner_count - s.inner;
+      const int64_t n = rest < left ? rest : left;
+      at_ = s.data + c_.pages.Row(b_, s.inner) * s.bytes;
+      left_ = n * s.bytes;
+      s.inner += n;
+      return true;
     }
     return false;
   }
@@ -100,7 +121,15 @@ struct DirectBlock {
   const Call& c;
   const ForwardScratch<kPairs>& s;
   int64_t b, n, j0, width, first, last;
-  int64_t dv = Panels(c.Dv) * kPanel;
+  int64_t dv = Panels(c.Dv) * kPanel, kb = RoundUp(kDirectKeys, kPanel);
+
+  void Find() const {
+    const int64_t from = first / kPer * kPer;  // of values, pairs
+    FindRows(c, c.key, b, j0, j0 + first, j0 + last, s.key_at);
+    FindRows(c, c.value, b, j0, j0 + from, j0 + last, s.value_at);
+    if (c.key_scale) FindScales(c, c.key_scale, b, 0, c.K, j0, j0 + first, j0 + last, kb, s.key_scale);
+    if (c.value_scale) FindScales(c, c.value_scale, b, 0, c.K, j0, j0 + first, j0 + last, kb, s.value_scale);
+  }
 
   void Dots() const {
     const int64_t together = n == 1 ? 1 : kDirectTile, end = j0 + last;
@@ -109,14 +138,14 @@ struct DirectBlock {
     asked.Then(c.value, c.Dv, j0 + first, Least(j0 + first + AskedRows(c.value, c.Dv, Neighbours()), end));
     const bool in_place = c.key.col == 1;
     const int64_t size = ItemSize(c.key.dtype), bytes = kDirectTile * c.D * size;
-    const int64_t row = c.key.row * size, head = c.key.head * size, ld = RoundUp(Units<kPairs>(c.D), kLanes);
-    const char* const keys = c.key.Bytes(b, 0, j0);
+    const int64_t head = c.key.head * size, ld = RoundUp(Units<kPairs>(c.D), kLanes);
+    const char* const keys = c.key.Bytes(b, 0);
     DueKeys<kPairs> due(in_place ? c.key.dtype : DType::kF32, n, s.q_row, c.D, s.s_row);
     ReadInOrder(c, c.key, first, last, 1, kDirectTile, together, [&](int64_t k, int64_t j, int64_t count) {
       const float* q = s.q + k * n * s.q_row;
       float* to = s.logits + k * n * s.s_row;
-      const char* key = keys + k * head + j * row;
-      for (int64_t i = j; i < j + count; ++i, key += row) {
+      for (int64_t i = j; i < j + count; ++i) {
+        const char* key = keys + k * head + s.key_at[i];
         if (!in_place) {
           float* own = s.stage + due.count() * ld;
           CopyRow<kPairs>(c.key, b, k, j0 + i, c.D, own);
@@ -133,12 +162,15 @@ struct DirectBlock {
     const int64_t together = Neighbours(), bytes = kPer * c.Dv * ItemSize(c.value.dtype), end = j0 + last;
     Asked asked(c, b);
     asked.Then(c.value, c.Dv, j0 + first + AskedRows(c.value, c.Dv, together), end);
-    asked.Then(c.key, c.D, end, Least(end + AskedRows(c.key, c.D, kDirectTile), c.Skv));
+    asked.Then(c.key, c.D, end, Least(end + AskedRows(c.key, c.D, kDirectTile), c.Keys(b)));
+    const char* const values = c.value.Bytes(b, 0);
+    const int64_t head = c.value.head * ItemSize(c.value.dtype);
     Fill(s.sums, 0, n * c.K * dv, 0.0f);
     ReadInOrder(c, c.value, first / kPer * kPer, last, kPer, together / kPer, together,
                 [&](int64_t k, int64_t j, int64_t count) {
-                  DirectValues<kPairs>(c, b, k, n, j0, j, count, last, s.zeros, s.logits + k * n * s.s_row, s.s_row,
-                                       s.sums + k * n * dv, dv, asked.Next(count * bytes));
+                  DirectValues<kPairs>(c.value.dtype, c.Dv, {values + k * head, s.value_at, !c.pages}, n, j, count, last,
+                                       s.zeros, s.logits + k * n * s.s_row, s.s_row, s.sums + k * n * dv, dv,
+                                       asked.Next(count * bytes));
                 });
   }
 
@@ -149,6 +181,10 @@ struct DirectBlock {
   int64_t AskedRows(const View& x, int64_t width, int64_t together) const {
     const int64_t bytes = width * ItemSize(x.dtype) * (HeadsInRow(c, x) ? c.K : 1);
     return together + (bytes > 0 && kAskedBytes > bytes ? kAskedBytes / bytes - 1 : 0);
+  }
+
+  void ScaleDots(int64_t k) const {
+    if (c.key_scale) ScaleColumns(s.key_scale + k * kb, n, first, last, s.logits + k * n * s.s_row, s.s_row);
   }
 
   void Soften(int64_t k, const float* nan_marker) const {
@@ -163,7 +199,7 @@ struct DirectBlock {
   void Packed(int64_t k) const {
     const int64_t units = Units<kPairs>(width), from = first / kLanes * kLanes / kPer, to = Units<kPairs>(last);
     float* nan_marker = IsMasked(c) ? s.own.nan_marker : nullptr;
-    const bool any = PackValues<kPairs>(c.value, c.Dv, b, k, j0, width, s.stage, nan_marker, s.own.values);
+    const bool any = PackValuesOf<kPairs>(c, b, k, j0, j0 + first, width, s.stage, nan_marker, s.own.values);
     Soften(k, any ? nan_marker : nullptr);
     for (int64_t p = 0; p < Panels(c.Dv); ++p)
       Gemm<kPairs, true>(n, to - from, s.logits + k * n * s.s_row + from, s.s_row, 1,
@@ -177,6 +213,7 @@ struct DirectBlock {
       s.l[r] = s.before_l[r] * (s.m[r] > s.before_m[r] ? __builtin_expf(s.before_m[r] - s.m[r]) : 1.0f);
     DirectDots<kPairs>(c, b, k, n, s.q + k * n * s.q_row, s.q_row, j0, first, last, s.stage, s.logits + k * n * s.s_row,
                        s.s_row);
+    ScaleDots(k);
     Packed(k);
   }
 
@@ -189,14 +226,19 @@ struct DirectBlock {
 
   void Run() const {
     const int64_t rows = n * c.K;
+    Find();
     Dots();
+    for (int64_t k = 0; k < c.K; ++k) ScaleDots(k);
     if (c.value.col != 1) {
       for (int64_t k = 0; k < c.K; ++k) Packed(k);
       return;
     }
     __builtin_memcpy(s.before_m, s.m, sizeof(float) * static_cast<size_t>(rows));
     __builtin_memcpy(s.before_l, s.l, sizeof(float) * static_cast<size_t>(rows));
-    for (int64_t k = 0; k < c.K; ++k) Soften(k, nullptr);
+    for (int64_t k = 0; k < c.K; ++k) {
+      Soften(k, nullptr);
+      if (c.value_scale) ScaleColumns(s.value_scale + k * kb, n, first, last, s.logits + k * n * s.s_row, s.s_row);
+    }
     Values();
     for (int64_t k = 0; k < c.K; ++k) AddSums(k);
   }

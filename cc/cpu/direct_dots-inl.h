@@ -15,7 +15,7 @@ namespace {
 // Bytes of an element of an array, or of a unit.
 template <bool kPairs, DType kType>
 JAX_FA_INLINE constexpr int64_t BytesOf() {
-  return kPairs || kType == DType::kF32 ? 4 : 2;
+  return kPairs ? 4 : ItemSize(kType);
 }
 
 // One vector of elements of an array, or of units, read in place.
@@ -25,8 +25,10 @@ JAX_FA_INLINE F LoadAs(const char* p, int64_t i) {
     return Load(reinterpret_cast<const float*>(p) + i);
   } else if constexpr (kType == DType::kBF16) {
     return LoadBF16(reinterpret_cast<const uint16_t*>(p) + i);
-  } else {
+  } else if constexpr (kType == DType::kF16) {
     return LoadF16(reinterpret_cast<const uint16_t*>(p) + i);
+  } else {
+    return LoadBytes<kType>(p + i);
   }
 }
 
@@ -40,8 +42,10 @@ JAX_FA_INLINE F LoadRest(const char* p, int64_t i, int n) {
     return LoadFirst(reinterpret_cast<const float*>(p) + i, n);
   } else if constexpr (kType == DType::kBF16) {
     return LoadFirstBF16(halves + i, n, i > 0);
-  } else {
+  } else if constexpr (kType == DType::kF16) {
     return LoadFirstF16(halves + i, n, i > 0);
+  } else {
+    return LoadFirstBytes<kType>(p + i, n);
   }
 }
 
@@ -54,10 +58,14 @@ template <bool kPairs, typename What>
 JAX_FA_INLINE void WithElements(DType type, const What& what) {
   if (kPairs || type == DType::kF32) {
     what(Elements<DType::kF32>{});
-  } else if (type == DType::kBF16) {
-    what(Elements<DType::kBF16>{});
-  } else {
-    what(Elements<DType::kF16>{});
+  } else if constexpr (!kPairs) {
+    switch (type) {
+      case DType::kBF16: return what(Elements<DType::kBF16>{});
+      case DType::kF16: return what(Elements<DType::kF16>{});
+      case DType::kI8: return what(Elements<DType::kI8>{});
+      case DType::kF8E4M3: return what(Elements<DType::kF8E4M3>{});
+      default: return what(Elements<DType::kF8E5M2>{});
+    }
   }
 }
 
@@ -217,7 +225,7 @@ inline void DirectDots(const Call& c, int64_t b, int64_t k, int64_t n, const flo
   const int64_t ld = RoundUp(Units<kPairs>(c.D), kLanes);
   DueKeys<kPairs> due(in_place ? c.key.dtype : DType::kF32, n, q_row, c.D, s_row);
   for (; j < end; ++j) {
-    const char* key = c.key.Bytes(b, k, j0 + j);
+    const char* key = c.key.Bytes(b, k, c.KeyRow(b, j0 + j));
     if (!in_place) {
       float* own = stage + due.count() * ld;
       CopyRow<kPairs>(c.key, b, k, j0 + j, c.D, own);

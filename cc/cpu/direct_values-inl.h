@@ -101,22 +101,46 @@ inline void AddRows(DType type, const ValueRows& x, int64_t columns, int64_t n, 
   });
 }
 
-// Adds to the sums of the n rows of head k its `count` values, or pairs of them, from j on, counted from key
-// j0, which is column 0 of the weights. `zeros` stands for what lacks in the pair of the last of all, key `end` - 1.
+// Values of a head: that of key j lies `at[j]` bytes behind `first`.
+struct ValuesAt {
+  const char* first;
+  const int64_t* at;
+  bool even;  // one after the other, all at equal steps
+
+  // How many of `count` units from key j on are at equal steps; their `step` is set.
+  template <bool kPairs>
+  JAX_FA_INLINE int64_t Run(int64_t j, int64_t count, int64_t* step) const {
+    constexpr int64_t kPer = Unit<kPairs>::kElements;
+    *step = count > 1 ? at[j + kPer] - at[j] : 0;
+    if (even) return count;
+    const int64_t apart = kPairs ? at[j + kPer - 1] - at[j] : 0;
+    int64_t n = 1;
+    for (int64_t i = j + kPer; n < count; ++n, i += kPer)
+      if (at[i] - at[i - kPer] != *step || (kPairs && at[i + kPer - 1] - at[i] != apart)) break;
+    return n;
+  }
+};
+
+// Adds to the sums of n rows `count` values of `columns` elements of a type, or pairs of them, from j on. Column 0 of the
+// weights is that of key 0. `zeros` stands for what lacks in the pair of the last of all, key `end` - 1.
 template <bool kPairs>
-inline void DirectValues(const Call& c, int64_t b, int64_t k, int64_t n, int64_t j0, int64_t j, int64_t count,
+inline void DirectValues(DType type, int64_t columns, const ValuesAt& values, int64_t n, int64_t j, int64_t count,
                          int64_t end, const float* zeros, const float* weights, int64_t s_row, float* sums, int64_t dv,
                          const char* ask) {
   constexpr int64_t kPer = Unit<kPairs>::kElements;
-  const int64_t row = c.value.row * ItemSize(c.value.dtype);
-  const char* first = c.value.Bytes(b, k, j0 + j);
   weights += j / kPer;
   const bool half = kPairs && j + (count - 1) * kPer + 1 == end;
-  ValueRows x{half ? count - 1 : count, kPer * row, 1, first, first + (kPairs ? row : 0)};
-  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights, s_row, sums, dv, ask);
+  for (int64_t left = half ? count - 1 : count; left > 0;) {
+    const char* first = values.first + values.at[j];
+    ValueRows x{0, 0, 1, first, kPairs ? values.first + values.at[j + kPer - 1] : first};
+    x.count = values.Run<kPairs>(j, left, &x.step);
+    AddRows<kPairs>(type, x, columns, n, weights, s_row, sums, dv, ask);
+    ask += x.count * kPer * columns * ItemSize(type);
+    left -= x.count, j += x.count * kPer, weights += x.count;
+  }
   if (!half) return;
-  x = {1, 0, 0, first + (count - 1) * x.step, reinterpret_cast<const char*>(zeros)};
-  AddRows<kPairs>(c.value.dtype, x, c.Dv, n, weights + (count - 1), s_row, sums, dv, x.first);
+  const ValueRows x{1, 0, 0, values.first + values.at[j], reinterpret_cast<const char*>(zeros)};
+  AddRows<kPairs>(type, x, columns, n, weights, s_row, sums, dv, x.first);
 }
 
 }  // namespace

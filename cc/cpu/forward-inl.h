@@ -14,7 +14,7 @@
 #include "cpu/direct-inl.h"
 #include "cpu/forward_plan-inl.h"
 #include "cpu/gemm-inl.h"
-#include "cpu/pack-inl.h"
+#include "cpu/pages-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/shared_blocks-inl.h"
 #include "cpu/softmax-inl.h"
@@ -24,9 +24,10 @@ namespace {
 
 template <bool kPairs>
 inline void PackBlock(const Call& c, int64_t b, int64_t k, int64_t j0, int64_t width, float* stage, Packed* to) {
-  PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, stage, to->keys);
+  if (j0 >= c.Keys(b)) return;
+  PackKeysOf<kPairs>(c, b, k, j0, j0, width, stage, to->keys);
   float* nan_marker = IsMasked(c) ? to->nan_marker : nullptr;
-  if (!PackValues<kPairs>(c.value, c.Dv, b, k, j0, width, stage, nan_marker, to->values)) to->nan_marker = nullptr;
+  if (!PackValuesOf<kPairs>(c, b, k, j0, j0, width, stage, nan_marker, to->values)) to->nan_marker = nullptr;
 }
 
 // Up to group_rows rows [g0, g0 + rows) of a task over one block of keys.
@@ -120,6 +121,7 @@ template <bool kPairs>
 inline Ahead NextRows(const Call& c, const ForwardPlan<kPairs>& plan, int64_t b, int64_t k, int64_t r0, int64_t n,
                       int64_t from, int64_t to) {
   Ahead ahead;
+  if (c.pages) return ahead;
   const auto keys = [&](int64_t b, int64_t k, int64_t j0) {
     const int64_t n = j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0;
     ahead.Add(c.key, b, k, j0, n, c.D);
@@ -236,7 +238,7 @@ class Partials {
   Partials(const Call& c, const ForwardPlan<kPairs>& plan)
       : plan_(plan),
         dv_(Panels(c.Dv) * kPanel),
-        row_(dv_ + kLanes),
+        row_(plan.PartRow(c)),
         memory_(plan.splits > 1 ? c.B * c.K * plan.splits * plan.rows * row_ : 0) {}
 
   void Keep(int64_t head, int64_t split, int64_t r, const float* acc, float m, float l) const {
@@ -253,7 +255,8 @@ class Partials {
   void Merge(const Call& c, const Runner& runner) const {
     Run(runner, c.B * c.K, [&](int64_t head) {
       for (int64_t r = 0; r < plan_.rows; ++r)
-        MergeRow(c, RowAt(c, head / c.K, head % c.K, r), plan_.splits, plan_.rows * row_, Row(head, 0, r));
+        MergeRow(c, RowAt(c, head / c.K, head % c.K, r), plan_.SplitsOf(c, head / c.K), plan_.rows * row_,
+                 Row(head, 0, r));
     });
   }
 
@@ -271,11 +274,12 @@ class Partials {
 template <bool kPairs>
 inline void ForwardTask(const Call& c, const ForwardPlan<kPairs>& plan, const SharedBlocks<Packed>& shared,
                         const Partials<kPairs>& partials, int64_t task) {
-  const ForwardScratch<kPairs> s(c, plan);
   // Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest.
   const int64_t head = task / (plan.blocks * plan.splits) * plan.task_heads, split = task % plan.splits;
   const int64_t block = plan.blocks - 1 - task / plan.splits % plan.blocks;
   const int64_t b = head / c.K, k = head % c.K;
+  if (split >= plan.SplitsOf(c, b)) return;
+  const ForwardScratch<kPairs> s(c, plan);
   const int64_t r0 = block * plan.task_rows, n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
   const int64_t key0 = split * plan.split_keys;
   const int64_t key1 = plan.splits == 1 || key0 + plan.split_keys > c.Skv ? c.Skv : key0 + plan.split_keys;

@@ -43,19 +43,38 @@ struct ForwardPlan {
     const int64_t heads = c.B * c.K;
     task_heads = direct ? c.K : 1;
     task_rows = kTaskRows;
-    while (task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
+    const bool paged = c.pages && rows <= kPagedSplitRows;
+    while (!paged && task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
       task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;
     shared = !direct && blocks > 1 && heads * key_blocks * BlockSize() <= kSharedFloats;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
     const int64_t tasks = heads / task_heads * blocks;
-    splits = tasks == 0 || tasks >= kEnoughTasks || rows > kSplitRows ? 1 : (kFewTasks + tasks - 1) / tasks;
+    splits = tasks == 0 || tasks >= kEnoughTasks || (rows > kSplitRows && !paged) ? 1 : (kFewTasks + tasks - 1) / tasks;
+    if (paged) splits = PagedSplits(c, splits);
     const int64_t most = c.Skv / kSplitKeys;
     splits = splits < most ? splits : most;
     splits = splits > 1 ? splits : 1;
     split_keys = (key_blocks + splits - 1) / splits * key_block;
     splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
     splits = splits > 1 ? splits : 1;
+  }
+
+  // Of which a row takes so many floats: the output, then max and sum.
+  static int64_t PartRow(const Call& c) { return Panels(c.Dv) * kPanel + kLanes; }
+
+  // At least `splits`.
+  int64_t PagedSplits(const Call& c, int64_t splits) const {
+    const int64_t wanted = (c.Skv + kPagedSplitKeys - 1) / kPagedSplitKeys;
+    const int64_t part = c.B * c.K * rows * PartRow(c), most = part > 0 ? kPagedPartFloats / part : 1;
+    const int64_t found = wanted < most ? wanted : most;
+    return found > splits ? found : splits;
+  }
+
+  // Those that hold keys of a batch entry; the first one always does.
+  int64_t SplitsOf(const Call& c, int64_t b) const {
+    const int64_t n = splits > 1 ? (c.Keys(b) + split_keys - 1) / split_keys : 1;
+    return n > 1 ? n : 1;
   }
 
   // Floats of a packed block, and where its parts lie.
@@ -68,6 +87,8 @@ struct ForwardScratch {
   float *q, *acc, *m, *l, *logits, *stage, *tmp;
   Packed own;
   float *sums, *before_m, *before_l, *zeros;  // of few rows: see DirectBlock
+  int64_t *key_at, *value_at;
+  float *key_scale, *value_scale;
   int32_t *lo, *hi;
   int64_t q_row, s_row;
 
@@ -95,6 +116,10 @@ struct ForwardScratch {
     before_m = arena.Take(few);
     before_l = arena.Take(few);
     zeros = arena.Take(plan.direct ? c.Dv : 0);
+    key_at = arena.Take<int64_t>(plan.direct ? kb : 0);
+    value_at = arena.Take<int64_t>(plan.direct ? kb : 0);
+    key_scale = arena.Take(plan.direct && c.key_scale ? c.K * kb : 0);
+    value_scale = arena.Take(plan.direct && c.value_scale ? c.K * kb : 0);
     lo = arena.Take<int32_t>(n);
     hi = arena.Take<int32_t>(n);
   }

@@ -3,7 +3,7 @@
 // A simd_<set>-inl.h header defines the vector of kLanes floats F, the type Mask of its comparisons, and
 //
 //   Load, Store, LoadFirst, StoreFirst (the first n lanes), LoadBF16, LoadF16, LoadFirstBF16, LoadFirstF16, StoreBF16,
-//   StoreF16; Set, Repeat (an element, for the products), Count (0, 1, 2, ...); Fma, Max, Abs, Sqrt, and the operators
+//   StoreF16, LoadI8, LoadF8E4M3, LoadF8E5M2; Set, Repeat (an element, for the products), Count (0, 1, 2, ...); Fma, Max, Abs, Sqrt, and the operators
 //   + - * / of the compiler's vectors; First, Bits, NonZero (of kLanes bytes), IsZero, Equal (masks), Select; Sum, MaxOf
 //   (over lanes), SumFour, TransposeBlock; Rounded; Octaves, SplitOctaves, ScaleByOctaves (parts of exp); KeepColumns (see
 //   philox.h); Unit<true> where it has pairs.

@@ -43,6 +43,22 @@ inline F LoadBF16(const uint16_t* p) {
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
 inline F LoadF16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F LoadI8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+// See convert-inl.h.
+inline F LoadF8E5M2(const uint8_t* p) {
+  const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtph_ps(_mm_slli_epi16(x, 8));
+}
+inline F LoadF8E4M3(const uint8_t* p) {
+  const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i magnitude = _mm_and_si128(x, _mm_set1_epi16(0x7f));
+  const __m128i sign = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x80)), 8);
+  const __m128i half = _mm_or_si128(sign, _mm_slli_epi16(magnitude, 7));
+  const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
+  return _mm256_cvtph_ps(_mm_blendv_epi8(half, _mm_set1_epi16(0x7e00), nan)) * Set(256.0f);
+}
 // The first n < kLanes elements, then zeros; nothing behind them is read. `inside`: p + n is at least kLanes elements into its array.
 inline __m128i LoadFirst16(const uint16_t* p, int n, bool inside) {
   alignas(32) static const uint8_t kBytes[32] = {0,   1,   2,   3,   4,   5,   6,   7,   8,   9,   10,

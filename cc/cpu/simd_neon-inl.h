@@ -7,6 +7,7 @@
 
 #include <arm_neon.h>
 
+#include "cpu/convert-inl.h"
 #include "cpu/philox.h"
 #include "cpu/target-inl.h"
 
@@ -48,6 +49,19 @@ inline F FromBF16(uint16x4_t x) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl
 inline F FromF16(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
 inline F LoadBF16(const uint16_t* p) { return FromBF16(vld1_u16(p)); }
 inline F LoadF16(const uint16_t* p) { return FromF16(vld1_u16(p)); }
+inline F LoadI8(const int8_t* p) {
+  const float x[kLanes] = {static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                           static_cast<float>(p[3])};
+  return Load(x);
+}
+inline F LoadF8E4M3(const uint8_t* p) {
+  const float x[kLanes] = {ToFloatF8E4M3(p[0]), ToFloatF8E4M3(p[1]), ToFloatF8E4M3(p[2]), ToFloatF8E4M3(p[3])};
+  return Load(x);
+}
+inline F LoadF8E5M2(const uint8_t* p) {
+  const float x[kLanes] = {ToFloatF8E5M2(p[0]), ToFloatF8E5M2(p[1]), ToFloatF8E5M2(p[2]), ToFloatF8E5M2(p[3])};
+  return Load(x);
+}
 // The first n < kLanes elements, then zeros; nothing behind them is read. `inside`: p + n is at least kLanes elements
 // into its array.
 inline uint16x4_t LoadFirst16(const uint16_t* p, int n, bool inside) {

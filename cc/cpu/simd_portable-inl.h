@@ -49,6 +49,19 @@ inline F LoadF16(const uint16_t* p) {
   for (int i = 0; i < 4; ++i) x[i] = ToFloatF16(p[i]);
   return x;
 }
+inline F LoadI8(const int8_t* p) {
+  const float x[kLanes] = {static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                           static_cast<float>(p[3])};
+  return Load(x);
+}
+inline F LoadF8E4M3(const uint8_t* p) {
+  const float x[kLanes] = {ToFloatF8E4M3(p[0]), ToFloatF8E4M3(p[1]), ToFloatF8E4M3(p[2]), ToFloatF8E4M3(p[3])};
+  return Load(x);
+}
+inline F LoadF8E5M2(const uint8_t* p) {
+  const float x[kLanes] = {ToFloatF8E5M2(p[0]), ToFloatF8E5M2(p[1]), ToFloatF8E5M2(p[2]), ToFloatF8E5M2(p[3])};
+  return Load(x);
+}
 // The first n < kLanes elements, then zeros; nothing behind them is read.
 inline F LoadFirstBF16(const uint16_t* p, int n, bool) {
   F x{};

@@ -15,13 +15,14 @@ namespace {
 
 // Whether the products of other heads are those of pairs.
 inline bool InPairs(const Call& c) {
-  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16;
+  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16 &&
+         !c.key_scale && !c.value_scale;
 }
 
 inline bool IsSmall(const Call& c) {
   const int64_t rows = c.G() * c.Sq, width = c.D > c.Dv ? c.D : c.Dv;
   const int64_t most = InPairs(c) ? KeysOf(kSmallPairRows, width) : KeysOf(kSmallRows, width);
-  return rows > 0 && rows <= most && c.Skv > 0 && c.Skv <= most;
+  return rows > 0 && rows <= most && c.Skv > 0 && c.Skv <= most && !c.pages;
 }
 
 // A head's rows in floats, each filled up with zeros to whole vectors.

@@ -191,6 +191,12 @@ constexpr int64_t kTaskRows = 384, kThreadTasks = 8;
 // a key head.
 constexpr int64_t kEnoughTasks = 32, kFewTasks = 64, kSplitKeys = 256, kSplitRows = 96;
 
+// ... and of a paged cache so that a part has at most kPagedSplitKeys keys: sequences differ in length, and parts behind a
+// sequence's end take no time. The partial results may take kPagedPartFloats floats (64 MiB). For up to kPagedSplitRows rows of
+// a key head, those of one task: the heads of multi-head latent attention are 128 rows of one key head.
+constexpr int64_t kPagedSplitKeys = 2048, kPagedPartFloats = int64_t{16} << 20, kPagedSplitRows = 256;
+static_assert(kPagedSplitRows <= kTaskRows);
+
 // With at most this many query rows per key head, keys and values are read in place, kDirectKeys at a time: the time is
 // that of reading them once, and packing would write and read them once more.
 constexpr int64_t kDirectRows = 16, kDirectKeys = 128;

@@ -18,19 +18,23 @@ __all__ = ["Backend", "Implementation", "register", "registered"]
 
 # What `implementation=` takes: None, the name of a backend, or its options object (`jax_fa.ascend.Options`, ...).
 Implementation: TypeAlias = Any
+# A `Call`; of "paged" a `PagedCall`.
+AnyCall: TypeAlias = Any
 
 
 @runtime_checkable
 class Backend(Protocol):
     """Runs attention calls on some platforms. `forward` and `backward` are plain traceable functions.
 
-    A backend may have four methods more; what it lacks, the portable backend computes.
+    A backend may have more methods; what it lacks, the portable backend computes.
 
     * `tangent(call, tangents, saved)`: the tangents of out and log-sum-exp (`*B N Sq`) along `tangents`, the `Operands` that
       move; from what the forward saved.
     * `jvp(call, tangents)`: what `forward` and `tangent` give together, in one pass.
     * `second(call, tangents, saved)`: the derivative of `backward` along tangents, as `Operands`, and the gradients by its
       cotangents dout and dlogsumexp. `saved` may hold tangents of the cotangents.
+    * `paged(call)`: out, softmax max and softmax sum of a `PagedCall` (`paged/call.py`), which `why_not` then gets in place of a
+      `Call` where `what` is "paged".
 
     * `why_no_sinks(call, what)`: None where `forward` or `backward` takes `operands.sinks` (and then m and l include them), or
       why not. Backends without it get none.
@@ -169,13 +173,14 @@ def chosen(implementation: Implementation) -> tuple[str | None, Any]:
 
 
 _WHAT = {
+    "paged": "paged attention",
     "backward": "the gradient of this call",
     "tangent": "the tangent (jvp) of this call",
     "second": "the second derivative of this call",
 }
 
 
-def reasons(platform: str, call: Call, what: str = "forward") -> dict[str, str | None]:
+def reasons(platform: str, call: AnyCall, what: str = "forward") -> dict[str, str | None]:
     """For every backend by name: None if it can serve this call on the platform, or why not."""
     found: dict[str, str | None] = {}
     for backend in _backends:
@@ -198,7 +203,7 @@ def _functions(call: Call) -> str:
     return " and ".join(dict.fromkeys(program.name for program in call.problem.functions))
 
 
-def choose(platform: str, call: Call, what: str = "forward") -> Backend:
+def choose(platform: str, call: AnyCall, what: str = "forward") -> Backend:
     """The first backend that can serve the call, or the one it names; NotImplementedError with every reason."""
     found = reasons(platform, call, what)
     if (name := best(found, call, what)) is not None:
@@ -212,7 +217,7 @@ def choose(platform: str, call: Call, what: str = "forward") -> Backend:
     raise NotImplementedError(f"{who} serve {which} on platform {platform!r}. {listed}.")
 
 
-def _refuse_fallback(platform: str, call: Call, what: str, found: dict[str, str | None]) -> None:
+def _refuse_fallback(platform: str, call: AnyCall, what: str, found: dict[str, str | None]) -> None:
     """Raises where another backend than the portable one was asked for, or is native to the platform."""
     asked = call.problem.implementation
     if asked == xla.backend.name:
@@ -227,7 +232,7 @@ def _refuse_fallback(platform: str, call: Call, what: str, found: dict[str, str 
         )
 
 
-def best(found: dict[str, str | None], call: Call, what: str) -> str | None:
+def best(found: dict[str, str | None], call: AnyCall, what: str) -> str | None:
     """Of the `reasons`, the name of the backend that runs; None: none does."""
     asked = call.problem.implementation
     if asked is not None and not hasattr(named(asked), what):

@@ -13,6 +13,7 @@ import numpy as np
 from jax_fa import compat, dropout
 from jax_fa.backends import native
 from jax_fa.call import STORED, Call, Operands, Problem, Saved
+from jax_fa.paged.call import PagedCall
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_HEAD_DIM = 768
@@ -33,7 +34,7 @@ class Cpu:
     emulated_on = ()
     splits_rows = True
 
-    def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
+    def why_not(self, call: Call | PagedCall, *, platform: str, what: str) -> str | None:
         if native.missing is not None:
             return native.absence()
         if call.dtype not in _DTYPES:
@@ -74,6 +75,23 @@ class Cpu:
         arrays = _run("second", call, list(results.values()), saved=saved, tangents=tangents)
         found = dict(zip(results, arrays, strict=True))
         return call.gradients(found), found.get("dout"), found.get("dlogsumexp")
+
+    def paged(self, call: PagedCall) -> tuple[Any, ...]:
+        o, stats = call.operands, jax.ShapeDtypeStruct(call.stats_shape, jnp.float32)
+        factors = [
+            None if x is None else x.astype(jnp.float32)
+            for x in (o.key_scale, o.value_scale, o.scale, o.soft_cap)
+        ]
+        first = o.query, o.key_pages, o.value_pages, o.page_table, o.lengths
+        arrays = [x for x in (*first, *call.bounds(), *factors) if x is not None]
+        optional = o.value_pages, *factors  # in the order of their bits
+        problem = {
+            "present": np.uint32(sum(1 << bit for bit, x in enumerate(optional) if x is not None)),
+            "scale": np.float32(call.problem.scale),
+            "soft_cap": np.float32(call.problem.logits_soft_cap or 0.0),
+        }
+        out = jax.ShapeDtypeStruct(call.out_shape, call.problem.out_dtype)
+        return tuple(jax.ffi.ffi_call("jax_fa_cpu_paged", (out, stats, stats))(*arrays, problem=problem))
 
 
 backend = Cpu()

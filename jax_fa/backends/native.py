@@ -13,7 +13,7 @@ from jax_fa.call import DIFFERENTIABLE, OF_FUNCTIONS, OPERANDS, Saved
 # The arrays that the kernels know. (Sinks are beside their calls: see `jax_fa.sinks`. Calls with functions are for `xla`.)
 _BESIDE = ("sinks", *OF_FUNCTIONS)
 TAKEN, MOVING = (tuple(name for name in names if name not in _BESIDE) for names in (OPERANDS, DIFFERENTIABLE))
-ABI = 2  # of cc/operands.h: what handlers take in ways that names do not show
+ABI = 3  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
 _ROOT = _PACKAGE.parent
 

@@ -39,6 +39,7 @@ with its statistics.
 
 from typing import Any
 
+from jax_fa.backends.xla import paged
 from jax_fa.backends.xla.backward import backward
 from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.backends.xla.forward import forward
@@ -47,6 +48,7 @@ from jax_fa.backends.xla.second import second
 from jax_fa.backends.xla.tangent import jvp, second_tangent, tangent
 from jax_fa.backends.xla.tiling import is_one_tile
 from jax_fa.call import Call, Operands, Saved
+from jax_fa.paged.call import PagedCall
 
 
 class Xla:
@@ -58,7 +60,7 @@ class Xla:
     splits_rows = True
     runs_functions = True
 
-    def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
+    def why_not(self, call: Call | PagedCall, *, platform: str, what: str) -> str | None:
         """Nothing is refused."""
         return None
 
@@ -112,6 +114,9 @@ class Xla:
         padding = Padding(call)
         args = padding.tangents(tangents), padding.tangents(others), padding.saved(saved)
         return padding.cut_all(second_tangent(padding.padded(), *args), (call.out_shape, call.stats_shape))
+
+    def paged(self, call: Any) -> tuple[Any, Any, Any]:
+        return paged.forward(call)
 
 
 backend = Xla()

@@ -1,0 +1,514 @@
+"""`paged_attention` against a float64 oracle that reads the pages one token at a time.
+
+Every pool is hostile: what no sequence may read is NaN, or the largest integer, and the table's entries beyond the length are
+page numbers that do not exist, or those of a page of NaN.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_fa
+from jax_fa.testing import oracle
+
+_FP8 = ("float8_e4m3fn", "float8_e5m2")
+_SCALED = ("int8", *_FP8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    size: int = 16  # of a page
+    dtype: str = "float32"
+    pages: str = ""  # dtype of pages; "": dtype
+    lengths: tuple[int, ...] = (37, 1, 0, 64)
+    capacity: int = 64
+    Sq: int = 1
+    N: int = 4
+    K: int = 2
+    D: int = 32
+    Dv: int = 32
+    mla: bool = False
+    scales: tuple[int, ...] | None = None  # which dims of (P, S, K) scales have
+    window: int | None = None
+    cap: float | None = None
+    sinks: bool = False
+    scale: float | None = None
+    one_row: bool = False  # query without the dim Sq
+    seed: int = 0
+
+    def __str__(self) -> str:
+        given = {name: x for name, x in vars(self).items() if name in Case.__annotations__}
+        return "-".join(f"{k}{v}" for k, v in given.items() if v != getattr(Case, k)).replace(" ", "")
+
+    @cached_property
+    def arrays(self) -> dict[str, Any]:
+        """Of the call. Pages lie in the pool in any order, some between them that belong to nobody."""
+        random, B, S = np.random.default_rng(self.seed), len(self.lengths), self.size
+        per_sequence = -(-self.capacity // S)
+        used = [-(-n // S) for n in self.lengths]
+        total = sum(used) + 3
+        order = random.permutation(total)
+        nobody = order[sum(used) :]
+        table = np.empty((B, per_sequence), np.int32)
+        first = 0
+        for b, count in enumerate(used):
+            table[b] = random.choice([-1, 10**9, -(2**31), *nobody], per_sequence)
+            table[b, :count] = order[first : first + count]
+            first += count
+        dtype = jnp.dtype(self.pages or self.dtype)
+        integer = dtype == jnp.int8
+        worst = 127 if integer else np.nan
+
+        def pool(width):
+            x = random.standard_normal((total, S, self.K, width))
+            x = np.round(30 * x).clip(-127, 127) if integer else x
+            for b, n in enumerate(self.lengths):
+                if n % S:
+                    x[table[b, n // S], n % S :] = worst
+            x[nobody] = worst
+            return x.astype(dtype)
+
+        Sq = () if self.one_row else (self.Sq,)
+        found = {
+            "query": random.standard_normal((B, *Sq, self.N, self.D)).astype(self.dtype),
+            "key_pages": pool(self.D),
+            "value_pages": None if self.mla else pool(self.Dv),
+            "page_table": table,
+            "lengths": np.array(self.lengths, np.int32),
+        }
+        if self.scales is not None:
+            shape = [n if i in self.scales else 1 for i, n in enumerate((total, S, self.K))]
+            for name in ("key_scale",) if self.mla else ("key_scale", "value_scale"):
+                x = random.uniform(0.5, 1.5, shape) / (30 if integer else 1)
+                if 0 in self.scales:
+                    x[nobody] = np.nan
+                found[name] = x.astype(np.float32)
+        if self.sinks:
+            found["sinks"] = random.standard_normal(self.N).astype(np.float32) + 1
+        return found
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "scale": self.scale,
+            "local_window_size": self.window,
+            "logits_soft_cap": self.cap,
+            "value_dim": self.Dv if self.mla else None,
+        }
+
+    def __call__(self, arrays=None, **options):
+        given = dict(self.arrays if arrays is None else arrays)
+        first = [given.pop(x) for x in ("query", "key_pages", "value_pages", "page_table", "lengths")]
+        return jax_fa.paged_attention(*first, return_logsumexp=True, **given, **self.options | options)
+
+    def expected(self, dtype=np.float64, rounded=None) -> tuple[np.ndarray, np.ndarray]:
+        """Token by token. `rounded`: what weights are rounded to before they meet the values."""
+        x = self.arrays
+        query = x["query"][:, None] if self.one_row else x["query"]
+        B, Sq, N, D = query.shape
+        scales = [x.get(f"{name}_scale") for name in ("key", "value")]
+        full = x["key_pages"].shape[:3]
+        scales = [np.broadcast_to(dtype(1) if s is None else s, full).astype(dtype) for s in scales]
+        Dv = self.Dv
+        values = x["key_pages"][..., :Dv] if self.mla else x["value_pages"]
+        value_scale = scales[0] if self.mla else scales[1]
+        out, lse = np.zeros((B, Sq, N, Dv), dtype), np.zeros((B, N, Sq), dtype)
+        last = full[0] - 1
+        for b, i, n in product(range(B), range(Sq), range(N)):
+            p, k = self.lengths[b] - Sq + i, n * self.K // N
+            first = 0 if self.window is None else max(p - self.window, 0)
+            at = [
+                (min(max(x["page_table"][b, j // self.size], 0), last), j % self.size, k)
+                for j in range(first, p + 1)
+            ]
+            if not at:
+                lse[b, n, i] = x["sinks"][n] if self.sinks else -np.finfo(np.float32).max
+                continue
+            at = tuple(np.array(at).T)
+            s = x["key_pages"][at].astype(dtype) @ query[b, i, n].astype(dtype) * scales[0][at]
+            s = s * dtype(D**-0.5 if self.scale is None else self.scale)
+            s = s if self.cap is None else self.cap * np.tanh(s / dtype(self.cap))
+            logits = np.append(s, dtype(x["sinks"][n])) if self.sinks else s
+            m = logits.max()
+            total = np.exp(logits - m).sum()
+            weights = np.exp(s - m) * value_scale[at]
+            weights = weights if rounded is None else weights.astype(rounded).astype(dtype)
+            out[b, i, n] = weights @ values[at].astype(dtype) / total
+            lse[b, n, i] = m + np.log(total)
+        return (out[:, 0], lse[..., 0]) if self.one_row else (out, lse)
+
+    def check(self, out, lse) -> None:
+        want, want_lse = self.expected()
+        acc = np.float64 if self.dtype == "float64" else np.float32
+        naive, naive_lse = self.expected(acc, None if self.dtype == "float64" else self.dtype)
+        assert out.dtype == jnp.dtype(self.dtype) and lse.dtype == acc
+        floor = oracle.FLOOR[self.dtype]
+        oracle.assert_close_to_oracle(out, want, naive.astype(self.dtype), f"{self}: out", floor)
+        seen = want_lse > -1e30
+        stats = oracle.FLOOR[str(np.dtype(acc))]
+        oracle.assert_close_to_oracle(
+            np.where(seen, lse, 0),
+            np.where(seen, want_lse, 0),
+            np.where(seen, naive_lse, 0),
+            f"{self}: lse",
+            stats,
+        )
+        assert np.array_equal(np.asarray(lse)[~seen], want_lse[~seen])
+
+
+# Every value of a feature, most pairs of two, in few programs.
+CASES = (
+    Case(),
+    Case(size=1, window=9, N=6, K=3, D=20, Dv=12, seed=1),
+    Case(size=3, dtype="bfloat16", Sq=3, cap=2.0, seed=2),
+    Case(size=7, dtype="float16", pages="float8_e5m2", scales=(0, 1, 2), sinks=True, K=1, seed=3),
+    Case(size=16, dtype="bfloat16", pages="int8", scales=(0, 1, 2), window=20, Sq=2, N=2, K=2, seed=4),
+    Case(size=16, dtype="bfloat16", one_row=True, sinks=True, cap=3.0, N=8, seed=5),
+    Case(size=128, pages="int8", scales=(2,), lengths=(300, 128, 129), capacity=384, seed=6),
+    Case(size=256, dtype="bfloat16", lengths=(700, 3), capacity=1024, Sq=5, K=4, window=100, seed=7),
+    Case(
+        size=16,
+        pages="bfloat16",
+        scales=(),
+        D=72,
+        Dv=40,
+        Sq=9,
+        K=1,
+        lengths=(150, 9, 4),
+        capacity=160,
+        seed=8,
+    ),
+    Case(
+        size=64, mla=True, dtype="bfloat16", N=16, K=1, D=48, Dv=32, lengths=(200, 65), capacity=256, seed=9
+    ),
+    Case(size=16, mla=True, pages="float8_e4m3fn", scales=(0, 1), N=40, K=1, D=48, Dv=32, scale=0.3, seed=10),
+    Case(size=5, dtype="bfloat16", Sq=33, N=2, K=1, lengths=(90, 33, 20), capacity=100, sinks=True, seed=11),
+)
+
+
+def _id(case: Case) -> str:
+    return str(case) or "plain"
+
+
+@pytest.mark.parametrize("case", CASES, ids=_id)
+def test_forward(case, backend):
+    case.check(*jax.jit(partial(case, implementation=backend))(case.arrays))
+
+
+def _sampled() -> list[Case]:
+    """Of the whole product, so many that every pair of values is there several times."""
+    random = np.random.default_rng(0)
+
+    def pick(*values):
+        return values[random.integers(len(values))]
+
+    found = []
+    for seed in range(150):
+        size, K, Sq = pick(1, 2, 5, 8, 16, 32, 64, 128, 256), pick(1, 2, 3), pick(1, 1, 2, 4, 17, 40)
+        capacity = -(-pick(20, 100, 300, 600) // size) * size
+        pages = pick("", "", "float32", "bfloat16", "float16", *_SCALED)
+        D, mla = pick(8, 16, 20, 64, 80, 128), pick(True, False, False)
+        found.append(
+            Case(
+                size=size,
+                dtype=pick("float32", "bfloat16", "float16"),
+                pages=pages,
+                lengths=tuple(int(n) for n in random.integers(0, capacity + 1, pick(1, 2, 5))),
+                capacity=capacity,
+                Sq=Sq,
+                N=K * pick(1, 2, 4, 8),
+                K=K,
+                D=D,
+                Dv=pick(D // 2, D) if mla else pick(8, 12, 64, D),
+                mla=mla,
+                scales=pick(None, (), (0,), (2,), (0, 1), (0, 1, 2)) if pages else None,
+                window=pick(None, None, 0, 7, 100),
+                cap=pick(None, 2.0),
+                sinks=pick(True, False),
+                seed=seed,
+            )
+        )
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _sampled(), ids=_id)
+def test_sampled(case, backend):
+    case.check(*jax.jit(partial(case, implementation=backend))(case.arrays))
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        case = Case(dtype="float64", Sq=2, cap=2.0)
+        case.check(*case())
+
+
+# --- what is traced
+
+
+def test_one_program_for_all_lengths_and_windows(backend):
+    """Lengths, table, window, scale and cap are data."""
+    case = Case(window=9, cap=3.0, scale=0.2)
+    given = case.arrays | {
+        "local_window_size": jnp.int32(9),
+        "logits_soft_cap": jnp.float32(3),
+        "scale": jnp.float32(0.2),
+    }
+
+    @jax.jit
+    def run(x):
+        x = dict(x)
+        options = {name: x.pop(name) for name in ("local_window_size", "logits_soft_cap", "scale")}
+        return case(x, **options, implementation=backend)
+
+    case.check(*run(given))
+    other = Case(window=3, cap=3.0, scale=0.2)
+    other.check(*run(given | {"local_window_size": jnp.int32(3)}))
+    assert run._cache_size() == 1
+    # Lengths that are out of range are clipped, and so are page numbers within the length.
+    x = case.arrays | {"lengths": np.array([-5, 10**6, 64, 0], np.int32)}
+    x["page_table"] = np.clip(x["page_table"], 0, 1) + np.array([[0], [10**6], [-(10**6)], [0]], np.int32)
+    pool = np.nan_to_num(x["key_pages"]), np.nan_to_num(x["value_pages"])
+    x |= {"key_pages": pool[0], "value_pages": pool[1]}
+    out, lse = run(given | x)
+    last = len(pool[0]) - 1
+    same = run(
+        given
+        | x
+        | {"page_table": np.clip(x["page_table"], 0, last), "lengths": np.array([0, 64, 64, 0], np.int32)}
+    )
+    assert np.array_equal(out, same[0]) and np.array_equal(lse, same[1]) and np.isfinite(out).all()
+    assert not out[0].any() and not out[3].any()
+
+
+def test_visible_nan_stays_in_its_rows(backend):
+    """A value that is not finite reaches the rows to which its key is visible, and no other."""
+    case = Case(Sq=3, lengths=(40, 40), dtype="float32")
+    x = dict(case.arrays)
+    pool = x["value_pages"].copy()
+    pool[x["page_table"][0, 39 // 16], 39 % 16, 0, 3] = np.inf
+    out, _ = case(x | {"value_pages": pool}, implementation=backend)
+    clean, _ = case(implementation=backend)
+    touched = np.zeros(out.shape, bool)
+    touched[0, 2, :2] = True
+    assert np.array_equal(np.where(touched, 0, out), np.where(touched, 0, clean))
+    assert not np.isfinite(np.asarray(out)[0, 2, :2, 3]).any()
+
+
+# --- transformations
+
+
+def test_vmap(backend):
+    """Over sequences, over pools, over windows: the same as a loop."""
+    case = Case(Sq=2, pages="int8", scales=(0, 1, 2))
+    x = case.arrays
+    run = partial(case, implementation=backend)
+    windows = jnp.array([3, 30], jnp.int32)
+    several = {
+        "lengths": np.stack([x["lengths"], x["lengths"][::-1]]),
+        "page_table": np.clip(np.stack([x["page_table"], x["page_table"][::-1]]), 0, len(x["key_pages"]) - 1),
+    }
+    pools = {name: np.stack([x[name], x[name][::-1]]) for name in ("key_pages", "value_pages")}
+    mapped = {
+        "sequences": {"page_table": several["page_table"], "lengths": several["lengths"]},
+        "pools": pools,
+        "both": several | pools,
+    }
+    for name, given in mapped.items():
+        axes = ({key: 0 if key in given else None for key in x}, 0)
+        found = jax.vmap(lambda x, w: run(x, local_window_size=w), axes)(x | given, windows)
+        for i in range(2):
+            one = run(x | {key: value[i] for key, value in given.items()}, local_window_size=windows[i])
+            for got, want in zip(found, one, strict=True):
+                np.testing.assert_allclose(got[i], want, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def _contiguous(case: Case, x):
+    """The same call of `flash_attention`, from gathered pages."""
+    B, Sq = x["query"].shape[:2]
+    table = jnp.clip(x["page_table"], 0, x["key_pages"].shape[0] - 1)
+    key, value = (
+        (x[f"{name}_pages"] * x.get(f"{name}_scale", jnp.ones((1, 1, 1)))[..., None])[table].reshape(
+            B, -1, case.K, case.D
+        )
+        for name in ("key", "value")
+    )
+    mask = jax_fa.masks.Band(left=case.window, right=0, offset=jnp.asarray(x["lengths"]) - Sq)
+    return jax_fa.flash_attention(
+        x["query"],
+        key,
+        value,
+        mask=mask,
+        sinks=x.get("sinks"),
+        logits_soft_cap=case.cap,
+        return_logsumexp=True,
+        implementation="xla",
+    )
+
+
+def test_derivatives(backend):
+    """Of everything that is floating, in both modes: those of the contiguous call. NaN of unused pages stays away."""
+    case = Case(Sq=2, window=30, cap=3.0, sinks=True, scales=(0, 2), lengths=(37, 64, 0))
+    x = jax.tree.map(jnp.asarray, case.arrays)
+    wanted = {name: a for name, a in x.items() if name not in ("page_table", "lengths")}
+    weights = jax.tree.map(lambda a: jax.random.normal(jax.random.key(1), a.shape), case())
+
+    def loss(attend, moving):
+        out, lse = attend(x | moving)
+        return (out * weights[0]).sum() + (jnp.where(lse > -1e30, lse, 0) * weights[1]).sum()
+
+    ours = jax.jit(jax.grad(partial(loss, partial(case, implementation=backend))))(wanted)
+    theirs = jax.jit(jax.grad(partial(loss, partial(_contiguous, case))))(wanted)
+    for name in wanted:
+        finite = np.isfinite(theirs[name])
+        np.testing.assert_allclose(
+            np.where(finite, ours[name], 0), np.where(finite, theirs[name], 0), atol=1e-4, err_msg=name
+        )
+    along = {"query": x["query"][::-1]}
+    moved = jax.jvp(
+        lambda q: loss(partial(case, implementation=backend), {"query": q}), (x["query"],), (along["query"],)
+    )
+    np.testing.assert_allclose(moved[1], jnp.vdot(ours["query"], along["query"]), rtol=1e-3)
+
+
+# --- devices
+
+
+def test_sharded(backend):
+    """Sequences and heads split without communication, in a plain jit and under shard_map."""
+    case = Case(Sq=2, N=4, K=2, pages="int8", scales=(0, 1, 2))
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+    heads = P(None, None, "y")
+    specs = {
+        "query": P("x", None, "y"),
+        "key_pages": heads,
+        "value_pages": heads,
+        "page_table": P("x"),
+        "lengths": P("x"),
+        "key_scale": heads,
+        "value_scale": heads,
+    }
+    results = P("x", None, "y"), P("x", "y")
+    run = partial(case, implementation=backend)
+    placed = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in case.arrays.items()}
+    for function in (run, jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=results)):
+        program = jax.jit(function).lower(placed).compile()
+        found = program(placed)
+        case.check(*found)
+        assert "all-" not in program.as_text()
+        for x, spec in zip(found, results, strict=True):
+            assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+
+
+def test_pages_are_updated_in_place():
+    """A decode loop with a donated pool: one compile, and no copy of the pool."""
+    case = Case(lengths=(0, 0), capacity=64)
+    x, S = case.arrays, case.size
+    rows = np.random.default_rng(1).standard_normal((3, 20, 2, 2, 32)).astype(np.float32)
+    table = np.arange(8, dtype=np.int32).reshape(2, 4)[:, ::-1]
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(pool, query, key, value, position):
+        at = jnp.take_along_axis(jnp.asarray(table), position[:, None] // S, 1)[:, 0], position % S
+        pool = pool[0].at[at].set(key), pool[1].at[at].set(value)
+        return pool, jax_fa.paged_attention(query, *pool, table, position + 1)
+
+    pool = tuple(jnp.full((8, S, 2, 32), jnp.nan) for _ in range(2))
+    queries, keys, values = rows
+    where = [a.unsafe_buffer_pointer() for a in pool]
+    for i in range(20):
+        position = jnp.array([i, max(i - 5, 0)], jnp.int32)
+        pool, out = step(pool, queries[i], keys[i], values[i], position)
+    assert step._cache_size() == 1 and [a.unsafe_buffer_pointer() for a in pool] == where
+    want = jax_fa.flash_attention(queries[19][:1, None], keys[None, :, 0], values[None, :, 0])
+    np.testing.assert_allclose(out[0], want[0, 0], atol=1e-5)
+    del x
+
+
+# --- errors
+
+Q, POOL = jnp.zeros((2, 3, 4, 8)), jnp.zeros((5, 16, 2, 8))
+TABLE, LENGTHS = jnp.zeros((2, 4), jnp.int32), jnp.zeros(2, jnp.int32)
+WRONG = [
+    (
+        {"query": Q[0, 0]},
+        ValueError,
+        r"query must have 4 dimensions \(B, Sq, N, D\) or 3 \(B, N, D\); got shape \(4, 8\)",
+    ),
+    ({"query": Q.astype(int)}, TypeError, "query must have a floating dtype; got int32"),
+    ({"query": Q[..., :0]}, ValueError, "query must have head_dim D of at least 1"),
+    (
+        {"query": Q[..., :4]},
+        ValueError,
+        r"key_pages must have query's head_dim D=4; got shape \(5, 16, 2, 8\)",
+    ),
+    ({"query": Q[:, :, :3]}, ValueError, "multiple of key_pages' K; got N=3, K=2"),
+    ({"key_pages": POOL[0]}, ValueError, r"key_pages must have 4 dimensions \(P, S, K, D\)"),
+    ({"key_pages": POOL[:0]}, ValueError, "at least one page P and one token S of a page"),
+    (
+        {"key_pages": POOL.astype(jnp.int32)},
+        TypeError,
+        "key_pages must have one of the dtypes float32, bfloat16.*got int32",
+    ),
+    ({"value_pages": POOL[:4]}, ValueError, r"value_pages must have key_pages' \(P, S, K\)=\(5, 16, 2\)"),
+    (
+        {"value_pages": POOL.astype(jnp.int8)},
+        TypeError,
+        "value_pages must have key_pages' dtype float32; got int8",
+    ),
+    ({"value_pages": None}, ValueError, "value_pages must be an array, or None with value_dim="),
+    ({"value_pages": None, "value_dim": 9}, ValueError, r"value_dim must be in 1\.\.D=8; got 9"),
+    ({"value_pages": None, "value_dim": 4.0}, TypeError, "value_dim must be an int; got 4.0"),
+    ({"value_dim": 4}, ValueError, "value_dim is for value_pages=None"),
+    ({"page_table": TABLE[:1]}, ValueError, r"page_table must have shape \(B, M\) with B=2.*got \(1, 4\)"),
+    ({"page_table": TABLE[:, :0]}, ValueError, "at least one page M of a sequence"),
+    (
+        {"page_table": TABLE.astype(jnp.float32)},
+        TypeError,
+        "page_table must hold integers; got dtype float32",
+    ),
+    ({"lengths": LENGTHS[:1]}, ValueError, r"lengths must have shape \(B,\)=\(2,\); got \(1,\)"),
+    ({"lengths": LENGTHS + 65}, ValueError, r"lengths must be in 0\.\.64; got \[65 65\]"),
+    ({"lengths": LENGTHS - 1}, ValueError, r"lengths must be in 0\.\.64"),
+    ({"lengths": LENGTHS.astype(jnp.float32)}, TypeError, "lengths must hold integers"),
+    (
+        {"key_scale": jnp.zeros((5, 16, 2, 8))},
+        ValueError,
+        r"key_scale must broadcast to \(P, S, K\)=\(5, 16, 2\)",
+    ),
+    ({"value_scale": jnp.zeros(3)}, ValueError, "value_scale must broadcast to"),
+    ({"value_scale": TABLE[0, 0]}, TypeError, "value_scale must have a floating dtype; got int32"),
+    (
+        {"value_pages": None, "value_dim": 4, "value_scale": jnp.ones(())},
+        ValueError,
+        "key_scale is the scale of values",
+    ),
+    ({"scale": float("nan")}, ValueError, "scale must be finite"),
+    ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be positive and finite"),
+    ({"local_window_size": -1}, ValueError, "local_window_size must be at least 0, or None"),
+    ({"local_window_size": (3, 0)}, TypeError, r"local_window_size must be an int.*got \(3, 0\)"),
+    ({"sinks": jnp.zeros(3)}, ValueError, r"sinks must have shape \(N,\) or \(\*B, N\)"),
+    ({"return_logsumexp": "yes"}, TypeError, "return_logsumexp must be True or False"),
+    ({"implementation": "flash"}, ValueError, "implementation must be None or one of"),
+    ({"window": 3}, TypeError, "pass local_window_size"),
+    ({"block_tables": TABLE}, TypeError, "pass page_table instead"),
+    ({"mask": TABLE}, TypeError, "paged_attention has no argument 'mask'"),
+]
+
+
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize(
+    ("given", "exception", "text"), WRONG, ids=lambda x: "-".join(x) if isinstance(x, dict) else ""
+)
+def test_wrong_arguments(given, exception, text):
+    good = {"query": Q, "key_pages": POOL, "value_pages": POOL, "page_table": TABLE, "lengths": LENGTHS}
+    with pytest.raises(exception, match=text):
+        jax.eval_shape(lambda: jax_fa.paged_attention(**good | given))
