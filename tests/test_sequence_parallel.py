@@ -57,7 +57,7 @@ class Program:
             axis = SEQUENCE[self.case.layout] % x.ndim
         elif name == "lse":
             axis = x.ndim - 1
-        elif x.ndim < 2 or x.shape[-2] == 1 or name == "alibi_slopes":
+        elif x.ndim < 2 or x.shape[-2] == 1 or name in ("alibi_slopes", "sinks"):
             return ()
         else:
             axis = x.ndim - 2
@@ -225,6 +225,47 @@ def test_empty_arrays(sizes, strategy):
     assert not any(np.asarray(g).any() for g in gradients.values())
 
 
+# --- sinks and the largest logits
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "devices"),
+    [
+        ("mask-lengths", "ring", 2),
+        ("mask-lengths", "all_reduce", 2),
+        ("mask-causal", "ulysses", 2),
+        pytest.param("mask-nothing", "ring", 2, marks=pytest.mark.slow),
+        pytest.param("mask-nothing", "all_reduce", 2, marks=pytest.mark.slow),
+        pytest.param("everything", "all_gather", 2, marks=pytest.mark.slow),
+        pytest.param("everything", "ulysses", 2, marks=pytest.mark.slow),
+        pytest.param("everything", "all_reduce", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_sinks_and_the_largest_logits(name, strategy, devices):
+    """Every row has one sink, whatever the number of devices; its gradient is a sum over all rows."""
+    case = _split(BY_NAME[name], devices)
+    program = Program(case, devices, strategy, "zigzag", CPU)
+    shape = (case.N,) if strategy == "ring" else (*case.B, case.N)
+    sinks = 1.5 * case.random("sinks").standard_normal(shape) + 3
+    x = case.stored_operands() | {"sinks": sinks.astype(np.float32)}
+    dout, dlse = case.cotangents()
+    found = program.gradient(x, jnp.asarray(case.stored(dout)), jnp.asarray(dlse))
+    want = jax.jit(partial(case.gradient, implementation=CPU))(x, jnp.asarray(case.stored(dout)), dlse)
+    assert sorted(found[1]) == sorted(want[1])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert _distance(a, b) <= CLOSE_GRADIENTS
+
+    def largest(x, arrays):
+        program.options["return_max_logits"] = True
+        return program.local(x, arrays)[-1]
+
+    given = tuple({n: program.ordered(n, a) for n, a in part.items()} for part in (x, program.arrays))
+    specs = tuple({n: program.spec(n, a) for n, a in part.items()} for part in given)
+    run = jax.shard_map(largest, mesh=_mesh(devices), in_specs=specs, out_specs=P())
+    *_, most = case.flash_attention(x, implementation=CPU, return_max_logits=True)
+    np.testing.assert_allclose(jax.jit(run)(*given), most, rtol=1e-5)
+
+
 # --- derivatives
 
 
@@ -278,6 +319,19 @@ def test_derivatives_of_both_modes_and_second_order(case, devices, strategy, ord
     for name in want:
         for a, b in zip(jax.tree.leaves(found[name]), jax.tree.leaves(want[name]), strict=True):
             assert _distance(a, b) < 5e-5, name  # of sums of large terms that cancel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "devices"), [("ring", 2), ("all_reduce", 2)])
+def test_derivatives_with_sinks(strategy, devices):
+    case = replace(_BOTH, mask="causal")
+    x = case.stored_operands() | {"sinks": np.float32([0.5, 2.0, -1.0, 3.0])}
+    program = Program(case, devices, strategy, "contiguous", CPU)
+    found = jax.jit(partial(_derivatives, program.attend))(x)
+    want = jax.jit(partial(_derivatives, partial(case.flash_attention, implementation=CPU)))(x)
+    for name in want:
+        for a, b in zip(jax.tree.leaves(found[name]), jax.tree.leaves(want[name]), strict=True):
+            assert _distance(a, b) < 5e-5, name
 
 
 def test_a_third_derivative_is_refused():
@@ -761,6 +815,8 @@ def _wrong(shape=(1, 16, 4, 8), spec=_SHARDED, mesh=None, heads=None, manual=Non
         ),
         ({"strategy": "all_reduce"}, ValueError, "query must be the same on every device"),
         ({"bias": np.ones((16, 16), np.float32)}, ValueError, r"\(\*B, N, Sq, Skv\)=\(1, 4, 4, 16\)"),
+        ({"sinks": np.ones(3, np.float32)}, ValueError, r"sinks must have shape \(N,\) or \(\*B, N\)"),
+        ({"return_max_logits": 2}, TypeError, "return_max_logits must be True or False"),
         ({"mask": np.ones((4, 4), bool)}, ValueError, r"\(1, 4, 4, 16\)"),
         ({"mask": SegmentIds(np.ones((1, 5), np.int32))}, ValueError, "segment ids must have shape"),
         ({"mask": Lengths(key=17)}, ValueError, r"key lengths must be in 0\.\.16"),

@@ -191,7 +191,7 @@ def reasons(platform: str, call: AnyCall, what: str = "forward") -> dict[str, st
         if not serves and platform.lower() not in backend.emulated_on:
             where = ", ".join(_WRITTEN.get(served, served) for served in backend.platforms or ())
             found[backend.name] = f"runs on {where} only, not on {_WRITTEN.get(platform, platform)}"
-        elif call.problem.functions and not getattr(backend, "runs_functions", False):
+        elif what != "paged" and call.problem.functions and not getattr(backend, "runs_functions", False):
             found[backend.name] = f"does not support {_functions(call)}: xla does"
         else:
             found[backend.name] = backend.why_not(call, platform=platform, what=what)

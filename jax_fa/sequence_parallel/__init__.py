@@ -8,7 +8,7 @@ from jaxtyping import ArrayLike, Bool, Float, Num
 from jax_fa import api, arguments, backends, entry
 from jax_fa.call import STORED
 from jax_fa.masks import Mask
-from jax_fa.sequence_parallel.exchange import all_reduced, ulysses
+from jax_fa.sequence_parallel.exchange import all_reduced, on_one_device, ulysses, with_largest
 from jax_fa.sequence_parallel.local import Local, check_varying
 from jax_fa.sequence_parallel.order import ORDERS, Order, Spread, devices_of, position_ids, reorder, restore
 from jax_fa.sequence_parallel.visibility import visited_tiles
@@ -46,6 +46,8 @@ def sequence_parallel_attention(
     order: Order = "contiguous",
     implementation: backends.Implementation = None,
     return_logsumexp: bool = False,
+    sinks: Float[ArrayLike, "..."] | None = None,
+    return_max_logits: bool = False,
 ) -> entry.Request[Any]:
     """`flash_attention` over sequences that are sharded over the devices of a mesh axis, for use inside `jax.shard_map`.
 
@@ -88,10 +90,14 @@ def sequence_parallel_attention(
         whole arrays into this order, `restore` back, and `position_ids` are the positions of the tokens of a device.
       implementation: the backend of the calls on each device.
       return_logsumexp: also return the log-sum-exp.
+      sinks: as in `flash_attention`, the same on every device. Every row has one sink, whatever the number of devices.
+      return_max_logits: also return the largest logit of every head, over the rows of all devices.
 
     Returns:
-      As `flash_attention` of this device's rows: the output `(*B, Sq, N, Dv)` in query's dtype, and with return_logsumexp
-      the log-sum-exp `(*B, N, Sq)`, float32 (float64 for float64 inputs). Both have jvp, gradients and second derivatives.
+      As `flash_attention` of this device's rows: the output `(*B, Sq, N, Dv)` in query's dtype, with return_logsumexp
+      the log-sum-exp `(*B, N, Sq)`, float32 (float64 for float64 inputs), and with return_max_logits the largest logits
+      `(*B, N)`, the same on every device, which take one all-reduce. The first two have jvp, gradients and second
+      derivatives.
 
     Raises:
       ValueError: a call outside of `shard_map`, an axis that is not manual, shapes that do not fit together, a number of
@@ -105,6 +111,7 @@ def sequence_parallel_attention(
     arguments.choice("strategy", strategy, _STRATEGIES)
     arguments.choice("order", order, ORDERS)
     arguments.flag("return_logsumexp", return_logsumexp)
+    arguments.flag("return_max_logits", return_max_logits)
     spread = Spread(axis_name, devices, order == "zigzag", strategy != "all_reduce")
     operands = {name: arguments.array(name, x) for name, x in zip(STORED, (query, key, value), strict=True)}
     options = {
@@ -116,6 +123,8 @@ def sequence_parallel_attention(
         "layout": layout,
         "implementation": implementation,
         "return_logsumexp": bool(return_logsumexp) or strategy == "all_reduce",
+        "sinks": sinks if sinks is None else arguments.array("sinks", sinks),
+        "return_max_logits": bool(return_max_logits),
     }
     # A call of the shards alone: what is wrong with their shapes and dtypes is wrong here, too.
     request = entry.request_of(api.flash_attention, **operands, **options)
@@ -124,11 +133,16 @@ def sequence_parallel_attention(
     if strategy == "ulysses":
         return ulysses(local, operands, options)
     local.check_chunks()
+    if strategy == "all_reduce" and options["sinks"] is not None:
+        options["sinks"] = on_one_device(options["sinks"], axis_name)
+        request = entry.request_of(api.flash_attention, **operands, **options)
     request = replace(request, call=local.call(_STRATEGIES[strategy]))
     if strategy != "all_reduce":
-        return request
+        return replace(
+            request, finish=lambda result: with_largest(request.finish(result), options, axis_name)
+        )
     return replace(
-        request, finish=lambda result: all_reduced(request, spread, result, bool(return_logsumexp))
+        request, finish=lambda result: all_reduced(request, spread, result, options, bool(return_logsumexp))
     )
 
 

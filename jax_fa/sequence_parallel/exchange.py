@@ -32,6 +32,7 @@ def ulysses(local: Local, shards: dict[str, Any], options: dict[str, Any]) -> en
         "mask": mask,
         "alibi_slopes": exchange.of_heads(options["alibi_slopes"], -1),
         **{name: exchange.of_heads(options[name], -3) for name in ("scale", "logits_soft_cap")},
+        "sinks": exchange.of_heads(options["sinks"], -1),
     }
     request = entry.request_of(api.flash_attention, **arrays, **options)
     whole, operands = request.call, request.call.operands
@@ -40,12 +41,15 @@ def ulysses(local: Local, shards: dict[str, Any], options: dict[str, Any]) -> en
         whole = whole.replace(operands=replace(operands, dropout_stream=stream))
 
     def finish(result):
-        found = request.finish(result)
-        out, logsumexp = found if options["return_logsumexp"] else (found, None)
+        out, logsumexp, largest = _results(request.finish(result), options)
         out = exchange.to_rows(out, head, seq)
-        return out if logsumexp is None else (out, exchange.to_rows(logsumexp, rank, rank + 1))
+        if logsumexp is not None:
+            logsumexp = exchange.to_rows(logsumexp, rank, rank + 1)
+        if largest is not None:
+            largest = exchange.of_all_heads(largest)
+        return _given(out, logsumexp, largest)
 
-    return entry.Request(whole, finish)
+    return replace(request, call=whole, finish=finish)
 
 
 class _Exchange:
@@ -78,6 +82,13 @@ class _Exchange:
         first = lax.axis_index(self.spread.axis) * count
         return lax.dynamic_slice_in_dim(jnp.asarray(x), first, count, np.ndim(x) + axis)
 
+    def of_all_heads(self, largest):
+        """The largest logits `*B N`, from those of this device's heads."""
+        shape = (*largest.shape[:-1], self.local.dims.N)
+        at = lax.axis_index(self.spread.axis) * largest.shape[-1]
+        none = jnp.full(shape, -softmax.FLT_MAX, largest.dtype)
+        return _largest(lax.dynamic_update_slice_in_dim(none, largest, at, -1), self.spread.axis)
+
     def of_rows(self, x):
         """A bias or mask `... #N #Sq #Skv` with all rows, of this device's heads."""
         x = masks.lead(x, max(x.ndim, 3))
@@ -105,9 +116,11 @@ class _Exchange:
 ONE_MESSAGE = 2**20
 
 
-def all_reduced(request: entry.Request, spread: Spread, result, return_logsumexp: bool):
+def all_reduced(
+    request: entry.Request, spread: Spread, result, options: dict[str, Any], return_logsumexp: bool
+):
     """The results over all keys, from those over the keys of each device."""
-    out, logsumexp = request.finish(result)
+    out, logsumexp, largest = _results(request.finish(result), options)
     axes, acc = request.call.problem.out_axes, logsumexp.dtype
     axis, n = spread.axis, spread.devices
     if n * (out.size + logsumexp.size) * acc.itemsize <= ONE_MESSAGE:
@@ -121,5 +134,35 @@ def all_reduced(request: entry.Request, spread: Spread, result, return_logsumexp
     else:
         most = lax.pmax(lax.stop_gradient(logsumexp), axis)
         found = softmax.merged_parts([(out.astype(acc), logsumexp)], axes, most, lambda x: lax.psum(x, axis))
-    out = found[0].astype(out.dtype)
-    return (out, found[1]) if return_logsumexp else out
+    if largest is not None:
+        largest = _largest(largest, axis)
+    return _given(found[0].astype(out.dtype), found[1] if return_logsumexp else None, largest)
+
+
+def on_one_device(sinks, axis: str):
+    """The sinks on one device and none (-inf) on the others: merged over devices, every row has one."""
+    return jnp.where(lax.axis_index(axis) == 0, sinks, -jnp.inf)
+
+
+def with_largest(found: Any, options: dict[str, Any], axis: str) -> Any:
+    """The results of a device's rows, with the largest logits of all devices where they are asked for."""
+    out, logsumexp, largest = _results(found, options)
+    return found if largest is None else _given(out, logsumexp, _largest(largest, axis))
+
+
+def _largest(x, axis: str):
+    return lax.pmax(lax.stop_gradient(x), axis)
+
+
+def _results(found: Any, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """(out, log-sum-exp, largest logits) of what `flash_attention` returns with these options; None: not asked for."""
+    asked = (True, options["return_logsumexp"], options["return_max_logits"])
+    given = iter(found if isinstance(found, tuple) else (found,))
+    out, logsumexp, largest = (next(given) if wanted else None for wanted in asked)
+    return out, logsumexp, largest
+
+
+def _given(out, *others: Any) -> Any:
+    """The output, or a tuple of it and those of the others that are there."""
+    found = [x for x in others if x is not None]
+    return (out, *found) if found else out
