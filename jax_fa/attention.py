@@ -39,7 +39,7 @@ import jax.numpy as jnp
 
 from jax_fa import backends, compat, primitives, rules, softmax
 from jax_fa import sinks as plain_sinks
-from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved
+from jax_fa.call import DIFFERENTIABLE, Axes, Call, Operands, Problem, Saved, has_rounding, widened
 from jax_fa.primitives import Inputs
 from jax_fa.rules import OUT_NAME, STATS_NAME, jvp_saved
 
