@@ -25,7 +25,7 @@ FLOORS = [
         "_native",
     },
     {"backends"},
-    {"sharding", "primitives"},
+    {"sharding", "primitives", "sinks"},
     {"attention", "rules"},
     {"entry"},
     {"api", "cann"},
