@@ -63,8 +63,7 @@ Array ToArray(const std::string& name, const ffi::AnyBuffer& buffer) {
 }
 
 using Member = Array cann::Call::*;
-constexpr Member kOptionals[] = {&cann::Call::pse, &cann::Call::drop_mask, &cann::Call::atten_mask,
-                                &cann::Call::sink};
+constexpr Member kOptionals[] = {&cann::Call::pse, &cann::Call::drop_mask, &cann::Call::atten_mask, &cann::Call::sink};
 constexpr size_t kSinkBit = 3;
 
 // The operands and results of a call in the order of the FFI.

@@ -69,18 +69,29 @@ using Phase2 = aclnnStatus (*)(void* workspace, uint64_t workspace_size, aclOpEx
 using Tensor = const aclTensor*;
 using Ints = const aclIntArray*;
 
-struct Inputs {
-  Tensor query = nullptr, key = nullptr, value = nullptr;
-  auto args() const { return std::make_tuple(query, key, value); }
-};
-struct RopedInputs : Inputs {  // the rotated parts of query and key stay null: they are joined with the others
-  Tensor query_rope = nullptr, key_rope = nullptr;
-  auto args() const { return std::make_tuple(query, query_rope, key, key_rope, value); }
-};
-struct OutGradient {
-  Tensor dy = nullptr;
-  auto args() const { return std::make_tuple(dy); }
-};
+// One tensor each. The rotated parts of query and key, and their gradients, stay null: they are joined with the others. So
+// does that of pse: CANN does not compute it, and would fill it with garbage.
+#define JAX_FA_CANN_TENSOR(Block, field)                 \
+  struct Block {                                         \
+    Tensor field = nullptr;                              \
+    auto args() const { return std::make_tuple(field); } \
+  };
+JAX_FA_CANN_TENSOR(Query, query)
+JAX_FA_CANN_TENSOR(QueryRope, query_rope)
+JAX_FA_CANN_TENSOR(Key, key)
+JAX_FA_CANN_TENSOR(KeyRope, key_rope)
+JAX_FA_CANN_TENSOR(Value, value)
+JAX_FA_CANN_TENSOR(OutGradient, dy)
+JAX_FA_CANN_TENSOR(Sink, sink)  // one more logit per head, float32
+JAX_FA_CANN_TENSOR(QueryGradient, dq)
+JAX_FA_CANN_TENSOR(QueryRopeGradient, dq_rope)
+JAX_FA_CANN_TENSOR(KeyGradient, dk)
+JAX_FA_CANN_TENSOR(KeyRopeGradient, dk_rope)
+JAX_FA_CANN_TENSOR(ValueGradient, dv)
+JAX_FA_CANN_TENSOR(PseGradient, dpse)
+JAX_FA_CANN_TENSOR(SinkGradient, dsink)
+#undef JAX_FA_CANN_TENSOR
+
 struct Optionals {
   Tensor real_shift = nullptr, drop_mask = nullptr, padding_mask = nullptr, atten_mask = nullptr;
   auto args() const { return std::make_tuple(real_shift, drop_mask, padding_mask, atten_mask); }
@@ -88,10 +99,6 @@ struct Optionals {
 struct Saved {  // what the forward left for the backward
   Tensor softmax_max = nullptr, softmax_sum = nullptr, softmax_in = nullptr, attention_in = nullptr;
   auto args() const { return std::make_tuple(softmax_max, softmax_sum, softmax_in, attention_in); }
-};
-struct Sink {  // one more logit per head, float32
-  Tensor sink = nullptr;
-  auto args() const { return std::make_tuple(sink); }
 };
 struct Prefix {
   Ints prefix = nullptr;
@@ -127,22 +134,12 @@ struct Outputs {  // softmax_out is reserved; null is allowed
   Tensor softmax_max_out = nullptr, softmax_sum_out = nullptr, softmax_out = nullptr, attention_out = nullptr;
   auto args() const { return std::make_tuple(softmax_max_out, softmax_sum_out, softmax_out, attention_out); }
 };
-struct Gradients {  // dpse stays null: CANN does not compute it, and would fill it with garbage
-  Tensor dq = nullptr, dk = nullptr, dv = nullptr, dpse = nullptr;
-  auto args() const { return std::make_tuple(dq, dk, dv, dpse); }
-};
-
-struct RopedGradients : Gradients {
-  Tensor dq_rope = nullptr, dk_rope = nullptr;
-  auto args() const { return std::make_tuple(dq, dq_rope, dk, dk_rope, dv, dpse); }
-};
-struct SinkGradient {
-  Tensor dsink = nullptr;
-  auto args() const { return std::make_tuple(dsink); }
-};
-
 // All that any variant takes; each variant picks its blocks.
-struct Arguments : RopedInputs,
+struct Arguments : Query,
+                   QueryRope,
+                   Key,
+                   KeyRope,
+                   Value,
                    OutGradient,
                    Optionals,
                    Saved,
@@ -154,7 +151,12 @@ struct Arguments : RopedInputs,
                    PseType,
                    SoftmaxLayout,
                    Outputs,
-                   RopedGradients,
+                   QueryGradient,
+                   QueryRopeGradient,
+                   KeyGradient,
+                   KeyRopeGradient,
+                   ValueGradient,
+                   PseGradient,
                    SinkGradient {};
 
 template <typename Tuple>
@@ -178,25 +180,29 @@ struct Phase1 {
   }
 };
 
-using Score = Phase1<Inputs, Optionals, Prefix, Scalars, Outputs>;
-using ScoreV2 = Phase1<Inputs, Optionals, Prefix, Starts, Scalars, PseType, Outputs>;
-using ScoreV3 = Phase1<Inputs, Optionals, Sink, Prefix, Starts, Scalars, PseType, Outputs>;
-using VarLenScore = Phase1<Inputs, Optionals, Prefix, Lengths, Scalars, Outputs>;
-using VarLenScoreV2 = Phase1<Inputs, Optionals, Prefix, Lengths, Starts, Scalars, PseType, Outputs>;
-using VarLenScoreV4 = Phase1<Inputs, Optionals, Prefix, Lengths, Scalars, SoftmaxLayout, Outputs>;
-using VarLenScoreV5 =
-    Phase1<RopedInputs, Optionals, Sink, Prefix, Lengths, Starts, Scalars, PseType, SoftmaxLayout, Outputs>;
-using ScoreGrad = Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Scalars, Gradients>;
-using ScoreGradV2 = Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Starts, Scalars, PseType, Gradients>;
-using ScoreGradV3 = Phase1<Inputs, OutGradient, Optionals, Saved, Sink, Prefix, Starts, Scalars, PseType, Gradients,
-                           SinkGradient>;
-using UnpaddingScoreGrad = Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Lengths, Scalars, Gradients>;
-using UnpaddingScoreGradV2 =
-    Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Lengths, Starts, Scalars, PseType, Gradients>;
-using UnpaddingScoreGradV4 =
-    Phase1<Inputs, OutGradient, Optionals, Saved, Prefix, Lengths, Scalars, Gradients, SoftmaxLayout>;
-using UnpaddingScoreGradV5 = Phase1<RopedInputs, OutGradient, Optionals, Saved, Sink, Prefix, Lengths, Starts, Scalars,
-                                    PseType, SoftmaxLayout, RopedGradients, SinkGradient>;
+using Score = Phase1<Query, Key, Value, Optionals, Prefix, Scalars, Outputs>;
+using ScoreV2 = Phase1<Query, Key, Value, Optionals, Prefix, Starts, Scalars, PseType, Outputs>;
+using ScoreV3 = Phase1<Query, Key, Value, Optionals, Sink, Prefix, Starts, Scalars, PseType, Outputs>;
+using VarLenScore = Phase1<Query, Key, Value, Optionals, Prefix, Lengths, Scalars, Outputs>;
+using VarLenScoreV2 = Phase1<Query, Key, Value, Optionals, Prefix, Lengths, Starts, Scalars, PseType, Outputs>;
+using VarLenScoreV4 = Phase1<Query, Key, Value, Optionals, Prefix, Lengths, Scalars, SoftmaxLayout, Outputs>;
+using VarLenScoreV5 = Phase1<Query, QueryRope, Key, KeyRope, Value, Optionals, Sink, Prefix, Lengths, Starts, Scalars,
+                             PseType, SoftmaxLayout, Outputs>;
+using ScoreGrad = Phase1<Query, Key, Value, OutGradient, Optionals, Saved, Prefix, Scalars, QueryGradient, KeyGradient,
+                         ValueGradient, PseGradient>;
+using ScoreGradV2 = Phase1<Query, Key, Value, OutGradient, Optionals, Saved, Prefix, Starts, Scalars, PseType,
+                           QueryGradient, KeyGradient, ValueGradient, PseGradient>;
+using ScoreGradV3 = Phase1<Query, Key, Value, OutGradient, Optionals, Saved, Sink, Prefix, Starts, Scalars, PseType,
+                           QueryGradient, KeyGradient, ValueGradient, PseGradient, SinkGradient>;
+using UnpaddingScoreGrad = Phase1<Query, Key, Value, OutGradient, Optionals, Saved, Prefix, Lengths, Scalars,
+                                  QueryGradient, KeyGradient, ValueGradient, PseGradient>;
+using UnpaddingScoreGradV2 = Phase1<Query, Key, Value, OutGradient, Optionals, Saved, Prefix, Lengths, Starts, Scalars,
+                                    PseType, QueryGradient, KeyGradient, ValueGradient, PseGradient>;
+using UnpaddingScoreGradV4 = Phase1<Query, Key, Value, OutGradient, Optionals, Saved, Prefix, Lengths, Scalars,
+                                    QueryGradient, KeyGradient, ValueGradient, PseGradient, SoftmaxLayout>;
+using UnpaddingScoreGradV5 = Phase1<Query, QueryRope, Key, KeyRope, Value, OutGradient, Optionals, Saved, Sink, Prefix,
+                                    Lengths, Starts, Scalars, PseType, SoftmaxLayout, QueryGradient, QueryRopeGradient,
+                                    KeyGradient, KeyRopeGradient, ValueGradient, PseGradient, SinkGradient>;
 
 static_assert(Score::kCount == 22 && ScoreV2::kCount == 25 && ScoreV3::kCount == 26);
 static_assert(VarLenScore::kCount == 24 && VarLenScoreV2::kCount == 27 && VarLenScoreV4::kCount == 25 &&

@@ -103,11 +103,13 @@ struct Shape {
   int64_t sparse_mode = 0;
   int64_t pse_type = -1;  // -1: no pse
   bool drop = false;
+  bool sink = false;  // then the call is float16, of zeros: CANN's backward with a sink takes no float32
+  int64_t q_start = 0, kv_start = 0;
   std::string softmax_layout;
   std::vector<int64_t> q_ends, kv_ends, prefix;
 };
 
-// A float32 call with arrays of its own, forward and backward.
+// A call with arrays of its own, forward and backward; float32 but with a sink.
 class Example {
  public:
   explicit Example(const Shape& shape)
@@ -127,6 +129,12 @@ class Example {
     if (s.pse_type >= 2) pse_ = New({s.N}, true);
     if (s.pse_type == 0 || s.pse_type == 1) pse_ = New({s.B, s.N, s.Sq, s.Skv}, true);
     if (s.sparse_mode > 1) mask_ = CompressedMask(s.sparse_mode == 6);
+    if (s.sink) {
+      sink_ = Own({s.N}, jax_fa::cann::ACL_FLOAT);
+      dsink_ = Own({s.N}, jax_fa::cann::ACL_FLOAT);
+      for (Array* x : {&query_, &key_, &value_, &dy_, &out_, &dq_, &dk_, &dv_})
+        *x = Own(x->dims, jax_fa::cann::ACL_FLOAT16);
+    }
     if (s.drop) {
       drop_ = Bytes({(s.B * s.N * s.Sq * s.Skv + 7) / 8});
       std::memset(drop_.data, 0x6D, drop_.bytes());
@@ -140,6 +148,7 @@ class Example {
     c.dq = dq_;
     c.dk = dk_;
     c.dv = dv_;
+    c.dsink = dsink_;
     return c;
   }
 
@@ -222,6 +231,9 @@ class Example {
     c.pse = pse_;
     c.drop_mask = drop_;
     c.atten_mask = mask_;
+    c.sink = sink_;
+    c.q_start = shape_.q_start;
+    c.kv_start = shape_.kv_start;
     c.softmax_max = max_;
     c.softmax_sum = sum_;
     c.attention = out_;
@@ -231,7 +243,7 @@ class Example {
   Shape shape_;
   std::mt19937 random_;
   std::vector<Memory> memory_;
-  Array query_, key_, value_, dy_, out_, max_, sum_, dq_, dk_, dv_, pse_, mask_, drop_;
+  Array query_, key_, value_, dy_, out_, max_, sum_, dq_, dk_, dv_, pse_, mask_, drop_, sink_, dsink_;
 };
 
 Shape Packed(int64_t sparse_mode, std::string softmax_layout) {
@@ -263,11 +275,16 @@ std::vector<Shape> Shapes() {
     s.pse_type = type;
     s.Skv = type < 2 ? 7 : s.Sq;
     s.drop = type % 2;
+    s.q_start = type;
     all.push_back(s);
   }
   for (int64_t mode : {0, 2, 3}) {
     all.push_back(Packed(mode, ""));
     all.push_back(Packed(mode, "same_as_input"));
+  }
+  for (Shape s : {Shape{}, Packed(3, ""), Packed(3, "same_as_input")}) {
+    s.sink = true;
+    all.push_back(s);
   }
   return all;
 }
@@ -279,6 +296,7 @@ void TestResults() {
     const Example example(shape);
     ExpectOk(RunAndWait(example.forward()));
     ExpectOk(RunAndWait(example.backward()));
+    if (shape.sink) continue;  // the results are no float32
     for (float x : example.results()) EXPECT(std::isfinite(x), "%s", shape.layout.c_str());
   }
   const Example plain{Shape{}};
@@ -320,7 +338,9 @@ void TestEnqueue() {
 // Every C call that the adapter makes fails once, each time it makes it.
 void TestFaults() {
   Emulator& emulator = TheEmulator();
-  for (const Shape& shape : {Shape{}, Packed(3, ""), Packed(3, "same_as_input")}) {
+  Shape sink = Packed(3, "same_as_input");
+  sink.sink = true;
+  for (const Shape& shape : {Shape{}, Packed(3, ""), Packed(3, "same_as_input"), sink}) {
     for (const bool backward : {false, true}) {
       const Example example(shape);
       ExpectOk(RunAndWait(example.forward()));
@@ -328,7 +348,10 @@ void TestFaults() {
       const bool varlen = shape.layout == "TND", in_rows = !shape.softmax_layout.empty();
       std::string op = "aclnnFlashAttention";
       if (!varlen) op += backward ? "ScoreGradV2" : "ScoreV2";
-      if (varlen) op += std::string(backward ? "UnpaddingScoreGrad" : "VarLenScore") + (in_rows ? "V4" : "V2");
+      if (varlen)
+        op += std::string(backward ? "UnpaddingScoreGrad" : "VarLenScore") + (shape.sink ? "V5"
+                                                                              : in_rows  ? "V4"
+                                                                                         : "V2");
       const std::string phase1 = op + "GetWorkspaceSize";
       for (const std::string& function :
            {std::string("aclrtCreateStream"), std::string("aclCreateTensor"), std::string("aclCreateIntArray"), phase1,
@@ -388,6 +411,15 @@ void TestRefusals() {
   c = example.forward();
   c.key.dtype = jax_fa::cann::ACL_BF16;
   refused(c, "key must be float32");
+  Shape with_sink;
+  with_sink.sink = true;
+  const Example sinks(with_sink);
+  c = sinks.forward();
+  c.sink.dims = {3};
+  refused(c, "sink must have shape [4]");
+  c = sinks.backward();
+  c.dsink = {};
+  refused(c, "sink and dsink go together");
   c = example.forward();
   c.head_num = 3;
   EXPECT(!RunAndWait(c).ok(), "a wrong head_num passes");
@@ -405,7 +437,7 @@ void TestThreads() {
         const Example one(shape), other(shape);
         for (const Example* e : {&one, &other})
           wrong += !RunAndWait(e->forward()).ok() + !RunAndWait(e->backward()).ok();
-        wrong += one.results() != other.results();
+        if (!shape.sink) wrong += one.results() != other.results();
         Call bad = one.forward();
         bad.query.dims.pop_back();
         wrong += RunAndWait(bad).ok();

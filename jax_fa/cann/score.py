@@ -239,8 +239,8 @@ def flash_attention_score_grad(
 
     Returns:
       dq, dk, dv, each with the shape and dtype of its array; dpse of pse (None without one), which CANN itself does not
-      compute; and dsink (None without a sink). With query_rope and key_rope, dq and dk hold the gradients of these beside
-      their own, along head_dim.
+      compute; and dsink (None without a sink), the share of the keys of this call. With query_rope and key_rope, dq and dk
+      hold the gradients of these beside their own, along head_dim.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as `flash_attention_score`.
