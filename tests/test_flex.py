@@ -82,6 +82,7 @@ def _dense(mod: Mod, a, xp=jnp):
     visible = xp.broadcast_to(True if mod.mask is None else mod.mask(xp, a)(*_indices(xp)), s.shape)
     some = visible.any(axis=-1, keepdims=True)
     m = xp.where(some, xp.where(visible, s, -1e30).max(axis=-1, keepdims=True), 0)
+    m = m if xp is np else jax.lax.stop_gradient(m)  # the derivatives are those of log l
     p = xp.where(visible, xp.exp(xp.where(visible, s, m) - m), 0)
     l = p.sum(axis=-1, keepdims=True)
     l = xp.where(some, l, 1)
@@ -172,6 +173,7 @@ def test_forward(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("name", MODS)
 def test_flex_attention_of_pytorch(name):
     """With its own create_block_mask, whose blocks are those of ours."""
@@ -545,6 +547,20 @@ def test_a_block_mask_fits_its_call():
     a, b = (jax_fa.create_block_mask(causal, None, None, 4, 4, size) for size in (2, 4))
     with pytest.raises(ValueError, match="must have the same block_size"):
         jax_fa.flash_attention(_Q, _Q, _Q, mask=a & b)
+
+
+def test_sequence_parallelism_takes_no_functions(no_type_checker):
+    mask = jax_fa.create_block_mask(lambda b, h, i, j: i >= j, None, None, 8, 8, 4)
+    with pytest.raises(ValueError, match="mask must be a structured one; a BlockMask"):
+        jax_fa.sequence_parallel.visited_tiles(mask, 8, 8, devices=2)
+    mesh = jax.make_mesh((2,), ("s",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = P(None, "s")
+    attend = partial(jax_fa.sequence_parallel_attention, axis_name="s", mask=mask)
+    with pytest.raises(NotImplementedError, match="does not support a BlockMask"):
+        jax.eval_shape(
+            jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec),
+            *(np.tile(_Q, (1, 2, 1, 1)),) * 3,
+        )
 
 
 def test_explain_says_why():
