@@ -82,6 +82,8 @@ def dot_product_attention(
         cap that is not positive and finite gives NaN. One for each head as with scale.
       sinks: attention sinks, shape `(N,)` or `(B, N)`: see `flash_attention`.
       return_max_logits: also return the largest logit of every head: see `flash_attention`.
+      score_mod: a function of one pair, traced; see `flash_attention`.
+      mask_mod: likewise.
 
     Returns:
       The output, of query's shape and dtype. Further results make it a tuple, in this order: with return_residual
@@ -312,7 +314,8 @@ def flash_attention(
 
     Per head::
 
-        x = scale * query key^T + bias - slope * |j - i|;  x = cap * tanh(x / cap);  softmax(x, mask) value
+        x = scale * query key^T + bias - slope * |j - i|;  x = score_mod(x);  x = cap * tanh(x / cap)
+        softmax(x, mask) value
 
     Letters: `*B` any number of batch dims, Sq and Skv lengths, N query heads, K key/value heads (query head
     n reads key head n // (N // K)), D query/key head_dim, Dv value head_dim.
@@ -323,7 +326,7 @@ def flash_attention(
       value: shape `(*B, Skv, K, Dv)`, query's dtype; Dv may differ from D.
       bias: added to the scaled logits; broadcastable to `(*B, N, Sq, Skv)`. Differentiable.
       mask: a mask of `jax_fa.masks` (`Causal`, `SlidingWindow`, `Band`, `Prefix`, `Lengths`,
-        `CumulativeLengths`, `SegmentIds`, `Dense`, or several joined by `&`, `|` and `~`), or a boolean array
+        `CumulativeLengths`, `SegmentIds`, `Dense`, a `jax_fa.BlockMask`, or several joined by `&`, `|` and `~`), or a boolean array
         broadcastable to `(*B, N, Sq, Skv)` with True = visible. Structured masks skip fully masked tiles.
       alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)` (arXiv:2108.12409); evaluated in the kernel.
         Differentiable. The distance of key j to row i is `|p - j|` with p the key position at which the mask places
@@ -344,6 +347,11 @@ def flash_attention(
         its head's sink, which has no value, so that the weights of the keys sum to less than 1. Neither scale, bias,
         soft cap, mask nor dropout applies to it. -inf is no sink. Differentiable.
       return_max_logits: also return the largest logit of every head.
+      score_mod: `score_mod(score, batch, head, row, column) -> score`, a pure function of scalars, evaluated tile by
+        tile: the score has the dtype of the log-sum-exp, the indices are int32, batch counts all entries of `*B`. -inf
+        masks the pair. It may close over arrays, traced ones too, and is differentiable in them. Served by "xla" alone.
+      mask_mod: `mask_mod(batch, head, row, column) -> bool`, likewise, True = visible; joined with mask. See
+        `create_block_mask` for a mask that also skips what its function masks.
 
     Returns:
       The output, query's shape with Dv for D, query's dtype. Further results make it a tuple, in this order:

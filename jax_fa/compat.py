@@ -118,6 +118,13 @@ def plain():
 
 
 @contextlib.contextmanager
+def untyped():
+    """`plain`, where what is traced says nothing of the manual axes of a surrounding `shard_map` either."""
+    with plain(), config._check_vma(False):
+        yield
+
+
+@contextlib.contextmanager
 def eager():
     """A context in which our own code computes at once, whatever transformation or `shard_map` surrounds it."""
     with core.eval_context(), plain():

@@ -24,7 +24,17 @@ from jax.extend.core import Primitive
 from jax.sharding import NamedSharding
 
 from jax_fa import compat
-from jax_fa.call import LIKE_OUT, OPERANDS, STORED, Axes, Call, Shape, canonical_shape, stored_shape
+from jax_fa.call import (
+    LIKE_OUT,
+    OF_FUNCTIONS,
+    OPERANDS,
+    STORED,
+    Axes,
+    Call,
+    Shape,
+    canonical_shape,
+    stored_shape,
+)
 
 Labels = tuple[Any, ...]
 Arrays = Sequence[tuple[str, Shape]]  # names and shapes
@@ -383,7 +393,8 @@ def _gathered(
     """One sentence for each axis that is gathered, of those in which arrays are cut."""
     found: dict[tuple[int, str], list[str]] = {}
     for name, labels, cut in arrays:
-        for axis in sorted(cut):
+        # (What functions close over is put into one vector, of which XLA may have cut any part.)
+        for axis in () if name in OF_FUNCTIONS else sorted(cut):
             label = labels[axis]
             if label not in used and not (label == "K" and "N" in used):
                 found.setdefault((axis, partition.why(name, axis, label)), []).append(name)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_fa
-from jax_fa.masks import Causal
+from jax_fa.masks import Causal, SegmentIds
 
 pytestmark = pytest.mark.usefixtures("real_tiles")
 N, K, D = 4, 2, 32
@@ -16,12 +16,17 @@ def _float(*shape: int):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _ids(s: int):
+    return jax.ShapeDtypeStruct((1, s), jnp.int32)
+
+
 # What else the call takes, by length: none of it is S x S.
 EXTRAS = {
     "plain": lambda s: {},
     "causal": lambda s: {"mask": Causal()},
     "bias-of-keys": lambda s: {"bias": _float(N, 1, s)},
     "mask-of-keys": lambda s: {"mask": jax.ShapeDtypeStruct((1, 1, 1, s), bool)},
+    "segments-in-any-order": lambda s: {"mask": SegmentIds(_ids(s), _ids(s), padding_id=0)},
     "alibi": lambda s: {"alibi_slopes": _float(N)},
     "dropout": lambda s: {"dropout_key": jax.eval_shape(lambda: jax.random.key(0))},
 }

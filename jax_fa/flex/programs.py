@@ -198,7 +198,8 @@ def _check_signature(name: str, function: Callable, count: int, wanted: str) -> 
 def _jaxpr(name: str, function: Callable, given: list[Any]) -> ClosedJaxpr:
     try:
         # (A function of its own each time: JAX keeps the program of one that it has seen.)
-        return jax.make_jaxpr(lambda *args: function(*args))(*given)
+        with compat.untyped():
+            return jax.make_jaxpr(lambda *args: function(*args))(*given)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         raise TypeError(
             f"{name} must be a function that JAX can trace: its arguments are traced scalars, which have no truth value and "

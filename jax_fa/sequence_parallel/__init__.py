@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import api, arguments, backends, entry
+from jax_fa import api, arguments, backends, entry, masks
 from jax_fa.call import STORED
+from jax_fa.flex.masks import functions_of
 from jax_fa.masks import Mask
 from jax_fa.sequence_parallel.exchange import all_reduced, on_one_device, ulysses, with_largest
 from jax_fa.sequence_parallel.local import Local, check_varying
@@ -147,4 +148,10 @@ def sequence_parallel_attention(
 
 
 def _mask(mask) -> Mask | None:
-    return None if mask is None else api.one_mask(mask)
+    found = None if mask is None else api.one_mask(mask)
+    if found is not None and functions_of(masks.members(found)):
+        raise NotImplementedError(
+            "sequence_parallel_attention does not support a BlockMask: shards of a sequence are told apart by intervals, segment "
+            "IDs or a boolean array."
+        )
+    return found

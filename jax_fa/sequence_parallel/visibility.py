@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import arguments, compat, indices, masks
+from jax_fa.flex.masks import functions_of
 from jax_fa.masks import Mask
 from jax_fa.sequence_parallel.order import ORDERS, Order, Spread
 
@@ -75,6 +76,8 @@ def visited_tiles(
     for name, length in (("sq", sq), ("skv", skv)):
         if length % (devices * spread.chunks):
             raise ValueError(f"{name} must be a multiple of {devices * spread.chunks}; got {length}.")
+    if mask is not None and functions_of(masks.members(mask)):
+        raise ValueError("mask must be a structured one; a BlockMask says nothing of whole shards.")
     parts = masks.parts(mask, (), 1, sq, skv)
     if any(rules.dense is not None for rules in parts):
         raise ValueError("mask must be a structured one; a boolean array visits all tiles.")
