@@ -97,7 +97,9 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
         return lower, upper if upper is None or self.align == "top-left" else upper + 1
 
     monkeypatch.setattr(masks.Band, "rows", wrong)
-    program = dataclasses.replace(ALL, dtype="float32", Sq=9, Skv=9, mask=("key_lengths", "causal_bottom"), slopes=None)
+    program = dataclasses.replace(
+        ALL, dtype="float32", Sq=9, Skv=9, mask=("key_lengths", "causal_bottom"), slopes=None
+    )
     data = draw_data(program, 0)
     with jax.numpy_dtype_promotion("standard"):
         faults = Runner(program)(data).faults
@@ -111,7 +113,20 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
 def test_a_run(crash, tmp_path, capsys, monkeypatch):
     """It says what it did, goes on where it stopped, and outlives a program that ends its process."""
     out = tmp_path / "found.jsonl"
-    options = ["--seed", "5", "--backends", "xla", "--draws", "2", "--out", str(out), "--count", "4", "--shrink", "0"]
+    options = [
+        "--seed",
+        "5",
+        "--backends",
+        "xla",
+        "--draws",
+        "2",
+        "--out",
+        str(out),
+        "--count",
+        "4",
+        "--shrink",
+        "0",
+    ]
     if crash:
         monkeypatch.setenv("JAX_PLATFORMS", "cpu")
         broken = "import os; os._exit(7)"

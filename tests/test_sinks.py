@@ -538,7 +538,9 @@ def test_cotangents_of_masked_rows_do_not_leak():
 
     def run(sinks, dout):
         mask = Lengths(query=jnp.array([4]))
-        return jax.vjp(lambda *x: jax_fa.flash_attention(*x[:3], mask=mask, sinks=x[3]), q, k, v, sinks)[1](dout)
+        return jax.vjp(lambda *x: jax_fa.flash_attention(*x[:3], mask=mask, sinks=x[3]), q, k, v, sinks)[1](
+            dout
+        )
 
     dout = random.standard_normal((1, 6, 2, 4)).astype(np.float32)
     clean, *dirty = (

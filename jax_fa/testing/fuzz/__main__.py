@@ -10,16 +10,34 @@ from jax_fa.testing.fuzz.campaign import Campaign, Options
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jax_fa.testing.fuzz", description=__doc__)
-    parser.add_argument("--seed", type=int, help="of all programs and data (default: a new one, which is printed)")
+    parser.add_argument(
+        "--seed", type=int, help="of all programs and data (default: a new one, which is printed)"
+    )
     parser.add_argument("--count", type=int, help="stop after so many calls")
-    parser.add_argument("--time", type=float, help="stop after so many seconds (default: 60, without --count)")
-    parser.add_argument("--draws", type=int, default=100, help="calls of each program, at most (default: %(default)s)")
-    parser.add_argument("--program-time", type=float, default=4.0, help="seconds of a program (default: %(default)s)")
-    parser.add_argument("--shrink", type=float, default=60.0, help="seconds to make a failure small (default: %(default)s)")
-    parser.add_argument("--backends", default="", help="names, separated by commas (default: all that are present)")
-    parser.add_argument("--isa", default="", help="instruction sets, separated by commas (default: all of this machine)")
-    parser.add_argument("--out", type=Path, help="a file to which a line of JSON is added for each failure and round")
-    parser.add_argument("--resume", action="store_true", help="go on where the run of this seed in --out stopped")
+    parser.add_argument(
+        "--time", type=float, help="stop after so many seconds (default: 60, without --count)"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=100, help="calls of each program, at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--program-time", type=float, default=4.0, help="seconds of a program (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shrink", type=float, default=60.0, help="seconds to make a failure small (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--backends", default="", help="names, separated by commas (default: all that are present)"
+    )
+    parser.add_argument(
+        "--isa", default="", help="instruction sets, separated by commas (default: all of this machine)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="a file to which a line of JSON is added for each failure and round"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where the run of this seed in --out stopped"
+    )
     given = parser.parse_args(arguments)
     seed = secrets.randbelow(10**6) if given.seed is None else given.seed
     seconds = 60.0 if given.time is None and given.count is None else given.time

@@ -38,7 +38,11 @@ def _run(program: Program, known: Inputs, arrays: Arrays) -> Arrays:
             "masks": _axis(p, "mask"),
             "dropout": {n: _axis(p, n) for n in arrays["dropout"]},
         }
-        for name, like in (("tangents", arrays["operands"]), ("cotangents", None), ("cotangent_tangents", None)):
+        for name, like in (
+            ("tangents", arrays["operands"]),
+            ("cotangents", None),
+            ("cotangent_tangents", None),
+        ):
             if name in arrays:
                 axes[name] = 0 if like is None else {n: _axis(p, n) for n in like}
         return jax.vmap(lambda a: _derivatives(p, partial(_attend, p, known), a), in_axes=(axes,))(arrays)
@@ -117,7 +121,9 @@ def _as_known(values: Arrays, known: bool) -> Arrays:
     """Scalars that are known as Python integers, and so are half of the arrays."""
     if not known:
         return values
-    return {name: int(x) if np.ndim(x) == 0 and x.dtype != bool else np.asarray(x) for name, x in values.items()}
+    return {
+        name: int(x) if np.ndim(x) == 0 and x.dtype != bool else np.asarray(x) for name, x in values.items()
+    }
 
 
 def _as_jax_nn(program: Program, operands: Arrays, values: Arrays, options: Arrays) -> Arrays:
@@ -178,7 +184,9 @@ _plainly = _call
 
 def _axes(program: Program) -> tuple[int, int]:
     """The axes of the sequence and of the heads in arrays of the layout, from the end."""
-    return {"BSND": (-3, -2), "SND": (-3, -2), "BNSD": (-2, -3), "NSD": (-2, -3), "SBND": (0, -2)}[program.layout]
+    return {"BSND": (-3, -2), "SND": (-3, -2), "BNSD": (-2, -3), "NSD": (-2, -3), "SBND": (0, -2)}[
+        program.layout
+    ]
 
 
 def _keys_of(program: Program, operands: Arrays, made: list[Any], fn: Callable[[Any, int, Any], Any]) -> Any:
@@ -242,7 +250,9 @@ def _doubled(program: Program, operands: Arrays, made: list[Any], options: Array
         return jnp.concatenate([x, x], axis=axis)
 
     for name, x in operands.items():
-        at = {"query": heads, "key": heads, "value": heads, "alibi_slopes": -1, "sinks": -1, "bias": -3}.get(name)
+        at = {"query": heads, "key": heads, "value": heads, "alibi_slopes": -1, "sinks": -1, "bias": -3}.get(
+            name
+        )
         has = at is not None and x.ndim >= -at and (name != "bias" or x.shape[-3] == N)
         moved[name] = twice(x, at) if has else x
     masks_moved = []
@@ -288,7 +298,9 @@ HOW: dict[str, Callable[[Program], bool]] = {
         and p.dtype in ("float32", "float64")
         and _has_keys_in_masks(p)
     ),
-    "doubled": lambda p: not p.dropout and _only(p, "dense", "causal", "window", "prefix", "lengths", "cumulative"),
+    "doubled": lambda p: (
+        not p.dropout and _only(p, "dense", "causal", "window", "prefix", "lengths", "cumulative")
+    ),
 }
 
 

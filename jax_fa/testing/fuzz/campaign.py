@@ -23,7 +23,12 @@ PROGRAMS = 20  # of a round
 SILENCE = 400.0  # seconds without a line: the process hangs
 # Compiling takes most of the time, and half of it goes into optimizations of loops, which small arrays do not need.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-CACHES = ("", "32768,524288,16777216", "49152,2097152,33554432", "65536,1048576,1048576")  # first to third, in bytes
+CACHES = (
+    "",
+    "32768,524288,16777216",
+    "49152,2097152,33554432",
+    "65536,1048576,1048576",
+)  # first to third, in bytes
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,9 @@ class Campaign:
     def _over(self) -> bool:
         self._count_time()
         o, t = self.options, self.totals
-        return (o.count is not None and t.calls >= o.count) or (o.seconds is not None and t.seconds >= o.seconds)
+        return (o.count is not None and t.calls >= o.count) or (
+            o.seconds is not None and t.seconds >= o.seconds
+        )
 
     def _round(self, number: int) -> None:
         variables = environment(self.options, number)
@@ -248,7 +255,11 @@ class Campaign:
             seed=seed,
             environment=variables,
             small_tiles=given["small_tiles"],
-            **{name: found[name] for name in ("others", "program", "data", "small_program", "small_data") if name in found},
+            **{
+                name: found[name]
+                for name in ("others", "program", "data", "small_program", "small_data")
+                if name in found
+            },
             script=source,
         )
         print(f"FAILURE {result} {text}\n{source}", flush=True)

@@ -20,7 +20,14 @@ def spoil(inputs: Inputs, random: np.random.Generator) -> None:
     pairs = ~visible
     of_rows = ~visible.any(axis=-1)
     # (The log-sum-exp of a fully masked row is its sink, where there is one.)
-    masked = {"query": rows, "key": keys, "value": keys, "bias": pairs, "out": rows, "lse": of_rows & (p.sinks is None)}
+    masked = {
+        "query": rows,
+        "key": keys,
+        "value": keys,
+        "bias": pairs,
+        "out": rows,
+        "lse": of_rows & (p.sinks is None),
+    }
     groups: list[tuple[dict[str, np.ndarray], bool]] = [
         (inputs.operands, False),
         (inputs.tangents, False),
@@ -42,7 +49,7 @@ def spoil(inputs: Inputs, random: np.random.Generator) -> None:
             arrays[name] = x
 
 
-def _for(masked: np.ndarray, shape: tuple[int, ...], lead: bool, mapped: bool) -> Any:
+def _for(masked: Any, shape: tuple[int, ...], lead: bool, mapped: bool) -> Any:
     """Which elements of an array of this shape nothing but masked pairs need."""
     if mapped and not lead:
         masked = masked.all(axis=0)

@@ -105,7 +105,9 @@ class Number:
         value = np.tanh(self.value)
         steepest = 1 - np.tanh(np.maximum(np.abs(self.value) - self.error, 0)) ** 2
         error = steepest * self.error + 8 * self.eps * np.abs(value)
-        return self._unary(value, error, lambda: self._of(1.0) - self._new(value, error) * self._new(value, error))
+        return self._unary(
+            value, error, lambda: self._of(1.0) - self._new(value, error) * self._new(value, error)
+        )
 
     def sum(self, axis: Any, keepdims: bool = False) -> "Number":
         counted = self.value.sum(axis=axis, keepdims=keepdims)

@@ -9,7 +9,34 @@ import numpy as np
 
 from jax_fa.testing.fuzz import kinds
 
-LENGTHS = (0, 1, 2, 3, 5, 7, 8, 13, 15, 16, 17, 29, 31, 32, 33, 47, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191)
+LENGTHS = (
+    0,
+    1,
+    2,
+    3,
+    5,
+    7,
+    8,
+    13,
+    15,
+    16,
+    17,
+    29,
+    31,
+    32,
+    33,
+    47,
+    63,
+    64,
+    65,
+    95,
+    96,
+    97,
+    127,
+    128,
+    129,
+    191,
+)
 LONG = (211, 255, 256, 257, 383, 384, 385, 449, 511, 512, 513, 577, 599, 600)
 WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 32, 40, 64, 65, 80, 100, 128, 130)
 MOST_WORK = 3e6  # multiplications of one product: what float64 takes some milliseconds for
@@ -83,7 +110,8 @@ class Program:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Program":
-        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+        given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+        return cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +239,31 @@ def draw_program(seed: int, backends: tuple[str, ...]) -> Program:
 def _as_jax_nn(random: np.random.Generator, p: Program) -> Program:
     """A program of `dot_product_attention`."""
     B = p.B[:1]
-    fields = {"entry": "dot_product_attention", "layout": "BSND", "B": B, "Dv": p.D, "slopes": None}
-    can = ("causal", "lengths", "key_lengths", "query_lengths", "dense_BNQK", "dense_QK", "dense_B1QK", "dense_K")
+    fields: dict[str, Any] = {
+        "entry": "dot_product_attention",
+        "layout": "BSND",
+        "B": B,
+        "Dv": p.D,
+        "slopes": None,
+    }
+    can = (
+        "causal",
+        "lengths",
+        "key_lengths",
+        "query_lengths",
+        "dense_BNQK",
+        "dense_QK",
+        "dense_B1QK",
+        "dense_K",
+    )
     count = int(random.choice([0, 1, 1, 2, 3]))
     mask: tuple[str, ...] = ()
     for name in random.choice(can, count, replace=False):
-        alike = [other for other in mask if ("dense" in name and "dense" in other) or ("lengths" in name and "lengths" in other)]
+        alike = [
+            other
+            for other in mask
+            if ("dense" in name and "dense" in other) or ("lengths" in name and "lengths" in other)
+        ]
         mask = mask if alike else (*mask, str(name))
     return dataclasses.replace(p, **fields, mask=mask)
 

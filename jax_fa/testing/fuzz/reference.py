@@ -98,7 +98,9 @@ class Attention:
         if self.tangents:
             moved = self.tangents.get(name)
             if moved is not None:
-                tangent = Number(_clean(self._arranged(name, np.asarray(moved, np.float64))), 0.0, None, self.eps)
+                tangent = Number(
+                    _clean(self._arranged(name, np.asarray(moved, np.float64))), 0.0, None, self.eps
+                )
         return Number(x, 0.0, tangent, self.eps)
 
     def _grouped(self, x: Any, rest: int = 2) -> np.ndarray:
@@ -130,7 +132,11 @@ class Attention:
 
     def _forward(self) -> None:
         q, k, v = (self._number(name) for name in ("query", "key", "value"))
-        scale = self._number("scale") if "scale" in self.given else Number(np.asarray(self.scale), 0.0, None, self.eps)
+        scale = (
+            self._number("scale")
+            if "scale" in self.given
+            else Number(np.asarray(self.scale), 0.0, None, self.eps)
+        )
         self.q, self.k, self.v, self.scale_number = q, k, v, scale
         self.dot = q @ k.map(_turned)
         x = self.dot * scale
@@ -143,7 +149,11 @@ class Attention:
         self.by_x: Number | None = None
         cap = self.cap
         if "logits_soft_cap" in self.given or cap is not None:
-            c = self._number("logits_soft_cap") if cap is None else Number(np.asarray(cap), 0.0, None, self.eps)
+            c = (
+                self._number("logits_soft_cap")
+                if cap is None
+                else Number(np.asarray(cap), 0.0, None, self.eps)
+            )
             self.u = x / c
             t = self.u.tanh()
             self.by_x = t._of(1.0) - t * t
@@ -176,12 +186,16 @@ class Attention:
         narrow = self.kept.rounded(self.narrow, self._least())
         out = self._with_sink_rounded(narrow @ v)
         if self.sink_weight is not None:  # multiplies what is rounded already
-            out = out._new(out.value, out.error + self.narrow * np.abs(out.value) + self._least(), out.tangent)
+            out = out._new(
+                out.value, out.error + self.narrow * np.abs(out.value) + self._least(), out.tangent
+            )
         self.out = out
         lse = top + safe.log()
         spread = (p * Number(np.zeros_like(p.value), x.error, None, self.eps)).sum(axis=-1, keepdims=True)
         lse = lse._new(lse.value, spread.error + self.eps * (8 + 4 * np.abs(lse.value)), lse.tangent)
-        lse = lse._new(np.where(self.empty, -FLT_MAX, lse.value), np.where(self.empty, 0, lse.error), lse.tangent)
+        lse = lse._new(
+            np.where(self.empty, -FLT_MAX, lse.value), np.where(self.empty, 0, lse.error), lse.tangent
+        )
         rows = (self.K, self.G, self.Sq)
         self._result("lse", lse.map(lambda a: a[..., 0]), rows)
         most = error[..., 0]
@@ -196,7 +210,12 @@ class Attention:
 
     def _with_sink_rounded(self, x: Number) -> Number:
         """The tangent of what is the product of a 16-bit array and of the keys' share in the sum, by its two terms."""
-        if self.sink_weight is None or x.tangent is None or not self.narrow or self.sink_weight.tangent is None:
+        if (
+            self.sink_weight is None
+            or x.tangent is None
+            or not self.narrow
+            or self.sink_weight.tangent is None
+        ):
             return x
         share = np.maximum(1 - self.sink_weight.value, 1e-30)
         term = np.abs(x.value) * np.abs(self.sink_weight.tangent.value / share)

@@ -163,7 +163,7 @@ def attend(program: Program, operands: Any, values: Any, dropout: Any, known: bo
     """`values`: of masks, by kind."""
     p, mode = program, MODES[program.mask[0]]
     pre, following = TOKENS.get(mode, (HUGE, HUGE))
-    integers = {
+    integers: dict[str, Any] = {
         name: tuple(int(i) for i in x) if known else jnp.asarray(x) for name, x in values[p.mask[0]].items()
     }
     names = {"query": "actual_seq_qlen", "key": "actual_seq_kvlen", "prefix": "prefix"}
@@ -202,4 +202,3 @@ def attend(program: Program, operands: Any, values: Any, dropout: Any, known: bo
     m, l = jnp.where(masked, -FLT_MAX, m), jnp.where(masked, 0, l)
     lse = jnp.where(masked, -FLT_MAX, m + jnp.log(jnp.where(masked, 1, l)))
     return {"out": result.attention_out, "lse": lse, "m": m, "l": l}
-

@@ -25,7 +25,9 @@ def reproducing(
     head = _HEAD.format(environment=pformat(environment, width=100))
     if program is None:
         return f"{head}script.replay_seed({seed}, {tuple(backends)}, small_tiles={small_tiles})\n"
-    body = f"script.replay(\n    {pformat(program, width=96)},\n    {data},\n    small_tiles={small_tiles},\n)\n"
+    body = (
+        f"script.replay(\n    {pformat(program, width=96)},\n    {data},\n    small_tiles={small_tiles},\n)\n"
+    )
     return head + body
 
 

@@ -102,13 +102,24 @@ def _smaller_programs(p: Program) -> Iterator[Program]:
 
 def _fits(p: Program) -> bool:
     batches = {"SBND": len(p.B) == 1, "SND": not p.B, "NSD": not p.B}.get(p.layout, True)
-    mapped = set(p.mapped) <= {*p.operands, *(["mask"] if p.mask else []), *(["dropout_key"] if p.dropout else [])}
+    mapped = set(p.mapped) <= {
+        *p.operands,
+        *(["mask"] if p.mask else []),
+        *(["dropout_key"] if p.dropout else []),
+    }
     square = p.Sq == p.Skv or not any(name == "segments_self" for name in p.mask)
     doubles = p.how != "doubled" or not p.dropout
     return batches and mapped and square and doubles and p.N % p.K == 0
 
 
 def _simpler_data(data: Data) -> Iterator[Data]:
-    for name, value in (("visible_garbage", False), ("garbage", None), ("infinite_bias", False), ("spread", 1.0), ("size", 1.0)):
+    for name, value in (
+        ("visible_garbage", False),
+        ("garbage", None),
+        ("infinite_bias", False),
+        ("spread", 1.0),
+        ("size", 1.0),
+    ):
         if getattr(data, name) != value:
-            yield dataclasses.replace(data, **{name: value})
+            simpler: dict[str, Any] = {name: value}
+            yield dataclasses.replace(data, **simpler)
