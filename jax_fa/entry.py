@@ -19,7 +19,18 @@ import numpy as np
 from jax_fa import arguments, compat, dropout, indices, masks, softmax
 from jax_fa.attention import Attention, attention
 from jax_fa.backends import strictness
-from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
+from jax_fa.call import (
+    Axes,
+    Call,
+    Dims,
+    Operands,
+    Problem,
+    Shape,
+    Size,
+    accumulator_dtype,
+    canonical_shape,
+    is_symbolic,
+)
 from jax_fa.flex import masks as functions
 from jax_fa.flex import programs
 
@@ -336,6 +347,12 @@ def checked(query, key, value, axes: Axes, layout: str) -> Arrays:
             f"query must have a number of heads N that is a multiple of key's K; got N={N}, K={K} "
             f"from shapes {query.shape} and {key.shape} ({layout})."
         )
+    for name, x, what, size in (("query", query, "Sq", q[rank]), ("key", key, "Skv", k[rank])):
+        if not is_symbolic(size) and size > indices.FAR:
+            raise ValueError(
+                f"{name} must have a length {what} of at most 2**29 = {indices.FAR}, which 32-bit positions allow; got "
+                f"shape {x.shape} ({layout}). Split the sequence: jax_fa.merge joins the parts."
+            )
     return Arrays(query, key, value, axes, Dims(q[:rank], q[rank], k[rank], N, K, q[-1], v[-1]))
 
 

@@ -183,6 +183,8 @@ def _other_cases():
     yield _case("negative-tokens", pre=-3, following=9)
     yield _case("no-keys", lengths=((5, 0), (5, 0)))
     yield _case("no-rows", lengths=((0, 5), (0, 5)))
+    for layout in ("BSH", "SBH"):  # whose last axis holds heads and head_dim
+        yield _case(f"no-rows-{layout}", layout=layout, lengths=((0, 5), (0, 5)), keep_prob=0.75)
     yield _case("rows-without-keys", mode=3, lengths=((45, 20), (45, 20)))
 
 

@@ -526,3 +526,38 @@ def test_lengths_leave_rows_and_heads_out(backend):
     want = oracle.attention(*x.values(), visible=visible).largest.max(axis=-1)
     np.testing.assert_array_equal(found[0], np.float32(-oracle.FLT_MAX))
     np.testing.assert_allclose(found[1], want[1], rtol=1e-5)
+
+
+# --- what an array cannot show by being close
+
+
+def test_cotangents_of_masked_rows_do_not_leak():
+    """A fully masked row has no output: whatever its cotangent holds, no gradient has it."""
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.standard_normal((1, 6, 2, 4)), jnp.float32) for _ in range(3))
+
+    def run(sinks, dout):
+        mask = Lengths(query=jnp.array([4]))
+        return jax.vjp(lambda *x: jax_fa.flash_attention(*x[:3], mask=mask, sinks=x[3]), q, k, v, sinks)[1](
+            dout
+        )
+
+    dout = random.standard_normal((1, 6, 2, 4)).astype(np.float32)
+    clean, *dirty = (
+        jax.jit(run)(jnp.zeros(2), np.where(np.arange(6)[:, None, None] < 4, dout, np.float32(filling)))
+        for filling in (0, np.nan, np.inf)
+    )
+    for found in dirty:
+        jax.tree.map(np.testing.assert_array_equal, found, clean)
+
+
+@pytest.mark.parametrize("sink", [-20.0, -45.0, 30.0])
+def test_gradients_of_small_shares(sink):
+    """Of a sink that has 1e-9 of the weight, or all but 1e-13 of it, to its last digits."""
+    random = np.random.default_rng(0)
+    q, k, v, dout = (random.standard_normal((1, 5, 1, 4)).astype(np.float32) for _ in range(4))
+    want = oracle.attention(q, k, v, sinks=np.array([sink])).gradients(dout)
+    _, pullback = jax.vjp(lambda *x: jax_fa.flash_attention(*x[:3], sinks=x[3]), q, k, v, jnp.array([sink]))
+    for name, found in zip(("query", "key", "value", "sinks"), pullback(dout), strict=True):
+        scale = np.abs(want[name]).max()
+        np.testing.assert_allclose(found, want[name], rtol=1e-4, atol=1e-4 * scale, err_msg=name)

@@ -2,6 +2,7 @@
 //
 //   cann_test quick      every function, results, both ways to a stream, a fault in every C call
 //   cann_test threads    eight threads at once
+//   cann_test parsers N  what is read from files and the environment, N times at random; N SEED: another N times
 //
 // Also what the sanitizers run.
 #include <dlfcn.h>
@@ -18,6 +19,7 @@
 
 #include "cann/adapter.h"
 #include "cann/library.h"
+#include "parsers_test.h"
 
 namespace {
 
@@ -453,6 +455,12 @@ void TestThreads() {
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "quick";
+  if (mode == "parsers") {
+    const int64_t count = argc > 2 ? std::atoll(argv[2]) : 2000;
+    const int understood = jax_fa_test::ParsersTest(argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1).Run(count);
+    std::printf("cann_test parsers: %lld rounds, %d times understood\n", static_cast<long long>(count), understood);
+    return understood > 0 ? 0 : 1;
+  }
   if (!Library::Get().error.empty()) {
     std::fprintf(stderr, "%s\n", Library::Get().error.c_str());
     return 2;

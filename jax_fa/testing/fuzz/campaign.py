@@ -183,7 +183,7 @@ class Campaign:
             stderr=subprocess.PIPE,
             text=True,
         )
-        lines, errors = _lines(child)
+        lines, errors, readers = _lines(child)
         try:
             while True:
                 self._count_time()
@@ -201,6 +201,11 @@ class Campaign:
         finally:
             child.kill()
             code = child.wait()
+            for reader in readers:
+                reader.join()
+            for stream in (child.stdout, child.stderr):
+                assert stream is not None
+                stream.close()
         if code in (0, -9) or told:
             return None
         self._failed(variables, given, at, "process", f"ended with {code}: {''.join(errors)[-2000:]}", {})
@@ -260,8 +265,10 @@ class Campaign:
         print(f"FAILURE {result} {text}\n{source}", flush=True)
 
 
-def _lines(child: "subprocess.Popen[str]") -> tuple["queue.Queue[dict[str, Any] | None]", list[str]]:
-    """What the process says, line by line, and what it writes to stderr."""
+def _lines(
+    child: "subprocess.Popen[str]",
+) -> tuple["queue.Queue[dict[str, Any] | None]", list[str], list[threading.Thread]]:
+    """What the process says, line by line, what it writes to stderr, and who reads these."""
     lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
     errors: list[str] = []
 
@@ -277,6 +284,7 @@ def _lines(child: "subprocess.Popen[str]") -> tuple["queue.Queue[dict[str, Any] 
             errors.append(line)
             del errors[:-200]
 
-    for target in (read, read_errors):
-        threading.Thread(target=target, daemon=True).start()
-    return lines, errors
+    readers = [threading.Thread(target=target, daemon=True) for target in (read, read_errors)]
+    for reader in readers:
+        reader.start()
+    return lines, errors, readers

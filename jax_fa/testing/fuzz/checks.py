@@ -47,9 +47,7 @@ def check(inputs: Inputs, found: dict[str, Any]) -> Verdict:
     return Verdict(tuple(faults), worst, reached)
 
 
-def _expected(
-    inputs: Inputs, wanted: Attention, name: str, x: Any
-) -> tuple[Number, np.ndarray, np.ndarray, Any]:
+def _expected(inputs: Inputs, wanted: Attention, name: str, x: Any) -> tuple[Number, Any, Any, Any]:
     """(what it must be, where it may be anything, the result in canonical form, its dtype)."""
     p, stored = inputs.program, np.asarray(x)
     base, moved = (name[:-1], True) if name.endswith("'") else (name, False)
@@ -71,7 +69,7 @@ def _expected(
     return number, wanted.tainted[name], canonical, stored.dtype
 
 
-def _compare(x: np.ndarray, number: Number, tainted: np.ndarray, dtype: Any) -> tuple[float, str]:
+def _compare(x: Any, number: Number, tainted: Any, dtype: Any) -> tuple[float, str]:
     """(the largest error in bounds, what is wrong)."""
     x, r = np.asarray(x, np.float64), number.value
     if x.shape != r.shape:

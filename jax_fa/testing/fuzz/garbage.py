@@ -49,7 +49,7 @@ def spoil(inputs: Inputs, random: np.random.Generator) -> None:
             arrays[name] = x
 
 
-def _for(masked: np.ndarray, shape: tuple[int, ...], lead: bool, mapped: bool) -> Any:
+def _for(masked: Any, shape: tuple[int, ...], lead: bool, mapped: bool) -> Any:
     """Which elements of an array of this shape nothing but masked pairs need."""
     if mapped and not lead:
         masked = masked.all(axis=0)

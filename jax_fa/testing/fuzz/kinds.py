@@ -15,7 +15,8 @@ from jax_fa import masks
 from jax_fa.testing import oracle
 
 Values = Mapping[str, np.ndarray]
-BOTTOM = "bottom-right"
+TOP: masks.Align = "top-left"
+BOTTOM: masks.Align = "bottom-right"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sizes:
     own_sq: Any
     own_skv: Any
 
-    def shift(self, align: str) -> Any:
+    def shift(self, align: masks.Align) -> Any:
         return self.per_batch(self.own_skv - self.own_sq) if align == BOTTOM else 0
 
     def per_batch(self, x: Any) -> np.ndarray:
@@ -89,7 +90,7 @@ def _in_band(sizes: Sizes, at: Any, left: Any, right: Any) -> np.ndarray:
     return found
 
 
-def _at(sizes: Sizes, align: str, offset: Any = 0) -> np.ndarray:
+def _at(sizes: Sizes, align: masks.Align, offset: Any = 0) -> np.ndarray:
     offset = np.asarray(offset, np.int64)
     if offset.ndim and offset.ndim != len(sizes.B) + 2:
         offset = offset[..., None, None]
@@ -101,7 +102,7 @@ def _unbounded(x: np.ndarray) -> np.ndarray:
     return np.where(x < 0, 2**40, x)
 
 
-def _window(align: str) -> Kind:
+def _window(align: masks.Align) -> Kind:
     def draw(random, s):
         return {
             "left": _some(random, s.B, -1, s.Skv),
@@ -116,7 +117,7 @@ def _window(align: str) -> Kind:
     )
 
 
-def _band(align: str, per_row: bool = False) -> Kind:
+def _band(align: masks.Align, per_row: bool = False) -> Kind:
     def draw(random, s):
         far = s.Sq + s.Skv
         found = {"left": _some(random, s.B, -5, far), "right": _some(random, s.B, -5, far)}
@@ -135,7 +136,7 @@ def _band(align: str, per_row: bool = False) -> Kind:
     )
 
 
-def _causal(align: str) -> Kind:
+def _causal(align: masks.Align) -> Kind:
     return Kind(
         lambda random, s: {},
         lambda v: masks.Causal(align),
@@ -149,15 +150,15 @@ def _one_sided(name: str) -> Kind:
     return Kind(
         lambda random, s: {name: _some(random, s.B, -5, s.Skv)},
         lambda v: masks.Band(**{name: v[name]}),
-        lambda s, v: _in_band(s, _at(s, "top-left"), v.get("left"), v.get("right")),
-        lambda s, v: _at(s, "top-left"),
+        lambda s, v: _in_band(s, _at(s, TOP), v.get("left"), v.get("right")),
+        lambda s, v: _at(s, TOP),
     )
 
 
 # --- lengths
 
 
-def _prefix(align: str) -> Kind:
+def _prefix(align: masks.Align) -> Kind:
     def visible(s, v):
         return _in_band(s, _at(s, align), None, 0) | (np.arange(s.Skv) < s.per_batch(v["length"])[..., None])
 
@@ -291,16 +292,16 @@ def _dense(letters: str) -> Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "causal": _causal("top-left"),
+    "causal": _causal(TOP),
     "causal_bottom": _causal(BOTTOM),
-    "window": _window("top-left"),
+    "window": _window(TOP),
     "window_bottom": _window(BOTTOM),
-    "band": _band("top-left"),
+    "band": _band(TOP),
     "band_bottom": _band(BOTTOM),
-    "band_rows": _band("top-left", per_row=True),
+    "band_rows": _band(TOP, per_row=True),
     "band_left": _one_sided("left"),
     "band_right": _one_sided("right"),
-    "prefix": _prefix("top-left"),
+    "prefix": _prefix(TOP),
     "prefix_bottom": _prefix(BOTTOM),
     "lengths": _lengths("query", "key"),
     "key_lengths": _lengths("key"),
@@ -326,7 +327,8 @@ SQUARE = frozenset({"segments_self"})
 
 def lengths_of(names: tuple[str, ...], values: Mapping[str, Values], Sq: int, Skv: int) -> tuple[Any, Any]:
     """The lengths from which masks that are aligned to the bottom right count: those given, or the arrays'."""
-    own_sq, own_skv = np.int64(Sq), np.int64(Skv)
+    own_sq: Any = np.int64(Sq)
+    own_skv: Any = np.int64(Skv)
     for name in names:
         if name in ("lengths", "query_lengths"):
             own_sq = np.minimum(own_sq, np.asarray(values[name]["query"], np.int64))

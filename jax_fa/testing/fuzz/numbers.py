@@ -21,7 +21,7 @@ def growth(terms: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Number:
-    value: np.ndarray
+    value: Any  # an array, or one number of NumPy
     error: Any = 0.0
     tangent: "Number | None" = None
     eps: float = 2.0**-24
@@ -110,7 +110,6 @@ class Number:
         )
 
     def sum(self, axis: Any, keepdims: bool = False) -> "Number":
-        terms = np.sum(np.ones(()) * 1) if axis == () else self.value.size
         counted = self.value.sum(axis=axis, keepdims=keepdims)
         terms = self.value.size // max(1, counted.size)
         size = np.abs(self.value).sum(axis=axis, keepdims=keepdims)

@@ -110,7 +110,8 @@ class Program:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Program":
-        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+        given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+        return cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +239,13 @@ def draw_program(seed: int, backends: tuple[str, ...]) -> Program:
 def _as_jax_nn(random: np.random.Generator, p: Program) -> Program:
     """A program of `dot_product_attention`."""
     B = p.B[:1]
-    fields = {"entry": "dot_product_attention", "layout": "BSND", "B": B, "Dv": p.D, "slopes": None}
+    fields: dict[str, Any] = {
+        "entry": "dot_product_attention",
+        "layout": "BSND",
+        "B": B,
+        "Dv": p.D,
+        "slopes": None,
+    }
     can = (
         "causal",
         "lengths",

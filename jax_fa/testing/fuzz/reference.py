@@ -185,6 +185,10 @@ class Attention:
         self.kept = p if self.keep is None else p * self._grouped(self.keep)
         narrow = self.kept.rounded(self.narrow, self._least())
         out = self._with_sink_rounded(narrow @ v)
+        if self.sink_weight is not None:  # multiplies what is rounded already
+            out = out._new(
+                out.value, out.error + self.narrow * np.abs(out.value) + self._least(), out.tangent
+            )
         self.out = out
         lse = top + safe.log()
         spread = (p * Number(np.zeros_like(p.value), x.error, None, self.eps)).sum(axis=-1, keepdims=True)

@@ -94,7 +94,8 @@ def draw_program(random: np.random.Generator, base: Program) -> Program:
         dtype=one("float32", "bfloat16", "float16"),
         bias=None,
         slopes=None,
-        sinks=one(None, None, "N"),
+        # (Where a sequence has no keys, CANN's marks say so, whatever the sink is.)
+        sinks=None if layout == "TND" or base.Skv == 0 else one(None, None, "N"),
         scale=one("known", "known", "traced"),
         cap=None,
         dropout=one(None, None, "bits"),
@@ -162,7 +163,7 @@ def attend(program: Program, operands: Any, values: Any, dropout: Any, known: bo
     """`values`: of masks, by kind."""
     p, mode = program, MODES[program.mask[0]]
     pre, following = TOKENS.get(mode, (HUGE, HUGE))
-    integers = {
+    integers: dict[str, Any] = {
         name: tuple(int(i) for i in x) if known else jnp.asarray(x) for name, x in values[p.mask[0]].items()
     }
     names = {"query": "actual_seq_qlen", "key": "actual_seq_kvlen", "prefix": "prefix"}

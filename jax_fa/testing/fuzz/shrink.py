@@ -121,4 +121,5 @@ def _simpler_data(data: Data) -> Iterator[Data]:
         ("size", 1.0),
     ):
         if getattr(data, name) != value:
-            yield dataclasses.replace(data, **{name: value})
+            simpler: dict[str, Any] = {name: value}
+            yield dataclasses.replace(data, **simpler)

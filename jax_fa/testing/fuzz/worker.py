@@ -32,7 +32,8 @@ def say(**line: Any) -> None:
 def run_program(program: Program, draws: int, seconds: float, shrink: float) -> None:
     """The program on so many draws of data, or fewer where that takes more seconds of a processor."""
     start, run = time.process_time(), Runner(program)
-    calls, reached, worst, digest, failed = 0, 0, {}, "", False
+    calls, reached, digest, failed = 0, 0, "", False
+    worst: dict[str, float] = {}
     for seed in range(draws):
         if seed >= LEAST and time.process_time() - start > seconds:
             break

@@ -1,0 +1,174 @@
+"""The fuzzer itself: its reference, that it finds a fault and makes it small, and a few seconds of it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jax_fa import masks
+from jax_fa.testing import oracle
+from jax_fa.testing.fuzz import __main__ as fuzz
+from jax_fa.testing.fuzz import inputs, reference, shrink, worker
+from jax_fa.testing.fuzz.program import Data, Program, draw_data, draw_program
+from jax_fa.testing.fuzz.trial import Runner
+
+ALL = Program(
+    backend="xla",
+    B=(2,),
+    Sq=5,
+    Skv=6,
+    N=4,
+    K=2,
+    D=3,
+    Dv=2,
+    dtype="float64",
+    mask=("dense_BNQK",),
+    bias="bNQK",
+    bias_dtype="float64",
+    slopes="BN",
+    sinks="N",
+    scale="traced",
+    cap="traced",
+    derivative="second",
+    seed=3,
+)
+
+
+def _computed(given, cotangents, call: reference.Attention) -> reference.Attention:
+    new = reference.Attention(
+        batch=call.batch,
+        given=given,
+        scale=call.scale,
+        visible=call.visible,
+        distance=call.distance,
+        cap=call.cap,
+        eps=call.eps,
+        cotangents=cotangents,
+    )
+    new.compute()
+    return new
+
+
+def test_the_reference_against_differences():
+    """All of its derivatives are those of its own output; and that is the one of the other oracle."""
+    call = inputs.draw(ALL, Data(seed=1)).reference(None)
+    x = call.given
+    other = oracle.attention(
+        *(x[name] for name in ("query", "key", "value")),
+        bias=x["bias"],
+        slopes=x["alibi_slopes"],
+        sinks=x["sinks"],
+        visible=call.visible,
+        scale=float(x["scale"]),
+        soft_cap=float(x["logits_soft_cap"]),
+    )
+    np.testing.assert_allclose(call.results["out"].value, other.out, rtol=1e-12)
+    np.testing.assert_allclose(call.results["lse"].value, other.lse, rtol=1e-12)
+    for name, gradient in other.gradients(*call.cotangents).items():
+        np.testing.assert_allclose(call.results[f"d{name}"].value, gradient, rtol=1e-9, atol=1e-12)
+    h = 1e-6
+    there, back = (
+        _computed(
+            {name: a + sign * h * call.tangents[name] for name, a in x.items()},
+            tuple(a + sign * h * b for a, b in zip(call.cotangents, call.cotangent_tangents, strict=True)),
+            call,
+        )
+        for sign in (1, -1)
+    )
+    for name, number in call.results.items():
+        if number.tangent is not None:
+            slope = (there.results[name].value - back.results[name].value) / (2 * h)
+            scale = np.abs(slope).max()
+            np.testing.assert_allclose(
+                np.broadcast_to(number.tangent.value, slope.shape), slope, atol=1e-7 * scale, err_msg=name
+            )
+
+
+def test_a_fault_is_found_and_made_small(monkeypatch):
+    """A causal mask that is off by one key: what is left is that mask, and next to nothing else."""
+    rows = masks.Band.rows
+
+    def wrong(self, at, skv):
+        lower, upper = rows(self, at, skv)
+        return lower, upper if upper is None or self.align == "top-left" else upper + 1
+
+    monkeypatch.setattr(masks.Band, "rows", wrong)
+    program = dataclasses.replace(
+        ALL, dtype="float32", Sq=9, Skv=9, mask=("key_lengths", "causal_bottom"), slopes=None
+    )
+    data = draw_data(program, 0)
+    with jax.numpy_dtype_promotion("standard"):
+        faults = Runner(program)(data).faults
+        assert "out" in {fault.result for fault in faults}
+        small, _ = shrink.shrunk(program, data, shrink.fails_alike("out"), seconds=60.0)
+    assert small.mask == ("causal_bottom",) and small.derivative == "none"
+    assert small.operands == ("query", "key", "value") and max(small.Sq, small.Skv, small.N, small.D) <= 2
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["clean", "crash"])
+def test_a_run(crash, tmp_path, capsys, monkeypatch):
+    """It says what it did, goes on where it stopped, and outlives a program that ends its process."""
+    out = tmp_path / "found.jsonl"
+    options = [
+        "--seed",
+        "5",
+        "--backends",
+        "xla",
+        "--draws",
+        "2",
+        "--out",
+        str(out),
+        "--count",
+        "4",
+        "--shrink",
+        "0",
+    ]
+    if crash:
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+        broken = "import os; os._exit(7)"
+        monkeypatch.setattr(sys, "executable", _broken_python(tmp_path, broken))
+        options[options.index("--count")] = "--time"
+    code = fuzz.main(options)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert code == int(crash) and "seed 5" in capsys.readouterr().out
+    if crash:
+        assert lines[0]["failure"] == "process" and "replay_seed" in lines[0]["script"]
+        return
+    first = lines[-1]["state"]
+    assert first["calls"] >= 4
+    assert fuzz.main([*options, "--resume", "--count", str(first["calls"] + 1)]) == 0
+    second = json.loads(out.read_text().splitlines()[-1])["state"]
+    assert second["rounds"] == first["rounds"] + 1 and second["calls"] > first["calls"]
+
+
+def _broken_python(directory, code: str) -> str:
+    path = directory / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_script_reproduces(tmp_path):
+    """The text of a failure is a program that ends with 1 where the failure is still there, and 0 where it is not."""
+    from jax_fa.testing.fuzz import script
+
+    program = Program(backend="xla", mask=("causal",)).as_dict()
+    text = script.reproducing({"JAX_PLATFORMS": "cpu"}, True, program, Data(seed=2).as_dict(), 0, ("xla",))
+    path = tmp_path / "again.py"
+    path.write_text(f"import sys\nsys.path[:] = {sys.path}\n{text}")
+    done = subprocess.run([sys.executable, "-P", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_many_programs_draw():
+    """Every program can be made into JSON and back, and its inputs drawn."""
+    for seed in range(3000):
+        program = draw_program(seed, ("cpu", "xla", "ascend"))
+        assert Program.from_dict(json.loads(json.dumps(program.as_dict()))) == program
+        inputs.draw(program, draw_data(program, 0)).arguments()
+    assert worker.LEAST >= 1
