@@ -53,7 +53,8 @@ def _jaxtyped(target=None, *, typechecker):
         return _complete(target, typechecker=typechecker)
     if not target.__annotations__:
         return target
-    if _needs_no_shapes(list(target.__annotations__.values())):
+    # beartype wants to be told what a generator yields.
+    if not inspect.isgeneratorfunction(target) and _needs_no_shapes(list(target.__annotations__.values())):
         return _checked(target, typechecker)
     return _complete(target, typechecker=typechecker)
 
