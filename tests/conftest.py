@@ -1,5 +1,6 @@
 """What every test needs: eight CPU devices, strict dtypes, small tiles, the backends that are present."""
 
+import gc
 import os
 from importlib import metadata
 
@@ -20,10 +21,13 @@ _NPROC = os.environ.get("NPROC")
 os.environ["NPROC"] = _NPROC or "16"
 os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
 
+import annotations
 import jax
 import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
+
+annotations.install()  # before what it checks is imported
 
 import jax_fa
 from jax_fa import ascend, backends
@@ -36,6 +40,8 @@ from jax_fa.testing import cases
 if installation.absence() is None:
     os.environ.setdefault(installation.EMULATOR, ascend.emulator_dir())
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Nobody reads which line of Python made an operation of these programs.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 # Every example compiles: few of them, always the same, and without a clock.
 settings.register_profile(
     "jax_fa",
@@ -53,6 +59,16 @@ if _NPROC is None:  # the pool exists now
 # A call of up to ONE_TILE_ELEMENTS logits would be a single tile.
 _SMALL = {"MIN_TILE": cases.ROWS, "MAX_ROWS": cases.ROWS, "MAX_KEYS": cases.KEYS, "ONE_TILE_ELEMENTS": 0}
 _REAL = {name: getattr(tiling, name) for name in _SMALL}
+
+
+# Modules, cases and caches of JAX live as long as the tests do: the garbage collector, which would go through them
+# again and again, is told so once they are there, and is called less often.
+gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_collection_finish(session) -> None:
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc) -> None:
