@@ -100,6 +100,8 @@ SECOND_TANGENT = _Kind(
     lambda _: _TANGENTS,
     lambda b, call, x: list(b.second_tangent(call, x.tangents, x.others, x.saved)),
 )
+# Of a `PagedCall`; see `paged/primitive.py`.
+PAGED = _Kind("paged", lambda _: ["out", "m", "l"], lambda b, call, _: list(b.paged(call)))
 
 
 def plain(problem: Problem) -> Problem:

@@ -379,6 +379,27 @@ def test_derivatives(backend):
     np.testing.assert_allclose(moved[1], jnp.vdot(ours["query"], along["query"]), rtol=1e-3)
 
 
+def test_explained():
+    """Which backend runs, and those of the derivatives; a native backend that lacks it says so."""
+    case = Case(window=9, pages="int8", scales=(2,))
+    x = dict(case.arrays)
+    first = [x.pop(name) for name in ("query", "key_pages", "value_pages", "page_table", "lengths")]
+    for found in (
+        jax_fa.explain(*first, **x, platforms=("cpu", "cuda")),
+        jax_fa.explain(case, case.arrays, platforms=("cpu", "cuda"))[0],
+    ):
+        native = found.reasons["cpu"]["cpu"] is None
+        assert found.chosen == {"cpu": "cpu" if native else "xla", "cuda": "xla"}
+        assert found.backward["cpu"] == found.chosen["cpu"]
+        assert found.reasons["cuda"]["mosaic"] == "does not compute paged attention: xla does"
+        assert (found.dims.Sq, found.dims.Skv, found.dims.K) == (1, 64, 2) and "B=(4,)" in str(found)
+    with (
+        jax_fa.strict(),
+        pytest.raises(NotImplementedError, match="would fall back to xla on platform 'cpu'"),
+    ):
+        jax_fa.paged_attention(*first, **x, implementation="ascend")
+
+
 # --- devices
 
 

@@ -94,14 +94,24 @@ class Asked {
     for (; span_ < count_; ++span_) {
       Span& s = spans_[span_];
       if (s.inner >= s.inner_count) continue;
+      const int64_t ahead = kTouchedBytes / s.bytes, most = kMachinePage > s.bytes ? kMachinePage / s.bytes : 1;
       const int64_t rest = c_.pages.size - s.inner % c_.pages.size, left = s.inner_count - s.inner;
-      const int64_t n = rest < left ? rest : left;
+      int64_t n = rest < left ? rest : left;
+      n = n < most ? n : most;
       at_ = s.data + c_.pages.Row(b_, s.inner) * s.bytes;
       left_ = n * s.bytes;
       s.inner += n;
+      Touch(s, s.inner + ahead, n);
       return true;
     }
     return false;
+  }
+
+  // Asks for a line of every page of the machine in which n keys from j on lie, if these do.
+  void Touch(const Span& s, int64_t j, int64_t n) const {
+    if (j + n > c_.Keys(b_)) return;
+    const char *p = s.data + c_.pages.Row(b_, j) * s.bytes, *end = p + n * s.bytes;
+    for (; p < end; p += kMachinePage) __builtin_prefetch(p, 0, 2);
   }
 
   const Call& c_;
@@ -129,6 +139,9 @@ struct DirectBlock {
     FindRows(c, c.value, b, j0, j0 + from, j0 + last, s.value_at);
     if (c.key_scale) FindScales(c, c.key_scale, b, 0, c.K, j0, j0 + first, j0 + last, kb, s.key_scale);
     if (c.value_scale) FindScales(c, c.value_scale, b, 0, c.K, j0, j0 + first, j0 + last, kb, s.value_scale);
+    const int64_t end = j0 + last, next = Least(end + kDirectKeys, c.Keys(b));
+    if (c.key_scale) AskForScales(c, c.key_scale, b, end, next);
+    if (c.value_scale) AskForScales(c, c.value_scale, b, end, next);
   }
 
   void Dots() const {

@@ -40,6 +40,14 @@ inline void FindScales(const Call& c, const View& x, int64_t b, int64_t first, i
   });
 }
 
+// Asks for those of keys [from, to) and all heads: they are read bit by bit, each page's on a few lines.
+inline void AskForScales(const Call& c, const View& x, int64_t b, int64_t from, int64_t to) {
+  EachPage(c.pages, b, from, to, [&](int64_t, int64_t page, int64_t row, int64_t n) {
+    const char *p = x.Bytes(b, 0, page, row), *end = x.Bytes(b, c.K - 1, page, row + n - 1);
+    for (; p <= end; p += 64) __builtin_prefetch(p, 0, 2);
+  });
+}
+
 // Keys or values [j0, j0 + n) of a head as neighbours, in floats or units and times their scale; zeros for those that the
 // batch entry has not, or before `from`. `stage` is that of StageSize.
 template <bool kPairs>

@@ -17,6 +17,7 @@
 #include "accuracy_test.h"
 #include "check.h"
 #include "cpu/convert-inl.h"
+#include "paged_test.h"
 #include "plan_test.h"
 #include "shapes_test.h"
 #include "tasks_test.h"
@@ -505,6 +506,7 @@ int Main(const std::vector<std::string>& args) {
     CheckEveryNumber();
     CheckFunctions();
     CheckNoBatch();
+    CheckPaged();
     for (DType t : {DType::kF32, DType::kBF16}) CheckRowsAlone(t);
     if (!sample) CheckBitsOfForward();
     if (!sample) CheckAccuracy();

@@ -21,10 +21,12 @@ from jax.sharding import NamedSharding
 
 from jax_fa import api, arguments, backends, compat, primitives
 from jax_fa.backends.ascend import installation
-from jax_fa.call import Call, Dims, Problem
+from jax_fa.call import Dims, Problem
 from jax_fa.cann.score import flash_attention_score
 from jax_fa.cann.torch_npu import npu_fusion_attention
 from jax_fa.masks import Mask
+from jax_fa.paged.attention import paged_attention
+from jax_fa.paged.call import PagedProblem
 
 PLATFORMS = ("cpu", "cuda", "tpu", "ascend")
 _ENTRIES: dict[str, Callable[..., Any]] = {
@@ -32,6 +34,7 @@ _ENTRIES: dict[str, Callable[..., Any]] = {
     "flash_attention": api.flash_attention,
     "flash_attention_score": flash_attention_score,
     "npu_fusion_attention": npu_fusion_attention,
+    "paged_attention": paged_attention,
 }
 # Other names of platforms; JAX calls NVIDIA's and AMD's both "gpu".
 _SAME = {"gpu": "cuda", "nvidia": "cuda"}
@@ -46,7 +49,7 @@ class Explanation:
 
     Attributes:
       entry: the public function the call was read as; for a call in a function what it computes: "forward", "backward",
-        "jvp" (a forward with its tangent), "tangent", "second" or "second_tangent" (derivatives of the second order).
+        "paged", "jvp" (a forward with its tangent), "tangent", "second" or "second_tangent" (derivatives of the second order).
       dims: the sizes of the call.
       chosen: for each platform the backend that would run, or None.
       reasons: for each platform and backend None if it can serve the call, or why not.
@@ -61,7 +64,7 @@ class Explanation:
     """
 
     entry: str
-    problem: Problem
+    problem: Problem | PagedProblem
     dims: Dims
     dtype: str
     chosen: dict[str, str | None]
@@ -148,9 +151,9 @@ def explain(
     attention call in any function of JAX, a whole model or training step too.
 
     Args:
-      *args: those of `dot_product_attention`, `flash_attention`, `flash_attention_score` or `npu_fusion_attention`; or a
-        function and its arguments. Arrays may be of type `jax.ShapeDtypeStruct`. In a function's arguments, whatever is not
-        an array stays as it is, as a static argument does.
+      *args: those of `dot_product_attention`, `flash_attention`, `paged_attention`, `flash_attention_score` or
+        `npu_fusion_attention`; or a function and its arguments. Arrays may be of type `jax.ShapeDtypeStruct`. In a function's
+        arguments, whatever is not an array stays as it is, as a static argument does.
       **kwargs: likewise.
       entry: which of them; None: the one whose arguments these are (`dot_product_attention` where both
         it and `flash_attention` would do). Not with a function.
@@ -193,13 +196,13 @@ class _Found:
     """A primitive in a traced program."""
 
     kind: Any
-    inputs: primitives.Inputs  # avals
-    problem: Problem
+    inputs: Any  # `primitives.Inputs` or `PagedOperands`, of avals
+    problem: Any
     source: str
     times: int
 
     @property
-    def call(self) -> Call:
+    def call(self) -> Any:
         return self.inputs.call(self.problem)
 
 
@@ -276,13 +279,15 @@ def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanatio
     call, what = found.call, found.kind.what
     if what == "jvp":  # its forward's backend may lack it, and then does a forward
         what = "forward"
+    # The derivatives of a paged call are those of another.
+    derived = call.derived() if what == "paged" else call
     reasons, chosen, notes, computes_in = {}, {}, {}, {}
     derivatives: dict[str, dict[str, str | None]] = {"backward": {}, "tangent": {}, "second": {}}
     for given, platform in asked.items():
         reasons[given] = backends.reasons(platform, call, what)
         chosen[given] = backends.best(reasons[given], call, what)
         for which, backend in derivatives.items():
-            backend[given] = backends.best(backends.reasons(platform, call, which), call, which)
+            backend[given] = backends.best(backends.reasons(platform, derived, which), derived, which)
         notes[given] = (*backends.notes(chosen[given], call), *_gathered(chosen[given], platform, found))
         computes_in[given] = _computes_in(chosen[given], platform, call.dtype)
     return Explanation(
@@ -301,7 +306,7 @@ def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanatio
 
 
 def _gathered(backend: str | None, platform: str, found: _Found) -> list[str]:
-    if backend is None:
+    if backend is None or found.kind.what == "paged":
         return []
     return primitives.gathered(backends.named(backend), platform, found.inputs, found.problem)
 
@@ -357,6 +362,8 @@ def _entry(args: tuple, kwargs: dict[str, Any]) -> str:
     if "head_num" in kwargs:
         torch_alone = arguments.names("npu_fusion_attention") - arguments.names("flash_attention_score")
         return "npu_fusion_attention" if torch_alone & set(kwargs) else "flash_attention_score"
+    if "page_table" in kwargs or (len(args) > 4 and all(map(_holds_integers, args[3:5]))):
+        return "paged_attention"
     own = arguments.names("flash_attention") - arguments.names("dot_product_attention")
     others = arguments.names("dot_product_attention") - arguments.names("flash_attention")
     named = dict(zip(("query", "key", "value", "bias", "mask"), args, strict=False)) | kwargs
@@ -373,6 +380,10 @@ def _entry(args: tuple, kwargs: dict[str, Any]) -> str:
     if isinstance(named.get("mask"), Mask) or other_value or more_dims:
         return "dot_product_attention" if others & set(kwargs) else "flash_attention"
     return "dot_product_attention"
+
+
+def _holds_integers(x) -> bool:
+    return _has_shape(x) and jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _has_shape(x) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa.call import Dims, accumulator_dtype, is_symbolic
+from jax_fa.call import Call, Dims, Operands, Problem, accumulator_dtype, is_symbolic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,33 @@ class PagedCall:
     def stats_shape(self) -> tuple[Any, ...]:
         d = self.dims
         return (*d.B, d.N, d.Sq)
+
+    def derived(self) -> Call:
+        """The call whose derivatives are this one's, of avals: keys and values are gathered (see `primitive.contiguous`)."""
+        d, o = self.dims, self.operands
+        exact = o.key_scale is None and o.value_scale is None and o.key_pages.dtype == self.dtype
+        dtype, order = self.dtype if exact else self.acc, (0, 1, 2, 3)
+        problem = Problem(
+            query_axes=order,
+            key_axes=order,
+            value_axes=order,
+            out_axes=order,
+            scale=self.problem.scale,
+            logits_soft_cap=self.problem.logits_soft_cap,
+            logsumexp=True,
+            strict=self.problem.strict,
+            implementation=self.problem.implementation,
+            options=self.problem.options,
+        )
+        bound = jax.ShapeDtypeStruct((*d.B, 1, d.Sq), jnp.int32)
+        operands = Operands(
+            query=jax.ShapeDtypeStruct((*d.B, d.Sq, d.N, d.D), dtype),
+            key=jax.ShapeDtypeStruct((*d.B, d.Skv, d.K, d.D), dtype),
+            value=jax.ShapeDtypeStruct((*d.B, d.Skv, d.K, d.Dv), dtype),
+            lower=bound,
+            upper=bound,
+        )
+        return Call.of(problem, operands)
 
     def pages(self):
         """The page table with page numbers moved into the pool."""

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from jax_fa import attention, backends, compat, entry, masks, sharding
+from jax_fa import attention, backends, compat, entry, masks, primitives, sharding
 from jax_fa.call import Call, Shape
 from jax_fa.paged.call import PagedCall, PagedOperands, PagedProblem
-from jax_fa.primitives import RULES_ON
 
-WHAT = "paged"  # the method of a backend
+WHAT = primitives.PAGED.what
 _RESULTS = ("out", "m", "l")
 _OF_SEQUENCES = ("query", "page_table", "lengths")  # `B ...`
 _SCALARS = ("scale", "soft_cap", "window")  # `#B`; the others are `#P ...`
@@ -234,7 +233,7 @@ def _needs_rule(ctx, backend, platform: str) -> bool:
     """XLA can split plain code by itself, but computes the bounds of loops from all devices' lengths."""
     if backend.platforms is not None:
         return True
-    return platform in RULES_ON and not compat.for_export(ctx) and not compat.is_manual(ctx)
+    return platform in primitives.RULES_ON and not compat.for_export(ctx) and not compat.is_manual(ctx)
 
 
 # --- assembly
@@ -249,3 +248,4 @@ mlir.register_lowering(paged_p, _lowering)
 for name in backends.PLATFORMS:
     mlir.register_lowering(paged_p, _lowering, platform=name)
 sharding.restore_splits([WHAT], _restored)
+primitives.KINDS[paged_p] = primitives.PAGED
