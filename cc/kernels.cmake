@@ -2,6 +2,7 @@
 # the C++ tests, after CXX is enabled; needs a compiler and nothing else.
 set(JAX_FA_SANITIZE "" CACHE STRING "Sanitizers to build with, e.g. address,undefined")
 option(JAX_FA_WERROR "Treat warnings as errors" OFF)
+option(JAX_FA_RELEASE "Build a wheel for other machines: no shared C++ runtime, and no emulators that only tests use" OFF)
 option(JAX_FA_EMULATE_AMX "Compute what AMX does in plain C++, for tests" OFF)
 
 # CANN is loaded from shared objects of Linux; elsewhere the adapter and its emulator are left out.
@@ -31,6 +32,9 @@ function(jax_fa_target target)
   target_compile_options(${target} PRIVATE -Wall -Wextra)
   if(JAX_FA_WERROR)
     target_compile_options(${target} PRIVATE -Werror)
+  endif()
+  if(JAX_FA_RELEASE)
+    target_link_options(${target} PRIVATE -static-libstdc++ -static-libgcc)
   endif()
   if(JAX_FA_SANITIZE)
     target_compile_options(${target} PRIVATE -fsanitize=${JAX_FA_SANITIZE} -g -O1 -fno-omit-frame-pointer)

@@ -63,7 +63,9 @@ uint64_t ReadAll(const uint64_t* x, int64_t size) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  // For Python to compare with what it sends: a number that changes with what names do not show (see operands.h), ...
+  // For Python to compare with its own version, and with what it sends: a number that changes with what names do not
+  // show (see operands.h), ...
+  module.def("version", [] { return JAX_FA_VERSION; });
   module.def("abi", [] { return jax_fa::kAbi; });
   // ... the operands in the order of their arrays: operand i is given where bit i of `present` is set.
   module.def("operand_names", [] { return NamesOf(jax_fa::kForms); });

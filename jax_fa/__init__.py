@@ -1,5 +1,7 @@
 """Exact FlashAttention for JAX: one op, every chip."""
 
+__version__ = "0.2.0"  # first: the extension is held against it
+
 import sys
 
 from jax_fa import backends, masks, sequence_parallel
@@ -27,7 +29,6 @@ from jax_fa.softmax import merge
 # Rooms of `backends` by their public names, for `import jax_fa.ascend` too.
 sys.modules |= {f"{__name__}.ascend": ascend, f"{__name__}.mosaic": mosaic}
 
-__version__ = "0.2.0"
 __all__ = [
     "OUT_NAME",
     "STATS_NAME",

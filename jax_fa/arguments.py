@@ -32,7 +32,7 @@ def array(name: str, x):
         )
     try:
         made = None if x is None else jnp.asarray(truth(x))
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         # Arrays that JAX itself cannot use here, such as deleted ones, have a better error of JAX.
         if isinstance(x, jax.Array):
             raise
@@ -48,6 +48,16 @@ def truth(x):
         return x
     found = np.asarray(x).view(np.uint8)
     return found != 0 if np.any(found > 1) else x
+
+
+def host_array(name: str, x):
+    """x as it is where it is an array of any kind, else as one of NumPy: its values stay known."""
+    if hasattr(x, "dtype"):
+        return x
+    try:
+        return np.asarray(x)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array; got {shown(x)}.") from error
 
 
 def number(name: str, x, what: str) -> None:

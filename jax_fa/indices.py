@@ -120,7 +120,7 @@ def list_of_integers(name: str, value) -> tuple[int, ...] | np.ndarray | jax.Arr
         return tuple(int(x) for x in value)
     try:
         array = value if hasattr(value, "dtype") else jnp.asarray(value)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a list of ints or an integer array; got {shown(value)}.") from error
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must hold integers; got dtype {array.dtype}.")

@@ -20,6 +20,7 @@ ROOMS = {
     "bench",
     "cann",
     "demo",
+    "doctor",
     "explanation",
     "integrations",
     "mosaic",
@@ -119,7 +120,7 @@ def test_the_import_is_light():
 
 def test_the_import_brings_nothing_that_it_does_not_need():
     """Neither what only tests and benchmarks use, nor optional libraries."""
-    rooms = sorted(f"jax_fa.{room}" for room in ("bench", "demo", "integrations", "testing"))
+    rooms = sorted(f"jax_fa.{room}" for room in ("bench", "demo", "doctor", "integrations", "testing"))
     optional = ["equinox", "flax", "haiku", "keras", "matplotlib", "tqdm"]
     _python(f"import jax_fa; found = set({rooms + optional}) & set(sys.modules); assert not found, found")
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from jax_fa import arguments
-from jax_fa.backends import ascend, cpu, mosaic, xla
+from jax_fa.backends import ascend, cpu, mosaic, variables, xla
 from jax_fa.call import Call, Operands, Saved
 
 __all__ = ["Backend", "Implementation", "register", "registered"]
@@ -128,7 +128,11 @@ def names() -> tuple[str, ...]:
 
 
 def chosen(implementation: Implementation) -> tuple[str | None, Any]:
-    """(name, options) of what `implementation=` was given; ValueError for what names no backend."""
+    """(name, options) of what `implementation=` was given; ValueError for what names no backend.
+
+    Every entry asks, so this is where values of environment variables that cannot be meant are told, too.
+    """
+    variables.check()
     if implementation is None:
         return None, None
     name: Any

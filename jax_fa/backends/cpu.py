@@ -3,7 +3,6 @@
 The kernels take arrays in the order they are stored in, so no operand is transposed or copied on the way.
 """
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,9 +36,6 @@ class Cpu:
     def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
         if native.missing is not None:
             return native.absence()
-        wanted = os.environ.get("JAX_FA_CPU_ISA")
-        if wanted and not native.extension.instruction_sets().get(wanted):
-            return f"JAX_FA_CPU_ISA={wanted!r} is not one this machine has: {_available()}"
         if call.dtype not in _DTYPES:
             return (
                 f"serves float32, bfloat16 and float16, not {call.dtype}: cast query, key and value (in Flax: the "
@@ -91,10 +87,6 @@ def instruction_set() -> str | None:
 def tuning() -> str | None:
     """Its caches and tiles, as the kernels describe them; None likewise."""
     return None if native.extension is None else native.extension.cpu_tuning()
-
-
-def _available() -> str:
-    return ", ".join(isa for isa, there in native.extension.instruction_sets().items() if there)
 
 
 def _stats(call: Call) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,7 @@
 """The compiled extension, or why it is not here and what to do about it."""
 
+import sys
+import warnings
 from dataclasses import fields
 from importlib import import_module, metadata
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -14,17 +16,26 @@ _ROOT = _PACKAGE.parent
 
 
 def _load() -> tuple[Any, str | None]:
+    """An extension that is there and of no use is warned of: nobody installs that on purpose."""
     try:
         found = import_module("jax_fa._native")
-    except ImportError as error:
+        wrong = _mismatch(found)
+    except ModuleNotFoundError as error:
         return None, str(error)
-    wrong = _mismatch(found)
-    return (found, None) if wrong is None else (None, wrong)
+    except ImportError as error:
+        found, wrong = None, str(error)
+    if wrong is None:
+        return found, None
+    warnings.warn(
+        f"jax_fa runs without its compiled kernels: {wrong}. Reinstall jax_fa.", RuntimeWarning, stacklevel=2
+    )
+    return None, wrong
 
 
 def _mismatch(extension: Any) -> str | None:
-    """What of the arrays that the handlers take is not what Python sends; None: nothing."""
+    """How it is not the one of this package: another version, or other arrays than Python sends; None: in no way."""
     wanted = {
+        "version": sys.modules["jax_fa"].__version__,
         "abi": ABI,
         "operand_names": OPERANDS,
         "differentiable_operands": DIFFERENTIABLE,
@@ -34,7 +45,7 @@ def _mismatch(extension: Any) -> str | None:
     for name, want in wanted.items():
         got = getattr(extension, name)() if hasattr(extension, name) else None
         if got != want:
-            return f"{extension.__name__} was built from other sources: its {name} are {got}, not {want}"
+            return f"{extension.__file__} was built from other sources: its {name} is {got}, not {want}"
     return None
 
 

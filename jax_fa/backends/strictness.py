@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-_BY_DEFAULT = os.environ.get("JAX_FA_STRICT", "0") not in ("", "0")
+_BY_DEFAULT = os.environ.get("JAX_FA_STRICT") == "1"
 _lock = threading.Lock()
 # Part of the keys of jit's caches. Making one has JAX trace anew what it has traced before, so it waits for the first use.
 _context: Any = None

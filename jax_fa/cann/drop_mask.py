@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from jax_fa.arguments import random_key, shown
+from jax_fa.arguments import host_array, random_key, shown
 from jax_fa.call import Dims
 from jax_fa.cann.packed import Packed
 from jax_fa.entry import Dropout
@@ -31,8 +31,7 @@ def dropout(keep_prob, drop_mask, dropout_key, d: Dims, packed: Packed | None) -
                 f"drop_mask must be given when keep_prob is below 1 (it is {keep_prob}); got None."
             )
         return Dropout(keep_prob=1.0)
-    if not hasattr(drop_mask, "dtype"):
-        drop_mask = np.asarray(drop_mask)
+    drop_mask = host_array("drop_mask", drop_mask)
     if drop_mask.dtype != np.uint8:
         raise TypeError(f"drop_mask must have dtype uint8; got {drop_mask.dtype}.")
     lengths = None if packed is None else packed.lengths()

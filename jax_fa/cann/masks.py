@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import indices, masks
+from jax_fa import arguments, indices, masks
 from jax_fa.call import Dims
 from jax_fa.cann import spec
 from jax_fa.cann.packed import Packed
@@ -186,8 +186,7 @@ class MaskArguments:
         mask = self.atten_mask
         if mask is None:
             return None
-        if not hasattr(mask, "dtype"):
-            mask = np.asarray(mask)
+        mask = arguments.host_array("atten_mask", mask)
         if mask.dtype not in (np.bool_, np.uint8):
             raise TypeError(f"atten_mask must have dtype bool or uint8 (1 = masked); got {mask.dtype}.")
         if self.mode not in spec.FULL_MASK_MODES:

@@ -45,9 +45,8 @@ class Pse:
     @property
     def start(self) -> int:
         """How much further than key 0 the first row stands, for slopes."""
-        if self.type not in ALIBI_TYPES:
-            return 0
-        return _start("q_start_idx", self.q_start_idx) - _start("kv_start_idx", self.kv_start_idx)
+        start = _start("q_start_idx", self.q_start_idx) - _start("kv_start_idx", self.kv_start_idx)
+        return start if self.type in ALIBI_TYPES else 0
 
     def terms(self, sparse: MaskArguments, *, scale, dtype, d: Dims, packed: Packed | None) -> Terms:
         """Checks pse and turns it into terms of the logits.

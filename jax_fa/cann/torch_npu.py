@@ -8,17 +8,19 @@ Source: torch_npu's documentation of `npu_fusion_attention`; its operator schema
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Float32
 
 from jax_fa import backends, entry
-from jax_fa.arguments import flag, integer, shown
+from jax_fa.arguments import array, flag, integer, shown
 from jax_fa.attention import Attention
 from jax_fa.cann import backward, spec
 from jax_fa.cann.masks import MaskArguments, check_mode
 from jax_fa.cann.operator import Operator, named
 from jax_fa.cann.pse import Pse, check_mode_of_pse
+from jax_fa.indices import list_of_integers
 
 _NAMES = {
     "pre_tokens": "pre_tockens",
@@ -137,8 +139,8 @@ def npu_fusion_attention(
       NotImplementedError: the backend named cannot serve this call (and why).
     """
     with named(_FORWARD):
-        _check_ignored(gen_mask_parallel, sync, seed, offset)
-        layout = input_layout.upper() if isinstance(input_layout, str) else input_layout
+        _check_ignored(padding_mask, gen_mask_parallel, sync, seed, offset)
+        layout = _upper(input_layout)
         built = Operator(
             arrays=(query, key, value),
             ropes=(query_rope, key_rope),
@@ -228,8 +230,8 @@ def npu_fusion_attention_grad(
     """
 
     with named(_NAMES):
-        _check_ignored(gen_mask_parallel, sync, seed, offset)
-        layout = input_layout.upper() if isinstance(input_layout, str) else input_layout
+        _check_ignored(padding_mask, gen_mask_parallel, sync, seed, offset)
+        layout = _upper(input_layout)
         operator = Operator(
             arrays=(query, key, value),
             ropes=(None, None),
@@ -257,9 +259,16 @@ def _gradients(found: backward.Gradients) -> NpuFusionAttentionGradOutput:
     return NpuFusionAttentionGradOutput(found.query, found.key, found.value, dpse, dsink)
 
 
+def _upper(input_layout) -> str:
+    if not isinstance(input_layout, str):
+        raise TypeError(f"input_layout must be a string; got {shown(input_layout)}.")
+    return input_layout.upper()
+
+
 def _in_blocks(softmax_layout, input_layout) -> bool:
     """Whether the statistics have torch_npu's own order."""
-    if softmax_layout not in ("", "TND") or (softmax_layout == "TND" and input_layout != "TND"):
+    known = isinstance(softmax_layout, str) and softmax_layout in ("", "TND")
+    if not known or (softmax_layout == "TND" and input_layout != "TND"):
         raise ValueError(
             f'softmax_layout must be "", or "TND" with input_layout="TND"; got {shown(softmax_layout)} with '
             f"{shown(input_layout)}."
@@ -272,17 +281,22 @@ def _sparse(mode, pre_tokens, next_tokens, atten_mask, prefix, pse, layout) -> M
     for name, x in (("sparse_mode", mode), ("pre_tokens", pre_tokens), ("next_tokens", next_tokens)):
         integer(name, x)
     check_mode(mode, packed=layout == "TND")
+    if prefix is not None:
+        list_of_integers("prefix", prefix)
     if atten_mask is None:
         check_mode_of_pse(pse, mode)
         return MaskArguments(0)
     return MaskArguments(mode, pre_tokens, next_tokens, atten_mask, prefix)
 
 
-def _check_ignored(gen_mask_parallel, sync, seed, offset) -> None:
+def _check_ignored(padding_mask, gen_mask_parallel, sync, seed, offset) -> None:
+    if padding_mask is not None:
+        array("padding_mask", padding_mask)
     flag("gen_mask_parallel", gen_mask_parallel)
     flag("sync", sync)
     for name, x in (("seed", seed), ("offset", offset)):
-        if not hasattr(x, "dtype"):  # what came back from a jitted call is an array
+        back = isinstance(x, jax.Array) and x.ndim == 0  # what came back from a jitted call
+        if not (back and jnp.issubdtype(x.dtype, jnp.integer)):
             integer(name, x)
 
 

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import indices
-from jax_fa.arguments import truth
+from jax_fa import arguments, indices
 from jax_fa.call import Shape, Size
 from jax_fa.indices import is_int, known
 from jax_fa.masks.parts import Parts, Terms, both, complement, either
@@ -260,7 +259,7 @@ class Dense(Mask):
     array: Any
 
     def __post_init__(self) -> None:
-        dtype = jnp.result_type(self.array)
+        dtype = getattr(self.array, "dtype", None) or arguments.host_array("mask", self.array).dtype
         if dtype != jnp.bool_:
             raise TypeError(
                 f"mask must be boolean (True = visible); got dtype {dtype}. For an additive mask use bias."
@@ -274,7 +273,7 @@ class Dense(Mask):
             )
 
     def rules(self, rows: Rows) -> Terms:
-        return Terms(dense=jnp.asarray(truth(self.array)))
+        return Terms(dense=jnp.asarray(arguments.truth(self.array)))
 
 
 @dataclass(frozen=True)
