@@ -31,23 +31,54 @@ inline bool HaveOneScale(const Call& c, int64_t b, int64_t k) {
   return true;
 }
 
+// Places for packed rows: as many as there is room for, if these hold all blocks of rows that see a block of keys and so
+// some are there for the next one; else one, which stays in the cache.
+template <bool kPairs>
+inline int64_t PlacesForRows(const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t key0, int64_t key1) {
+  for (int64_t j0 = key0; j0 < key1 && plan.kept_blocks < plan.row_blocks; j0 += plan.key_block) {
+    int64_t first = plan.row_blocks, last = 0;
+    for (int64_t block = 0; block < plan.row_blocks; ++block) {
+      if (!SeesAny<kPairs>(s, block, j0, j0 + plan.key_block)) continue;
+      first = block < first ? block : first;
+      last = block;
+    }
+    if (last - first >= plan.kept_blocks) return 1;
+  }
+  return plan.kept_blocks;
+}
+
+// Rows, their parts of dq and packed places, before keys [key0, key1) pass. Returns how many of these places there are.
+template <bool kPairs>
+inline int64_t StartHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
+                         int64_t k, int64_t key0, int64_t key1, float* dq) {
+  RangesOfRows<kPairs>(c, plan, s, b, k);
+  int32_t* const given = BlocksGiven<kPairs>(plan, dq);
+  for (int64_t block = 0; block < plan.row_blocks; ++block) {
+    const int64_t g0 = block * plan.block_rows;
+    const int64_t rows = g0 + plan.block_rows < plan.rows ? plan.block_rows : plan.rows - g0;
+    given[block] = SeesAny<kPairs>(s, block, key0, key1);
+    if (given[block]) PrepareRows<kPairs>(c, s, b, k, g0, rows);
+    if (c.dquery && (given[block] || plan.splits == 1)) ClearRows(dq + g0 * plan.dq_row, rows, plan.dq_row, c.D);
+  }
+  Fill(dq + plan.dq_size, 0, BalanceSize<kPairs>(plan), 0.0f);
+  for (int64_t place = 0; place < plan.kept_blocks; ++place) s.holds[place] = -1;
+  return PlacesForRows<kPairs>(plan, s, key0, key1);
+}
+
 template <bool kPairs>
 inline void BackwardHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
                          int64_t k, int64_t key0, int64_t key1, float* dq, const HeadSums& sums) {
   const bool one_scale = HaveOneScale(c, b, k);
   const float key_scale = one_scale ? ScaleOf(c, b, k * c.G()) : 1.0f;
   RowTile tiles[kMostRows];
-  PrepareRows<kPairs>(c, plan, s, b, k);
-  for (int64_t block = 0; block < plan.row_blocks; ++block) s.has_rows[block] = 0;
-  if (c.dquery) ClearRows(dq, plan.rows, plan.dq_row, c.D);
-  Fill(dq + plan.dq_size, 0, BalanceSize<kPairs>(plan), 0.0f);
+  const int64_t places = StartHead<kPairs>(c, plan, s, b, k, key0, key1, dq);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
     ClearRows(s.dk, width, plan.dq_row, c.D);
     ClearRows(s.dv, width, s.dv_row, c.Dv);
     bool packed = false;
     for (int64_t block = 0; block < plan.row_blocks; ++block) {
-      if (s.block_lo[block] >= j0 + width || s.block_hi[block] <= j0) continue;
+      if (!SeesAny<kPairs>(s, block, j0, j0 + width)) continue;
       if (!packed) {
         if (!IsDirect(c)) PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, s.stage, s.keys_t);
         PackTransposed<kPairs>(c.value, c.Dv, b, k, j0, width, s.stage, s.values_t);
@@ -59,7 +90,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
       const int64_t g0 = block * plan.block_rows,
                     rows = g0 + plan.block_rows < plan.rows ? plan.block_rows : plan.rows - g0;
       const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
-      const RowBlock x = {b, k, g0, rows, j0, width, count, tiles, PackedRowsOf<kPairs>(plan, s, block)};
+      const RowBlock x = {b, k, g0, rows, j0, width, count, tiles, PackedRowsOf<kPairs>(plan, s, block, places)};
       if (count > 0) BackwardBlock<kPairs>(c, plan, s, x, dq, one_scale, sums);
     }
     for (int64_t j = 0; c.dkey && j < width; ++j)
@@ -80,10 +111,20 @@ inline void FinishQueries(const Call& c, const BackwardPlan& plan, int64_t b, in
   }
 }
 
-// Adds the dq of another range of keys.
+// Adds the dq of another range of keys. Rows that neither has are left as they are.
 template <bool kPairs>
 inline void AddPart(const BackwardPlan& plan, float* part, float* total) {
-  for (int64_t x = 0; x < plan.dq_size; x += kLanes) Store(total + x, Load(total + x) + Load(part + x));
+  int32_t *const given = BlocksGiven<kPairs>(plan, part), *const there = BlocksGiven<kPairs>(plan, total);
+  const int64_t size = plan.dq_size == 0 ? 0 : plan.block_rows * plan.dq_row;
+  for (int64_t block = 0; block < plan.row_blocks; ++block) {
+    if (!given[block]) continue;
+    const int64_t end = (block + 1) * size < plan.dq_size ? (block + 1) * size : plan.dq_size;
+    for (int64_t x = block * size; x < end; x += kLanes) {
+      const F more = Load(part + x);
+      Store(total + x, there[block] ? Load(total + x) + more : more);
+    }
+    there[block] = 1;
+  }
   if constexpr (kPairs) {
     const Balance from = BalanceOf(plan, part), to = BalanceOf(plan, total);
     for (int64_t r = 0; r < plan.rows; ++r) {
@@ -95,11 +136,24 @@ inline void AddPart(const BackwardPlan& plan, float* part, float* total) {
   }
 }
 
+// The dq of all ranges of keys in the place of the first.
+template <bool kPairs>
+inline void AddParts(const Call& c, const BackwardPlan& plan, float* total) {
+  for (int64_t split = 1; split < plan.splits; ++split)
+    AddPart<kPairs>(plan, total + split * PartSize<kPairs>(plan), total);
+  if (!c.dquery) return;
+  for (int64_t block = 0; block < plan.row_blocks; ++block) {
+    const int64_t g0 = block * plan.block_rows;
+    const int64_t rows = g0 + plan.block_rows < plan.rows ? plan.block_rows : plan.rows - g0;
+    if (!BlocksGiven<kPairs>(plan, total)[block]) ClearRows(total + g0 * plan.dq_row, rows, plan.dq_row, c.D);
+  }
+}
+
 // The gradients of slopes, scale and soft cap are overwritten.
 template <bool kPairs>
 void BackwardAs(const Call& c, const Runner& runner) {
   const BackwardPlan plan(c);
-  const int64_t heads = c.B * c.K, head_size = plan.dq_size + BalanceSize<kPairs>(plan);
+  const int64_t heads = c.B * c.K, head_size = PartSize<kPairs>(plan);
   const Buffer dq_parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
   const AllSums sums(c, plan.splits);
 
@@ -122,7 +176,7 @@ void BackwardAs(const Call& c, const Runner& runner) {
   if (plan.splits > 1) {
     Run(runner, heads, [&](int64_t head) {
       float* total = dq_parts.get() + head * plan.splits * head_size;
-      for (int64_t split = 1; split < plan.splits; ++split) AddPart<kPairs>(plan, total + split * head_size, total);
+      AddParts<kPairs>(c, plan, total);
       float* stage = nullptr;
       const ThreadParts scratch([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
       FinishQueries<kPairs>(c, plan, head / c.K, head % c.K, stage, total);

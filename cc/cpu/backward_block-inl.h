@@ -29,19 +29,24 @@ inline void PackClean(const View& x, bool masked, int64_t n, int64_t width, floa
   });
 }
 
-// Rows of query and dout as products take them: as units, and as panels.
+// Rows of query and dout as products take them: as units, and as panels. Whether they are there: the place `holds` them.
 struct PackedRows {
   float *q, *dout, *q_panels, *dout_panels;
-  int32_t* there;
+  int32_t *holds, block;
 };
 
-// Those of a block.
+// Those of a block, which takes one of so many places.
 template <bool kPairs>
-inline PackedRows PackedRowsOf(const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t block) {
-  const int64_t at = plan.keeps_rows ? block * plan.block_rows : 0;
-  const int64_t units = plan.keeps_rows ? block * Units<kPairs>(plan.block_rows) : 0;
-  return {s.q + at * s.q_row, s.dout + at * s.dout_row, s.q_panels + units * plan.dq_row,
-          s.dout_panels + units * s.dv_row, s.has_rows + block};
+inline PackedRows PackedRowsOf(const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t block,
+                               int64_t places) {
+  const int64_t place = block % places, at = place * plan.block_rows;
+  const int64_t units = place * Units<kPairs>(plan.block_rows);
+  return {s.q + at * s.q_row,
+          s.dout + at * s.dout_row,
+          s.q_panels + units * plan.dq_row,
+          s.dout_panels + units * s.dv_row,
+          s.holds + place,
+          static_cast<int32_t>(block)};
 }
 
 // Rows [g0, g0 + rows) of key head k over keys j0 + [0, width), and the tiles of rows to which any of them is visible.
@@ -191,8 +196,8 @@ template <bool kPairs>
 inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, const RowBlock& x,
                           float* dq, bool one_scale, const HeadSums& sums) {
   const int64_t keys = RoundUp(x.width, Unit<kPairs>::kElements * kLanes);
-  if (!*x.packed.there) PackQueries<kPairs>(c, s, x);
-  *x.packed.there = plan.keeps_rows;
+  if (*x.packed.holds != x.packed.block) PackQueries<kPairs>(c, s, x);
+  *x.packed.holds = x.packed.block;
   BlockProducts<kPairs>(c, s, x);
   float scales[kMostRows];
   if (!one_scale)

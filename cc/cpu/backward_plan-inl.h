@@ -13,8 +13,8 @@ namespace {
 
 struct BackwardPlan {
   int64_t rows, block_rows, row_blocks, key_block, dq_row, splits, split_keys;
-  int64_t dq_size;  // floats of the dq of a key head; 0 where it is not wanted
-  bool keeps_rows;  // packed rows of query and dout are those of all blocks
+  int64_t dq_size;      // floats of the dq of a key head; 0 where it is not wanted
+  int64_t kept_blocks;  // of rows of query and dout that there is room for in packed form
   bool writes_all_bias;
   const HeadGroups groups;
 
@@ -28,7 +28,9 @@ struct BackwardPlan {
     dq_row = Panels(c.D) * kPanel;
     dq_size = c.dquery ? rows * dq_row : 0;
     row_blocks = (rows + block_rows - 1) / block_rows;
-    keeps_rows = row_blocks * block_rows * 4 * RoundUp(wide, kPanel) <= kKeptRowFloats;
+    kept_blocks = kKeptRowFloats / (block_rows * 4 * RoundUp(wide, kPanel));
+    kept_blocks = kept_blocks < row_blocks ? kept_blocks : row_blocks;
+    kept_blocks = kept_blocks > 1 ? kept_blocks : 1;
     const int64_t key_blocks = (c.Skv + key_block - 1) / key_block;
     const int64_t dq_bytes = c.B * c.K * rows * dq_row * 4 + 1;
     const int64_t count = groups.count();
@@ -51,6 +53,18 @@ inline int64_t BalanceSize(const BackwardPlan& plan) {
   return kPairs ? RoundUp(3 * plan.rows, kLanes) : 0;
 }
 
+// The part of dq that some keys give: of which blocks of rows there is any. Stored behind the Balance.
+template <bool kPairs>
+inline int32_t* BlocksGiven(const BackwardPlan& plan, float* dq) {
+  return reinterpret_cast<int32_t*>(dq + plan.dq_size + BalanceSize<kPairs>(plan));
+}
+
+// Floats of a dq with what is behind it.
+template <bool kPairs>
+inline int64_t PartSize(const BackwardPlan& plan) {
+  return plan.dq_size + BalanceSize<kPairs>(plan) + RoundUp(plan.row_blocks, kLanes);
+}
+
 // What gradients of a row are made with.
 struct GradientRows {
   float *slope, *by_cap, *products;  // of one row: derivatives of the soft cap, products q.k
@@ -61,9 +75,9 @@ struct GradientRows {
 
 template <bool kPairs>
 struct BackwardScratch : GradientRows {
-  float *q, *dout;                         // rows of a block, or of all, as units
+  float *q, *dout;                         // rows of some blocks, as units
   float *q_panels, *dout_panels;           // ... and as panels
-  int32_t* has_rows;                       // of each block of rows: whether these are there
+  int32_t* holds;                          // ... and which blocks these are, or -1
   float *p, *ds, *ds_rows;                 // rows of logits, then weights, and of ds; ds_rows: those of ds as pairs
   float *keys_t, *values_t, *keys;         // a block of keys and values, packed
   float *dk, *dv;                          // ... and its gradients
@@ -85,12 +99,12 @@ struct BackwardScratch : GradientRows {
     dv_row = Panels(c.Dv) * kPanel;
     s_row = kb + kLanes;
     half_row = kb / 2 + kLanes;
-    const int64_t kept = plan.keeps_rows ? plan.row_blocks : 1;
+    const int64_t kept = plan.kept_blocks;
     q = arena.Take(kept * n * q_row);
     dout = arena.Take(kept * n * dout_row);
     q_panels = arena.Take(kept * row_units * plan.dq_row);
     dout_panels = arena.Take(kept * row_units * dv_row);
-    has_rows = arena.Take<int32_t>(plan.row_blocks);
+    holds = arena.Take<int32_t>(kept);
     p = arena.Take(n * s_row);
     ds = arena.Take(n * s_row);
     ds_rows = arena.Take(kPairs ? n * half_row : 0);
@@ -107,7 +121,7 @@ struct BackwardScratch : GradientRows {
     m = arena.Take(plan.rows);
     inverse = arena.Take(plan.rows);
     delta = arena.Take(plan.rows);
-    dq = arena.Take(own_dq ? plan.dq_size + BalanceSize<kPairs>(plan) : 0);
+    dq = arena.Take(own_dq ? PartSize<kPairs>(plan) : 0);
     lo = arena.Take<int32_t>(plan.rows);
     hi = arena.Take<int32_t>(plan.rows);
     block_lo = arena.Take<int32_t>(plan.row_blocks);

@@ -46,14 +46,10 @@ inline void ReadStatistics(const Call& c, const Row& row, float* m, float* inver
   *inverse = l == 0.0f ? 0.0f : 1.0f / l;
 }
 
-// Per row: max, 1 / sum (0 for a fully masked row; NaN where q or dout is not finite, which so propagates to the
-// row's visible keys only), delta, and the visible range; that of each block of rows too.
+// The visible range of each row, and of each block of rows.
 template <bool kPairs>
-inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
-                        int64_t k) {
-  const bool masked = IsMasked(c);
-  for (int64_t r = 0; r < plan.rows; r += kDeltas)  // dv is not used yet
-    Deltas<kDeltas>(c, b, k, r, r + kDeltas < plan.rows ? kDeltas : plan.rows - r, s.stage, s.dv, s.delta + r);
+inline void RangesOfRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
+                         int64_t k) {
   Row row{b, k * c.G(), 0};
   for (int64_t r = 0, block = -1; r < plan.rows; ++r, row = After(c, row)) {
     const Range v = Visible(c, row);
@@ -63,16 +59,31 @@ inline void PrepareRows(const Call& c, const BackwardPlan& plan, const BackwardS
       ++block;
       s.block_lo[block] = INT32_MAX, s.block_hi[block] = 0;
     }
-    if (!v.Empty()) {
-      s.block_lo[block] = s.lo[r] < s.block_lo[block] ? s.lo[r] : s.block_lo[block];
-      s.block_hi[block] = s.hi[r] > s.block_hi[block] ? s.hi[r] : s.block_hi[block];
-    }
+    if (v.Empty()) continue;
+    s.block_lo[block] = s.lo[r] < s.block_lo[block] ? s.lo[r] : s.block_lo[block];
+    s.block_hi[block] = s.hi[r] > s.block_hi[block] ? s.hi[r] : s.block_hi[block];
+  }
+}
+
+// Whether any row of a block may see a key of [key0, key1).
+template <bool kPairs>
+inline bool SeesAny(const BackwardScratch<kPairs>& s, int64_t block, int64_t key0, int64_t key1) {
+  return s.block_lo[block] < key1 && s.block_hi[block] > key0;
+}
+
+// Per row [r, r + n): max, 1 / sum (0 for a fully masked row; NaN where q or dout is not finite, which so propagates to
+// the row's visible keys only), and delta.
+template <bool kPairs>
+inline void PrepareRows(const Call& c, const BackwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r, int64_t n) {
+  for (int64_t i = 0; i < n; i += kDeltas)  // dv is not used yet
+    Deltas<kDeltas>(c, b, k, r + i, i + kDeltas < n ? kDeltas : n - i, s.stage, s.dv, s.delta + r + i);
+  Row row = RowAt(c, b, k, r);
+  for (int64_t end = r + n; r < end; ++r, row = After(c, row)) {
     ReadStatistics(c, row, s.m + r, s.inverse + r);
-    if (masked) {
-      s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage), c.Dv);
-      s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.query, b, row.n, row.i, c.D, s.stage), c.D);
-      if (v.Empty()) s.inverse[r] = 0.0f;
-    }
+    if (!IsMasked(c)) continue;
+    s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.dout, b, row.n, row.i, c.Dv, s.stage), c.Dv);
+    s.inverse[r] += ZeroOrNaN(ReadRow<false>(c.query, b, row.n, row.i, c.D, s.stage), c.D);
+    if (s.hi[r] == 0) s.inverse[r] = 0.0f;
   }
 }
 

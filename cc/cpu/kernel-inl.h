@@ -6,6 +6,7 @@
 #include "call.h"
 #include "cpu/backward-inl.h"
 #include "cpu/forward-inl.h"
+#include "cpu/one_key-inl.h"
 #include "cpu/second-inl.h"
 #include "cpu/simd-inl.h"
 #include "cpu/small_backward-inl.h"
@@ -39,7 +40,9 @@ double RunFma(int64_t iterations, bool bf16, float* sink) {
   return bf16 ? FmaLoop<kHasPairs>(iterations, sink) : FmaLoop<false>(iterations, sink);
 }
 void RunForward(const Call& c, const Runner& runner) {
-  if (IsSmall(c)) {
+  if (TakesOneKey(c)) {
+    RunOneKey(c, runner, OneKeyForward);
+  } else if (IsSmall(c)) {
     SmallForward(c, runner);
   } else if (InPairs(c)) {
     ForwardAs<kHasPairs>(c, runner);
@@ -48,7 +51,9 @@ void RunForward(const Call& c, const Runner& runner) {
   }
 }
 void RunBackward(const Call& c, const Runner& runner) {
-  if (IsSmall(c)) {
+  if (TakesOneKey(c)) {
+    RunOneKey(c, runner, OneKeyBackward);
+  } else if (IsSmall(c)) {
     SmallBackward(c, runner);
   } else if (InPairs(c)) {
     BackwardAs<kHasPairs>(c, runner);

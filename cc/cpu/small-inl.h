@@ -38,9 +38,6 @@ inline bool AreWeightsPlain(const Call& c) {
          !c.scale_of_head && !c.seed && !c.drop_bits;
 }
 
-// One row and one key a head, plain: then a vector of heads at a time.
-inline bool TakesOneKey(const Call& c) { return c.Skv == 1 && c.G() * c.Sq == 1 && AreWeightsPlain(c); }
-
 // Products, weights and ds: where an element of a row and a key is. Plain ones are made for a vector of rows at a time, so
 // that no sum or max is one over lanes.
 struct SmallLayout {
@@ -229,35 +226,6 @@ inline void RunSmall(const Call& c, const Runner& runner, int64_t count, int64_t
     for (int64_t i = task * each; i < count && i < (task + 1) * each; ++i) what(s, i);
   });
 }
-
-// Calls what(scratch, rows, n) for calls of one key, with the rows of n heads, a vector of them at a time.
-template <typename What>
-inline void RunOneKey(const Call& c, const Runner& runner, const What& what) {
-  const int64_t heads = c.B * c.K;
-  RunSmall(c, runner, (heads + kLanes - 1) / kLanes, HeadsOfTask(c) / kLanes, [&](const SmallScratch& s, int64_t i) {
-    const int64_t first = i * kLanes, n = heads - first < kLanes ? heads - first : kLanes;
-    Row rows[kLanes], row{first / c.K, first % c.K, 0};
-    for (int64_t r = 0; r < n; ++r) {
-      rows[r] = row;
-      if (++row.n == c.K) row.n = 0, ++row.b;
-    }
-    what(s, rows, n);
-  });
-}
-
-// Such rows of one array each.
-struct HeadRows {
-  const float* of[kLanes];
-  const float* operator[](int64_t i) const { return of[i]; }
-
-  HeadRows(const View& x, const Row* rows, int64_t n, int64_t width, float* own) {
-    const int64_t stride = RoundUp(width, kLanes);
-    const bool in_place = AreFloatRows(x, width);
-    for (int64_t i = 0; i < n; ++i)
-      of[i] = in_place ? x.At<float>(rows[i].b, rows[i].n)
-                       : ReadRows(x, rows[i].b, rows[i].n, 1, 1, width, own + i * stride).first;
-  }
-};
 
 }  // namespace
 }  // namespace jax_fa::JAX_FA_ISA

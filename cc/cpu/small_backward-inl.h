@@ -90,42 +90,7 @@ inline void SmallBackwardHead(const Call& c, const SmallScratch& s, int64_t b, i
   store(c.dvalue, s.p, dout, c.Dv, 1.0f);
 }
 
-// One row of each of n heads and its only key. What is masked adds nothing, whatever it is.
-inline void OneKeyBackward(const Call& c, const SmallScratch& s, const Row* rows, int64_t n) {
-  const HeadRows q(c.query, rows, n, c.D, s.q), keys(c.key, rows, n, c.D, s.keys);
-  const HeadRows values(c.value, rows, n, c.Dv, s.values), dout(c.dout, rows, n, c.Dv, s.dout);
-  HeadRows out(c.out, rows, n, c.Dv, s.out);
-  if (c.rounding)
-    for (int64_t r = 0; r < n; ++r) out.of[r] = ExactOut(c, rows[r], s.out + r * RoundUp(c.Dv, kLanes), s.sums);
-  RowDots(n, q, keys, c.D, s.p);
-  RowDots(n, dout, values, c.Dv, s.ds);
-  RowDots(n, dout, out, c.Dv, s.delta);
-  for (int64_t r = 0; r < n; ++r) {
-    ReadStatistics(c, rows[r], s.m + r, s.inverse + r);
-    if (c.dlogsumexp) s.delta[r] -= *c.dlogsumexp.At<float>(rows[r].b, rows[r].n);
-    if (IsMasked(c)) ReadRange(c, s, rows[r], r);
-  }
-  if (IsMasked(c)) {
-    PlainGradients<true>(c, s, n);
-  } else {
-    PlainGradients<false>(c, s, n);
-  }
-  Fill(s.sums, 0, s.row, 0.0f);
-  for (int64_t r = 0; r < n; ++r) {
-    const bool visible = !IsMasked(c) || (s.lo[r] <= 0.0f && s.hi[r] >= 1.0f);
-    const auto store = [&](const View& to, const float* row, float factor, int64_t width) {
-      if (to) StoreRow(visible ? row : s.sums, factor, to.Bytes(rows[r].b, rows[r].n), to.dtype, to.col, width);
-    };
-    store(c.dquery, keys[r], s.ds[r] * c.scale, c.D);
-    store(c.dkey, q[r], s.ds[r] * c.scale, c.D);
-    store(c.dvalue, dout[r], s.p[r], c.Dv);
-  }
-}
-
 inline void SmallBackward(const Call& c, const Runner& runner) {
-  if (TakesOneKey(c))
-    return RunOneKey(c, runner,
-                     [&](const SmallScratch& s, const Row* rows, int64_t n) { OneKeyBackward(c, s, rows, n); });
   const HeadGroups groups(c);
   const AllSums sums(c, 1);
   const bool writes_all_bias = c.dbias && WritesAllBias(c);

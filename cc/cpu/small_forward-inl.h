@@ -72,27 +72,7 @@ inline void SmallForwardHead(const Call& c, const SmallScratch& s, int64_t b, in
   for (int64_t r = 0; r < n; ++r, row = After(c, row)) FinishRow(c, row, s.sums + r * s.row, s.m[r], s.l[r]);
 }
 
-// One row of each of n heads and its only key, which weighs 1 or nothing.
-inline void OneKeyForward(const Call& c, const SmallScratch& s, const Row* rows, int64_t n) {
-  const HeadRows q(c.query, rows, n, c.D, s.q), keys(c.key, rows, n, c.D, s.keys);
-  const HeadRows values(c.value, rows, n, c.Dv, s.values);
-  RowDots(n, q, keys, c.D, s.p);
-  F x = Rounded(Load(s.p) * Set(c.scale));
-  if (IsMasked(c)) {
-    for (int64_t r = 0; r < n; ++r) ReadRange(c, s, rows[r], r);
-    x = OnlyVisible(Load(s.lo), Load(s.hi), 0, x, Set(-__builtin_inff()));
-  }
-  const F m = Max(Set(-kFloatMax), x);
-  Store(s.m, m);
-  Store(s.l, Exp(x - m));
-  Fill(s.sums, 0, s.row, 0.0f);
-  for (int64_t r = 0; r < n; ++r) StoreResult(c, rows[r], s.l[r] == 0.0f ? s.sums : values[r], s.m[r], s.l[r]);
-}
-
 inline void SmallForward(const Call& c, const Runner& runner) {
-  if (TakesOneKey(c))
-    return RunOneKey(c, runner,
-                     [&](const SmallScratch& s, const Row* rows, int64_t n) { OneKeyForward(c, s, rows, n); });
   RunSmall(c, runner, c.B * c.K, HeadsOfTask(c),
            [&](const SmallScratch& s, int64_t head) { SmallForwardHead(c, s, head / c.K, head % c.K); });
 }

@@ -231,7 +231,8 @@ constexpr int64_t kTangentSharedFloats = int64_t{12} << 20;
 constexpr int64_t kBackwardTasks = 16, kLeastBackwardTasks = 4, kSplitBytes = int64_t{64} << 20;
 
 // Backward: the rows of query and dout of a key head, in the forms in which products take them, are kept for all of its
-// blocks of keys up to this many floats (8 MiB). Made again for each block they took up to an eighth of the time.
+// blocks of keys up to this many floats (8 MiB), or as many as see a block of keys: in a window they are few. Made again for
+// each block they took up to an eighth of the time.
 constexpr int64_t kKeptRowFloats = int64_t{2} << 20;
 
 // Second derivative: likewise, of rows; each part has sums for all keys.
