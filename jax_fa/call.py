@@ -43,10 +43,10 @@ class Problem:
     gradients: tuple[str, ...] | None = None
     # The forward also returns what rounding took from the output (see `Saved`): for a derivative in 16 bits.
     saves_rounding: bool = False
-    # The forward returns it where it is differentiated, and zeros elsewhere.
-    rounding_if_derived: bool = False
     # With bias_offset: no two key heads (of any batch entries) read the same element of bias.
     bias_apart: bool = False
+    # The statistics and the output of a derivative are those of these keys and of others together.
+    partial: bool = False
     # The caller asks for the log-sum-exp or has sinks; of a backward: the log-sum-exp has a cotangent.
     logsumexp: bool = False
     # How the sequence is spread over devices (a `sequence_parallel.Shards`); None: this device has all of it. Then key
@@ -114,6 +114,8 @@ class Operands:
     keep_threshold: Any = None  # *#B #N uint32: see dropout.threshold
     # The row and column of seeded dropout at which row 0 and key 0 of this call lie; None: 0.
     dropout_start: Any = None  # *1 2 uint32
+    # One more logit of each row, without a value. Backends need not know of it: see `sinks.py`.
+    sinks: Any = None  # *#B N, of the statistics' dtype
     # The same call in the terms of the one backend that understands them: a pytree of arrays `*#B ...`, without gradient.
     # Everything else drops it unseen.
     hints: Any = None
@@ -132,7 +134,8 @@ class Operands:
 
 
 OPERANDS = tuple(f.name for f in fields(Operands) if f.name != "hints")
-DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap")
+BACKENDS_DIFFERENTIATE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap")
+DIFFERENTIABLE = (*BACKENDS_DIFFERENTIATE, "sinks")
 
 
 @jax.tree_util.register_dataclass
@@ -266,6 +269,12 @@ class Call:
 
     def without_hints(self) -> "Call":
         return replace(self, operands=replace(self.operands, hints=None))
+
+    def without_sinks(self) -> "Call":
+        wanted = self.problem.gradients
+        wanted = None if wanted is None else tuple(name for name in wanted if name != "sinks")
+        problem = replace(self.problem, gradients=wanted)
+        return replace(self, problem=problem, operands=replace(self.operands, sinks=None))
 
     def full(self, saved: "Saved") -> "Saved":
         """What is saved, with all batch dims in full."""

@@ -147,6 +147,8 @@ def build(
     )
     stored = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
     query, key, value = stored
+    if mask is not None:
+        masks.watch(problem.mask, d.Sq, (arrays.query.shape, arrays.key.shape, arrays.query.dtype))
     operands = Operands(
         query=query,
         key=key,
@@ -341,8 +343,8 @@ def checked_bias(bias, full: Shape, acc):
     return masks.lead(bias, len(full))
 
 
-def with_sinks(call: Call, sinks) -> Callable[[Call], Attention]:
-    """`attention` with the sinks of an entry, checked against its call; None is none."""
+def with_sinks(call: Call, sinks, *, max_logits: bool = False) -> Callable[[Call], Attention]:
+    """`attention` with the sinks of an entry, checked against its call; None is none. `max_logits`: these are wanted."""
     if sinks is None:
         return attention
     sinks = arguments.array("sinks", sinks)
@@ -351,7 +353,8 @@ def with_sinks(call: Call, sinks) -> Callable[[Call], Attention]:
     B, N = call.dims.B, call.dims.N
     if sinks.shape[-1:] != (N,) or not masks.broadcasts(sinks.shape, (*B, N)):
         raise ValueError(f"sinks must have shape (N,) or (*B, N) with B={B}, N={N}; got {sinks.shape}.")
-    return functools.partial(attention, sinks=masks.lead(sinks, len(B) + 1).astype(call.acc))
+    sinks = masks.lead(sinks, len(B) + 1).astype(call.acc)
+    return functools.partial(attention, sinks=sinks, max_logits=bool(max_logits))
 
 
 def _slopes(slopes, batch: Shape, N: Size) -> Any:

@@ -22,6 +22,7 @@ from jax.interpreters import batching, mlir, xla
 from jax_fa import backends, compat
 from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, has_rounding, stored_shape
 from jax_fa.sharding import Partition, Split, explicit_axes, gathered_by_types, restore_splits, split, warn
+from jax_fa.sinks import Around
 
 
 @jax.tree_util.register_dataclass
@@ -62,18 +63,12 @@ _TANGENTS = [
 
 
 def _forward_results(call: Call) -> list[str]:
-    rounding = call.problem.saves_rounding or call.problem.rounding_if_derived
-    return ["out", "m", "l", *(["rounding"] if rounding else [])]
+    return ["out", "m", "l", *(["rounding"] if call.problem.saves_rounding else [])]
 
 
 def _second_results(call: Call) -> list[str]:
     wanted = call.problem.gradients
     return call.gradient_names + [name for name in _TANGENTS if wanted is None or name in wanted]
-
-
-def _run_forward(backend, call: Call, inputs: Inputs) -> list[Any]:
-    rounding = [jax.numpy.zeros(call.out_shape, call.dtype)] if call.problem.rounding_if_derived else []
-    return [*backend.forward(call), *rounding]
 
 
 def _run_backward(backend, call: Call, inputs: Inputs) -> list[Any]:
@@ -87,7 +82,7 @@ def _run_second(backend, call: Call, inputs: Inputs) -> list[Any]:
     return [found[name] for name in _second_results(call)]
 
 
-FORWARD = _Kind("forward", _forward_results, _run_forward)
+FORWARD = _Kind("forward", _forward_results, lambda backend, call, _: list(backend.forward(call)))
 BACKWARD = _Kind("backward", lambda call: call.gradient_names, _run_backward, gives_gradients=True)
 TANGENT = _Kind("tangent", lambda _: _TANGENTS, lambda b, call, x: list(b.tangent(call, x.tangents, x.saved)))
 # Forward and tangent in one pass, which saves the tangent a product.
@@ -114,13 +109,7 @@ def forward(problem: Problem, operands: Operands) -> list[Any]:
 
 def jvp(problem: Problem, operands: Operands, tangents: Operands) -> list[Any]:
     """The results of the forward, then the tangents of out and log-sum-exp."""
-    if problem.rounding_if_derived:
-        problem = _saving_rounding(problem, True)
     return _bind(jvp_p, plain(problem), Inputs(operands=operands, tangents=tangents))
-
-
-def _saving_rounding(problem: Problem, saves: bool) -> Problem:
-    return replace(problem, saves_rounding=saves, rounding_if_derived=False)
 
 
 def tangent(problem: Problem, operands: Operands, saved: Saved, tangents: Operands) -> list[Any]:
@@ -155,9 +144,9 @@ def second_tangent(
 def forward_saved(problem: Problem, operands: Operands) -> Saved:
     """The forward as a derivative needs it: 16-bit calls keep what rounding took from the output."""
     if has_rounding(operands.query.dtype):
-        out, m, l, rounding = forward(_saving_rounding(problem, True), operands)
+        out, m, l, rounding = forward(replace(problem, saves_rounding=True), operands)
         return Saved(out=out, m=m, l=l, rounding=rounding)
-    out, m, l = forward(_saving_rounding(problem, False), operands)
+    out, m, l = forward(replace(problem, saves_rounding=False), operands)
     return Saved(out=out, m=m, l=l)
 
 
@@ -322,6 +311,8 @@ def _without_unused(kind, used: list[bool], equation):
 
 def _run(kind, backend, problem, tree, *leaves):
     inputs = tree.unflatten(leaves)
+    if inputs.operands.sinks is not None:
+        backend = Around(backend)
     return tuple(kind.run(backend, inputs.call(problem), inputs))
 
 

@@ -41,6 +41,9 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
   for (int64_t block = 0; block < plan.row_blocks; ++block) s.has_rows[block] = 0;
   if (c.dquery) ClearRows(dq, plan.rows, plan.dq_row, c.D);
   Fill(dq + plan.dq_size, 0, BalanceSize<kPairs>(plan), 0.0f);
+  if constexpr (kPairs) {
+    if (c.sinks && !c.partial && key0 == 0) BalanceSinks(c, s, b, k, plan.rows, BalanceOf(plan, dq));
+  }
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
     ClearRows(s.dk, width, plan.dq_row, c.D);

@@ -35,6 +35,10 @@ class Backend(Protocol):
     * `splits_rows = True`: query rows too. Then `problem.mask` says nothing, for it counts from the first row; the operands do.
     * `splits_alone(call)`, for plain JAX: whether XLA splits this call without a rule, and without communication.
 
+    `operands.sinks` are absent, but for a backend with `takes_sinks = True` in the forward, backward and tangent: then the output
+    and statistics have the sink. (Their own gradient and tangent are taken care of.) With `problem.partial`, those that a
+    backward gets have other keys too, so that its weights need not sum to 1.
+
     Attributes:
       name: what `implementation=` calls it.
       platforms: lower-case names of the platforms it serves; None: all.
@@ -157,6 +161,7 @@ _WHAT = {
 def reasons(platform: str, call: Call, what: str = "forward") -> dict[str, str | None]:
     """For every backend by name: None if it can serve this call on the platform, or why not."""
     found: dict[str, str | None] = {}
+    call = call.without_sinks()
     for backend in _backends:
         if not hasattr(backend, what):
             found[backend.name] = f"does not compute {_WHAT.get(what, 'derivatives of this order')}: xla does"

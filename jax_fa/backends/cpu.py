@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_fa import compat, dropout
 from jax_fa.backends import native
-from jax_fa.call import DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved
+from jax_fa.call import BACKENDS_DIFFERENTIATE, STORED, Call, Operands, Problem, Saved
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_HEAD_DIM = 768
@@ -33,6 +33,7 @@ class Cpu:
     platforms = ("cpu",)
     emulated_on = ()
     splits_rows = True
+    takes_sinks = True
 
     def why_not(self, call: Call, *, platform: str, what: str) -> str | None:
         if native.missing is not None:
@@ -134,7 +135,9 @@ def _run(
         [*given, "rounding"] if what in ("forward", "jvp") and call.problem.saves_rounding else list(given)
     )
     wanted = call.problem.gradients
-    may_be_unwanted = {"backward": DIFFERENTIABLE, "second": native.extension.second_names()}.get(what, ())
+    may_be_unwanted = {"backward": BACKENDS_DIFFERENTIATE, "second": native.extension.second_names()}.get(
+        what, ()
+    )
     unwanted = [name for name in may_be_unwanted if wanted is not None and name not in wanted]
     word = _saved_word(names, along.present(), unwanted)
     run = jax.ffi.ffi_call(f"jax_fa_cpu_{what}", results)
@@ -183,5 +186,6 @@ def _attribute(problem: Problem, present: int, saved: int) -> dict[str, Any]:
         "soft_cap": np.float32(problem.logits_soft_cap or 0.0),
         "alibi": np.uint8(_ALIBI[problem.alibi]),
         "bias_apart": np.uint8(problem.bias_apart),
+        "partial": np.uint8(problem.partial),
         "threshold": np.uint32(dropout.threshold(problem.keep_prob)),
     }

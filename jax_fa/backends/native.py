@@ -6,9 +6,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-from jax_fa.call import DIFFERENTIABLE, OPERANDS, Saved
+from jax_fa.call import BACKENDS_DIFFERENTIATE, OPERANDS, Saved
 
-ABI = 2  # of cc/operands.h: what handlers take in ways that names do not show
+ABI = 3  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
 _ROOT = _PACKAGE.parent
 
@@ -27,8 +27,8 @@ def _mismatch(extension: Any) -> str | None:
     wanted = {
         "abi": ABI,
         "operand_names": OPERANDS,
-        "differentiable_operands": DIFFERENTIABLE,
-        "second_names": (*DIFFERENTIABLE, "dout", "dlogsumexp"),
+        "differentiable_operands": BACKENDS_DIFFERENTIATE,
+        "second_names": (*BACKENDS_DIFFERENTIATE, "dout", "dlogsumexp"),
         "saved_names": tuple(f.name for f in fields(Saved)),
     }
     for name, want in wanted.items():

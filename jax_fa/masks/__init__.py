@@ -37,6 +37,7 @@ from jax_fa.masks.base import (
     members,
 )
 from jax_fa.masks.packed import CumulativeLengths, SegmentIds
+from jax_fa.masks.progress import watch
 
 __all__ = [
     "TRACED",
@@ -58,6 +59,7 @@ __all__ = [
     "broadcasts",
     "lead",
     "members",
+    "watch",
 ]
 
 
