@@ -84,7 +84,8 @@ def attention(call: Call, sinks=None, *, max_logits: bool = False) -> Attention:
     operands = replace(operands, sinks=sinks)
     if max_logits:
         return _composed(problem, operands)
-    return Attention(*primitives.forward(problem, operands), None)
+    out, m, l = primitives.forward(problem, operands)
+    return Attention(out, m, l, None)
 
 
 def _composed(problem: Problem, operands: Operands) -> Attention:

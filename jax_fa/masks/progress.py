@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Hashable
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax_fa.indices import is_int
 from jax_fa.masks.base import Mask
@@ -22,8 +22,8 @@ _last: dict[Hashable, _Last] = {}
 _warned = False
 
 
-def watch(mask: Mask, rows: int, call: Hashable) -> None:
-    """Takes the static mask of a call; `call` says what else its program depends on. Warns once, of the eighth step."""
+def watch(mask: Hashable, rows: Any, call: Hashable) -> None:
+    """Takes the mask of a call as `Mask.static` gives it; `call` says what else its program depends on. Warns once, of the eighth step."""
     global _warned
     if _warned or not is_int(rows) or not 0 < rows <= _MOST_ROWS:
         return
