@@ -80,6 +80,8 @@ struct Call {
   View scale_of_head, soft_cap_of_head;  // float [.., N], instead of scale and soft_cap
   View threshold_of_head;                // uint32 [.., N], instead of threshold and keep_prob
   View dropout_start;                    // uint32 [.., 2]: the row and column of dropout at which this call begins
+  View sinks;                            // float [.., N]: one more logit of each row; its own gradient is not computed
+  bool partial = false;                  // the statistics of a derivative are of these keys and others
   View m, l;                             // float [.., N, Sq]
   View rounding;                         // as out: what rounding took from it, in halves of the dtype's epsilon
 

@@ -21,7 +21,7 @@ struct ProblemAttr {
   uint32_t present, saved;
   std::string_view query_axes, key_axes, value_axes, out_axes;  // canonical dim i is stored dim axes[i] - 'a'
   float scale, keep_prob, soft_cap;
-  uint8_t alibi, bias_apart;
+  uint8_t alibi, bias_apart, partial;
   uint32_t threshold;
 };
 
@@ -99,6 +99,7 @@ Call PlainCall(const ProblemAttr& p, const Sizes& sizes) {
   c.alibi = p.alibi == static_cast<uint8_t>(Alibi::kSqrt) ? Alibi::kSqrt : Alibi::kLinear;
   c.threshold = p.threshold;
   c.bias_apart = p.bias_apart != 0;
+  c.partial = p.partial != 0;
   return c;
 }
 
@@ -179,7 +180,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     xla::ffi::StructMember<std::string_view>("value_axes"), xla::ffi::StructMember<std::string_view>("out_axes"),
     xla::ffi::StructMember<float>("scale"), xla::ffi::StructMember<float>("keep_prob"),
     xla::ffi::StructMember<float>("soft_cap"), xla::ffi::StructMember<uint8_t>("alibi"),
-    xla::ffi::StructMember<uint8_t>("bias_apart"), xla::ffi::StructMember<uint32_t>("threshold"));
+    xla::ffi::StructMember<uint8_t>("bias_apart"), xla::ffi::StructMember<uint8_t>("partial"),
+    xla::ffi::StructMember<uint32_t>("threshold"));
 
 namespace jax_fa {
 

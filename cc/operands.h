@@ -11,7 +11,7 @@ namespace jax_fa {
 
 // Increased by one where what the handlers take changes in a way that the names do not show: attributes, their order or
 // meaning, sizes, dtypes.
-constexpr int64_t kAbi = 3;
+constexpr int64_t kAbi = 4;
 
 enum class Element : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kBool, kI8, kF8E4M3, kF8E5M2, kOther };
 
@@ -41,6 +41,7 @@ enum Operand : uint8_t {
   kSoftCap,
   kKeepThreshold,
   kDropoutStart,
+  kSinks,
   kOperands
 };
 
@@ -75,6 +76,7 @@ constexpr Form kForms[] = {
     {kSoftCap, "soft_cap", "n", "h", kFloat, &Call::soft_cap_of_head},
     {kKeepThreshold, "keep_threshold", "n", "h", kUnsigned, &Call::threshold_of_head},
     {kDropoutStart, "dropout_start", "2", "-", kUnsigned, &Call::dropout_start},
+    {kSinks, "sinks", "n", "h", kFloat, &Call::sinks},
 };
 constexpr Form kIndexedBias = {kBias, "bias", "ne", "hc", kFloats, &Call::bias};  // with a bias_offset
 

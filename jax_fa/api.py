@@ -140,7 +140,7 @@ def dot_product_attention(
     finish = functools.partial(
         _as_jax_nn, given[0].shape, given[0].dtype, residual=return_residual, max_logits=return_max_logits
     )
-    return entry.Request(call, finish, entry.with_sinks(call, sinks, may_join=not return_max_logits))
+    return entry.Request(call, finish, entry.with_sinks(call, sinks, max_logits=return_max_logits))
 
 
 # As it is before anybody patches it.
@@ -397,7 +397,7 @@ def flash_attention(
             (return_max_logits, lambda: entry.largest_logits(result)),
         )
 
-    return entry.Request(call, finish, entry.with_sinks(call, sinks, may_join=not return_max_logits))
+    return entry.Request(call, finish, entry.with_sinks(call, sinks, max_logits=return_max_logits))
 
 
 def _slopes(slopes, axes: tuple[int, ...]):

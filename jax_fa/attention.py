@@ -21,8 +21,8 @@ What is saved is a function of x, and each rule is the derivative of what its pr
 rules ignore tangents of saved arrays, and give them no cotangents. The log-sum-exp is m + log l; m and l are no results by
 themselves, so all of its tangent is put on m. (To callers who ask for the pair, m is a constant and l has the derivative.)
 
-An attention sink is one more logit in each row's softmax, without a value: plain JAX behind the primitive (`sinks.py`), or
-an operand of it where a backend may take it.
+Attention sinks, one more logit in each row's softmax without a value, are an operand that backends need not know of (see
+`sinks.py`). Second derivatives with sinks are those of the results without, multiplied by the share of the keys in the sum.
 
 Above this file stand the public functions, which turn their arguments into a `Call`: a `Problem` (static) and
 `Operands` (arrays). Below stand `rules.py`, which hands the rules of this file to JAX, and the primitives, which choose a
@@ -37,11 +37,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_fa import backends, compat, primitives, rules, softmax
-from jax_fa import sinks as plain_sinks
-from jax_fa.call import DIFFERENTIABLE, Axes, Call, Operands, Problem, Saved, has_rounding, widened
+from jax_fa import compat, primitives, rules, softmax
+from jax_fa.call import DIFFERENTIABLE, Axes, Call, Operands, Problem, Saved, sum_to, widened
 from jax_fa.primitives import Inputs
 from jax_fa.rules import OUT_NAME, STATS_NAME, jvp_saved
+from jax_fa.sinks import joined, shares
 
 __all__ = ["OUT_NAME", "STATS_NAME", "Attention", "attention"]
 
@@ -52,7 +52,7 @@ class Attention(NamedTuple):
     out: Any
     m: Any  # m + log l has the derivatives of the log-sum-exp; they may be in either
     l: Any
-    largest_logit: Any  # of each row; None where a backend took the sinks
+    largest_logit: Any  # of each row; with sinks None where it was not asked for
 
     @property
     def logsumexp(self):
@@ -72,47 +72,53 @@ class Attention(NamedTuple):
         return self.l * jnp.exp(self.m - self.softmax_max)
 
 
-def attention(call: Call, sinks=None, *, may_join: bool = True) -> Attention:
-    """`sinks`: of every head, `*#B N` in the dtype of the statistics, or None; `may_join`: a backend may take them."""
+def attention(call: Call, sinks=None, *, max_logits: bool = False) -> Attention:
+    """`sinks`: of every head, `*#B N` in the dtype of the statistics, or None; `max_logits`: the largest one is wanted."""
     problem = call.problem
-    if call.parts:  # accurate gradients need the output before it was rounded
-        problem = replace(problem, rounding_if_derived=has_rounding(call.dtype))
     # Alike here already, so that JAX transposes it: under shard_map the gradient of an operand that all devices share is
     # the sum of theirs.
     if call.parts:
         parts, sinks = compat.vary_alike((call.in_parts, sinks))
-        found = [primitives.forward(problem, operands) for operands in parts]
+        found = [primitives.forward_saved(problem, operands) for operands in parts]
         return Attention(*_merged(problem.out_axes, found, None if sinks is None else sinks[..., None]))
     operands, sinks = compat.vary_alike((call.operands, sinks))
     if sinks is None:
         out, m, l = primitives.forward(problem, operands)
         return Attention(out, m, l, jax.lax.stop_gradient(m))
-    if may_join and backends.may_take_sinks(problem):
-        out, m, l = primitives.forward(problem, replace(operands, sinks=sinks))
-        return Attention(out, m, l, None)
-    (out, m, l), largest = plain_sinks.beside(problem, operands, sinks)
-    return Attention(out, m, l, jax.lax.stop_gradient(largest))
+    operands = replace(operands, sinks=sinks)
+    if max_logits:
+        return _composed(problem, operands)
+    out, m, l = primitives.forward(problem, operands)
+    return Attention(out, m, l, None)
+
+
+def _composed(problem: Problem, operands: Operands) -> Attention:
+    """Attention with sinks from that without: what has derivatives of any order, and the largest logits."""
+    saved = primitives.forward_saved(problem, replace(operands, sinks=None))
+    call = Call.of(replace(problem, saves_rounding=False), operands)
+    out, m, l = joined(call, saved.out, saved.m, saved.l, saved.rounding)
+    return Attention(out, m, l, jax.lax.stop_gradient(saved.m))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.checkpoint, static_argnums=0)
-def _merged(axes: Axes, parts: list[list[Any]], sinks):
+def _merged(axes: Axes, parts: list[Saved], sinks):
     """out, m and l of all parts of the keys, with the sinks, and the largest logit."""
-    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [m for _, m, *_ in parts]))
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [x.m for x in parts]))
     # (Of a part without a visible key l is 0.)
-    weights = [l * jnp.exp(m - largest) for _, m, l, *_ in parts]
+    weights = [x.l * jnp.exp(x.m - largest) for x in parts]
     m, l = largest, functools.reduce(operator.add, weights)
     share = softmax.inverse(l)
     if sinks is not None:
-        share = share * plain_sinks.share(m, l, sinks)
+        share = share * shares(m, l, sinks)[0]
     exact: Any = 0
-    for (out, _, _, *rounding), weight in zip(parts, weights, strict=True):
+    for x, weight in zip(parts, weights, strict=True):
         rows = softmax.rows_as_stored(weight * share, axes)
-        exact = exact + widened(out, rounding[0] if rounding else None, rows.dtype) * rows
+        exact = exact + widened(x.out, x.rounding, rows.dtype) * rows
     if sinks is not None:
         exact = jnp.where(softmax.rows_as_stored(l == 0, axes), 0, exact)
         m, l = softmax.with_sink(m, l, sinks)
-    return exact.astype(parts[0][0].dtype), m, l, largest
+    return exact.astype(parts[0].out.dtype), m, l, largest
 
 
 # --- jvp rules: (problem, inputs x, their tangents) -> (results, tangents of the results)
@@ -144,8 +150,45 @@ def _along(problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
     if along.tangents is not None:
         parts.append(primitives.tangent(problem, x.operands, x.saved, along.tangents))
     if along.operands is not None:
-        parts.append(primitives.second_tangent(problem, x.operands, x.saved, x.tangents, along.operands))
+        with_sinks = x.operands.sinks is not None
+        second = _second_tangent_with_sinks if with_sinks else primitives.second_tangent
+        parts.append(second(problem, x.operands, x.saved, x.tangents, along.operands))
     return _added(parts) or [None, None]
+
+
+def _second_tangent_with_sinks(
+    problem: Problem, operands: Operands, saved: Saved, tangents: Operands, others: Operands
+) -> list[Any]:
+    call = Call.of(problem, operands, saved, tangents, others)
+    spread, along, along_others = _alike(call, tangents, others)
+
+    def tangent(moving):
+        moved = replace(spread, **moving)
+        at = {name: getattr(moved, name) for name in along}
+        return jax.jvp(lambda arrays: _results(problem, replace(moved, **arrays)), (at,), (along,))[1]
+
+    at = {name: getattr(spread, name) for name in along_others}
+    return list(jax.jvp(tangent, (at,), (along_others,))[1])
+
+
+def _results(problem: Problem, operands: Operands) -> tuple[Any, Any]:
+    found = _composed(problem, operands)
+    return found.out, found.logsumexp
+
+
+def _alike(call: Call, *tangents: Operands) -> tuple[Any, ...]:
+    """The operands with all batch dims of their gradients and tangents, and these tangents by name, in the same shapes."""
+    given = [x.present() for x in tangents]
+
+    def spread(name: str, x):
+        if name not in DIFFERENTIABLE:
+            return x
+        others = [t[name].shape for t in given if name in t]
+        return jnp.broadcast_to(x, jnp.broadcast_shapes(call.gradient_shape(name), *others))
+
+    operands = call.operands.map(spread)
+    shapes = {name: x.shape for name, x in operands.present().items()}
+    return operands, *({n: jnp.broadcast_to(t, shapes[n]) for n, t in x.items()} for x in given)
 
 
 def _added(parts: list[list[Any]]) -> list[Any]:
@@ -157,7 +200,9 @@ def _backward(problem: Problem, x: Inputs, along: Inputs):
     results = primitives.backward(problem, x.operands, x.saved).present()
     cotangents = along.saved
     dout, dlogsumexp = (cotangents.dout, cotangents.dlogsumexp) if cotangents else (None, None)
-    if along.operands is not None:
+    if along.operands is not None and x.operands.sinks is not None:
+        moved = _second_with_sinks(problem, x, along.operands, dout, dlogsumexp)
+    elif along.operands is not None:
         saved = replace(x.saved, dout_tangent=dout, dlogsumexp_tangent=dlogsumexp)
         alone = replace(problem, gradients=tuple(results))
         moved = primitives.second(alone, x.operands, saved, along.operands)
@@ -165,6 +210,29 @@ def _backward(problem: Problem, x: Inputs, along: Inputs):
         saved = replace(x.saved, dout=_or_zeros(dout, x.saved.dout), dlogsumexp=dlogsumexp)
         moved = primitives.backward(problem, x.operands, saved).present()
     return list(results.values()), list(moved.values())
+
+
+def _second_with_sinks(
+    problem: Problem, x: Inputs, tangents: Operands, dout_tangent, dlogsumexp_tangent
+) -> dict[str, Any]:
+    """The derivative of the backward along the tangents of operands and of cotangents."""
+    call = x.call(problem)
+    saved = call.full(x.saved)
+    given = {"out": saved.dout, "logsumexp": _or_zeros(saved.dlogsumexp, saved.m)}
+    moved = {"out": dout_tangent, "logsumexp": dlogsumexp_tangent}
+    cotangents = {n: jnp.broadcast_to(t, given[n].shape) for n, t in moved.items() if t is not None}
+    spread, along = _alike(call, tangents)
+
+    def gradients(moving, moving_cotangents):
+        operands = replace(spread, **moving)
+        wanted = {name: getattr(operands, name) for name in call.gradient_names}
+        _, pull = jax.vjp(lambda arrays: _results(problem, replace(operands, **arrays)), wanted)
+        both = given | moving_cotangents
+        return pull((both["out"], both["logsumexp"]))[0]
+
+    primals = {n: getattr(spread, n) for n in along}, {n: given[n] for n in cotangents}
+    found = jax.jvp(gradients, primals, (along, cotangents))[1]
+    return {name: sum_to(found[name], call.gradient_shape(name)) for name in call.gradient_names}
 
 
 def _or_zeros(x, like):

@@ -47,11 +47,11 @@ class Problem:
     gradients: tuple[str, ...] | None = None
     # The forward also returns what rounding took from the output (see `Saved`): for a derivative in 16 bits.
     saves_rounding: bool = False
-    # The forward returns it where it is differentiated, and zeros elsewhere.
-    rounding_if_derived: bool = False
     # With bias_offset: no two key heads (of any batch entries) read the same element of bias.
     bias_apart: bool = False
-    # The log-sum-exp is asked for, by the caller or by sinks apart; of a backward: it has a cotangent.
+    # The statistics and the output of a derivative are those of these keys and of others together.
+    partial: bool = False
+    # The caller asks for the log-sum-exp or has sinks; of a backward: the log-sum-exp has a cotangent.
     logsumexp: bool = False
     # How the sequence is spread over devices (a `sequence_parallel.Shards`); None: this device has all of it. Then key
     # and value are a part of the keys, and what says something of keys (bounds, columns, positions) does so of all.
@@ -123,8 +123,8 @@ class Operands:
     keep_threshold: Any = None  # *#B #N uint32: see dropout.threshold
     # The row and column of seeded dropout at which row 0 and key 0 of this call lie; None: 0.
     dropout_start: Any = None  # *1 2 uint32
-    # One more logit in each row's softmax, without a value, where a backend may take them (see `sinks`).
-    sinks: Any = None  # *#B N float32
+    # One more logit of each row, without a value. Backends need not know of it: see `sinks.py`.
+    sinks: Any = None  # *#B N, of the statistics' dtype
     # What functions close over (see `flex.Program`), and where this call's entries lie for them.
     function_floats: Any = (
         None  # *#B 1 n float32 (float64 for float64 calls): what score_mod is differentiable in
@@ -298,6 +298,12 @@ class Call:
     def without_hints(self) -> "Call":
         return replace(self, operands=replace(self.operands, hints=None))
 
+    def without_sinks(self) -> "Call":
+        wanted = self.problem.gradients
+        wanted = None if wanted is None else tuple(name for name in wanted if name != "sinks")
+        problem = replace(self.problem, gradients=wanted)
+        return replace(self, problem=problem, operands=replace(self.operands, sinks=None))
+
     def full(self, saved: "Saved") -> "Saved":
         """What is saved, with all batch dims in full."""
 
@@ -354,6 +360,8 @@ class Call:
         """Gradients by name, as stored, summed over the dims in which their operands broadcast, in their dtypes."""
         summed: dict[str, Any] = {}
         for name in self.gradient_names:
+            if name == "sinks" and name not in found:
+                continue  # a backend may leave that to `sinks.py`
             operand = getattr(self.operands, name)
             x = sum_to(found[name], self.gradient_shape(name), accumulator_dtype(operand.dtype))
             summed[name] = x.astype(operand.dtype)

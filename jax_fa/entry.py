@@ -165,6 +165,8 @@ def build(
     )
     stored = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
     query, key, value = stored
+    if mask is not None:
+        masks.watch(problem.mask, d.Sq, (arrays.query.shape, arrays.key.shape, arrays.query.dtype))
     first, *others = mask_operands(_of_mask(masks.parts, mask, arrays))
     operands = Operands(
         query=query,
@@ -432,11 +434,12 @@ def checked_bias(bias, full: Shape, acc):
     return masks.lead(bias, len(full))
 
 
-def with_sinks(call: Call, sinks, *, may_join: bool = True) -> Callable[[Call], Attention]:
-    """`attention` with the sinks of an entry, checked against its call; None is none."""
+def with_sinks(call: Call, sinks, *, max_logits: bool = False) -> Callable[[Call], Attention]:
+    """`attention` with the sinks of an entry, checked against its call; None is none. `max_logits`: these are wanted."""
     if sinks is None:
         return attention
-    return functools.partial(attention, sinks=checked_sinks(sinks, call.dims, call.acc), may_join=may_join)
+    sinks = checked_sinks(sinks, call.dims, call.acc)
+    return functools.partial(attention, sinks=sinks, max_logits=bool(max_logits))
 
 
 def checked_sinks(sinks, dims: Dims, acc):

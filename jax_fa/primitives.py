@@ -22,6 +22,7 @@ from jax.interpreters import batching, mlir, xla
 from jax_fa import backends, compat
 from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, has_rounding, stored_shape
 from jax_fa.sharding import Partition, Split, explicit_axes, gathered_by_types, restore_splits, split, warn
+from jax_fa.sinks import Around
 
 
 @jax.tree_util.register_dataclass
@@ -62,18 +63,12 @@ _TANGENTS = [
 
 
 def _forward_results(call: Call) -> list[str]:
-    rounding = call.problem.saves_rounding or call.problem.rounding_if_derived
-    return ["out", "m", "l", *(["rounding"] if rounding else [])]
+    return ["out", "m", "l", *(["rounding"] if call.problem.saves_rounding else [])]
 
 
 def _second_results(call: Call) -> list[str]:
     wanted = call.problem.gradients
     return call.gradient_names + [name for name in _TANGENTS if wanted is None or name in wanted]
-
-
-def _run_forward(backend, call: Call, inputs: Inputs) -> list[Any]:
-    rounding = [jax.numpy.zeros(call.out_shape, call.dtype)] if call.problem.rounding_if_derived else []
-    return [*backend.forward(call), *rounding]
 
 
 def _run_backward(backend, call: Call, inputs: Inputs) -> list[Any]:
@@ -87,7 +82,7 @@ def _run_second(backend, call: Call, inputs: Inputs) -> list[Any]:
     return [found[name] for name in _second_results(call)]
 
 
-FORWARD = _Kind("forward", _forward_results, _run_forward)
+FORWARD = _Kind("forward", _forward_results, lambda backend, call, _: list(backend.forward(call)))
 BACKWARD = _Kind("backward", lambda call: call.gradient_names, _run_backward, gives_gradients=True)
 TANGENT = _Kind("tangent", lambda _: _TANGENTS, lambda b, call, x: list(b.tangent(call, x.tangents, x.saved)))
 # Forward and tangent in one pass, which saves the tangent a product.
@@ -116,13 +111,7 @@ def forward(problem: Problem, operands: Operands) -> list[Any]:
 
 def jvp(problem: Problem, operands: Operands, tangents: Operands) -> list[Any]:
     """The results of the forward, then the tangents of out and log-sum-exp."""
-    if problem.rounding_if_derived:
-        problem = _saving_rounding(problem, True)
     return _bind(jvp_p, plain(problem), Inputs(operands=operands, tangents=tangents))
-
-
-def _saving_rounding(problem: Problem, saves: bool) -> Problem:
-    return replace(problem, saves_rounding=saves, rounding_if_derived=False)
 
 
 def tangent(problem: Problem, operands: Operands, saved: Saved, tangents: Operands) -> list[Any]:
@@ -157,9 +146,9 @@ def second_tangent(
 def forward_saved(problem: Problem, operands: Operands) -> Saved:
     """The forward as a derivative needs it: 16-bit calls keep what rounding took from the output."""
     if has_rounding(operands.query.dtype):
-        out, m, l, rounding = forward(_saving_rounding(problem, True), operands)
+        out, m, l, rounding = forward(replace(problem, saves_rounding=True), operands)
         return Saved(out=out, m=m, l=l, rounding=rounding)
-    out, m, l = forward(_saving_rounding(problem, False), operands)
+    out, m, l = forward(replace(problem, saves_rounding=False), operands)
     return Saved(out=out, m=m, l=l)
 
 
@@ -324,35 +313,9 @@ def _without_unused(kind, used: list[bool], equation):
 
 def _run(kind, backend, problem, tree, *leaves):
     inputs = tree.unflatten(leaves)
+    if inputs.operands.sinks is not None:
+        backend = Around(backend)
     return tuple(kind.run(backend, inputs.call(problem), inputs))
-
-
-_SINKS_BESIDE: dict[str, Callable[[Problem, Inputs], list[Any]]] = {}
-
-
-def def_sinks_beside(kind: _Kind, form: Callable[[Problem, Inputs], list[Any]]) -> None:
-    """`form(problem, inputs)` gives the results of inputs with sinks, by primitives without."""
-    _SINKS_BESIDE[kind.what] = form
-
-
-def sinks_beside(kind: _Kind, problem: Problem, inputs: Inputs) -> list[Any]:
-    """The results of inputs with sinks, for backends that take none."""
-    return _SINKS_BESIDE[kind.what](problem, inputs)
-
-
-def _run_beside(kind, problem, tree, *leaves):
-    if kind is JVP:
-        return two_steps(problem, tree, *leaves)
-    return sinks_beside(kind, problem, tree.unflatten(leaves))
-
-
-def why_sinks_beside(kind: _Kind, platform: str, call: Call) -> str | None:
-    """None where the backend that would run takes the sinks of the call, or why it does not."""
-    without = call.replace(operands=replace(call.operands, sinks=None))
-    backend = backends.choose(platform, without, kind.what)
-    if not hasattr(backend, "why_no_sinks"):
-        return f"{backend.name} takes none"
-    return backend.why_no_sinks(call, kind.what)
 
 
 def _lowering(kind, ctx, *args, tree, problem):
@@ -368,10 +331,6 @@ def _lowering(kind, ctx, *args, tree, problem):
         ctx, args = ctx.replace(avals_in=[ctx.avals_in[i] for i in kept]), tuple(args[i] for i in kept)
     inputs = tree.unflatten(ctx.avals_in)
     call = inputs.call(problem)
-    if call.operands.sinks is not None and (
-        kind not in (FORWARD, BACKWARD) or any(why_sinks_beside(kind, p, call) for p in platforms)
-    ):
-        return compat.lower_plain(partial(_run_beside, kind, problem, tree), ctx, *args)
     what = "forward" if kind is JVP else kind.what
     chosen = [backends.choose(platform, call, what) for platform in platforms]
     if not all(hasattr(backend, kind.what) for backend in chosen):

@@ -214,8 +214,6 @@ def forward_derivative(kind, problem: Problem, x: Inputs, along: Inputs) -> list
         def results(moved):
             parts = {name: replace(getattr(x, name), **arrays) for name, arrays in moved.items()}
             inputs = replace(x, **parts)
-            if inputs.operands.sinks is not None:
-                return primitives.sinks_beside(kind, problem, inputs)
             return kind.run(portable, inputs.call(problem), inputs)
 
         return jax.jvp(results, (at,), (tangents,))[1]

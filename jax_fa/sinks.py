@@ -1,192 +1,119 @@
-"""Attention sinks of calls whose backend takes none: plain JAX beside a call without them.
+"""Attention sinks: what backends compute without them, made into what it is with them.
 
-A sink is one more logit in each row's softmax, without a value. It multiplies the output by the share of the keys in the
-sum, sigmoid(log-sum-exp - sink).
+A sink is one more logit in each row's softmax, without a value. With it the log-sum-exp is lse' = log(exp(lse) + exp(sink)),
+and keys have the share exp(lse - lse') = sigmoid(lse - sink) of the weights, by which out is multiplied.
 
-Where a backend may take sinks itself, they are an operand of the primitives, and this file is what these are lowered to for
-every other backend. The first derivatives come from the statistics that include the sink, of which the weights of the keys
-are exp(s - m) / l as well; those of higher order are JAX's own, of the composition.
+Derivatives take the weights p from the softmax max and sum that are saved. With those of the keys and the sink together, and
+out as it is, the formulas for a softmax of keys alone hold: the gradients of operands follow from ds = p (dp - delta), and
+tangents from tau = sum p t. The sink adds its own weight w = exp(sink - lse'):
+
+    backward   dsink = -sum w delta,  delta = rowsum(dout out) - dlse'
+    tangent    tau + w sink',  out' - w sink' out
+
+Second derivatives do not have this form, since sums of weights enter them: `attention.py` takes those of `joined`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_fa import primitives, softmax
-from jax_fa.call import (
-    DIFFERENTIABLE,
-    Axes,
-    Call,
-    Operands,
-    Problem,
-    has_rounding,
-    narrowed,
-    rounding_unit,
-    widened,
-)
-from jax_fa.primitives import Inputs
-
-Moving = dict[str, Any]
+from jax_fa import softmax
+from jax_fa.call import Call, Operands, Saved, narrowed, rounding_unit, widened
 
 
-# (Rematerialized, since its inputs are residuals already and the output in full precision would be one more.)
-@partial(jax.jit, static_argnums=0)
-@partial(jax.checkpoint, static_argnums=0)
-def joined(axes: Axes, out, rounding: list[Any], m, l, sinks):
-    """out, m and l with sinks `*#B N`."""
-    exact, m, l = _exact(axes, out, rounding, m, l, sinks)
-    return exact.astype(out.dtype), m, l
+class Around:
+    """A backend (see `backends.Backend`) for calls with sinks, but for their second derivatives."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def _takes_sinks(self, call: Call, what: str) -> bool:
+        return hasattr(self._backend, "why_no_sinks") and self._backend.why_no_sinks(call, what) is None
+
+    def forward(self, call: Call) -> tuple[Any, ...]:
+        if self._takes_sinks(call, "forward"):
+            return self._backend.forward(call)
+        return joined(call, *self._backend.forward(call.without_sinks()))
+
+    def jvp(self, call: Call, tangents: Operands) -> tuple[Any, ...]:
+        keys = replace(tangents, sinks=None)
+        if not keys.present():
+            results = self.forward(call)
+            return *results, *self.tangent(call, tangents, _saved(results))
+        *results, dout, tau = self._backend.jvp(call.without_sinks(), keys)
+        share, rest = shares(*results[1:3], call.operands.sinks[..., None])
+        axes, exact = call.problem.out_axes, _exact(call, _saved(results))
+        change = tau if tangents.sinks is None else tau - tangents.sinks[..., None]
+        moved = dout.astype(call.acc) + softmax.rows_as_stored(rest * change, axes) * exact
+        moved = softmax.rows_as_stored(share, axes) * moved
+        return *joined(call, *results), moved.astype(call.dtype), tau - rest * change
+
+    def tangent(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Any, Any]:
+        saved, keys = call.full(saved), replace(tangents, sinks=None)
+        dout, tau = jnp.zeros(call.out_shape, call.dtype), jnp.zeros(call.stats_shape, call.acc)
+        if keys.present():
+            dout, tau = self._backend.tangent(self._derived(call, "tangent"), keys, saved)
+        if tangents.sinks is None:
+            return dout, tau
+        moved = _weight(call, saved) * tangents.sinks[..., None]
+        lost = softmax.rows_as_stored(moved, call.problem.out_axes) * _exact(call, saved)
+        return (dout.astype(call.acc) - lost).astype(call.dtype), tau + moved
+
+    def backward(self, call: Call, saved: Saved) -> Operands:
+        of_keys = self._derived(call, "backward")
+        found = Operands()
+        if any(name != "sinks" for name in call.gradient_names):
+            found = self._backend.backward(of_keys, saved)
+        if "sinks" not in call.gradient_names or found.sinks is not None:
+            return found
+        saved = call.full(saved)
+        exact = _exact(call, saved)
+        # A fully masked row has no output, and whatever its cotangent is, none of it reaches the sink.
+        products = jnp.where(exact == 0, 0, saved.dout.astype(call.acc) * exact)
+        delta = softmax.row_sums(products, call.problem.out_axes)
+        if saved.dlogsumexp is not None:
+            delta = delta - saved.dlogsumexp
+        of_sinks = call.replace(problem=replace(call.problem, gradients=("sinks",)))
+        summed = -jnp.sum(_weight(call, saved) * delta, axis=-1)
+        return replace(found, sinks=of_sinks.gradients({"sinks": summed}).sinks)
+
+    def _derived(self, call: Call, what: str) -> Call:
+        """What the backend computes a derivative of: if it takes no sinks, the sink is one of the keys that it does not have."""
+        if self._takes_sinks(call, what):
+            return call
+        plain = call.without_sinks()
+        return plain.replace(problem=replace(plain.problem, partial=True))
 
 
-def _exact(axes: Axes, out, rounding: list[Any], m, l, sinks):
-    """The same with an output that is not rounded."""
-    rows = softmax.rows_as_stored(share(m, l, sinks[..., None]), axes)
-    exact = widened(out, rounding[0] if rounding else None, rows.dtype)
-    # A fully masked row has no output, and whatever its cotangent is, none of it reaches the sink.
-    found = jnp.where(softmax.rows_as_stored(l == 0, axes), 0, exact * rows)
-    return found, *softmax.with_sink(m, l, sinks[..., None])
+def joined(call: Call, out, m, l, rounding=None) -> tuple[Any, ...]:
+    """The results of the forward with the call's sinks, from those without."""
+    share, _ = shares(m, l, call.operands.sinks[..., None])
+    exact = widened(out, rounding, call.acc) * softmax.rows_as_stored(share, call.problem.out_axes)
+    exact = jnp.where(softmax.rows_as_stored(l == 0, call.problem.out_axes), 0, exact)
+    stats = softmax.with_sink(m, l, call.operands.sinks[..., None])
+    if not call.problem.saves_rounding:
+        return exact.astype(call.dtype), *stats
+    out, lost = narrowed(exact, call.dtype)
+    return out, *stats, (lost / rounding_unit(call.dtype)).astype(call.dtype)
 
 
-def share(m, l, sinks):
-    """That of the keys in each row's sum, with sinks that broadcast to it."""
+def shares(m, l, sinks) -> tuple[Any, Any]:
+    """Those of the keys and of the sink in each row's sum, with sinks that broadcast to it."""
+    apart = softmax.logsumexp(m, l) - sinks
     # (The derivative of jax.nn.sigmoid at 1 - 1e-9 is 0 in float32.)
-    return jnp.exp(jax.nn.log_sigmoid(softmax.logsumexp(m, l) - sinks))
+    return jnp.exp(jax.nn.log_sigmoid(apart)), jnp.exp(jax.nn.log_sigmoid(-apart))
 
 
-def beside(problem: Problem, operands: Operands, sinks) -> tuple[list[Any], Any]:
-    """[out, m, l], and m without the sink; accurate gradients need the output before it was rounded."""
-    rounded = has_rounding(operands.query.dtype)
-    asked = replace(problem, logsumexp=True, rounding_if_derived=rounded, saves_rounding=False)
-    out, m, l, *rounding = primitives.forward(asked, operands)
-    return list(joined(problem.out_axes, out, rounding, m, l, sinks)), m
+def _weight(call: Call, saved: Saved):
+    """That of the sink, by row, from statistics that have it."""
+    return jnp.exp(call.operands.sinks[..., None] - saved.m) * softmax.inverse(saved.l)
 
 
-def weight(m, l, sinks):
-    """That of the sink in each row, `*B N Sq`, from statistics that include it."""
-    return jnp.exp(sinks[..., None] - m) * softmax.inverse(l)
+def _saved(results) -> Saved:
+    return Saved(**dict(zip(("out", "m", "l", "rounding"), results, strict=False)))
 
 
-# --- what the primitives are lowered to
-
-
-def _apart(operands: Operands) -> tuple[Operands, Any]:
-    return replace(operands, sinks=None), operands.sinks
-
-
-def _forward(problem: Problem, x: Inputs) -> list[Any]:
-    operands, sinks = _apart(x.operands)
-    asked = replace(problem, logsumexp=True, rounding_if_derived=False)
-    out, m, l, *rounding = primitives.forward(asked, operands)
-    if not problem.saves_rounding:
-        found = list(joined(problem.out_axes, out, rounding, m, l, sinks))
-        return found + [jnp.zeros(out.shape, out.dtype)] * problem.rounding_if_derived
-    exact, m, l = _exact(problem.out_axes, out, rounding, m, l, sinks)
-    narrow, lost = narrowed(exact, out.dtype)
-    return [narrow, m, l, (lost / rounding_unit(out.dtype)).astype(out.dtype)]
-
-
-def _backward(problem: Problem, x: Inputs) -> list[Any]:
-    operands, sinks = _apart(x.operands)
-    call, saved = x.call(problem), x.saved
-    names = tuple(name for name in call.gradient_names if name != "sinks")
-    found: Moving = {}
-    if names:
-        found |= primitives.backward(replace(problem, gradients=names), operands, saved).present()
-    if "sinks" in call.gradient_names:
-        full = call.full(saved)
-        moved = -softmax.row_sums(
-            widened(full.out, full.rounding, call.acc) * full.dout.astype(call.acc), problem.out_axes
-        )
-        if full.dlogsumexp is not None:
-            moved += full.dlogsumexp
-        rows = jnp.sum(weight(full.m, full.l, sinks) * moved, axis=-1)
-        only = call.replace(problem=replace(problem, gradients=("sinks",)))
-        found["sinks"] = only.gradients({"sinks": rows}).sinks
-    return [found[name] for name in call.gradient_names]
-
-
-def _tangent(problem: Problem, x: Inputs) -> list[Any]:
-    operands, sinks = _apart(x.operands)
-    along, moved = _apart(x.tangents)
-    call = x.call(problem)
-    saved = call.full(x.saved)
-    if along.present():
-        dout, dlse = primitives.tangent(problem, operands, x.saved, along)
-    else:
-        dout, dlse = jnp.zeros(call.out_shape, call.dtype), jnp.zeros(call.stats_shape, call.acc)
-    if moved is None:
-        return [dout, dlse]
-    towards = weight(saved.m, saved.l, sinks) * moved[..., None]
-    out = widened(saved.out, saved.rounding, call.acc)
-    lost = out * softmax.rows_as_stored(towards, problem.out_axes)
-    return [(dout.astype(call.acc) - lost).astype(call.dtype), dlse + towards]
-
-
-def _composed(problem: Problem, operands: Operands) -> Callable[[Moving], tuple[Any, Any]]:
-    """(out, log-sum-exp) as a function of what has derivatives."""
-    asked = replace(problem, gradients=None, mapped=0)
-
-    def run(moving: Moving):
-        (out, m, l), _ = beside(asked, *_apart(replace(operands, **moving)))
-        return out, softmax.logsumexp(m, l)
-
-    return run
-
-
-def _moving(call: Call, arrays: Operands | None) -> Moving:
-    """The operands that have derivatives in the shapes of their gradients; or their tangents, 0 where there is none."""
-    given = {n: x for n, x in call.operands.present().items() if n in DIFFERENTIABLE}
-
-    def full(name: str, x):
-        along = x if arrays is None else getattr(arrays, name)
-        along = jnp.zeros((), x.dtype) if along is None else along
-        return jnp.broadcast_to(along, call.gradient_shape(name))
-
-    return {name: full(name, x) for name, x in given.items()}
-
-
-def _second(problem: Problem, x: Inputs) -> list[Any]:
-    call, saved = x.call(problem), x.call(problem).full(x.saved)
-    run = _composed(problem, call.operands)
-    point, along = _moving(call, None), _moving(call, x.tangents if x.tangents is not None else Operands())
-
-    def pulled(point, cotangents):
-        return jax.vjp(run, point)[1](cotangents)[0]
-
-    given, moved = (
-        (_or_zeros(out, call.out_shape, call.dtype), _or_zeros(lse, call.stats_shape, call.acc))
-        for out, lse in ((saved.dout, saved.dlogsumexp), (saved.dout_tangent, saved.dlogsumexp_tangent))
-    )
-    found = jax.jvp(pulled, (point, given), (along, moved))[1]
-    dout, dlse = jax.jvp(run, (point,), (along,))[1]
-    found |= {"dout": dout, "dlogsumexp": dlse}
-    return [found[name] for name in primitives.SECOND.results(call)]
-
-
-def _or_zeros(x, shape, dtype):
-    return jnp.zeros(shape, dtype) if x is None else x.astype(dtype)
-
-
-def _second_tangent(problem: Problem, x: Inputs) -> list[Any]:
-    call = x.call(problem)
-    run = _composed(problem, call.operands)
-    point, along, others = (_moving(call, arrays) for arrays in (None, x.tangents, x.others))
-
-    def first(point):
-        return jax.jvp(run, (point,), (along,))[1]
-
-    return list(jax.jvp(first, (point,), (others,))[1])
-
-
-for _kind, _form in (
-    (primitives.FORWARD, _forward),
-    (primitives.BACKWARD, _backward),
-    (primitives.TANGENT, _tangent),
-    (primitives.SECOND, _second),
-    (primitives.SECOND_TANGENT, _second_tangent),
-):
-    primitives.def_sinks_beside(_kind, _form)
+def _exact(call: Call, saved: Saved):
+    return widened(saved.out, saved.rounding, call.acc)

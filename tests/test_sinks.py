@@ -277,17 +277,25 @@ def test_softmax_statistics(name, backend):
     case, sinks = BY_NAME[name], _sinks(BY_NAME[name])
     call = dense.call_of(case, backend)
     sinks = np.broadcast_to(sinks, (*case.B, case.N))
-    found = jax.jit(lambda operands: attention(call.replace(operands=operands), sinks))(call.operands)
+
+    @jax.jit
+    def both(operands):
+        given = call.replace(operands=operands)
+        return attention(given, sinks), attention(given, sinks, max_logits=True)
+
     want = _expected(case)[0]
-    pairs = {
-        "max": (found.softmax_max, want.m),
-        "sum": (found.softmax_sum, want.l),
-        "largest": (found.largest_logit, want.largest),
-        "log-sum-exp": (found.logsumexp, want.lse),
-    }
-    for what, (ours, theirs) in pairs.items():
-        assert ours.dtype == jnp.float32
-        oracle.assert_close_to_oracle(ours, theirs, theirs, f"{case}: {what}", 2e-6)
+    for found in both(call.operands):
+        pairs = {
+            "max": (found.softmax_max, want.m),
+            "sum": (found.softmax_sum, want.l),
+            "log-sum-exp": (found.logsumexp, want.lse),
+        }
+        if found.largest_logit is not None:
+            pairs["largest"] = found.largest_logit, want.largest
+        for what, (ours, theirs) in pairs.items():
+            assert ours.dtype == jnp.float32
+            oracle.assert_close_to_oracle(ours, theirs, theirs, f"{case}: {what}", 2e-6)
+    assert found.largest_logit is not None
 
 
 def test_a_split_over_keys_merges_with_one_sink(backend):
@@ -330,8 +338,13 @@ def test_both_entries_take_them(backend):
     out, residual, largest = jax_fa.dot_product_attention(
         **x, is_causal=True, return_residual=True, return_max_logits=True, **options
     )
-    want, lse = jax_fa.flash_attention(**x, mask=Causal(), return_logsumexp=True, **options)
+    want, lse, most = jax_fa.flash_attention(
+        **x, mask=Causal(), return_logsumexp=True, return_max_logits=True, **options
+    )
     np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(largest, most)
+    alone = jax_fa.dot_product_attention(**x, is_causal=True, **options)
+    np.testing.assert_allclose(alone, want, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(residual, lse.swapaxes(-1, -2))
     assert largest.shape == (*case.B, case.N)
     # Without a batch too.

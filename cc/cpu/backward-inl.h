@@ -52,15 +52,19 @@ template <bool kPairs>
 inline int64_t StartHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
                          int64_t k, int64_t key0, int64_t key1, float* dq) {
   RangesOfRows<kPairs>(c, plan, s, b, k);
+  const bool sinks = kPairs && c.sinks && !c.partial && key0 == 0;  // counted once, by the first range of keys
   int32_t* const given = BlocksGiven<kPairs>(plan, dq);
   for (int64_t block = 0; block < plan.row_blocks; ++block) {
     const int64_t g0 = block * plan.block_rows;
     const int64_t rows = g0 + plan.block_rows < plan.rows ? plan.block_rows : plan.rows - g0;
     given[block] = SeesAny<kPairs>(s, block, key0, key1);
-    if (given[block]) PrepareRows<kPairs>(c, s, b, k, g0, rows);
+    if (given[block] || sinks) PrepareRows<kPairs>(c, s, b, k, g0, rows);
     if (c.dquery && (given[block] || plan.splits == 1)) ClearRows(dq + g0 * plan.dq_row, rows, plan.dq_row, c.D);
   }
   Fill(dq + plan.dq_size, 0, BalanceSize<kPairs>(plan), 0.0f);
+  if constexpr (kPairs) {
+    if (sinks) BalanceSinks(c, s, b, k, plan.rows, BalanceOf(plan, dq));
+  }
   for (int64_t place = 0; place < plan.kept_blocks; ++place) s.holds[place] = -1;
   return PlacesForRows<kPairs>(plan, s, key0, key1);
 }

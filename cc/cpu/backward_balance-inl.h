@@ -10,12 +10,13 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// A component that all keys have in common does not change the softmax: the ds of a row add up to dlogsumexp, mostly 0.
-// Rounded to bfloat16 they do not, nor where the forward rounded its weights and delta thus is a little off: the error of
+// A component that all keys have in common does not change the softmax: the ds of a row add up to dlogsumexp, mostly 0, and
+// with a sink of weight w to w delta more. Rounded to bfloat16 they do not, nor where the forward rounded its weights and delta thus is a little off: the error of
 // the sum, times the common component, may exceed the gradient itself. So it is subtracted, in float, from one ds of the
-// row: from the largest, whose key contributes in any case. With a soft cap the sum is not known.
+// row: from the largest, whose key contributes in any case. With a soft cap the sum is not known. Where a row has other
+// keys too, the sum is that of the ds before they were rounded.
 struct Balance {
-  float* total;            // of each row: the sum of its ds as they were rounded
+  float* total;  // of each row: the sum of its ds as they were rounded, less what it should be but for dlogsumexp
   int32_t *largest, *key;  // the bits of the largest magnitude of them, and where that is
 };
 
@@ -24,6 +25,15 @@ inline Balance BalanceOf(const BackwardPlan& plan, float* dq) {
   float* total = dq + plan.dq_size;
   int32_t* largest = reinterpret_cast<int32_t*>(total + plan.rows);
   return {total, largest, largest + plan.rows};
+}
+
+// Takes the ds of sinks, -w delta, into the sums of rows.
+template <bool kPairs>
+inline void BalanceSinks(const Call& c, const BackwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t rows,
+                         const Balance& balance) {
+  Row row{b, k * c.G(), 0};
+  for (int64_t r = 0; r < rows; ++r, row = After(c, row))
+    balance.total[r] = -(__builtin_expf(*c.sinks.At<float>(row.b, row.n) - s.m[r]) * s.inverse[r] * s.delta[r]);
 }
 
 // Adds a row of ds, as pairs, of keys j0 + [0, keys), their sum and their largest magnitudes.
@@ -45,7 +55,7 @@ inline void AddToBalance(const Balance& balance, int64_t r, int64_t j0, int64_t 
 inline void AddMissing(const Call& c, const Row& row, int64_t k, const Balance& balance, int64_t r, float* stage,
                        float* dq) {
   if (balance.largest[r] == 0 || SoftCapOf(c, row) != 0.0f) return;
-  const float target = c.dlogsumexp ? *c.dlogsumexp.At<float>(row.b, row.n, row.i) : 0.0f;
+  const float target = c.dlogsumexp && !c.partial ? *c.dlogsumexp.At<float>(row.b, row.n, row.i) : 0.0f;
   const F missing = Set(target - balance.total[r]);
   const float* key = ReadRow<false>(c.key, row.b, k, balance.key[r], c.D, stage);
   Combine(c.D, dq, key, [&](F x, F y) { return Fma(missing, y, x); });
@@ -53,10 +63,10 @@ inline void AddMissing(const Call& c, const Row& row, int64_t k, const Balance& 
 
 // Floats of rows r and, if `two`, r + 1 of p and ds, columns [0, keys), to pairs: of rows in place (in the
 // first of the two), and ds of neighbouring columns to ds_rows, which are added to the balance of rows g0 + r on. `scales`:
-// null, or what each row of ds is multiplied by for the products with q.
+// null, or what each row of ds is multiplied by for the products with q. `partial`: as in Call.
 template <bool kPairs>
 inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, int64_t g0, int64_t r, bool two,
-                     int64_t j0, int64_t keys, const float* scales) {
+                     int64_t j0, int64_t keys, const float* scales, bool partial) {
   using U = Unit<kPairs>;
   const auto put = [](F a, F b, float* to) {
     F low, high;
@@ -71,6 +81,10 @@ inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, i
   first = s.ds + r * s.s_row, second = first + s.s_row;
   float *ds = s.ds_rows + r * s.half_row, *second_ds = ds + s.half_row;
   F sum = Set(0.0f), second_sum = sum, most = sum, second_most = sum;
+  for (int64_t j = 0; partial && j < keys; j += 2 * kLanes) {
+    sum = sum - (Load(first + j) + Load(first + j + kLanes));
+    if (two) second_sum = second_sum - (Load(second + j) + Load(second + j + kLanes));
+  }
   for (int64_t j = 0; j < keys; j += 2 * kLanes) {
     F a = U::Join(Load(first + j), Load(first + j + kLanes)), b = Set(0.0f);
     Store(ds + j / 2, a);

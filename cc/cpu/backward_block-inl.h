@@ -204,7 +204,8 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
     for (int64_t r = 0; r < x.rows; ++r) scales[r] = ScaleOf(c, x.At(c, r));
   BlockWeights<kPairs>(c, s, x, keys, sums, [&](int64_t r) {
     if constexpr (kPairs)
-      JoinRows<kPairs>(s, BalanceOf(plan, dq), x.g0, r, r + 1 < x.rows, x.j0, keys, one_scale ? nullptr : scales);
+      JoinRows<kPairs>(s, BalanceOf(plan, dq), x.g0, r, r + 1 < x.rows, x.j0, keys, one_scale ? nullptr : scales,
+                       c.partial);
   });
   if (c.dquery) QueryGradients<kPairs>(c, plan, s, x, dq);
   if (!kPairs && !one_scale) {

@@ -186,9 +186,31 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
   }
 }
 
+// Takes a sink, a logit without a value, into a row's max and sum. Returns what its sum of values is multiplied by.
+inline float AddSink(const Call& c, const Row& row, float* m, float* l) {
+  const float sink = *c.sinks.At<float>(row.b, row.n), change = sink - *m;
+  if (!(change > 0.0f)) {  // the keys' max stays
+    *l += change < -104.0f ? 0.0f : __builtin_expf(change);
+    return 1.0f;
+  }
+  const float rescale = change > 104.0f ? 0.0f : __builtin_expf(-change);
+  *m = sink;
+  *l = *l * rescale + 1.0f;
+  return rescale;
+}
+
+// The weight of all keys of a row with a sink.
+inline float KeyShare(const Call& c, const Row& row, float m, float l) {
+  float sum = l;
+  const float rescale = AddSink(c, row, &m, &sum);
+  return l * rescale / sum;
+}
+
 // A row's weighted sum of values, max and sum of weights to the results. The values of a fully masked row are 0.
 inline void StoreResult(const Call& c, const Row& row, const float* acc, float m, float l) {
-  const float factor = l == 0.0f ? 0.0f : 1.0f / (l * KeepProbOf(c, row));
+  const bool empty = l == 0.0f;
+  const float rescale = c.sinks ? AddSink(c, row, &m, &l) : 1.0f;
+  const float factor = empty ? 0.0f : rescale / (l * KeepProbOf(c, row));
   char* out = c.out.Bytes(row.b, row.n, row.i);
   if (!c.rounding) {
     StoreRow(acc, factor, out, c.out.dtype, c.out.col, c.Dv);

@@ -213,6 +213,7 @@ inline void FinishTangentRow(const Call& c, const TangentPlan& plan, const Tange
   const float l = s.l[at];
   const bool none = l == 0.0f;
   const float moved = none ? 0.0f : s.moved[at] / l;  // the log-sum-exp, against the center
+  const float share = c.sinks ? KeyShare(c, row, s.m[at], l) : 1.0f;
   float factor = none ? 0.0f : 1.0f / (l * KeepProbOf(c, row));
   const F minus = Set(-moved);
   const bool moves = plan.logits || moved != moved;
@@ -221,14 +222,17 @@ inline void FinishTangentRow(const Call& c, const TangentPlan& plan, const Tange
   } else if (moves && c.with_forward) {
     Combine(c.Dv, sum, acc, [&](F x, F y) { return Fma(minus, y, x); });
   } else if (moves) {
-    const F by = Set(factor);
+    // Both sums are of the weights without a sink, and out has it.
+    const F by = Set(factor * share), more = Set(s.center[at] * (1.0f - share) - share * moved);
     const float* out = ExactOut(c, row, s.stage, s.stage + RoundUp(c.Dv, kLanes));
-    Combine(c.Dv, sum, out, [&](F x, F y) { return Fma(minus, y, x * by); });
+    Combine(c.Dv, sum, out, [&](F x, F y) { return Fma(more, y, x * by); });
     factor = 1.0f;
+  } else {
+    factor *= share;
   }
   const View& to = c.out_tangent;
   StoreRow(sum, factor, to.Bytes(row.b, row.n, row.i), to.dtype, to.col, c.Dv);
-  *c.logsumexp_tangent.At<float>(row.b, row.n, row.i) = none ? 0.0f : s.center[at] + moved;
+  *c.logsumexp_tangent.At<float>(row.b, row.n, row.i) = none ? 0.0f : share * (s.center[at] + moved);
   if (c.with_forward) FinishRow(c, row, acc, s.m[at], l);
 }
 

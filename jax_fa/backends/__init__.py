@@ -8,11 +8,9 @@ import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import jax
-
 from jax_fa import arguments
 from jax_fa.backends import ascend, cpu, mosaic, variables, xla
-from jax_fa.call import Call, Operands, Problem, Saved
+from jax_fa.call import Call, Operands, Saved
 
 __all__ = ["Backend", "Implementation", "register", "registered"]
 
@@ -36,14 +34,16 @@ class Backend(Protocol):
     * `paged(call)`: out, softmax max and softmax sum of a `PagedCall` (`paged/call.py`), which `why_not` then gets in place of a
       `Call` where `what` is "paged".
 
-    * `why_no_sinks(call, what)`: None where `forward` or `backward` takes `operands.sinks` (and then m and l include them), or
-      why not. Backends without it get none.
-
     Calls on several devices carry a rule by which XLA splits batch and heads (`sharding.py`). A backend may say more:
 
     * `splits_rows = True`: query rows too. Then `problem.mask` says nothing, for it counts from the first row; the operands do.
     * `runs_functions = True`: it evaluates `problem.functions`. A call that has some goes to no other backend.
     * `splits_alone(call)`, for plain JAX: whether XLA splits this call without a rule, and without communication.
+
+    `operands.sinks` are absent, and what a backend computes without them is made into what it is with them (`sinks.py`). One with
+    `why_no_sinks(call, what)` may take them itself: None where `what`, "forward", "backward" or "tangent", does, or why not. Its
+    output and statistics then have the sink; a gradient of the sinks may be among those that it gives. With `problem.partial`,
+    statistics are of other keys too, so that weights need not sum to 1.
 
     Attributes:
       name: what `implementation=` calls it.
@@ -133,17 +133,6 @@ _ADVICE = {
 _WRITTEN = {"cpu": "CPU", "cuda": "CUDA"}
 
 
-def may_take_sinks(problem: Problem) -> bool:
-    """Whether sinks are an operand of a call: whether the backend that it names, or one of JAX's default platform, takes some.
-
-    (Which backend runs is known when a program is lowered. There, the others have sinks beside the call.)
-    """
-    if problem.implementation is not None:
-        return hasattr(named(problem.implementation), "why_no_sinks")
-    platform = jax.default_backend().lower()
-    return any(hasattr(b, "why_no_sinks") and platform in (b.platforms or ()) for b in _backends)
-
-
 def names() -> tuple[str, ...]:
     return tuple(backend.name for backend in _backends)
 
@@ -183,6 +172,7 @@ _WHAT = {
 def reasons(platform: str, call: AnyCall, what: str = "forward") -> dict[str, str | None]:
     """For every backend by name: None if it can serve this call on the platform, or why not."""
     found: dict[str, str | None] = {}
+    call = call if what == "paged" else call.without_sinks()
     for backend in _backends:
         if not hasattr(backend, what):
             found[backend.name] = f"does not compute {_WHAT.get(what, 'derivatives of this order')}: xla does"

@@ -48,6 +48,9 @@ class Cpu:
             return f"head_dim is at most {_MAX_HEAD_DIM}, not {widest}"
         return None
 
+    def why_no_sinks(self, call: Call, what: str) -> str | None:
+        return None
+
     def notes(self, call: Call) -> tuple[str, ...]:
         return (f"kernels {tuning()}",)
 
@@ -63,7 +66,7 @@ class Cpu:
         return out, logsumexp
 
     def backward(self, call: Call, saved: Saved) -> Operands:
-        names = call.gradient_names
+        names = [name for name in call.gradient_names if name in native.MOVING]
         found = _run("backward", call, [_gradient(call, name) for name in names], saved=saved)
         return call.gradients(dict(zip(names, found, strict=True)))
 
@@ -193,5 +196,6 @@ def _attribute(problem: Problem, present: int, saved: int) -> dict[str, Any]:
         "soft_cap": np.float32(problem.logits_soft_cap or 0.0),
         "alibi": np.uint8(_ALIBI[problem.alibi]),
         "bias_apart": np.uint8(problem.bias_apart),
+        "partial": np.uint8(problem.partial),
         "threshold": np.uint32(dropout.threshold(problem.keep_prob)),
     }

@@ -10,10 +10,11 @@ from typing import Any
 
 from jax_fa.call import DIFFERENTIABLE, OF_FUNCTIONS, OPERANDS, Saved
 
-# The arrays that the kernels know. (Sinks are beside their calls: see `jax_fa.sinks`. Calls with functions are for `xla`.)
-_BESIDE = ("sinks", *OF_FUNCTIONS)
-TAKEN, MOVING = (tuple(name for name in names if name not in _BESIDE) for names in (OPERANDS, DIFFERENTIABLE))
-ABI = 3  # of cc/operands.h: what handlers take in ways that names do not show
+# The arrays that the kernels know, and those of which they give derivatives. (Calls with functions are for `xla`, and the
+# derivatives of sinks are taken care of in `jax_fa.sinks`.)
+TAKEN = tuple(name for name in OPERANDS if name not in OF_FUNCTIONS)
+MOVING = tuple(name for name in DIFFERENTIABLE if name in TAKEN and name != "sinks")
+ABI = 4  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
 _ROOT = _PACKAGE.parent
 

@@ -46,7 +46,7 @@ def request(
     wanted = tuple(name for name in differentiable if name not in ("scale", "soft_cap"))
 
     def run(call: Call) -> Gradients:
-        problem = replace(call.problem, gradients=wanted, logsumexp=False)
+        problem = replace(call.problem, gradients=wanted, logsumexp=False, partial=True)
         found = _backward(problem, call.operands, m, l, out, dout)
         primal = _differentiable(call.operands)
         zeros = {name: jnp.zeros(primal[name].shape, primal[name].dtype) for name in differentiable}

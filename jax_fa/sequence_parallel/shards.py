@@ -81,7 +81,8 @@ class Shards:
 
     def backward(self, call: Call, saved: Saved) -> Operands:
         saved = call.full(saved)
-        step = Gradients(self._problem(call), call)
+        partial = call.problem.partial or self.travel == "ring" or self.key_parts > 1
+        step = Gradients(replace(self._problem(call), partial=partial), call)
 
         def visit(sums, keys, source):
             back: Keys = {}
