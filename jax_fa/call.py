@@ -114,7 +114,7 @@ class Operands:
     keep_threshold: Any = None  # *#B #N uint32: see dropout.threshold
     # The row and column of seeded dropout at which row 0 and key 0 of this call lie; None: 0.
     dropout_start: Any = None  # *1 2 uint32
-    # One more logit in each row's softmax, without a value, where a backend may take them (see `sinks`).
+    # One more logit in each row's softmax, without a value, where a backend may take them (see `attention.py`).
     sinks: Any = None  # *#B N float32
     # The same call in the terms of the one backend that understands them: a pytree of arrays `*#B ...`, without gradient.
     # Everything else drops it unseen.

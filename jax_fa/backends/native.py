@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_fa.call import DIFFERENTIABLE, OPERANDS, Saved
 
-# The arrays that the kernels know. (Sinks are beside their calls: see `jax_fa.sinks`.)
+# The arrays that the kernels know. (Sinks are beside their calls: see `attention`.)
 TAKEN, MOVING = (tuple(name for name in names if name != "sinks") for names in (OPERANDS, DIFFERENTIABLE))
 ABI = 2  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
