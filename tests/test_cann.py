@@ -12,13 +12,13 @@ import pytest
 
 from jax_fa import (
     FlashAttentionScoreOutput,
+    dropout,
     dropout_mask,
     flash_attention,
     flash_attention_score,
     masks,
 )
 from jax_fa.backends import native
-from jax_fa.cann import drop_mask
 from jax_fa.entry import request_of
 from jax_fa.testing import cann_oracle as oracle
 from jax_fa.testing.spread import covering, pairwise

@@ -12,7 +12,8 @@ import pytest
 
 from jax_fa.backends import native
 from jax_fa.backends.cpu import backend
-from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved, has_rounding
+from jax_fa.backends.native import MOVING as DIFFERENTIABLE
+from jax_fa.call import Call, Operands, Problem, Saved, has_rounding
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, CASES, FEATURES, Case
 

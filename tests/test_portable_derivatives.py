@@ -13,9 +13,9 @@ import pytest
 
 import jax_fa
 from jax_fa import masks
+from jax_fa.backends.native import MOVING as DIFFERENTIABLE
 from jax_fa.backends.xla import backend
 from jax_fa.call import (
-    DIFFERENTIABLE,
     OPERANDS,
     STORED,
     Call,
