@@ -124,9 +124,7 @@ class Operands:
     # The row and column of seeded dropout at which row 0 and key 0 of this call lie; None: 0.
     dropout_start: Any = None  # *1 2 uint32
     # What functions close over (see `flex.Program`), and where this call's entries lie for them.
-    function_floats: Any = (
-        None  # *#B 1 n float32 (float64 for float64 calls): what score_mod is differentiable in
-    )
+    function_floats: Any = None  # *#B 1 n float32 or float64: what score_mod is differentiable in
     function_words: Any = None  # *#B 1 n uint32
     function_place: Any = None  # *#B #N 2 int32: the batch index, over all of *B, and the head
     blocks: Any = None  # *#B #N R C uint8: 0 where all pairs of a block are masked; see block_size
@@ -150,6 +148,10 @@ class Operands:
 OPERANDS = tuple(f.name for f in fields(Operands) if f.name != "hints")
 OF_FUNCTIONS = ("function_floats", "function_words", "function_place", "blocks")
 DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap", "function_floats")
+# Those that calls without functions have, and kernels take.
+PLAIN_OPERANDS, PLAIN_DIFFERENTIABLE = (
+    tuple(name for name in names if name not in OF_FUNCTIONS) for names in (OPERANDS, DIFFERENTIABLE)
+)
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-from jax_fa.call import DIFFERENTIABLE, OF_FUNCTIONS, OPERANDS, Saved
+from jax_fa.call import PLAIN_DIFFERENTIABLE, PLAIN_OPERANDS, Saved
 
 ABI = 2  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
@@ -26,9 +26,9 @@ def _mismatch(extension: Any) -> str | None:
     """What of the arrays that the handlers take is not what Python sends; None: nothing."""
     wanted = {
         "abi": ABI,
-        "operand_names": _kernels(OPERANDS),
-        "differentiable_operands": _kernels(DIFFERENTIABLE),
-        "second_names": (*_kernels(DIFFERENTIABLE), "dout", "dlogsumexp"),
+        "operand_names": PLAIN_OPERANDS,
+        "differentiable_operands": PLAIN_DIFFERENTIABLE,
+        "second_names": (*PLAIN_DIFFERENTIABLE, "dout", "dlogsumexp"),
         "saved_names": tuple(f.name for f in fields(Saved)),
     }
     for name, want in wanted.items():
@@ -36,11 +36,6 @@ def _mismatch(extension: Any) -> str | None:
         if got != want:
             return f"{extension.__name__} was built from other sources: its {name} are {got}, not {want}"
     return None
-
-
-def _kernels(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the operands that kernels take."""
-    return tuple(name for name in names if name not in OF_FUNCTIONS)
 
 
 extension, missing = _load()  # the module `jax_fa._native`; None, and what the import said
