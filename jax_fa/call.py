@@ -126,9 +126,7 @@ class Operands:
     # One more logit of each row, without a value. Backends need not know of it: see `sinks.py`.
     sinks: Any = None  # *#B N, of the statistics' dtype
     # What functions close over (see `flex.Program`), and where this call's entries lie for them.
-    function_floats: Any = (
-        None  # *#B 1 n float32 (float64 for float64 calls): what score_mod is differentiable in
-    )
+    function_floats: Any = None  # *#B 1 n float32 or float64: what score_mod is differentiable in
     function_words: Any = None  # *#B 1 n uint32
     function_place: Any = None  # *#B #N 2 int32: the batch index, over all of *B, and the head
     blocks: Any = None  # *#B #N R C uint8: 0 where all pairs of a block are masked; see block_size
@@ -152,6 +150,10 @@ class Operands:
 OPERANDS = tuple(f.name for f in fields(Operands) if f.name != "hints")
 OF_FUNCTIONS = ("function_floats", "function_words", "function_place", "blocks")
 DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap", "sinks", "function_floats")
+# Those that kernels take, and of which they give derivatives: calls with functions are the portable backend's, and the
+# derivatives of sinks are taken care of in `sinks.py`.
+PLAIN_OPERANDS = tuple(name for name in OPERANDS if name not in OF_FUNCTIONS)
+PLAIN_DIFFERENTIABLE = tuple(name for name in DIFFERENTIABLE if name in PLAIN_OPERANDS and name != "sinks")
 
 
 @jax.tree_util.register_dataclass

@@ -12,8 +12,7 @@ import pytest
 
 from jax_fa.backends import native
 from jax_fa.backends.cpu import backend
-from jax_fa.backends.native import MOVING as DIFFERENTIABLE
-from jax_fa.call import Call, Operands, Problem, Saved, has_rounding
+from jax_fa.call import PLAIN_DIFFERENTIABLE, Call, Operands, Problem, Saved, has_rounding
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, FEATURES, Case
 
@@ -23,7 +22,7 @@ if jax.default_backend() != "cpu":
     pytest.skip("needs CPU devices by default", allow_module_level=True)
 
 ISA = "JAX_FA_CPU_ISA"
-ALL = (*DIFFERENTIABLE, "dout", "dlogsumexp")  # what may move, and what has a gradient
+ALL = (*PLAIN_DIFFERENTIABLE, "dout", "dlogsumexp")  # what may move, and what has a gradient
 
 
 # --- the reference
@@ -62,7 +61,7 @@ class Setting:
             return jnp.asarray(random.standard_normal(shape), dtype)
 
         given = call.operands.present()
-        x = {name: jnp.asarray(given[name]) for name in DIFFERENTIABLE if name in given}
+        x = {name: jnp.asarray(given[name]) for name in PLAIN_DIFFERENTIABLE if name in given}
         likes = {"dout": (call.out_shape, call.dtype), "dlogsumexp": (call.stats_shape, jnp.float32)}
         return cls(
             call,

@@ -12,8 +12,7 @@ import pytest
 
 from jax_fa.backends import native
 from jax_fa.backends.cpu import backend
-from jax_fa.backends.native import MOVING as DIFFERENTIABLE
-from jax_fa.call import Call, Operands, Problem, Saved, has_rounding
+from jax_fa.call import PLAIN_DIFFERENTIABLE, Call, Operands, Problem, Saved, has_rounding
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, CASES, FEATURES, Case
 
@@ -41,12 +40,12 @@ class Setting:
         self.keep = np.broadcast_to(1.0 if keep is None else keep, pairs)
         random = np.random.default_rng(0)
         given = self.call.operands.present()
-        self.x = {name: jnp.asarray(given[name]) for name in DIFFERENTIABLE if name in given}
+        self.x = {name: jnp.asarray(given[name]) for name in PLAIN_DIFFERENTIABLE if name in given}
         self.tangents = {
             name: jnp.asarray(random.standard_normal(a.shape), a.dtype) for name, a in self.x.items()
         }
 
-    def expected(self, moving=DIFFERENTIABLE, dtype: Any = np.float64) -> dict[str, np.ndarray]:
+    def expected(self, moving=PLAIN_DIFFERENTIABLE, dtype: Any = np.float64) -> dict[str, np.ndarray]:
         """out, log-sum-exp and their tangents along those of the operands named."""
         with jax.enable_x64(True):
             x = {name: np.asarray(a).astype(dtype) for name, a in self.x.items()}
@@ -55,10 +54,10 @@ class Setting:
             (out, lse), (dout, dlse) = jax.jit(partial(jax.jvp, run))((x,), (along,))
         return {name: np.asarray(a) for name, a in zip(_RESULTS, (out, lse, dout, dlse), strict=True)}
 
-    def along(self, moving=DIFFERENTIABLE) -> Operands:
+    def along(self, moving=PLAIN_DIFFERENTIABLE) -> Operands:
         return Operands(**{name: a for name, a in self.tangents.items() if name in moving})
 
-    def check(self, found: dict[str, Any], moving=DIFFERENTIABLE) -> None:
+    def check(self, found: dict[str, Any], moving=PLAIN_DIFFERENTIABLE) -> None:
         want, naive = self.expected(moving), self.expected(moving, np.float32)
         for name, x in found.items():
             assert x.dtype == (self.call.dtype if name in ("out", "dout") else jnp.float32)
@@ -100,7 +99,7 @@ def setting_of(case: Case) -> Setting:
     return Setting(dense.call_of(case, "cpu"), case.visible(), kept)
 
 
-def _run(run, setting: Setting, moving=DIFFERENTIABLE) -> dict[str, np.ndarray]:
+def _run(run, setting: Setting, moving=PLAIN_DIFFERENTIABLE) -> dict[str, np.ndarray]:
     found = run(setting.call.problem, setting.call.operands.map(lambda _, x: x), setting.along(moving))
     return jax.tree.map(np.asarray, found)
 
@@ -197,7 +196,7 @@ def test_every_operand(dtype, alibi):
 
 
 @pytest.mark.parametrize("run", [_jvp, _tangent])
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", PLAIN_DIFFERENTIABLE)
 def test_one_tangent_alone(name, run):
     setting = _everything()
     setting.check(_run(run, setting, (name,)), (name,))
@@ -207,7 +206,7 @@ def test_one_tangent_alone(name, run):
 def test_tangents_add_up(run):
     """Absent tangents are zero."""
     setting = _everything()
-    parts = [_run(run, setting, (name,)) for name in DIFFERENTIABLE]
+    parts = [_run(run, setting, (name,)) for name in PLAIN_DIFFERENTIABLE]
     both = _run(run, setting)
     for result in ("dout", "dlse"):
         np.testing.assert_allclose(sum(part[result] for part in parts), both[result], rtol=1e-4, atol=2e-5)

@@ -13,10 +13,11 @@ import pytest
 
 import jax_fa
 from jax_fa import masks
-from jax_fa.backends.native import MOVING as DIFFERENTIABLE
 from jax_fa.backends.xla import backend
 from jax_fa.call import (
+    DIFFERENTIABLE,
     OPERANDS,
+    PLAIN_DIFFERENTIABLE,
     STORED,
     Call,
     Operands,
@@ -320,7 +321,7 @@ def test_tangents_alone_add_up():
     """The second derivative is linear in the tangents, of which any may be absent."""
     subject = _arrays(*SMALL)
     with subject.context():
-        names = (*DIFFERENTIABLE, *COTANGENTS)
+        names = (*PLAIN_DIFFERENTIABLE, *COTANGENTS)
         all_, *alone = (
             jax.tree.map(np.asarray, jax.jit(run)(*args))
             for run, args in (_second(subject, some) for some in (names, *((n,) for n in names)))
@@ -329,11 +330,13 @@ def test_tangents_alone_add_up():
         _close(sum(x[name] for x in alone), want, want, name, 1e-12)
 
 
-@pytest.mark.parametrize("wanted", [*((n,) for n in (*DIFFERENTIABLE, *COTANGENTS)), ("key", "dout"), ()])
+@pytest.mark.parametrize(
+    "wanted", [*((n,) for n in (*PLAIN_DIFFERENTIABLE, *COTANGENTS)), ("key", "dout"), ()]
+)
 def test_wanted_gradients(wanted):
     """Those that are wanted are as ever, the others absent; so in the backward."""
     subject = _arrays(*SMALL)
-    every, some = (_second(subject, (*DIFFERENTIABLE, *COTANGENTS), w) for w in (None, wanted))
+    every, some = (_second(subject, (*PLAIN_DIFFERENTIABLE, *COTANGENTS), w) for w in (None, wanted))
 
     def backward(problem):
         operands, cotangents = jax.tree.map(

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_fa import compat, dropout
 from jax_fa.backends import native
-from jax_fa.call import STORED, Call, Operands, Problem, Saved
+from jax_fa.call import PLAIN_DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved
 from jax_fa.paged.call import PagedCall
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -66,7 +66,7 @@ class Cpu:
         return out, logsumexp
 
     def backward(self, call: Call, saved: Saved) -> Operands:
-        names = [name for name in call.gradient_names if name in native.MOVING]
+        names = [name for name in call.gradient_names if name in PLAIN_DIFFERENTIABLE]
         found = _run("backward", call, [_gradient(call, name) for name in names], saved=saved)
         return call.gradients(dict(zip(names, found, strict=True)))
 
@@ -147,7 +147,9 @@ def _run(
         [*given, "rounding"] if what in ("forward", "jvp") and call.problem.saves_rounding else list(given)
     )
     wanted = call.problem.gradients
-    may_be_unwanted = {"backward": native.MOVING, "second": native.extension.second_names()}.get(what, ())
+    may_be_unwanted = {"backward": PLAIN_DIFFERENTIABLE, "second": native.extension.second_names()}.get(
+        what, ()
+    )
     unwanted = [name for name in may_be_unwanted if wanted is not None and name not in wanted]
     word = _saved_word(names, along.present(), unwanted)
     run = jax.ffi.ffi_call(f"jax_fa_cpu_{what}", results)

@@ -8,12 +8,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-from jax_fa.call import DIFFERENTIABLE, OF_FUNCTIONS, OPERANDS, Saved
+from jax_fa.call import PLAIN_DIFFERENTIABLE, PLAIN_OPERANDS, Saved
 
-# The arrays that the kernels know, and those of which they give derivatives. (Calls with functions are for `xla`, and the
-# derivatives of sinks are taken care of in `jax_fa.sinks`.)
-TAKEN = tuple(name for name in OPERANDS if name not in OF_FUNCTIONS)
-MOVING = tuple(name for name in DIFFERENTIABLE if name in TAKEN and name != "sinks")
 ABI = 4  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
 _ROOT = _PACKAGE.parent
@@ -41,9 +37,9 @@ def _mismatch(extension: Any) -> str | None:
     wanted = {
         "version": sys.modules["jax_fa"].__version__,
         "abi": ABI,
-        "operand_names": TAKEN,
-        "differentiable_operands": MOVING,
-        "second_names": (*MOVING, "dout", "dlogsumexp"),
+        "operand_names": PLAIN_OPERANDS,
+        "differentiable_operands": PLAIN_DIFFERENTIABLE,
+        "second_names": (*PLAIN_DIFFERENTIABLE, "dout", "dlogsumexp"),
         "saved_names": tuple(f.name for f in fields(Saved)),
     }
     for name, want in wanted.items():
