@@ -52,7 +52,7 @@ class Cpu:
             return f"head_dim is at most {_MAX_HEAD_DIM}, not {widest}"
         return None
 
-    def notes(self, call: Call) -> tuple[str, ...]:
+    def notes(self, call: Call | PagedCall) -> tuple[str, ...]:
         return (f"kernels {tuning()}",)
 
     def forward(self, call: Call) -> tuple[Any, ...]:
