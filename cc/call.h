@@ -17,7 +17,9 @@ namespace jax_fa {
 
 enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kI8, kF8E4M3, kF8E5M2 };
 
-JAX_FA_INLINE constexpr int64_t ItemSize(DType t) { return t >= DType::kU8 ? 1 : t == DType::kBF16 || t == DType::kF16 ? 2 : 4; }
+JAX_FA_INLINE constexpr int64_t ItemSize(DType t) {
+  return t >= DType::kU8 ? 1 : t == DType::kBF16 || t == DType::kF16 ? 2 : 4;
+}
 
 // An array of the call. Strides are in elements; a dim of size 1 that broadcasts has stride 0.
 struct View {
@@ -63,14 +65,14 @@ struct Call {
   Alibi alibi = Alibi::kNone;
   uint32_t threshold = 0;  // a 16-bit number below it keeps its element
 
-  View query, key, value, out;    // row: position, col: head_dim
-  Pages pages;                    // of keys and values
-  View key_scale, value_scale;    // with pages: float [.., K], row: page, col: key of a page; factors of keys and values
-  View bias, mask;                // row: query, col: key; mask: nonzero = visible
-  View bias_offset;               // int32 [.., N, Sq]: then bias is [.., N, elements], and key j's is at offset + j
-  int64_t bias_elements = 0;      // of one head; what lies outside belongs to masked pairs
-  bool bias_apart = false;        // with bias_offset: no two key heads or batch entries share an element
-  View lower, upper;              // int32 [.., N, Sq]
+  View query, key, value, out;  // row: position, col: head_dim
+  Pages pages;                  // of keys and values
+  View key_scale, value_scale;  // with pages: float [.., K], row: page, col: key of a page; factors of keys and values
+  View bias, mask;              // row: query, col: key; mask: nonzero = visible
+  View bias_offset;             // int32 [.., N, Sq]: then bias is [.., N, elements], and key j's is at offset + j
+  int64_t bias_elements = 0;    // of one head; what lies outside belongs to masked pairs
+  bool bias_apart = false;      // with bias_offset: no two key heads or batch entries share an element
+  View lower, upper;            // int32 [.., N, Sq]
   View segment_row, segment_key;  // int32 [.., N, Sq], [.., N, Skv]: visible where row < 0 or row == key
   View slopes;                    // float [.., N, Sq]
   View position;                  // int32 [.., N, Sq]: where a row stands among the keys, for ALiBi; absent: its index

@@ -20,8 +20,7 @@ enum PagedBit : uint32_t {
   kPagedSoftCap = 16,
 };
 
-constexpr uint32_t kPageElements =
-    kFloats | Bit(Element::kI8) | Bit(Element::kF8E4M3) | Bit(Element::kF8E5M2);
+constexpr uint32_t kPageElements = kFloats | Bit(Element::kI8) | Bit(Element::kF8E4M3) | Bit(Element::kF8E5M2);
 
 // `sizes`: B batch entries, S rows of each, N query and K key heads, D V head_dim, P pages, T keys of a page, M pages of a
 // batch entry; in lower case, 1 does too. `bit`: that of `present` where it may be absent, else 0.

@@ -59,8 +59,8 @@ inline std::string ShapeText(const Shape& x) {
   std::vector<std::string> names;
   for (int e = 0; e < static_cast<int>(Element::kOther); ++e)
     if (elements >> e & 1) names.push_back(ElementName(static_cast<Element>(e)));
-  throw BadCall(label.Text() + " is " + ShapeText(x) + "; expected " + Joined(names, " or ") + " (" + Joined(dims, ", ") +
-                ")");
+  throw BadCall(label.Text() + " is " + ShapeText(x) + "; expected " + Joined(names, " or ") + " (" +
+                Joined(dims, ", ") + ")");
 }
 
 // --- calls

@@ -306,11 +306,11 @@ def test_visible_nan_stays_in_its_rows(backend):
 # --- transformations
 
 
-def test_vmap(backend):
-    """Over sequences, over pools, over windows: the same as a loop."""
+def test_vmap():
+    """Over sequences, over pools, over windows: the same as a loop. (The rule knows no backend.)"""
     case = Case(Sq=2, pages="int8", scales=(0, 1, 2))
     x = case.arrays
-    run = partial(case, implementation=backend)
+    run = case
     windows = jnp.array([3, 30], jnp.int32)
     several = {
         "lengths": np.stack([x["lengths"], x["lengths"][::-1]]),
@@ -350,11 +350,10 @@ def _contiguous(case: Case, x):
         sinks=x.get("sinks"),
         logits_soft_cap=case.cap,
         return_logsumexp=True,
-        implementation="xla",
     )
 
 
-def test_derivatives(backend):
+def test_derivatives():
     """Of everything that is floating, in both modes: those of the contiguous call. NaN of unused pages stays away."""
     case = Case(Sq=2, window=30, cap=3.0, sinks=True, scales=(0, 2), lengths=(37, 64, 0))
     x = jax.tree.map(jnp.asarray, case.arrays)
@@ -365,7 +364,7 @@ def test_derivatives(backend):
         out, lse = attend(x | moving)
         return (out * weights[0]).sum() + (jnp.where(lse > -1e30, lse, 0) * weights[1]).sum()
 
-    ours = jax.jit(jax.grad(partial(loss, partial(case, implementation=backend))))(wanted)
+    ours = jax.jit(jax.grad(partial(loss, case)))(wanted)
     theirs = jax.jit(jax.grad(partial(loss, partial(_contiguous, case))))(wanted)
     for name in wanted:
         finite = np.isfinite(theirs[name])
@@ -373,9 +372,7 @@ def test_derivatives(backend):
             np.where(finite, ours[name], 0), np.where(finite, theirs[name], 0), atol=1e-4, err_msg=name
         )
     along = {"query": x["query"][::-1]}
-    moved = jax.jvp(
-        lambda q: loss(partial(case, implementation=backend), {"query": q}), (x["query"],), (along["query"],)
-    )
+    moved = jax.jvp(lambda q: loss(case, {"query": q}), (x["query"],), (along["query"],))
     np.testing.assert_allclose(moved[1], jnp.vdot(ours["query"], along["query"]), rtol=1e-3)
 
 
@@ -431,8 +428,7 @@ def test_sharded(backend):
 
 def test_pages_are_updated_in_place():
     """A decode loop with a donated pool: one compile, and no copy of the pool."""
-    case = Case(lengths=(0, 0), capacity=64)
-    x, S = case.arrays, case.size
+    S = 16  # of a page
     rows = np.random.default_rng(1).standard_normal((3, 20, 2, 2, 32)).astype(np.float32)
     table = np.arange(8, dtype=np.int32).reshape(2, 4)[:, ::-1]
 
@@ -451,7 +447,6 @@ def test_pages_are_updated_in_place():
     assert step._cache_size() == 1 and [a.unsafe_buffer_pointer() for a in pool] == where
     want = jax_fa.flash_attention(queries[19][:1, None], keys[None, :, 0], values[None, :, 0])
     np.testing.assert_allclose(out[0], want[0, 0], atol=1e-5)
-    del x
 
 
 # --- errors

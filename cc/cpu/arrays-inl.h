@@ -45,7 +45,8 @@ template <DType kType>
 inline void LoadByteRow(const char* src, int64_t n, float* dst) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) Store(dst + i, LoadBytes<kType>(src + i));
-  if (const int rest = static_cast<int>(n - i); rest > 0) StoreFirst(dst + i, LoadFirstBytes<kType>(src + i, rest), rest);
+  if (const int rest = static_cast<int>(n - i); rest > 0)
+    StoreFirst(dst + i, LoadFirstBytes<kType>(src + i, rest), rest);
 }
 
 // `n` elements with the given stride to contiguous floats. 8-bit ones are neighbours.

@@ -181,8 +181,8 @@ struct DirectBlock {
     Fill(s.sums, 0, n * c.K * dv, 0.0f);
     ReadInOrder(c, c.value, first / kPer * kPer, last, kPer, together / kPer, together,
                 [&](int64_t k, int64_t j, int64_t count) {
-                  DirectValues<kPairs>(c.value.dtype, c.Dv, {values + k * head, s.value_at, !c.pages}, n, j, count, last,
-                                       s.zeros, s.logits + k * n * s.s_row, s.s_row, s.sums + k * n * dv, dv,
+                  DirectValues<kPairs>(c.value.dtype, c.Dv, {values + k * head, s.value_at, !c.pages}, n, j, count,
+                                       last, s.zeros, s.logits + k * n * s.s_row, s.s_row, s.sums + k * n * dv, dv,
                                        asked.Next(count * bytes));
                 });
   }

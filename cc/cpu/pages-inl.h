@@ -60,8 +60,7 @@ inline View Gathered(const Call& c, const View& x, const View& scale, int64_t wi
   from = from > j0 ? from : j0;
   const int64_t end = j0 + n < keys ? j0 + n : keys, size = static_cast<int64_t>(sizeof(T));
   const auto clear = [&](int64_t j, int64_t until) {
-    if (j < until)
-      __builtin_memset(to + (j - j0) * row, 0, static_cast<size_t>((until - j) * row * size));
+    if (j < until) __builtin_memset(to + (j - j0) * row, 0, static_cast<size_t>((until - j) * row * size));
   };
   clear(j0, from < j0 + n ? from : j0 + n);
   EachPage(c.pages, b, from, end, [&](int64_t j, int64_t page, int64_t first, int64_t count) {

@@ -151,8 +151,7 @@ class PagedTest {
   void MakeRows() {
     const int64_t item = jax_fa::ItemSize(s_.query), rows = s_.B * s_.Sq * s_.N;
     query_ = New(rows * s_.D * item);
-    for (int64_t i = 0; i < rows * s_.D; ++i)
-      PutFloat(query_->data() + i * item, 0.3 * random_.Normal(), s_.query);
+    for (int64_t i = 0; i < rows * s_.D; ++i) PutFloat(query_->data() + i * item, 0.3 * random_.Normal(), s_.query);
     out_ = New(rows * s_.Dv * item), m_ = New(rows * 4), l_ = New(rows * 4);
     const auto offsets = [&](int64_t entry) {
       offsets_.emplace_back();
@@ -181,7 +180,8 @@ class PagedTest {
     c.m = Of(m_, DType::kF32, row_at_, s_.Sq, 1, 0), c.l = Of(l_, DType::kF32, row_at_, s_.Sq, 1, 0);
     const auto bound = [&](const std::vector<int32_t>& x) {
       View v;
-      v.data = reinterpret_cast<char*>(const_cast<int32_t*>(x.data()));  // NOLINT(cppcoreguidelines-pro-type-const-cast)
+      v.data =
+          reinterpret_cast<char*>(const_cast<int32_t*>(x.data()));  // NOLINT(cppcoreguidelines-pro-type-const-cast)
       v.dtype = DType::kI32, v.batch = bound_at_, v.row = 1;
       return v;
     };
@@ -257,7 +257,8 @@ void CheckEveryByte() {
       c.key = view(&key, t), c.value = view(bytes.data(), t), c.out = view(out.data(), DType::kF32);
       kernels->forward(c, Serial(false));
       for (size_t i = 0; i < 256; ++i)
-        if (!Same(out[i], Decode8(bytes[i], t))) Fail("byte %zu is %.9g, expected %.9g", i, out[i], Decode8(bytes[i], t));
+        if (!Same(out[i], Decode8(bytes[i], t)))
+          Fail("byte %zu is %.9g, expected %.9g", i, out[i], Decode8(bytes[i], t));
     }
   }
 }
@@ -287,7 +288,8 @@ void CheckPagedShapes() {
     }
     return std::string();
   };
-  const std::vector<jax_fa::Shape> args = shapes(dims, jax_fa::kPagedForms), rets = shapes(results, jax_fa::kPagedResults);
+  const std::vector<jax_fa::Shape> args = shapes(dims, jax_fa::kPagedForms),
+                                   rets = shapes(results, jax_fa::kPagedResults);
   if (const std::string text = refused(args, rets); !text.empty()) Fail("a good call is refused: %s", text.c_str());
   if (refused({args.begin(), args.end() - 1}, rets).empty()) Fail("a missing array is not noticed");
   const std::vector<int64_t> other(4, 11);

@@ -234,6 +234,6 @@ def named(name: str) -> Backend:
     return next(backend for backend in _backends if backend.name == name)
 
 
-def notes(name: str | None, call: Call) -> tuple[str, ...]:
+def notes(name: str | None, call: AnyCall) -> tuple[str, ...]:
     """What the backend of that name says of a call that it serves."""
     return () if name is None else named(name).notes(call)

@@ -51,7 +51,7 @@ class Cpu:
     def why_no_sinks(self, call: Call, what: str) -> str | None:
         return None
 
-    def notes(self, call: Call) -> tuple[str, ...]:
+    def notes(self, call: Call | PagedCall) -> tuple[str, ...]:
         return (f"kernels {tuning()}",)
 
     def forward(self, call: Call) -> tuple[Any, ...]:

@@ -64,7 +64,7 @@ class Xla:
         """Nothing is refused."""
         return None
 
-    def notes(self, call: Call) -> tuple[str, ...]:
+    def notes(self, call: Call | PagedCall) -> tuple[str, ...]:
         return ()
 
     def splits_alone(self, call: Call) -> bool:
