@@ -23,7 +23,10 @@ _warned = False
 
 
 def watch(mask: Hashable, rows: Any, call: Hashable) -> None:
-    """Takes the mask of a call as `Mask.static` gives it; `call` says what else its program depends on. Warns once, of the eighth step."""
+    """Takes the mask of a call as `Mask.static` gives it; `call` says what else its program depends on.
+
+    Warns once in a process, of the eighth step in a row.
+    """
     global _warned
     if _warned or not is_int(rows) or not 0 < rows <= _MOST_ROWS:
         return
