@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_fa import arguments, compat, dropout, indices, masks, softmax
 from jax_fa.attention import Attention, attention
-from jax_fa.backends import strictness
+from jax_fa.backends import python_ints, strictness
 from jax_fa.call import Axes, Call, Dims, Operands, Problem, Shape, Size, accumulator_dtype, canonical_shape
 
 P = ParamSpec("P")
@@ -148,7 +148,7 @@ def build(
     stored = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
     query, key, value = stored
     if mask is not None:
-        masks.watch(problem.mask, d.Sq, (arrays.query.shape, arrays.key.shape, arrays.query.dtype))
+        python_ints.watch(problem.mask, d.Sq, (arrays.query.shape, arrays.key.shape, arrays.query.dtype))
     operands = Operands(
         query=query,
         key=key,

@@ -37,7 +37,6 @@ from jax_fa.masks.base import (
     members,
 )
 from jax_fa.masks.packed import CumulativeLengths, SegmentIds
-from jax_fa.masks.progress import watch
 
 __all__ = [
     "TRACED",
@@ -59,7 +58,6 @@ __all__ = [
     "broadcasts",
     "lead",
     "members",
-    "watch",
 ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from jax_fa.indices import is_int
-from jax_fa.masks.base import Mask
+from jax_fa.masks import Mask
 
 _STEPS = 8  # in a row before it is said
 _MOST_ROWS = 8  # of a step: more are chunks, of which a program may well hold several
