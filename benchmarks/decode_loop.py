@@ -31,6 +31,14 @@ def theirs(query, key, value, position):
     return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths)
 
 
+def write(whole, part, position):
+    """As bits: XLA for CPU converts a whole bfloat16 array to update a row of it."""
+    integer = {2: jnp.uint16, 4: jnp.uint32}[whole.dtype.itemsize]
+    bits, new = (jax.lax.bitcast_convert_type(x, integer) for x in (whole, part))
+    bits = jax.lax.dynamic_update_slice_in_dim(bits, new, position, axis=1)
+    return jax.lax.bitcast_convert_type(bits, whole.dtype)
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def decode(attend, cache, tokens, position):
     """`tokens`: queries, keys and values, `(T, B, 1, heads, D)` each."""
@@ -39,10 +47,7 @@ def decode(attend, cache, tokens, position):
     def one(carry, token):
         cache, position = carry
         query, *new = token
-        cache = tuple(
-            jax.lax.dynamic_update_slice_in_dim(whole, part, position, axis=1)
-            for whole, part in zip(cache, new, strict=True)
-        )
+        cache = tuple(write(whole, part, position) for whole, part in zip(cache, new, strict=True))
         return (cache, position + 1), attend(query, *cache, position)
 
     (cache, _), outs = jax.lax.scan(one, (cache, position), tokens)

@@ -22,7 +22,7 @@ rules ignore tangents of saved arrays, and give them no cotangents. The log-sum-
 themselves, so all of its tangent is put on m. (To callers who ask for the pair, m is a constant and l has the derivative.)
 
 Attention sinks, one more logit in each row's softmax without a value, are an operand that backends need not know of (see
-`sinks.py`). Second derivatives with sinks are those of the results without, multiplied by the share of the keys in the sum.
+`backends/sinks.py`). Second derivatives with sinks are those of the results without, multiplied by the share of the keys.
 
 Above this file stand the public functions, which turn their arguments into a `Call`: a `Problem` (static) and
 `Operands` (arrays). Below stand `rules.py`, which hands the rules of this file to JAX, and the primitives, which choose a
@@ -38,10 +38,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_fa import compat, primitives, rules, softmax
+from jax_fa.backends.sinks import joined, shares
 from jax_fa.call import DIFFERENTIABLE, Axes, Call, Operands, Problem, Saved, sum_to, widened
 from jax_fa.primitives import Inputs
 from jax_fa.rules import OUT_NAME, STATS_NAME, jvp_saved
-from jax_fa.sinks import joined, shares
 
 __all__ = ["OUT_NAME", "STATS_NAME", "Attention", "attention"]
 

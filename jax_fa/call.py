@@ -123,7 +123,7 @@ class Operands:
     keep_threshold: Any = None  # *#B #N uint32: see dropout.threshold
     # The row and column of seeded dropout at which row 0 and key 0 of this call lie; None: 0.
     dropout_start: Any = None  # *1 2 uint32
-    # One more logit of each row, without a value. Backends need not know of it: see `sinks.py`.
+    # One more logit of each row, without a value. Backends need not know of it: see `backends/sinks.py`.
     sinks: Any = None  # *#B N, of the statistics' dtype
     # What functions close over (see `flex.Program`), and where this call's entries lie for them.
     function_floats: Any = None  # *#B 1 n float32 or float64: what score_mod is differentiable in

@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_fa import arguments, compat, dropout, indices, masks, softmax
 from jax_fa.attention import Attention, attention
-from jax_fa.backends import strictness
+from jax_fa.backends import python_ints, strictness
 from jax_fa.call import (
     Axes,
     Call,
@@ -166,7 +166,7 @@ def build(
     stored = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
     query, key, value = stored
     if mask is not None:
-        masks.watch(problem.mask, d.Sq, (arrays.query.shape, arrays.key.shape, arrays.query.dtype))
+        python_ints.watch(problem.mask, d.Sq, (arrays.query.shape, arrays.key.shape, arrays.query.dtype))
     first, *others = mask_operands(_of_mask(masks.parts, mask, arrays))
     operands = Operands(
         query=query,

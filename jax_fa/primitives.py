@@ -20,9 +20,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
 from jax_fa import backends, compat
+from jax_fa.backends.sinks import Around
 from jax_fa.call import LIKE_OUT, STORED, Call, Operands, Problem, Saved, has_rounding, stored_shape
 from jax_fa.sharding import Partition, Split, explicit_axes, gathered_by_types, restore_splits, split, warn
-from jax_fa.sinks import Around
 
 
 @jax.tree_util.register_dataclass

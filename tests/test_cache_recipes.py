@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa.masks import Band, Causal, Lengths, progress
+from jax_fa.backends import python_ints
+from jax_fa.masks import Band, Causal, Lengths
 from jax_fa.testing import oracle
 
 PAGE = Path(__file__).parents[1] / "docs/inference.md"
@@ -139,8 +140,8 @@ def test_a_loop_of_decode_steps(page):
 
 @pytest.fixture
 def unwarned(monkeypatch):
-    monkeypatch.setattr(progress, "_warned", False)
-    monkeypatch.setattr(progress, "_last", {})
+    monkeypatch.setattr(python_ints, "_warned", False)
+    monkeypatch.setattr(python_ints, "_last", {})
 
 
 def _trace(rows: int, mask) -> None:

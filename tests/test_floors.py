@@ -25,7 +25,7 @@ FLOORS = [
         "_native",
     },
     {"backends"},
-    {"sharding", "primitives", "sinks"},
+    {"sharding", "primitives"},
     {"attention", "rules"},
     {"entry"},
     {"api", "cann"},

@@ -20,6 +20,7 @@ from jax_fa.backends import native
 from jax_fa.masks import Causal, Lengths, Prefix, SegmentIds, SlidingWindow
 from jax_fa.sequence_parallel import position_ids, reorder, restore, visited_tiles
 from jax_fa.sequence_parallel.schedule import Schedule
+from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, CASES, Case, check
 
 # Of out and log-sum-exp, and of gradients, in float32: relative to one device, in the 2-norm.
@@ -202,6 +203,19 @@ def test_16_bit_inputs_are_held_against_the_oracle(name):
     args = case.stored_operands(), jnp.asarray(case.stored(dout)), jnp.asarray(dlse)
     (out, lse), gradients = Program(case, 4, "ring", "contiguous", CPU).gradient(*args)
     check(case, out, lse, gradients)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_bfloat16_gradients_by_statistics_of_more_keys(sinks):
+    """Those of a shard alone: a row's ds over the keys of one shard do not add up to 0."""
+    case = Case(name="bfloat16-ring", dtype="bfloat16", B=(1,), Sq=64, Skv=64, N=2, K=2, D=32, Dv=32)
+    x = case.stored_operands() | ({"sinks": np.float32([3.0, 5.0])} if sinks else {})
+    dout, dlse = case.cotangents()
+    _, found = Program(case, 2, "ring", "contiguous", CPU).gradient(x, jnp.asarray(dout), jnp.asarray(dlse))
+    qkv = (np.asarray(x[name], np.float64) for name in ("query", "key", "value"))
+    want = oracle.attention(*qkv, sinks=x.get("sinks")).gradients(dout, dlse)
+    for name in want:
+        assert _distance(found[name], want[name]) < 0.01, name
 
 
 def test_float64():

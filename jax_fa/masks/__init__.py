@@ -41,7 +41,6 @@ from jax_fa.masks.base import (
 )
 from jax_fa.masks.packed import CumulativeLengths, SegmentIds
 from jax_fa.masks.parts import Terms
-from jax_fa.masks.progress import watch
 
 __all__ = [
     "TRACED",
@@ -68,7 +67,6 @@ __all__ = [
     "members",
     "placed",
     "replaced",
-    "watch",
 ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from jax_fa.indices import is_int
-from jax_fa.masks.base import Mask
+from jax_fa.masks import Mask
 
 _STEPS = 8  # in a row before it is said
 _MOST_ROWS = 8  # of a step: more are chunks, of which a program may well hold several
@@ -25,7 +25,7 @@ _warned = False
 def watch(mask: Hashable, rows: Any, call: Hashable) -> None:
     """Takes the mask of a call as `Mask.static` gives it; `call` says what else its program depends on.
 
-    Warns once, of the eighth step.
+    Warns once in a process, of the eighth step in a row.
     """
     global _warned
     if _warned or not is_int(rows) or not 0 < rows <= _MOST_ROWS:
