@@ -23,6 +23,7 @@ from jax_fa.cann.torch_npu import (
 )
 from jax_fa.dropout import dropout_mask
 from jax_fa.explanation import Explanation, explain
+from jax_fa.explanation.flops import Flops, flops
 from jax_fa.sequence_parallel import sequence_parallel_attention
 from jax_fa.softmax import merge
 
@@ -35,6 +36,7 @@ __all__ = [
     "Explanation",
     "FlashAttentionScoreGradOutput",
     "FlashAttentionScoreOutput",
+    "Flops",
     "NpuFusionAttentionGradOutput",
     "NpuFusionAttentionOutput",
     "ascend",
@@ -45,6 +47,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_score",
     "flash_attention_score_grad",
+    "flops",
     "masks",
     "merge",
     "mosaic",
