@@ -517,7 +517,6 @@ UNIONS: dict[str, Kind] = {
     "lengths_segments": Kind(
         lambda c: masks.Lengths(key=_lengths(c, c.Skv, 2, 9)) | KINDS["segments_padded"].make(c),
         lambda c: oracle.lengths(c.Sq, c.Skv, key=_batch(c, 2, 9)) | KINDS["segments_padded"].visible(c),
-        lambda c: KINDS["segments_padded"].position(c),
     ),
 }
 # They make what others make: they are for tests of masks, and a call or two.
