@@ -23,6 +23,7 @@ from jax_fa.cann.torch_npu import (
 )
 from jax_fa.dropout import dropout_mask
 from jax_fa.explanation import Explanation, explain
+from jax_fa.explanation.flops import Flops, flops
 from jax_fa.flex import BlockMask, create_block_mask
 from jax_fa.paged.attention import paged_attention
 from jax_fa.sequence_parallel import sequence_parallel_attention
@@ -38,6 +39,7 @@ __all__ = [
     "Explanation",
     "FlashAttentionScoreGradOutput",
     "FlashAttentionScoreOutput",
+    "Flops",
     "NpuFusionAttentionGradOutput",
     "NpuFusionAttentionOutput",
     "ascend",
@@ -49,6 +51,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_score",
     "flash_attention_score_grad",
+    "flops",
     "masks",
     "merge",
     "mosaic",

@@ -189,8 +189,12 @@ def test_inference_in_16_bits_multiplies_16_bits(platform):
         assert operands.count("xbf16>") == 2, line
 
 
+_SLOW_SHAPES = ((B, 1, 1, 1), (B, N, 1, 1), (1, 1))
+_SHAPES = [(N, 1, 1), *(pytest.param(shape, marks=pytest.mark.slow) for shape in _SLOW_SHAPES)]
+
+
 @pytest.mark.parametrize("name", ["scale", "logits_soft_cap"])
-@pytest.mark.parametrize("shape", [(N, 1, 1), (B, 1, 1, 1), (B, N, 1, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", _SHAPES, ids=str)
 def test_one_value_for_each_head(name, shape, backend):
     """As calls of each batch entry and head alone, with its gradient; under vmap, too."""
     values = jnp.asarray(np.linspace(0.3, 0.9, int(np.prod(shape))).reshape(shape), jnp.float32)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def _formula(draw, depth: int):
     return (mask & other, shown & more) if kind == 2 else (mask | other, shown | more)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.data())
 def test_formulas(data):
     mask, shown = _formula(data.draw, 3)
@@ -118,11 +119,16 @@ def test_too_many_parts():
 # --- calls
 
 
+def _mostly_slow(*default: Any, of: Any = UNIONS) -> list:
+    """All, of which those not named are slow: each compiles for seconds."""
+    return [x if x in default else pytest.param(x, marks=pytest.mark.slow) for x in of]
+
+
 def _case(kind: str, **options) -> Case:
     return Case(name=f"union-{kind}", mask=kind, **options)
 
 
-@pytest.mark.parametrize("kind", UNIONS)
+@pytest.mark.parametrize("kind", _mostly_slow("sinks_window", "lengths_segments"))
 def test_forward_and_gradient(kind, backend):
     case = _case(kind)
     run = jax.jit(partial(case.gradient, implementation=backend))
@@ -131,7 +137,7 @@ def test_forward_and_gradient(kind, backend):
 
 
 @pytest.mark.skipif(installation.absence() is not None, reason="needs the CANN adapter")
-@pytest.mark.parametrize("kind", UNIONS)
+@pytest.mark.parametrize("kind", _mostly_slow("sinks_window"))
 def test_ascend(kind):
     case = _case(kind)
     (out, lse), gradients = case.gradient(case.operands(), *case.cotangents(), implementation="ascend")
@@ -141,7 +147,8 @@ def test_ascend(kind):
 EVERYTHING = {"bias": "BNQK", "slopes": "N", "soft_cap": 4.0, "dropout": 0.3, "layout": "BNSD", "Dv": 24}
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_with_every_other_feature(dtype, backend):
     """Dropout has the bits of the whole call, and ALiBi its positions."""
     case = _case("sinks_window", dtype=dtype, **EVERYTHING)
@@ -169,7 +176,8 @@ def test_sinks_and_the_largest_logit(backend):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sinks_window", pytest.param("dense_window", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sinks_window", "dense_window"])
 def test_every_derivative(kind, backend):
     case = replace(_case(kind), Sq=19, Skv=23)
     x, along = case.operands(), derivatives.tangents(case)
@@ -217,7 +225,7 @@ def test_vmap(backend):
                 np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("explicit", _mostly_slow(True, of=[False, True]))
 def test_sharded(explicit, backend):
     axis = AxisType.Explicit if explicit else AxisType.Auto
     mesh = jax.make_mesh((2, 2), ("b", "n"), (axis, axis), devices=jax.devices("cpu")[:4])
@@ -237,7 +245,7 @@ def test_sharded(explicit, backend):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ulysses", "all_gather"])
+@pytest.mark.parametrize("strategy", _mostly_slow("all_gather", of=["ring", "ulysses", "all_gather"]))
 def test_sequence_parallel(strategy):
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
     mask = Causal() & (Lengths(key=3) | SlidingWindow(5) | SegmentIds(np.array([1, 2] * 8)))

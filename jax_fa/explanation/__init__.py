@@ -231,6 +231,27 @@ def _found(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
     return list(_walk(jaxpr, 1, placed))
 
 
+def call_of(function: Callable[..., Any], args: tuple, options: dict[str, Any], mask: Mask | None) -> Call:
+    """The call of an entry with a mask, or the first of its parts; what is known of the mask stays known.
+
+    Raises:
+      ValueError: what the entry raises.
+      TypeError: likewise.
+    """
+    arguments.check_names(function.__name__, options)
+    leaves: list[Any]
+    tree: Any
+    leaves, tree = jax.tree.flatten(mask)
+    unknown = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    def run(arrays, *args, **options):
+        given = iter(arrays)
+        known = [next(given) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
+        return function(*args, mask=tree.unflatten(known), **options)
+
+    return _found(run, (unknown, *args), options)[0].call
+
+
 def _walk(
     jaxpr: Jaxpr, times: int, placed: dict[Any, Any], outside: Sequence[compat.Frame] = ()
 ) -> Iterator[_Found]:

@@ -16,8 +16,10 @@ says what they mean then.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from jax_fa import indices
 from jax_fa.call import Shape, Size
 from jax_fa.masks import segments
 from jax_fa.masks.bands import Band, Causal, Lengths, Prefix, SlidingWindow
@@ -116,6 +118,22 @@ def intervals(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size,
     """`parts` of a mask that has one."""
     (found,) = parts(mask, batch, heads, sq, skv, at)
     return found
+
+
+def known_part(mask: Mask, but: type[Mask] | tuple[type[Mask], ...] = ()) -> Mask | None:
+    """Those of the masks joined by & whose values are known when tracing, and what they mean beside the others.
+
+    None: of none of them. `but`: kinds that are left out.
+    """
+    everyone = members(mask)
+    known = [m for m in everyone if all(indices.known(x) is not None for x in jax.tree.leaves(m))]
+    others = [m for m in everyone if not any(m is k for k in known)]
+    if any(type(m).aligned is not Mask.aligned for m in others):
+        known = [m for m in known if all(getattr(kind, "align", None) == "top-left" for kind in kinds(m))]
+    known = [m for m in known if not isinstance(m, but)]
+    if len(known) == len(everyone):
+        return mask
+    return Intersection(tuple(known)) if known else None
 
 
 def positions(mask: Mask | None, batch: Shape, heads: Size, sq: Size, skv: Size, at: Any = None):

@@ -1,10 +1,9 @@
 """Which keys are visible to which devices, as far as it is known when tracing; and how many tiles that makes."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import arguments, compat, indices, masks
+from jax_fa import arguments, compat, masks
 from jax_fa.flex.masks import functions_of
 from jax_fa.masks import Mask
 from jax_fa.sequence_parallel.order import ORDERS, Order, Spread
@@ -12,7 +11,9 @@ from jax_fa.sequence_parallel.order import ORDERS, Order, Spread
 
 def visible_chunks(mask: Mask | None, batch, heads, sq: int, skv: int, chunks: int) -> np.ndarray:
     """Which chunks of keys may be visible to which chunks of rows, as far as it is known when tracing: `[rows, keys]`."""
-    known = _known(mask)
+    known = (
+        None if mask is None else masks.known_part(mask, but=masks.Dense)
+    )  # whose rows are those of this device
     if known is None or 0 in (sq, skv):
         return np.ones((chunks, chunks), bool)
     with compat.eager():
@@ -35,21 +36,6 @@ def _chunks_of(rules: masks.Rules, sq: int, skv: int, chunks: int) -> np.ndarray
     first, last = by_chunk(np.where(some, lower, skv), np.min), by_chunk(np.where(some, upper, 0), np.max)
     keys = np.arange(chunks) * (skv // chunks)
     return (first < keys + skv // chunks) & (last > keys)
-
-
-def _known(mask: Mask | None) -> Mask | None:
-    """Those of the joined masks whose values are known when tracing, and what they mean beside the others."""
-    if mask is None:
-        return None
-    members = masks.members(mask)
-    known = [m for m in members if all(indices.known(x) is not None for x in jax.tree.leaves(m))]
-    others = [m for m in members if not any(m is k for k in known)]
-    if any(type(m).aligned is not Mask.aligned for m in others):
-        known = [m for m in known if getattr(m, "align", None) == "top-left"]
-    known = [m for m in known if not isinstance(m, masks.Dense)]  # whose rows are those of this device
-    if not known:
-        return None
-    return known[0] if len(known) == 1 else masks.Intersection(tuple(known))
 
 
 def visited_tiles(

@@ -503,11 +503,12 @@ UNIONS: dict[str, Kind] = {
         lambda c: ~KINDS["causal_lengths"].visible(c),
     ),
     "two_bands": Kind(
-        lambda c: masks.Band(4, 0, offset=_batch(c, 9, -6)) | masks.Band(-3, 8),
+        lambda c: masks.Band(4, 0, offset=_batch(c, 9, -6)) | masks.Band(-7, 12, offset=_batch(c, 9, -6)),
         lambda c: (
             oracle.band(c.Sq, c.Skv, 4, 0, offset=_batch(c, 9, -6)[..., None, None])
-            | oracle.band(c.Sq, c.Skv, -3, 8)
+            | oracle.band(c.Sq, c.Skv, -7, 12, offset=_batch(c, 9, -6)[..., None, None])
         ),
+        lambda c: np.arange(c.Sq) + _batch(c, 9, -6)[..., None, None],
     ),
     "dense_window": Kind(
         lambda c: masks.SlidingWindow(7) | KINDS["dense_square"].make(c),
