@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "handlers.h"
+#include "large_results.h"
 #include "operands.h"
 #include "shapes.h"
 #include "tasks.h"
@@ -146,20 +147,22 @@ ffi::Error Compute(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
     const Sizes sizes = ShapeCheck::Of(call, others, results);
     Call c = PlainCall(p, sizes);
     if (c.B == 0 || c.N == 0 || (c.Sq == 0 && !HasCotangents(kPass))) {  // what broadcasts still has a gradient
-      for (size_t i = 0; i < rets.size(); ++i) Clear(Ret(rets, i));
+      for (size_t i = 0; i < rets.size(); ++i)
+        Clear(PoolRunner<ffi::ThreadPool>(pool), Ret(rets, i).untyped_data(), Ret(rets, i).size_bytes());
       return;
     }
     Views views(sizes.B);
     ReadOperands(p, call, args, views, c);
+    PoolRunner<ffi::ThreadPool> runner(pool, IsTiny(c));
     size_t next = call.Operands(), result = 0;
     for (const OtherArray& x : others) c.*x.view = OtherView(p, call, x, Arg(args, next++), views);
     for (const OtherArray& x : results) {
       const ffi::AnyBuffer to = Ret(rets, result++);
       c.*x.view = OtherView(p, call, x, to, views);
-      if (x.view == &Call::dbias && !WritesAllBias(c)) Clear(to);
+      TakeHugePages(to.untyped_data(), to.size_bytes());
+      if (x.view == &Call::dbias && !WritesAllBias(c)) Clear(runner, to.untyped_data(), to.size_bytes());
     }
     c.with_forward = kPass == Pass::kJvp;
-    PoolRunner<ffi::ThreadPool> runner(pool, IsTiny(c));
     const Kernels& kernels = Chosen();
     switch (kPass) {
       case Pass::kForward: return kernels.forward(c, runner);

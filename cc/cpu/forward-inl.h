@@ -14,6 +14,8 @@
 #include "cpu/direct-inl.h"
 #include "cpu/forward_plan-inl.h"
 #include "cpu/gemm-inl.h"
+#include "cpu/narrow-inl.h"
+#include "cpu/pack-inl.h"
 #include "cpu/pages-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/shared_blocks-inl.h"
@@ -166,7 +168,7 @@ inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const Fo
   }
 }
 
-// The same for few rows: those of all key heads, one after the other in the scratch.
+// The same for few rows, or some: those of all key heads, one after the other in the scratch.
 template <bool kPairs>
 inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const ForwardScratch<kPairs>& s, int64_t b,
                        int64_t key0, int64_t key1) {
@@ -179,10 +181,19 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
     all.lo = visible.lo < all.lo ? visible.lo : all.lo;
     all.hi = visible.hi > all.hi ? visible.hi : all.hi;
   }
+  if constexpr (!kPairs)
+    if (plan.narrow) PackNarrow(c, s, n);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
     const int64_t first = all.lo > j0 ? all.lo - j0 : 0, last = all.hi < j0 + width ? all.hi - j0 : width;
-    if (first < last) DirectBlock<kPairs>{c, s, b, n, j0, width, first, last}.Run();
+    if (first >= last) continue;
+    if constexpr (!kPairs) {
+      if (plan.narrow) {
+        NarrowBlock{c, s, b, n, j0 + first, last - first, j0 + last < all.hi ? plan.key_block : 0}.Run();
+        continue;
+      }
+    }
+    DirectBlock<kPairs>{c, s, b, n, j0, width, first, last}.Run();
   }
 }
 

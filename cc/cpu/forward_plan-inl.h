@@ -3,6 +3,7 @@
 
 #include "call.h"
 #include "cpu/arrays-inl.h"
+#include "cpu/rows-inl.h"
 #include "cpu/scratch-inl.h"
 #include "cpu/simd-inl.h"
 #include "cpu/tuning.h"
@@ -10,7 +11,22 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
+// Few rows: see direct-inl.h.
 inline bool IsDirect(const Call& c) { return c.G() * c.Sq <= kDirectRows && c.Skv > 0; }
+
+// Some rows, plain, of many keys, and products of floats: see narrow-inl.h.
+inline bool IsNarrow(const Call& c) {
+  const int64_t rows = c.G() * c.Sq;
+  return rows > kDirectRows && rows <= kNarrowRows && c.Skv >= kNarrowSpan && !c.pages && !InPairs(c) &&
+         AreWeightsPlain(c) && c.key.col == 1 && c.value.col == 1;
+}
+
+// Keys of a block whose keys and values of all heads stay in the second cache beside those of the next one.
+inline int64_t NarrowKeys(const Call& c) {
+  int64_t keys = kDirectKeys;
+  while (keys > kLeastNarrowKeys && keys * c.K * (c.D + c.Dv) > kNarrowFloats) keys /= 2;
+  return keys;
+}
 
 // Keys and values of a block as the products take them. `nan_marker` as in PackValues, or null.
 struct Packed {
@@ -25,7 +41,7 @@ struct ForwardPlan {
   int64_t key_block, key_blocks;
   int64_t splits, split_keys;      // key ranges whose partial results are merged
   int64_t keys_size, values_size;  // floats of a packed block
-  bool direct;                     // few rows: keys and values are read in place
+  bool direct, narrow;             // few rows, or some: keys and values are read in place
   int64_t task_heads;              // key heads of a task
   bool shared;                     // packed once for all tasks
   int64_t threads;
@@ -35,16 +51,17 @@ struct ForwardPlan {
     rows = c.G() * c.Sq;
     group_rows = tiles.group_rows;
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
-    direct = IsDirect(c);
-    key_block = direct ? kDirectKeys : KeysOf(tiles.forward_keys, wide);
+    narrow = IsNarrow(c);
+    direct = narrow || IsDirect(c);
+    key_block = narrow ? NarrowKeys(c) : direct ? kDirectKeys : KeysOf(tiles.forward_keys, wide);
     key_blocks = (c.Skv + key_block - 1) / key_block;
-    keys_size = RoundUp(key_block, kPanel) * Units<kPairs>(c.D);
+    keys_size = RoundUp(key_block, kPanel) * (narrow ? RoundUp(c.D, kLanes) : Units<kPairs>(c.D));
     values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
     const int64_t heads = c.B * c.K;
     task_heads = direct ? c.K : 1;
-    task_rows = kTaskRows;
-    const bool paged = c.pages && rows <= kPagedSplitRows;
-    while (!paged && task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
+    task_rows = direct ? kNarrowRows : kTaskRows;
+    const bool paged = c.pages && rows <= kPagedSplitRows, whole = paged || direct;
+    while (!whole && task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
       task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;
     shared = !direct && blocks > 1 && heads * key_blocks * BlockSize() <= kSharedFloats;
@@ -89,6 +106,7 @@ struct ForwardScratch {
   float *sums, *before_m, *before_l, *zeros;  // of few rows: see DirectBlock
   int64_t *key_at, *value_at;
   float *key_scale, *value_scale;
+  float *q_panels, *weights;  // of some rows: see NarrowBlock
   int32_t *lo, *hi;
   int64_t q_row, s_row;
 
@@ -105,10 +123,10 @@ struct ForwardScratch {
     acc = arena.Take(n * dv);
     m = arena.Take(n);
     l = arena.Take(n);
-    logits = arena.Take((n > plan.group_rows ? n : plan.group_rows) * s_row);
+    logits = arena.Take(plan.narrow ? 0 : (n > plan.group_rows ? n : plan.group_rows) * s_row);
     stage = arena.Take(StageSize(c));
     tmp = arena.Take(kb);
-    own.keys = arena.Take(plan.shared || plan.direct ? 0 : plan.keys_size);
+    own.keys = arena.Take(plan.shared || (plan.direct && !plan.narrow) ? 0 : plan.keys_size);
     own.values = arena.Take(plan.shared ? 0 : plan.values_size);
     own.nan_marker = arena.Take(kb);
     const int64_t few = plan.direct ? n : 0;
@@ -120,6 +138,9 @@ struct ForwardScratch {
     value_at = arena.Take<int64_t>(plan.direct ? kb : 0);
     key_scale = arena.Take(plan.direct && c.key_scale ? c.K * kb : 0);
     value_scale = arena.Take(plan.direct && c.value_scale ? c.K * kb : 0);
+    const int64_t some = plan.narrow ? Panels(plan.rows) * kPanel : 0;
+    q_panels = arena.Take(some * c.K * c.D);
+    weights = arena.Take(some * plan.key_block);
     lo = arena.Take<int32_t>(n);
     hi = arena.Take<int32_t>(n);
   }

@@ -127,7 +127,8 @@ inline void OneKeyForward(const Call& c, const SmallScratch& s, const Heads& hea
   Store(s.l, l);
   Fill(s.sums, 0, s.row, 0.0f);
   const auto row = [&](int64_t i) { return s.l[i] == 0.0f ? s.sums : values[i]; };
-  if (c.rounding) return heads.EachRow([&](int64_t i, const Row& at) { StoreResult(c, at, row(i), s.m[i], s.l[i]); });
+  if (c.rounding || c.sinks)
+    return heads.EachRow([&](int64_t i, const Row& at) { StoreResult(c, at, row(i), s.m[i], s.l[i]); });
   StoreRows(heads, row, s.l, c.out, c.Dv);
   StoreStatistic(heads, s.m, c.m);
   StoreStatistic(heads, s.l, c.l);

@@ -56,6 +56,18 @@ inline float KeepProbOf(const Call& c, const Row& row) {
   return static_cast<float>(*c.threshold_of_head.At<uint32_t>(row.b, row.n)) * 0x1p-16f;
 }
 
+// Whether products that are not of small heads are those of pairs.
+inline bool InPairs(const Call& c) {
+  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16 &&
+         !c.key_scale && !c.value_scale;
+}
+
+// Whether weights are those of the products alone, within a range of keys of each row.
+inline bool AreWeightsPlain(const Call& c) {
+  return !c.bias && !c.slopes && !c.mask && !c.segment_row && c.soft_cap == 0.0f && !c.soft_cap_of_head &&
+         !c.scale_of_head && !c.seed && !c.drop_bits;
+}
+
 // Where a row stands among the keys, for ALiBi.
 inline int64_t PositionOf(const Call& c, const Row& row) {
   return c.position ? *c.position.At<int32_t>(row.b, row.n, row.i) : row.i;

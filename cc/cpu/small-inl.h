@@ -9,15 +9,10 @@
 #include "cpu/rows-inl.h"
 #include "cpu/scratch-inl.h"
 #include "cpu/simd-inl.h"
+#include "cpu/softmax-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
-
-// Whether the products of other heads are those of pairs.
-inline bool InPairs(const Call& c) {
-  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16 &&
-         !c.key_scale && !c.value_scale;
-}
 
 inline bool IsSmall(const Call& c) {
   const int64_t rows = c.G() * c.Sq, width = c.D > c.Dv ? c.D : c.Dv;
@@ -31,12 +26,6 @@ struct FloatRows {
   int64_t stride;
   const float* operator[](int64_t i) const { return first + i * stride; }
 };
-
-// Whether weights are those of the products alone, within a range of keys of each row.
-inline bool AreWeightsPlain(const Call& c) {
-  return !c.bias && !c.slopes && !c.mask && !c.segment_row && c.soft_cap == 0.0f && !c.soft_cap_of_head &&
-         !c.scale_of_head && !c.seed && !c.drop_bits;
-}
 
 // Products, weights and ds: where an element of a row and a key is. Plain ones are made for a vector of rows at a time, so
 // that no sum or max is one over lanes.
@@ -199,12 +188,6 @@ inline void ReadRange(const Call& c, const SmallScratch& s, const Row& row, int6
   const Range v = Visible(c, row);
   s.lo[r] = static_cast<float>(v.lo);
   s.hi[r] = static_cast<float>(v.hi);
-}
-
-// Lanes: rows whose range has key j.
-JAX_FA_INLINE F OnlyVisible(F lo, F hi, int64_t j, F x, F masked) {
-  const F at = Set(static_cast<float>(j)), next = Set(static_cast<float>(j + 1));
-  return Select(Equal(Max(lo, at), at), Select(Equal(Max(hi, next), hi), x, masked), masked);
 }
 
 // c[i] = sum over k < K of weights a(i, k) times row k of b, i < n, of which `width` columns count.

@@ -29,6 +29,12 @@ inline float RowMax(const float* s, int64_t from, int64_t to) {
 // logit scale x is rounded like the max among them, so that the largest weight is 1 exactly.
 JAX_FA_INLINE F Weight(F x, F scale, F m) { return Exp(Rounded(x * scale) - m); }
 
+// Lanes: rows whose range has key j.
+JAX_FA_INLINE F OnlyVisible(F lo, F hi, int64_t j, F x, F masked) {
+  const F at = Set(static_cast<float>(j)), next = Set(static_cast<float>(j + 1));
+  return Select(Equal(Max(lo, at), at), Select(Equal(Max(hi, next), hi), x, masked), masked);
+}
+
 // p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
 // rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros. Asks for what
 // lies `ahead` of them.

@@ -77,9 +77,9 @@ JAX_FA_INLINE constexpr int64_t KeysOf(const KeyBlock (&blocks)[kCount], int64_t
 // What depends on the second cache.
 //
 // Forward: the logits of a group of rows stay in it while a packed block of keys and values is read once for each group.
-// Tangents: the same blocks of keys, so that a forward with tangents gives the bits of the forward. Logits and their
-// tangents take twice as much; a packed block holds two more arrays and may come from the third cache for each group: the
-// more rows, the less often. With 48 rows instead of 96 a head_dim of 128 took 4 % longer.
+// Tangents: the same blocks of keys, so that a forward with tangents gives the bits of a forward that packs them. Logits
+// and their tangents take twice as much; a packed block holds two more arrays and may come from the third cache for each
+// group: the more rows, the less often. With 48 rows instead of 96 a head_dim of 128 took 4 % longer.
 // Backward: p and ds of a block of rows and keys stay there; q and dout, as rows and as panels, pass once for each block.
 // For a wider head_dim the products take longer than reading p and ds again, and longer blocks of keys pack q and dout less
 // often. Beyond 128, dk, dv, and the keys and values in both of their packed forms bound the block.
@@ -204,6 +204,12 @@ static_assert(kPagedSplitRows <= kTaskRows);
 // With at most this many query rows per key head, keys and values are read in place, kDirectKeys at a time: the time is
 // that of reading them once, and packing would write and read them once more.
 constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
+
+// With more, up to kNarrowRows, and plain weights of at least kNarrowSpan keys, they are read in place too: keys by
+// broadcast, next to a vector of rows, in blocks of up to so many floats of all heads (256 KiB), but not of fewer keys than
+// kLeastNarrowKeys. (Packed, 32 rows of one head took a seventh longer, 24 of each of 8 a third, 48 a half. For 16 rows of
+// each of 8 heads, reading few rows of each in turn took three quarters of the time of this.)
+constexpr int64_t kNarrowRows = 64, kNarrowSpan = 2048, kNarrowFloats = int64_t{1} << 16, kLeastNarrowKeys = 32;
 
 // With at most this many rows and as many keys of a key head, packing them takes longer than it saves. (AVX-512, 64 rows of
 // 64 keys: at head_dim 16 packed products took a third longer, at 256 a tenth less, and a third less in bfloat16.)

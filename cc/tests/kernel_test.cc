@@ -210,6 +210,18 @@ void CheckTable(bool all, size_t stride) {
       });
     }
   }
+  // More rows and plain weights, which are read there too.
+  for (DType t : kDTypes) {
+    add([&](Spec& s) { size(s, 9, 2100, 4, 2, 64, 64), s.dtype = t, s.bounds = Bounds::kLengths, s.garbage = kNaN; });
+    add([&](Spec& s) {
+      size(s, 20, 2080, 1, 1, 72, 100), s.dtype = t, s.bounds = Bounds::kAnything, s.garbage = kInf,
+                                        s.seen_garbage = true;
+    });
+  }
+  add([&](Spec& s) { size(s, 1, 5000, 33, 1, 17, 36), s.amplitude = 30.0; });
+  add([&](Spec& s) {
+    size(s, 64, 2060, 2, 2, 16, 40), s.B1 = 2, s.bounds = Bounds::kCausalEnd, s.dtype = DType::kF16;
+  });
   const bool full = false;  // not in the quick table
   add([&](Spec& s) { size(s, 3, 3001, 8, 2, 16, 16), s.mask = 31, s.garbage = kNaN, s.seen_garbage = true; }, full);
   add([&](Spec& s) { size(s, 1, 5000, 4, 2, 256, 130), s.philox = true, s.keep = 0.9, s.bias = 16; }, full);

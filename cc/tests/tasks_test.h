@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "check.h"
+#include "large_results.h"
 #include "pool.h"
 #include "tasks.h"
 
@@ -32,7 +33,7 @@ std::vector<Result> EveryResult(Problem& p) {
 }
 
 std::vector<Spec> ThreadedSpecs() {
-  std::vector<Spec> specs(4);
+  std::vector<Spec> specs(5);
   for (Spec& s : specs) s.B1 = 3, s.B2 = 2, s.Sq = 40, s.Skv = 600, s.N = s.K = 2;
   Spec& causal = specs[0];
   causal.B1 = causal.B2 = 1, causal.Sq = 500, causal.N = 4, causal.bounds = Bounds::kCausalEnd;
@@ -41,6 +42,8 @@ std::vector<Spec> ThreadedSpecs() {
   decode.B1 = decode.B2 = 1, decode.Sq = 1, decode.Skv = 5000, decode.N = 4, decode.alibi = Alibi::kLinear;
   specs[2].bias = 6;  // shared by the entries of one batch axis
   specs[3].bias = 30, specs[3].mask = 8, specs[3].dlogsumexp = true;
+  Spec& some = specs[4];
+  some.B1 = some.B2 = 1, some.Sq = 20, some.Skv = 2500, some.bounds = Bounds::kLengths;
   return specs;
 }
 
@@ -201,8 +204,24 @@ void CheckThrowing() {
   g_real_memory = real;
 }
 
+// Memory of all sizes is cleared, and what is beside it stays.
+void CheckClear() {
+  Doing("portable", "clear", "");
+  FakePool pool(3);
+  const PoolRunner<FakePool> runner(pool);
+  for (size_t bytes : {size_t{0}, size_t{4}, size_t{1} << 20, (size_t{1} << 20) + 4, size_t{40} << 20}) {
+    std::vector<char> memory(bytes + 8, 1);
+    jax_fa::TakeHugePages(memory.data() + 4, bytes);
+    jax_fa::Clear(runner, memory.data() + 4, bytes);
+    for (size_t i = 0; i < memory.size(); ++i)
+      if (memory[i] != (i < 4 || i >= bytes + 4))
+        return Fail("byte %zu of %zu is %d", i, memory.size(), static_cast<int>(memory[i]));
+  }
+}
+
 void CheckTasks() {
   g_real_memory = true;
+  CheckClear();
   CheckCallsFromThePool();
   CheckThrowing();
   CheckPools();
