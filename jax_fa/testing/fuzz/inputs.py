@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.testing import oracle
-from jax_fa.testing.fuzz import kinds, score
+from jax_fa.testing.fuzz import garbage, kinds, score
 from jax_fa.testing.fuzz.kinds import Random, Sizes
 from jax_fa.testing.fuzz.program import Data, Program
 from jax_fa.testing.fuzz.reference import Attention
@@ -308,9 +308,13 @@ def draw(program: Program, data: Data) -> Inputs:
         position=position,
     )
     if data.garbage:
-        from jax_fa.testing.fuzz import garbage
-
-        garbage.spoil(inputs, random)
+        groups = [
+            (inputs.operands, False),
+            (inputs.tangents, False),
+            (inputs.cotangents, True),
+            (inputs.cotangent_tangents, True),
+        ]
+        garbage.spoil(p, data, visible, groups, random)
     return inputs
 
 

@@ -130,7 +130,7 @@ class Attention:
                 self._backward()
             _Taint(self).find()
 
-    def _forward(self) -> None:
+    def _logits(self) -> Number:
         q, k, v = (self._number(name) for name in ("query", "key", "value"))
         scale = (
             self._number("scale")
@@ -159,7 +159,10 @@ class Attention:
             self.by_x = t._of(1.0) - t * t
             self.by_cap = t - self.u * self.by_x
             x = t * c
-        self.s = x = x.map(lambda a: np.broadcast_to(a, self.seen.shape))
+        return x.map(lambda a: np.broadcast_to(a, self.seen.shape))
+
+    def _forward(self) -> None:
+        self.s = x = self._logits()
         seen = self.seen
         m = np.max(x.value, axis=-1, keepdims=True, where=seen, initial=-FLT_MAX)
         error = np.max(np.broadcast_to(x.error, seen.shape), axis=-1, keepdims=True, where=seen, initial=0.0)
@@ -184,7 +187,7 @@ class Attention:
         self.p = p.map(lambda a: np.minimum(a, FLT_MAX))
         self.kept = p if self.keep is None else p * self._grouped(self.keep)
         narrow = self.kept.rounded(self.narrow, self._least())
-        out = self._with_sink_rounded(narrow @ v)
+        out = self._with_sink_rounded(narrow @ self.v)
         if self.sink_weight is not None:  # multiplies what is rounded already
             out = out._new(
                 out.value, out.error + self.narrow * np.abs(out.value) + self._least(), out.tangent
