@@ -167,6 +167,7 @@ class Inputs:
             eps=eps,
             narrow=_UNIT[p.dtype] if half else 0.0,
             loose_delta=half and p.backend == "ascend",
+            scales_out=half and p.backend == "ascend" and p.dropout == "traced",
             tangents={n: self._lead(n, x) for n, x in self.tangents.items()}
             if p.derivative in ("forward", "second")
             else {},
