@@ -13,7 +13,8 @@ from jax_fa import masks
 from jax_fa.testing import oracle
 from jax_fa.testing.fuzz import __main__ as fuzz
 from jax_fa.testing.fuzz import inputs, reference, shrink, worker
-from jax_fa.testing.fuzz.program import Data, Program, draw_data, draw_program
+from jax_fa.testing.fuzz.drawing import draw_program
+from jax_fa.testing.fuzz.program import Data, Program, draw_data
 from jax_fa.testing.fuzz.trial import Runner
 
 ALL = Program(

@@ -6,6 +6,7 @@ called `child_...`, which fail by raising.
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -223,6 +224,32 @@ def test_many_calls_at_once(cpus, calls, python_threads):
     if len(os.sched_getaffinity(0)) < cpus:
         pytest.skip(f"needs {cpus} processors")
     _run(child_soak, calls, python_threads, cpus=cpus)
+
+
+def child_many(calls: int) -> None:
+    """So many calls one after another, while signals come in: the same bits, and no more memory in the end."""
+    run, arguments = _gradient(Case(name="many", B=(1,), Sq=33, Skv=65, N=2, K=1, dropout=0.2))
+    first = jax.tree.map(np.asarray, run(*arguments))
+    handled = []
+    signal.signal(signal.SIGALRM, lambda number, frame: handled.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.003, 0.003)
+    before = 0
+    for i in range(calls):
+        found = run(*arguments)
+        if i % 100 == 0:
+            jax.tree.map(np.testing.assert_array_equal, found, first)
+        if i == calls // 5:
+            gc.collect()
+            before = _resident("VmRSS")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    gc.collect()
+    grown = _resident("VmRSS") - before
+    assert handled and grown < 2 * MIB, f"{len(handled)} signals; {grown / MIB:.1f} MiB grown"
+
+
+@pytest.mark.parametrize("calls", [500, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_many_calls_take_no_memory(calls):
+    _run(child_many, calls, timeout=1800)
 
 
 # --- how a process ends, and makes others

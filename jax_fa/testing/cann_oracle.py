@@ -202,7 +202,7 @@ def split(x: np.ndarray, layout: str, heads: int, ends: tuple[int, ...] = ()) ->
     if layout == "SBH":
         x = np.swapaxes(x, 0, 1)
     if layout in ("BSH", "SBH"):
-        x = x.reshape(*x.shape[:2], heads, -1)
+        x = x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
     return list(np.swapaxes(x, 1, 2) if layout == "BNSD" else x)
 
 
@@ -215,7 +215,7 @@ def join(parts: list[np.ndarray], layout: str) -> np.ndarray:
         return np.swapaxes(x, 1, 2)
     if layout == "BSND":
         return x
-    x = x.reshape(*x.shape[:2], -1)
+    x = x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
     return np.swapaxes(x, 0, 1) if layout == "SBH" else x
 
 

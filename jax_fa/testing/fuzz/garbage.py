@@ -4,16 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from jax_fa.testing.fuzz.inputs import Inputs
+from jax_fa.testing.fuzz.program import Data, Program
+
+Groups = list[tuple[dict[str, np.ndarray], bool]]  # arrays by name, and whether these are shaped like results
 
 
-def spoil(inputs: Inputs, random: np.random.Generator) -> None:
+def spoil(p: Program, data: Data, visible: Any, groups: Groups, random: np.random.Generator) -> None:
     """Puts it into the arrays, in place of half of what is masked."""
-    p, data = inputs.program, inputs.data
     assert data.garbage is not None
     filling = float(data.garbage)
     full = (*p.batch, p.N, p.Sq, p.Skv)
-    visible = np.broadcast_to(inputs.visible, full)
+    visible = np.broadcast_to(visible, full)
     rows = ~np.swapaxes(visible.any(axis=-1), -1, -2)[..., None]  # *B Sq N 1
     group = visible.reshape(*p.batch, p.K, p.N // p.K, p.Sq, p.Skv)
     keys = ~np.swapaxes(group.any(axis=(-3, -2)), -1, -2)[..., None]  # *B Skv K 1
@@ -28,12 +29,6 @@ def spoil(inputs: Inputs, random: np.random.Generator) -> None:
         "out": rows,
         "lse": of_rows & (p.sinks is None),
     }
-    groups: list[tuple[dict[str, np.ndarray], bool]] = [
-        (inputs.operands, False),
-        (inputs.tangents, False),
-        (inputs.cotangents, True),
-        (inputs.cotangent_tangents, True),
-    ]
     for arrays, of_results in groups:
         for name, x in arrays.items():
             if name not in masked or x.size == 0:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.testing import oracle
-from jax_fa.testing.fuzz import kinds, score
+from jax_fa.testing.fuzz import garbage, kinds, score
 from jax_fa.testing.fuzz.kinds import Random, Sizes
 from jax_fa.testing.fuzz.program import Data, Program
 from jax_fa.testing.fuzz.reference import Attention
@@ -167,6 +167,7 @@ class Inputs:
             eps=eps,
             narrow=_UNIT[p.dtype] if half else 0.0,
             loose_delta=half and p.backend == "ascend",
+            scales_out=half and p.backend == "ascend" and p.dropout == "traced",
             tangents={n: self._lead(n, x) for n, x in self.tangents.items()}
             if p.derivative in ("forward", "second")
             else {},
@@ -308,9 +309,13 @@ def draw(program: Program, data: Data) -> Inputs:
         position=position,
     )
     if data.garbage:
-        from jax_fa.testing.fuzz import garbage
-
-        garbage.spoil(inputs, random)
+        groups = [
+            (inputs.operands, False),
+            (inputs.tangents, False),
+            (inputs.cotangents, True),
+            (inputs.cotangent_tangents, True),
+        ]
+        garbage.spoil(p, data, visible, groups, random)
     return inputs
 
 

@@ -43,6 +43,7 @@ class Attention:
     eps: float = 2.0**-24
     narrow: float = 0.0
     loose_delta: bool = False  # the backward takes delta from the rounded output
+    scales_out: bool = False  # the output is rounded, multiplied and rounded again, and so is its cotangent
     tangents: dict[str, np.ndarray] = field(default_factory=dict)
     cotangents: Any = None  # of out and of the log-sum-exp, which may be None
     cotangent_tangents: Any = (None, None)
@@ -130,7 +131,7 @@ class Attention:
                 self._backward()
             _Taint(self).find()
 
-    def _forward(self) -> None:
+    def _logits(self) -> Number:
         q, k, v = (self._number(name) for name in ("query", "key", "value"))
         scale = (
             self._number("scale")
@@ -159,7 +160,10 @@ class Attention:
             self.by_x = t._of(1.0) - t * t
             self.by_cap = t - self.u * self.by_x
             x = t * c
-        self.s = x = x.map(lambda a: np.broadcast_to(a, self.seen.shape))
+        return x.map(lambda a: np.broadcast_to(a, self.seen.shape))
+
+    def _forward(self) -> None:
+        self.s = x = self._logits()
         seen = self.seen
         m = np.max(x.value, axis=-1, keepdims=True, where=seen, initial=-FLT_MAX)
         error = np.max(np.broadcast_to(x.error, seen.shape), axis=-1, keepdims=True, where=seen, initial=0.0)
@@ -184,8 +188,8 @@ class Attention:
         self.p = p.map(lambda a: np.minimum(a, FLT_MAX))
         self.kept = p if self.keep is None else p * self._grouped(self.keep)
         narrow = self.kept.rounded(self.narrow, self._least())
-        out = self._with_sink_rounded(narrow @ v)
-        if self.sink_weight is not None:  # multiplies what is rounded already
+        out = self._with_sink_rounded(narrow @ self.v)
+        if self.sink_weight is not None or self.scales_out:
             out = out._new(
                 out.value, out.error + self.narrow * np.abs(out.value) + self._least(), out.tangent
             )
@@ -262,7 +266,7 @@ class Attention:
         dout, dlse = self._cotangent(0, "out"), self._cotangent(1, "lse")
         assert dout is not None
         narrow, least = self.narrow, self._least()
-        if self.sink_weight is not None:  # which scales the output's cotangent, in its dtype
+        if self.sink_weight is not None or self.scales_out:
             dout = self._with_sink_rounded(dout.rounded(narrow, least))
         dw = dout @ self.v.map(_turned)
         if self.keep is not None:

@@ -51,7 +51,7 @@ def replay(program: dict[str, Any], data: dict[str, Any], small_tiles: bool = Fa
 def replay_seed(seed: int, backends: tuple[str, ...], small_tiles: bool = False) -> None:
     """Runs the program of a seed on its data."""
     from jax_fa.testing.fuzz import worker
-    from jax_fa.testing.fuzz.program import draw_program
+    from jax_fa.testing.fuzz.drawing import draw_program
 
     if small_tiles:
         worker.use_small_tiles()

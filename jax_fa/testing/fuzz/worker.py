@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from jax_fa.backends.xla import tiling
-from jax_fa.testing.fuzz.program import Data, Program, draw_data, draw_program
+from jax_fa.testing.fuzz.drawing import draw_program
+from jax_fa.testing.fuzz.program import Data, Program, draw_data
 from jax_fa.testing.fuzz.shrink import fails_alike, shrunk
 from jax_fa.testing.fuzz.trial import Runner
 
