@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
 
 CC = Path(__file__).parent.parent / "cc"
@@ -86,6 +87,7 @@ def _shared_code(directory: Path) -> list[str]:
 def test_header_is_complete(header):
     """It can be parsed alone, with no flags of an instruction set, as editors and linters do."""
     flags = ("-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", "-I", CC, "-I", CC / "tests")
+    flags += ("-isystem", jax.ffi.include_dir())  # of XLA, for what handlers have in common
     compilers = ("g++", "clang++")
     if ON_ARM != ("simd_neon" in header):
         if ON_ARM and re.search("simd_(avx|amx)", header):
