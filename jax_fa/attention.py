@@ -160,7 +160,7 @@ def _second_tangent_with_sinks(
     problem: Problem, operands: Operands, saved: Saved, tangents: Operands, others: Operands
 ) -> list[Any]:
     call = Call.of(problem, operands, saved, tangents, others)
-    spread, along, along_others = _alike(call, tangents, others)
+    spread, along, along_others = compat.vary_alike(_alike(call, tangents, others))
 
     def tangent(moving):
         moved = replace(spread, **moving)
@@ -222,6 +222,7 @@ def _second_with_sinks(
     moved = {"out": dout_tangent, "logsumexp": dlogsumexp_tangent}
     cotangents = {n: jnp.broadcast_to(t, given[n].shape) for n, t in moved.items() if t is not None}
     spread, along = _alike(call, tangents)
+    given, cotangents, spread, along = compat.vary_alike((given, cotangents, spread, along))
 
     def gradients(moving, moving_cotangents):
         operands = replace(spread, **moving)

@@ -423,6 +423,25 @@ def test_over_devices(manual, backend):
     assert "all-gather" not in program.as_text() and "all-to-all" not in program.as_text()
 
 
+@pytest.mark.slow
+def test_second_derivatives_in_shard_map(backend):
+    """By batch and heads: as without it."""
+    case = Case(name="second", B=(2,), Sq=9, Skv=9, N=4, K=2, D=8, Dv=8, mask="causal")
+    mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x, heads = case.stored_operands() | {"sinks": np.float32([0.5, 2.0, -1.0, 3.0])}, P("b", None, "h")
+
+    def attend(x):
+        return case.flash_attention(x, implementation=backend)[0]
+
+    def second(attend):
+        loss = jax.grad(lambda x: jnp.sum(jnp.sin(attend(x))))
+        return jax.jit(jax.grad(lambda x: sum(jnp.sum(jnp.cos(g)) for g in jax.tree.leaves(loss(x)))))(x)
+
+    specs = {name: P("h") if name == "sinks" else heads for name in x}
+    found = second(jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=heads))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, second(attend))
+
+
 def test_remat_keeps_what_it_names(backend):
     """With output and statistics kept, the backward runs no second forward; nothing else of their size is saved."""
     case = Case(name="remat", dtype="bfloat16")
