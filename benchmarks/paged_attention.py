@@ -24,7 +24,8 @@ SIZES = (16, 128)
 
 def main() -> None:
     args = _parser().parse_args()
-    runs = _runs(*map(int, args.heads.split(":")), args.length, args.order)
+    query_heads, key_heads = map(int, args.heads.split(":"))
+    runs = _runs(query_heads, key_heads, args.length, args.order)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()

@@ -73,6 +73,7 @@ class Setting:
             | {n: normal(*like) for n, like in likes.items()},
         )
 
+    @cache  # noqa: B019 - there are few, and every instruction set is held against the same
     def reference(self, moving=ALL, dtype: Any = np.float64) -> dict[str, np.ndarray]:
         def wide(arrays, zero=False):
             cast = {name: np.asarray(a).astype(dtype) for name, a in arrays.items()}

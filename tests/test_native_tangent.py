@@ -45,6 +45,7 @@ class Setting:
             name: jnp.asarray(random.standard_normal(a.shape), a.dtype) for name, a in self.x.items()
         }
 
+    @cache  # noqa: B019 - there are few, and every instruction set is held against the same
     def expected(self, moving=PLAIN_DIFFERENTIABLE, dtype: Any = np.float64) -> dict[str, np.ndarray]:
         """out, log-sum-exp and their tangents along those of the operands named."""
         with jax.enable_x64(True):

@@ -43,7 +43,8 @@ class Around:
             results = self.forward(call)
             return *results, *self.tangent(call, tangents, _saved(results))
         *results, dout, tau = self._backend.jvp(call.without_sinks(), keys)
-        share, rest = shares(*results[1:3], call.operands.sinks[..., None])
+        _, m, l, *_ = results
+        share, rest = shares(m, l, call.operands.sinks[..., None])
         axes, exact = call.problem.out_axes, _exact(call, _saved(results))
         change = tau if tangents.sinks is None else tau - tangents.sinks[..., None]
         moved = dout.astype(call.acc) + softmax.rows_as_stored(rest * change, axes) * exact

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from jax_fa import api, arguments, backends, compat, primitives
 from jax_fa.backends.ascend import installation
-from jax_fa.call import Dims, Problem
+from jax_fa.call import Call, Dims, Problem
 from jax_fa.cann.score import flash_attention_score
 from jax_fa.cann.torch_npu import npu_fusion_attention
 from jax_fa.masks import Mask

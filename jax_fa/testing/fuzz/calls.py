@@ -128,7 +128,7 @@ def _as_known(values: Arrays, known: bool) -> Arrays:
 
 def _as_jax_nn(program: Program, operands: Arrays, values: Arrays, options: Arrays) -> Arrays:
     p, shape = program, program.B or (1,)
-    lengths = {
+    lengths: dict[str, Any] = {
         f"{word}_seq_lengths": jnp.broadcast_to(jnp.asarray(x), shape)
         for name in p.mask
         if "lengths" in name
