@@ -15,7 +15,7 @@ from jax_fa.testing.fuzz.reference import Attention
 
 STORED = ("query", "key", "value", "out")
 _UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-_SMALLEST = {"float64": 1e-300, "float32": 1e-36, "bfloat16": 1e-36, "float16": 2.0**-25}
+_SMALLEST = {"float64": 1e-300, "float32": 1e-34, "bfloat16": 1e-34, "float16": 2.0**-25}
 
 
 def accumulator(program: Program) -> str:
