@@ -586,7 +586,8 @@ OTHER = [
         lambda: jax_fa.flash_attention_score(Q, KV, KV, head_num=4, input_layout="BSND", scale=0.3),
         TypeError,
         r"^flash_attention_score has no argument 'scale'; pass scale_value instead\. \(scale is an argument of "
-        r"jax_fa\.dot_product_attention and jax_fa\.flash_attention and jax_fa\.npu_fusion_attention\.\)$",
+        r"jax_fa\.dot_product_attention and jax_fa\.flash_attention and jax_fa\.npu_fusion_attention and "
+        r"jax_fa\.paged_attention\.\)$",
     ),
     (
         lambda: jax_fa.explain(Q, KV),
@@ -632,8 +633,8 @@ OTHER = [
     (
         lambda: jax_fa.explain(Q, KV, KV, entry="attention"),
         ValueError,
-        r"entry must be one of dot_product_attention, flash_attention, flash_attention_score, npu_fusion_attention; "
-        r"got 'attention'\.",
+        r"entry must be one of dot_product_attention, flash_attention, flash_attention_score, npu_fusion_attention, "
+        r"paged_attention; got 'attention'\.",
     ),
     (
         lambda: jax_fa.explain(Q, KV, KV[:, :6]),
