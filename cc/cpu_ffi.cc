@@ -11,8 +11,6 @@
 #include "tasks.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace ffi = xla::ffi;
-
 namespace jax_fa {
 
 namespace {

@@ -456,7 +456,7 @@ void TestThreads() {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "quick";
   if (mode == "parsers") {
-    const int64_t count = argc > 2 ? std::atoll(argv[2]) : 2000;
+    const int64_t count = argc > 2 ? std::strtoll(argv[2], nullptr, 10) : 2000;
     const int understood = jax_fa_test::ParsersTest(argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1).Run(count);
     std::printf("cann_test parsers: %lld rounds, %d times understood\n", static_cast<long long>(count), understood);
     return understood > 0 ? 0 : 1;

@@ -92,7 +92,7 @@ class ParsersTest {
     return text;
   }
 
-  const std::string kSpecial = std::string("{}[]\"\\:,/*=()\n\r\t \0", 19) + "\xff" + "0";
+  const std::string kSpecial = std::string("{}[]\"\\:,/*=()\n\r\t \0", 18) + "\xff" + "0";
   const Texts kJson = {
       R"({"FlashAttentionScore": {"input0": {"name": "query"}, "input1": {"name": "k"}, "output0": {}}})",
       R"({"Other": {"input0": {"a": {"b": "}"}}}, "FlashAttentionScore":{"input0":{},"input1":{},"input2":{}, "input10":{}}})",
