@@ -180,7 +180,7 @@ def traced(name: str, function: Callable, score_dtype: Any = None) -> Traced:
 
 
 def _check_signature(name: str, function: Callable, count: int, wanted: str) -> None:
-    if not callable(function):
+    if not callable(function) or isinstance(function, type):
         raise TypeError(f"{name} must be a function {wanted} of scalars; got {shown(function)}.")
     try:
         signature = inspect.signature(function)
