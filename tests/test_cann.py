@@ -19,6 +19,7 @@ from jax_fa import (
     masks,
 )
 from jax_fa.backends import native
+from jax_fa.cann import drop_mask
 from jax_fa.entry import request_of
 from jax_fa.testing import cann_oracle as oracle
 from jax_fa.testing.spread import covering, pairwise
