@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_fa import bench, demo
+from jax_fa import bench, demo, doctor
 from jax_fa.backends import native
 
 ROOT = Path(__file__).parents[1]
@@ -88,11 +88,13 @@ def test_links_lead_somewhere(document):
 
 def test_commands_of_ours_take_these_arguments():
     """Long ones are not run here; but their arguments must be those that the program takes."""
-    parsers = {"jax_fa.bench": bench._parser(), "jax_fa": demo._parser()}
+    parsers = {"jax_fa.bench": bench._parser(), "jax_fa": demo._parser(), "jax_fa doctor": doctor._parser()}
     found = set()
     for words in _commands():
         if words[0] == "python" and "-m" in words and words[words.index("-m") + 1] in parsers:
             module, *arguments = words[words.index("-m") + 1 :]
+            if arguments[:1] == ["doctor"]:
+                module, arguments = f"{module} doctor", arguments[1:]
             parsers[module].parse_args(arguments)
             found.add(module)
     assert found == parsers.keys()

@@ -14,14 +14,7 @@ OK, TROUBLE = 0, 1  # bad arguments exit with 2, from argparse
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns its exit code: 0 nothing is wrong, 1 something is."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jax_fa doctor",
-        description="Reports what is installed, which backends can be used here and why not the others, "
-        "and checks results of each against float64, in about ten seconds.",
-        epilog="Exit codes: 0 nothing is wrong, 1 something is, 2 bad arguments.",
-    )
-    parser.add_argument("--no-check", action="store_true", help="leave out the check of results")
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     steps = [inventory.versions, inventory.caches, usable.devices, inventory.variables, usable.backends]
     found: list[Section] = []
     for step in steps if options.no_check else [*steps, numbers.check]:
@@ -30,6 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         found.append(step())
         print(found[-1], flush=True)
     return _advise(found)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_fa doctor",
+        description="Reports what is installed, which backends can be used here and why not the others, "
+        "and checks results of each against float64, in about ten seconds.",
+        epilog="Exit codes: 0 nothing is wrong, 1 something is, 2 bad arguments.",
+    )
+    parser.add_argument("--no-check", action="store_true", help="leave out the check of results")
+    return parser
 
 
 def _advise(found: Sequence[Section]) -> int:
