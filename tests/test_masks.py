@@ -528,9 +528,9 @@ ERRORS = [
         r"must name the same sequences; got shapes \(2,\) and \(3,\)\.",
     ),
     (
-        lambda: CumulativeLengths((1, 2), within=Prefix(1)),
+        lambda: CumulativeLengths((1, 2), within=Lengths(key=(1,))),
         TypeError,
-        r"within must be a Band \(Causal, SlidingWindow\); got Prefix",
+        r"within must be a Band \(Causal, SlidingWindow\) or a Prefix; got Lengths",
     ),
     (
         lambda: SegmentIds(np.zeros(3, int), padding_id=np.zeros(3, int)),

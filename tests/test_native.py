@@ -143,13 +143,6 @@ REFUSALS = (
     ),
     Refusal(name="head-dim", D=769, reason="head_dim is at most 768, not 769"),
     Refusal(name="head-dim-of-values", Dv=769, reason="head_dim is at most 768, not 769"),
-    Refusal(name="unknown-set", isa="sse9", reason=f"{ISA}='sse9' is not one this machine has: {_SETS}"),
-    Refusal(
-        name="absent-set",
-        isa=_SETS.split(", ")[0],
-        lacks=_SETS.split(", ")[0],
-        reason=f"{ISA}={_SETS.split(', ')[0]!r} is not one this machine has: {_WITHOUT_FIRST}",
-    ),
     Refusal(
         name="no-extension",
         missing="no such file",
@@ -196,6 +189,18 @@ def test_refusals(circumstances):
     assert not _calls_kernel(default.lower(*x).as_text())
     named = jax.jit(lambda *x: jax_fa.flash_attention(*x, implementation="xla"))
     np.testing.assert_array_equal(default(*x), named(*x))
+
+
+@pytest.mark.parametrize("isa", ["sse9", _SETS.split(", ")[0]], ids=["unknown", "absent"])
+def test_an_instruction_set_that_is_not_there(isa, monkeypatch):
+    """It was asked for by name, so no other one takes its place, nor does `xla`."""
+    sets = native.extension.instruction_sets() | {_SETS.split(", ")[0]: isa == "sse9"}
+    monkeypatch.setattr(native.extension, "instruction_sets", lambda: sets)
+    monkeypatch.setenv(ISA, isa)
+    x = [_float(1, 5, 2, 8)] * 3
+    allowed = _SETS if isa == "sse9" else _WITHOUT_FIRST
+    with pytest.raises(ValueError, match=re.escape(f"this machine has: {allowed}; got {isa!r}.")):
+        jax.jit(lambda *x: jax_fa.flash_attention(*x))(*x)
 
 
 def test_what_is_not_refused():
