@@ -49,7 +49,9 @@ class Around:
         change = tau if tangents.sinks is None else tau - tangents.sinks[..., None]
         moved = dout.astype(call.acc) + softmax.rows_as_stored(rest * change, axes) * exact
         moved = softmax.rows_as_stored(share, axes) * moved
-        return *joined(call, *results), moved.astype(call.dtype), tau - rest * change
+        # (Not tau - rest change, which loses the digits of a sink that has nearly all of the sum.)
+        dlogsumexp = share * tau if tangents.sinks is None else share * tau + rest * tangents.sinks[..., None]
+        return *joined(call, *results), moved.astype(call.dtype), dlogsumexp
 
     def tangent(self, call: Call, tangents: Operands, saved: Saved) -> tuple[Any, Any]:
         saved, keys = call.full(saved), replace(tangents, sinks=None)
