@@ -10,11 +10,11 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// A component that all keys have in common does not change the softmax: the ds of a row add up to dlogsumexp, mostly 0, and
-// with a sink of weight w to w delta more. Rounded to bfloat16 they do not, nor where the forward rounded its weights and delta thus is a little off: the error of
-// the sum, times the common component, may exceed the gradient itself. So it is subtracted, in float, from one ds of the
-// row: from the largest, whose key contributes in any case. With a soft cap the sum is not known. Where a row has other
-// keys too, the sum is that of the ds before they were rounded.
+// A component that all keys have in common does not change the softmax: the ds of a row add up to dlogsumexp, mostly 0,
+// and with a sink of weight w to w delta more. Rounded to bfloat16 they do not, nor where the forward rounded its weights
+// and delta thus is a little off: the error of the sum, times the common component, may exceed the gradient itself. So it
+// is subtracted, in float, from one ds of the row: from the largest, whose key contributes in any case. With a soft cap
+// the sum is not known. Where a row has other keys too, the sum is that of the ds before they were rounded.
 struct Balance {
   float* total;  // of each row: the sum of its ds as they were rounded, less what it should be but for dlogsumexp
   int32_t *largest, *key;  // the bits of the largest magnitude of them, and where that is

@@ -10,6 +10,7 @@ from jaxtyping import ArrayLike, Float, Int, Num
 from jax_fa import arguments, backends, compat, entry, softmax
 from jax_fa.attention import Attention
 from jax_fa.backends import strictness
+from jax_fa.backends.sinks import shares
 from jax_fa.call import accumulator_dtype
 from jax_fa.paged import checks, primitive
 from jax_fa.paged.call import PagedCall, PagedOperands, PagedProblem
@@ -144,7 +145,7 @@ def _attention(call: PagedCall, *, sinks) -> Attention:
     largest = jax.lax.stop_gradient(m)
     if sinks is not None:  # (The output is not rounded yet.)
         with compat.allow_promotion():
-            share = jax.nn.sigmoid(softmax.logsumexp(m, l) - sinks[..., None])
+            share = jnp.where(l == 0, 0, shares(m, l, sinks[..., None])[0])
             out = out * jnp.swapaxes(share, 1, 2)[..., None]
             m, l = softmax.with_sink(m, l, sinks[..., None])
     return Attention(out, m, l, largest)
