@@ -61,9 +61,14 @@ struct ForwardPlan {
     task_heads = direct ? c.K : 1;
     task_rows = direct ? kNarrowRows : kTaskRows;
     const bool paged = c.pages && rows <= kPagedSplitRows, whole = paged || direct;
-    while (!whole && task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
-      task_rows /= 2;
+    if (!whole && rows <= kWholeRows && heads >= kThreadHeads * threads) {
+      task_rows = kWholeRows;
+    } else {
+      while (!whole && task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
+        task_rows /= 2;
+    }
     blocks = (rows + task_rows - 1) / task_rows;
+    if (blocks > 1) task_rows = RoundUp((rows + blocks - 1) / blocks, kRows);
     shared = !direct && blocks > 1 && heads * key_blocks * BlockSize() <= kSharedFloats;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
     const int64_t tasks = heads / task_heads * blocks;
