@@ -6,7 +6,6 @@
 #pragma once
 
 #include "call.h"
-#include "cpu/ahead-inl.h"
 #include "cpu/arrays-inl.h"
 #include "cpu/forward_plan-inl.h"
 #include "cpu/gemm-inl.h"
@@ -16,14 +15,53 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// The n rows of each key head as panels [element][row].
+// Asks for the keys and values of the next block, evenly over the steps of this one's products: asked for many at a time, the
+// processor waits for the first of them.
+class NextBlock {
+ public:
+  struct Part {
+    const char* at;
+    int64_t step;
+    JAX_FA_INLINE void Some() {
+      __builtin_prefetch(at, 0, 2);
+      at += step;
+    }
+  };
+
+  void Add(const char* data, int64_t bytes) {
+    spans_[count_++] = {data, bytes};
+    left_ += bytes;
+  }
+  void Spread(int64_t steps) { step_ = count_ > 0 ? left_ / (steps > 0 ? steps : 1) + 1 : 0; }
+
+  // The part of the next `steps`.
+  Part Take(int64_t steps) {
+    if (at_ == count_) return {reinterpret_cast<const char*>(this), 0};
+    Span& span = spans_[at_];
+    const Part part{span.data, step_};
+    span.data += steps * step_, span.bytes -= steps * step_;
+    if (span.bytes <= 0) ++at_;
+    return part;
+  }
+
+ private:
+  struct Span {
+    const char* data;
+    int64_t bytes;
+  };
+  Span spans_[2];
+  int count_ = 0, at_ = 0;
+  int64_t left_ = 0, step_ = 0;
+};
+
+// The n rows of each key head as columns [element][row].
 inline void PackNarrow(const Call& c, const ForwardScratch<false>& s, int64_t n) {
-  const int64_t columns = Panels(n) * kPanel;
+  const int64_t columns = RoundUp(n, kLanes);
   for (int64_t k = 0; k < c.K; ++k)
     for (int64_t r = 0; r < columns; ++r) {
-      float* to = s.q_panels + (k * columns + r / kPanel * kPanel) * c.D + r % kPanel;
+      float* to = s.q_panels + k * columns * c.D + r;
       const float* q = s.q + (k * n + r) * s.q_row;
-      for (int64_t d = 0; d < c.D; ++d) to[d * kPanel] = r < n ? q[d] : 0.0f;
+      for (int64_t d = 0; d < c.D; ++d) to[d * columns] = r < n ? q[d] : 0.0f;
     }
 }
 
@@ -33,7 +71,7 @@ struct NarrowBlock {
   const Call& c;
   const ForwardScratch<false>& s;
   int64_t b, n, j0, count, next;
-  int64_t columns = Panels(n) * kPanel, dv = Panels(c.Dv) * kPanel;
+  int64_t columns = RoundUp(n, kLanes), dv = Panels(c.Dv) * kPanel;
 
   // Rows of keys or values in floats: in place, or in `own`.
   struct Floats {
@@ -86,16 +124,29 @@ struct NarrowBlock {
     }
     const F before = LoadFirst(m, lanes);
     F most = before;
-    for (int64_t j = 0; j < count; ++j) {
-      F y = Rounded(Load(x + j * columns) * scale);
-      if (kMasked) y = OnlyVisible(lo, hi, j, marks == nullptr ? y : y + Set(marks[j]), masked);
-      most = Max(most, y);
-      Store(x + j * columns, y);
+    if (kMasked) {
+      for (int64_t j = 0; j < count; ++j) {
+        F y = Rounded(Load(x + j * columns) * scale);
+        y = OnlyVisible(lo, hi, j, marks == nullptr ? y : y + Set(marks[j]), masked);
+        most = Max(most, y);
+        Store(x + j * columns, y);
+      }
+    } else {
+      const F sign = Set(c.scale < 0.0f ? -1.0f : 1.0f);
+      F a = masked, b = a;
+      int64_t j = 0;
+      for (; j + 2 <= count; j += 2) {
+        a = Max(a, Load(x + j * columns) * sign);
+        b = Max(b, Load(x + (j + 1) * columns) * sign);
+      }
+      if (j < count) a = Max(a, Load(x + j * columns) * sign);
+      most = Max(most, Rounded(Max(a, b) * sign * scale));
     }
+    const auto weight = [&](const float* at) { return kMasked ? Exp(Load(at) - most) : Weight(Load(at), scale, most); };
     F sum = Set(0.0f), other = sum;
     int64_t j = 0;
     for (; j + 2 <= count; j += 2) {
-      const F y = Exp(Load(x + j * columns) - most), z = Exp(Load(x + (j + 1) * columns) - most);
+      const F y = weight(x + j * columns), z = weight(x + (j + 1) * columns);
       Store(x + j * columns, y);
       Store(x + (j + 1) * columns, z);
       sum = sum + y, other = other + z;
@@ -115,16 +166,23 @@ struct NarrowBlock {
       if (factors[i] != 1.0f) Rescale(factors[i], dv, acc + i * dv);
   }
 
-  void Head(int64_t k, Ahead* ahead) const {
+  // The next rows of keys come from the second cache, of each a few lines that the processor does not foresee.
+  void AskForKeys(const Floats& keys, int64_t from, int64_t to) const {
+    for (int64_t j = from; j < to && j < count; ++j)
+      for (int64_t d = 0; d < c.D; d += 16) __builtin_prefetch(keys.first + j * keys.row + d);
+  }
+
+  void Head(int64_t k, NextBlock* next_block) const {
     const Floats keys = Read(c.key, k, c.D, false, s.own.keys);
     Floats values = Read(c.value, k, c.Dv, true, s.own.values);
     const float* marks = IsMasked(c) && Clean(&values, s.own.values, s.own.nan_marker) ? s.own.nan_marker : nullptr;
     for (int64_t j = 0; j < count; j += kRows) {
       const int64_t rows = j + kRows < count ? kRows : count - j;
-      for (int64_t p = 0; p < columns; p += kPanel) {
-        ahead->Some();
+      for (int64_t p = 0; p < n; p += kPanel) {
+        if (p == 0) AskForKeys(keys, j + kRows, j + 2 * kRows);
         GemmColumns<false, false>({0, n - p}, rows, c.D, keys.first + j * keys.row, keys.row, 1,
-                                  s.q_panels + (k * columns + p) * c.D, s.weights + j * columns + p, columns);
+                                  s.q_panels + k * columns * c.D + p, s.weights + j * columns + p, columns, columns,
+                                  next_block->Take(c.D));
       }
     }
     for (int64_t r = 0; r < n; r += kLanes) {
@@ -136,27 +194,24 @@ struct NarrowBlock {
     }
     for (int64_t p = 0; p < c.Dv; p += kPanel)
       for (int64_t r = 0; r < n; r += kRows) {
-        ahead->Some();
         GemmColumns<false, true>({0, c.Dv - p}, n - r < kRows ? n - r : kRows, count, s.weights + r, 1, columns,
-                                 values.first + p, s.acc + (k * n + r) * dv + p, dv, values.row);
+                                 values.first + p, s.acc + (k * n + r) * dv + p, dv, values.row,
+                                 next_block->Take(count));
       }
   }
 
   void Run() const {
-    Ahead ahead;
-    const auto then = [&](View x,
-                          int64_t width) {  // where the rows of all heads lie
-                                            // side by side, as if of one
+    NextBlock next_block;
+    const auto then = [&](const View& x, int64_t width) {  // where the rows of all heads lie side by side
       if (x.row != c.K * width || (c.K > 1 && x.head != width)) return;
       const int64_t from = j0 + count, end = from + next < c.Skv ? from + next : c.Skv;
-      x.row = width;
-      ahead.Add(x, b, 0, from * c.K, (end - from) * c.K, width);
+      if (from < end) next_block.Add(x.Bytes(b, 0, from), (end - from) * x.row * ItemSize(x.dtype));
     };
     then(c.key, c.D);
     then(c.value, c.Dv);
     const int64_t row_tiles = (n + kRows - 1) / kRows, key_tiles = (count + kRows - 1) / kRows;
-    ahead.Spread(c.K * (key_tiles * Panels(n) + Panels(c.Dv) * row_tiles));
-    for (int64_t k = 0; k < c.K; ++k) Head(k, &ahead);
+    next_block.Spread(c.K * (key_tiles * ((n + kPanel - 1) / kPanel) * c.D + Panels(c.Dv) * row_tiles * count));
+    for (int64_t k = 0; k < c.K; ++k) Head(k, &next_block);
   }
 };
 
