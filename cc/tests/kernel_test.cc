@@ -219,6 +219,7 @@ void CheckTable(bool all, size_t stride) {
     });
   }
   add([&](Spec& s) { size(s, 1, 5000, 33, 1, 17, 36), s.amplitude = 30.0; });
+  add([&](Spec& s) { size(s, 21, 2050, 2, 2, 40, 33), s.scale = -0.4; });
   add([&](Spec& s) {
     size(s, 64, 2060, 2, 2, 16, 40), s.B1 = 2, s.bounds = Bounds::kCausalEnd, s.dtype = DType::kF16;
   });
