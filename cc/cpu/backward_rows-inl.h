@@ -99,8 +99,8 @@ inline F DlogsumexpOf(const Call& c, const Row& row) {
 }
 
 // Turns n logits but for a scale into weights p, and dout.v into ds. `keep`: 1 / keep_prob or 0; `flags`: whether a key is
-// visible, else both are 0, whatever the products are. kAlone: see DsAlone.
-template <bool kDrops, bool kMasks, bool kAlone>
+// visible, else both are 0, whatever the products are. kMayBeAlone: see DsAlone.
+template <bool kDrops, bool kMasks, bool kMayBeAlone>
 inline void ToGradients(int64_t n, F scale, F m, F inverse, F delta, F alone, const float* keep, const uint8_t* flags,
                         float* p, float* ds) {
   const F none = Set(0.0f);
@@ -114,7 +114,7 @@ inline void ToGradients(int64_t n, F scale, F m, F inverse, F delta, F alone, co
       dp = Select(dropped, none, dp * kept);
     }
     F by_logit = w * (dp - delta);
-    if constexpr (kAlone) by_logit = DsAlone(w, by_logit, alone);
+    if constexpr (kMayBeAlone) by_logit = DsAlone(w, by_logit, alone);
     if constexpr (kMasks) {
       const Mask visible = lanes.Flags(flags + j);
       weight = Select(visible, weight, none);
@@ -123,6 +123,11 @@ inline void ToGradients(int64_t n, F scale, F m, F inverse, F delta, F alone, co
     lanes.Put(p + j, weight);
     lanes.Put(ds + j, by_logit);
   });
+}
+
+template <bool kDrops, bool kMasks>
+inline auto* ToGradientsOf(bool may_be_alone) {
+  return may_be_alone ? ToGradients<kDrops, kMasks, true> : ToGradients<kDrops, kMasks, false>;
 }
 
 // Turns a row of products q.k and dout.v with keys j0 + [c0, c1), of which v are visible, into weights p and ds,
@@ -143,22 +148,23 @@ inline void RowGradients(const Call& c, const GradientRows& s, const Row& row, i
   const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
   const uint8_t* flags = slope == nullptr ? FlagsOf(c, row, j0, v.lo) : nullptr;
   const int64_t first = flags != nullptr ? v.lo : c0, n = (flags != nullptr ? v.hi : c1) - first;
-  const bool alone = MayBeAlone(s.inverse[r]);
-  const auto to_gradients = [&](auto* run, auto* run_alone, const float* keep) {
-    (alone ? run_alone : run)(n, scale, m, inverse, delta, alone ? DlogsumexpOf(c, row) : delta, keep, flags, p + first,
-                              ds + first);
+  const bool may_be_alone = MayBeAlone(s.inverse[r]);
+  const F alone = DlogsumexpOf(c, row);
+  const auto to_gradients = [&](auto* run, const float* keep) {
+    run(n, scale, m, inverse, delta, alone, keep, flags, p + first, ds + first);
   };
   if (!c.seed && !c.drop_bits) {
-    flags != nullptr ? to_gradients(ToGradients<false, true, false>, ToGradients<false, true, true>, nullptr)
-                     : to_gradients(ToGradients<false, false, false>, ToGradients<false, false, true>, nullptr);
+    to_gradients(
+        flags != nullptr ? ToGradientsOf<false, true>(may_be_alone) : ToGradientsOf<false, false>(may_be_alone),
+        nullptr);
   } else {
     float* keep = s.tmp;
     Fill(keep, c0, v.lo, 0.0f);
     Fill(keep, v.lo, v.hi, 1.0f / KeepProbOf(c, row));
     Fill(keep, v.hi, c1, 0.0f);
     Drop(c, row, j0, v.lo, v.hi, keep);
-    flags != nullptr ? to_gradients(ToGradients<true, true, false>, ToGradients<true, true, true>, keep + first)
-                     : to_gradients(ToGradients<true, false, false>, ToGradients<true, false, true>, keep + first);
+    to_gradients(flags != nullptr ? ToGradientsOf<true, true>(may_be_alone) : ToGradientsOf<true, false>(may_be_alone),
+                 keep + first);
   }
   if (by_cap != nullptr && !v.Empty()) {
     Combine(v.hi - v.lo, by_cap + v.lo, ds + v.lo, [](F by, F x) { return x * by; });
