@@ -234,7 +234,7 @@ def run(*qkv, **options):
 _CACHED = (
     _SETUP
     + """
-directory, backend, stripped = sys.argv[1:]
+directory, backend, stripped, calls = sys.argv[1:]
 jax.config.update("jax_compilation_cache_dir", directory)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -244,8 +244,7 @@ jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 qkv = operands(P("x", None, "y"), P("x"), P("x"))
 found = []
 key = jax.random.key(0)
-for options in ({"scale": 0.7}, {"scale": 0.8}, {"logits_soft_cap": 2.0},
-                {"dropout_rate": 0.25, "dropout_key": key}, {"dropout_rate": 0.5, "dropout_key": key}):
+for options in eval(calls):
     fn = jax.jit(lambda *qkv: run(*qkv, implementation=backend, **options))
     events.clear()
     value = float(fn(*qkv))
@@ -255,10 +254,30 @@ print(json.dumps(found))
 )
 
 
-@pytest.mark.parametrize("stripped", ["", "stripped"])
-def test_the_compilation_cache_tells_calls_apart(stripped, backend, tmp_path):
+# Expressions of the other process, all of which differ in static parameters alone.
+_CALLS = """[
+    {"scale": 0.7}, {"scale": 0.8}, {"logits_soft_cap": 2.0},
+    {"dropout_rate": 0.25, "dropout_key": key}, {"dropout_rate": 0.5, "dropout_key": key},
+]"""
+_UNIONS = """[{"mask": mask} for m in [jax_fa.masks] for mask in (
+    m.Lengths(key=3) | m.SlidingWindow(4, 0), m.Lengths(key=4) | m.SlidingWindow(4, 0),
+    m.Lengths(key=3) | m.SlidingWindow(5, 0), m.Lengths(key=3) & m.SlidingWindow(5, 0),
+    m.Lengths(key=3) | m.SlidingWindow(4, 0) | m.Band(-20, 30), ~m.Band(-2, 3), ~m.Band(-2, 4), ~~m.Band(-2, 4),
+)]"""
+
+
+@pytest.mark.parametrize(
+    ("stripped", "calls"),
+    [
+        pytest.param("", _CALLS, id="calls"),
+        pytest.param("stripped", _CALLS, id="calls-stripped"),
+        pytest.param("", _UNIONS, id="unions", marks=pytest.mark.slow),
+        pytest.param("stripped", _UNIONS, id="unions-stripped", marks=pytest.mark.slow),
+    ],
+)
+def test_the_compilation_cache_tells_calls_apart(stripped, calls, backend, tmp_path):
     """Another process finds every program, and each call its own."""
-    first, second = (json.loads(_child(_CACHED, tmp_path, backend, stripped)) for _ in range(2))
+    first, second = (json.loads(_child(_CACHED, tmp_path, backend, stripped, calls)) for _ in range(2))
     assert [hit for _, hit in first] == [False] * len(first)
     assert [hit for _, hit in second] == [True] * len(second)
     values = [value for value, _ in first]

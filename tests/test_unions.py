@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jax_fa
 from jax_fa import masks
 from jax_fa.backends.ascend import installation
+from jax_fa.backends.xla import tiling
 from jax_fa.masks import Band, Causal, Complement, Dense, Lengths, SegmentIds, SlidingWindow, Union
 from jax_fa.testing import derivatives, oracle, programs
 from jax_fa.testing.cases import BOTTOM, UNIONS, Case, check
@@ -243,6 +244,55 @@ def test_sharded(explicit, backend):
         found = jax.jit(jax.value_and_grad(loss))(*put)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("real_tiles")
+@pytest.mark.parametrize(
+    ("data", "shared"),
+    [pytest.param(False, False, id="static-rows"), pytest.param(True, True, id="data-shared-keys")],
+)
+def test_second_order_of_several_tiles_in_shard_map(data, shared, backend):
+    """More than 2^21 logits on every device; keys and values that devices share have the sum of their gradients."""
+    mesh = jax.make_mesh((2,), ("b",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    S, N, D = 1100, 2, 8
+    assert N * S * S > tiling.ONE_TILE_ELEMENTS > 1
+    normal = np.random.default_rng(0).standard_normal
+    keys = (1 if shared else 2, S, N, D)
+    x, along = ([normal(shape, np.float32) for shape in ((2, S, N, D), keys, keys)] for _ in range(2))
+    sizes = np.array([4, 40] if data else [4, 4])
+
+    def attend(q, k, v, sizes):
+        k, v = (jnp.broadcast_to(y, q.shape) for y in (k, v))
+        mask = Causal() & (Lengths(key=sizes if data else 4) | SlidingWindow(300))
+        return jax_fa.flash_attention(q, k, v, mask=mask, implementation=backend)
+
+    def dense(q, k, v, sizes):
+        i, j = np.arange(S)[:, None], np.arange(S)
+        visible = (j <= i) & ((j < sizes[:, None, None, None]) | (i - j <= 300))
+        k, v = (jnp.broadcast_to(y, q.shape) for y in (k, v))
+        return jax.nn.dot_product_attention(q, k, v, mask=visible)
+
+    def derivatives(attend):
+        """The Hessian of a loss times a vector, forward over reverse and reverse over reverse."""
+
+        def of(x, along, sizes):
+            def gradient(x):
+                return jax.grad(lambda x: jnp.sum(jnp.sin(attend(*x, sizes))))(x)
+
+            return jax.jvp(gradient, (x,), (along,))[1], jax.vjp(gradient, x)[1](along)[0]
+
+        return of
+
+    of_keys = P() if shared else P("b")
+    specs = [P("b"), of_keys, of_keys]
+    run = jax.shard_map(
+        derivatives(attend), mesh=mesh, in_specs=(specs, specs, P("b")), out_specs=(specs, specs)
+    )
+    found = jax.jit(run)(x, along, sizes)
+    want = jax.jit(derivatives(dense))(x, along, sizes)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        oracle.assert_close_to_oracle(a, b, b, "second", 4 * oracle.FLOOR["float32"])
 
 
 @pytest.mark.parametrize("strategy", _mostly_slow("all_gather", of=["ring", "ulysses", "all_gather"]))
