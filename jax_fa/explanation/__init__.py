@@ -58,7 +58,7 @@ class Explanation:
       second: likewise, of second derivatives; the derivative of a tangent is the portable backend's.
       computes_in: for each platform the precision of the chosen backend, or None.
       notes: for each platform what the chosen backend gets from elsewhere, or what costs more than one might think.
-      source: the line of the program that made the call, "file:line (function)"; "the function itself" where what is
+      source: the line of the program that made the call, `file:line (function)`; `the function itself` where what is
         explained is an entry.
       times: how often it runs, as far as the lengths of the scans around it say.
     """

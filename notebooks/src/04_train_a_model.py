@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Training a model
 #
-# A small GPT in Flax nnx on real text, trained twice from the same start: with Flax's own attention, and with `jax_fa`
-# in its place. One line differs. The loss curves are the same; memory is not. Then rematerialization: a policy that keeps
-# what our backward needs, so that it never computes the attention of the forward a second time.
+# This notebook trains a small GPT in Flax nnx on real text twice, with Flax's own attention and with `jax_fa` in its place:
+# one line differs, the loss curves are the same, and memory is not. It then shows a policy for rematerialization that keeps
+# what our backward needs, so that the attention of the forward is never computed a second time.
 
 # %%
 import pydoc_data.topics

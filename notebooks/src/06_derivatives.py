@@ -1,13 +1,12 @@
 # %% [markdown]
 # # Derivatives of every order
 #
-# Three training steps of recent papers differentiate attention along tangents or twice: MeanFlow has a `jvp` inside its
-# loss, a gradient penalty has a `grad` inside it, and meta-learning takes the gradient through a step of training. Fast
-# attention usually has neither derivative, so such code falls back to the dense one, which stores all pairs of queries and
-# keys, several times.
+# `jax_fa` has forward-mode and second derivatives, in memory that grows with the length. This notebook writes three training
+# steps of recent papers that need them and runs each with `jax.nn` and with `jax_fa`: one line differs.
 #
-# `jax_fa` has them, in memory that grows with the length. Each step below is written once and run with both: one line
-# differs.
+# MeanFlow has a `jvp` inside its loss, a gradient penalty has a `grad` inside it, and meta-learning takes the gradient
+# through a step of training. Fast attention usually lacks these derivatives, so such code falls back to dense attention,
+# which stores all pairs of queries and keys several times.
 
 # %%
 import time
