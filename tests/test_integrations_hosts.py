@@ -226,7 +226,7 @@ def test_levanter_has_the_same_arguments(lev):
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
         (p.name, p.kind, p.default) for p in own.values()
     ]
-    assert {str(x) for x in lev.AttentionBackend} == set(levanter._BACKENDS)
+    assert {x.value for x in lev.AttentionBackend} == set(levanter._BACKENDS)
 
 
 # --- MaxText

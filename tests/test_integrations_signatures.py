@@ -4,6 +4,7 @@ None of these libraries is needed: what their objects hold is stood in for here.
 libraries themselves, where they are installed.
 """
 
+import enum
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -205,12 +206,13 @@ def _attention_mask(**given) -> SimpleNamespace:
     return SimpleNamespace(**{"is_causal": False, **dict.fromkeys(fields)} | given)
 
 
+BACKEND = enum.Enum("AttentionBackend", {"VANILLA": "vanilla"}).VANILLA
 LEVANTER = {
     "causal window": Case(
         {
             "mask": _attention_mask(is_causal=True, sliding_window=4),
             "logits_soft_cap": 1.5,
-            "use_flash": True,
+            "attn_backend": BACKEND,
         },
         TRI & (I - J < 4),
         {"cap": 1.5},

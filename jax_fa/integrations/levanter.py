@@ -199,7 +199,8 @@ def _name(name: str, axis) -> str:
 def _check_choice(use_flash, attn_backend, flash_block_size) -> None:
     if use_flash is not None:
         arguments.flag("use_flash", use_flash)
-    if attn_backend is not None and str(attn_backend) not in _BACKENDS:
+    # An Enum, in newer releases of strings.
+    if attn_backend is not None and getattr(attn_backend, "value", attn_backend) not in _BACKENDS:
         raise ValueError(
             f"attn_backend must be None or one of levanter's, {', '.join(map(repr, _BACKENDS))}; got "
             f"{arguments.shown(attn_backend)}."
