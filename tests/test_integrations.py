@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa.integrations import patch_jax_nn
+from jax_fa.integrations import patch_jax_nn, precision
 from jax_fa.masks import Causal, Lengths, Prefix, SlidingWindow
 
 B, S, N, K, D, E = 2, 12, 4, 2, 8, 32  # E = N * D: the width of the models
@@ -517,15 +517,15 @@ PRECISIONS = [
 ]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_flax_accepts_every_precision_that_is_met(precision, flax_ours, linen):
+@pytest.mark.parametrize("asked", PRECISIONS, ids=str)
+def test_flax_accepts_every_precision_that_is_met(asked, flax_ours, linen):
     """On CPU float32 products are exact to float32; sums of 16-bit products are float32 everywhere."""
     for dtype in ("float32", "bfloat16"):
         x = _x().astype(dtype)
-        run = jax.jit(lambda x: flax_ours.attention_fn(x, x, x, precision=precision))
+        run = jax.jit(lambda x: flax_ours.attention_fn(x, x, x, precision=asked))
         np.testing.assert_array_equal(run(x), flax_ours.attention_fn(x, x, x))
     x = _normal(B, S, E)
-    layer = linen.MultiHeadDotProductAttention(N, precision=precision, attention_fn=flax_ours.attention_fn)
+    layer = linen.MultiHeadDotProductAttention(N, precision=asked, attention_fn=flax_ours.attention_fn)
     layer.init(jax.random.key(0), x)
 
 
@@ -536,7 +536,7 @@ def test_flax_refuses_a_precision_that_is_not_met(flax_ours, monkeypatch):
     for unknown in ("fast", 3, ("default", "fast")):
         with pytest.raises(NotImplementedError, match=r"precision must be None, a jax\.lax\.Precision or"):
             flax_ours.attention_fn(x, x, x, precision=unknown)
-    monkeypatch.setattr(flax_ours, "here", lambda: "tpu")
+    monkeypatch.setattr(precision, "here", lambda: "tpu")
     for accepted in (None, "default", "bfloat16", "BF16_BF16_F32"):
         flax_ours.attention_fn(x, x, x, precision=accepted)
     low = x.astype(jnp.bfloat16)

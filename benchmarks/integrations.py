@@ -1,0 +1,230 @@
+"""Small models of other libraries as they are, and with our attention: 50 losses, the time of a step, temporary memory.
+
+    python -P benchmarks/integrations.py [--only NAME] [--steps 50]
+
+Models whose library is not installed are left out. Ratios are ours over theirs; the tests compare the losses.
+"""
+
+import argparse
+import contextlib
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa.integrations import gemma, levanter, tokamax
+
+
+class Model(NamedTuple):
+    """A loss of parameters and a batch, and what makes it one with our attention while it is traced."""
+
+    loss: Callable[[Any, Any], Any]
+    parameters: Any
+    batch: Any
+    ours: contextlib.AbstractContextManager
+    rate: float
+
+
+class Run(NamedTuple):
+    """What a model did: losses, the fastest step in seconds, temporary bytes of a step."""
+
+    losses: list[float]
+    seconds: float
+    temporary: int
+
+
+def alphafold(size: int) -> Model:
+    """Attention of the rows of a pair representation, with a bias of each head, as AlphaFold 3 calls tokamax."""
+    library = importlib.import_module("tokamax")
+    flags = importlib.import_module("absl.flags")
+    if not flags.FLAGS.is_parsed():  # tokamax would parse those of this program
+        flags.FLAGS(["integrations"])
+    width, heads, channels = 32, 4, 16
+
+    def loss(parameters, batch):
+        pair, mask = batch
+        query, key, value = jnp.einsum("...e,aenh->a...nh", pair, parameters["qkv"])
+        out = library.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask[:, None, None, :],
+            bias=jnp.einsum("ije,en->nij", pair, parameters["bias"])[None],
+            implementation="xla",
+        )
+        return jnp.mean((jnp.einsum("...nh,nhe->...e", out, parameters["out"]) - pair) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    parameters = {
+        "qkv": jax.random.normal(keys[0], (3, width, heads, channels)) / width**0.5,
+        "bias": jax.random.normal(keys[1], (width, heads)) / width**0.5,
+        "out": jax.random.normal(keys[2], (heads, channels, width)) / (heads * channels) ** 0.5,
+    }
+    pair = jax.random.normal(keys[3], (size, size, width))
+    mask = jnp.ones((size, size), bool).at[:, -size // 5 :].set(False)
+    ours = mock.patch.object(library, "dot_product_attention", tokamax.dot_product_attention)
+    return Model(loss, parameters, (pair, mask), ours, 0.5)
+
+
+def gemma2(size: int) -> Model:
+    """The Gemma 2 of tunix: two layers, local and global, with a soft cap and shared key heads."""
+    library = importlib.import_module("tunix.models.gemma.model")
+    nnx = importlib.import_module("flax.nnx")
+    config = library.ModelConfig(
+        num_layers=2,
+        num_embed=64,
+        embed_dim=64,
+        hidden_dim=64,
+        num_heads=4,
+        head_dim=32,
+        num_kv_heads=2,
+        final_logit_softcap=30.0,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        attention_types=(library.AttentionType.LOCAL_SLIDING, library.AttentionType.GLOBAL),
+        attn_logits_soft_cap=50.0,
+        sliding_window_size=max(2, size // 8),
+    )
+    graph, parameters = nnx.split(library.Gemma(config, rngs=nnx.Rngs(0)))
+    parameters = jax.tree.map(lambda x: x.astype(jnp.float32), parameters)
+
+    def block(self, x, segment_pos, cache, attn_mask):
+        """The layer's own, without a cache, with our attention between its projections."""
+        query = self.q_einsum(x)
+        key, value = self.kv_einsum(x)
+        query, key = (library.apply_rope(a, segment_pos, head_dim=self.head_dim) for a in (query, key))
+        local = self.attn_type == library.AttentionType.LOCAL_SLIDING
+        encoded = gemma.attention(
+            query * self.head_dim**-0.5,
+            key,
+            value,
+            attn_mask,
+            attn_logits_soft_cap=self.attn_logits_soft_cap,
+            sliding_window_size=self.sliding_window_size if local else None,
+            segment_pos=segment_pos if local else None,
+            cache_positions=np.arange(x.shape[1]) if local else None,
+        )
+        return cache, self.attn_vec_einsum(encoded)
+
+    def loss(parameters, batch):
+        tokens, positions, mask = batch
+        logits, _ = nnx.merge(graph, parameters)(tokens, positions, None, mask)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
+        return -jnp.mean(chosen)
+
+    tokens = jax.random.randint(jax.random.key(1), (2, size), 0, 64)
+    tokens = jnp.sort(tokens, axis=1)  # which can be learned
+    positions = jnp.broadcast_to(jnp.arange(size), (2, size))
+    mask = jnp.broadcast_to(jnp.tri(size, dtype=bool), (2, size, size))
+    ours = mock.patch.object(library.Attention, "block", block)
+    return Model(loss, parameters, (tokens, positions, mask), ours, 0.05)
+
+
+def levanter_block(size: int) -> Model:
+    """Causal attention in a window, over packed sequences, with levanter's mask and named arrays."""
+    library = importlib.import_module("levanter.layers.attention")
+    hax = importlib.import_module("haliax")
+    axes = hax.make_axes(Batch=2, Pos=size, KeyPos=size, Heads=2, Group=2, Size=32, Embed=64)
+    Batch, Pos, KeyPos, Heads, Group, Size, Embed = axes  # noqa: N806
+
+    def loss(parameters, batch):
+        x, ids = batch
+        query = hax.dot(x, parameters["q"], axis=Embed)
+        key = hax.dot(x, parameters["k"], axis=Embed).rename({"Pos": "KeyPos"})
+        value = hax.dot(x, parameters["v"], axis=Embed).rename({"Pos": "KeyPos"})
+        mask = library.AttentionMask.causal(sliding_window=max(2, size // 4)).with_segment_ids(ids)
+        out = library.dot_product_attention(
+            Pos, KeyPos, Size, query, key, value, mask=mask, attn_backend=library.AttentionBackend.VANILLA
+        )
+        y = x + hax.dot(out, parameters["out"], axis=(Heads, Group, Size))
+        return jnp.mean((y.array[:, :-1] - x.array[:, 1:]) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    parameters = {
+        "q": hax.random.normal(keys[0], (Embed, Heads, Group, Size)) / 8,
+        "k": hax.random.normal(keys[1], (Embed, Heads, Size)) / 8,
+        "v": hax.random.normal(keys[2], (Embed, Heads, Size)) / 8,
+        "out": hax.random.normal(keys[3], (Heads, Group, Size, Embed)) / 11,
+    }
+    x = hax.named(
+        jnp.cumsum(jax.random.normal(keys[4], (2, size, 64)), axis=1) / size**0.5, (Batch, Pos, Embed)
+    )
+    ids = hax.named(jnp.broadcast_to(jnp.arange(size) // (size // 2), (2, size)), (Batch, Pos))
+    ours = mock.patch.object(library, "dot_product_attention", levanter.dot_product_attention)
+    return Model(loss, parameters, (x, ids), ours, 0.1)
+
+
+# What makes a model, the module that it needs, and a size for a benchmark.
+MODELS: dict[str, tuple[Callable[[int], Model], str, int]] = {
+    "alphafold": (alphafold, "tokamax", 128),
+    "gemma2": (gemma2, "tunix.models.gemma.model", 1024),
+    "levanter": (levanter_block, "levanter.layers.attention", 1024),
+}
+
+
+def compare(model: Model, steps: int) -> tuple[Run, Run]:
+    """Theirs and ours, trained in turns from the same parameters."""
+
+    def compiled():
+        def step(parameters, batch):
+            found, gradients = jax.value_and_grad(model.loss)(parameters, batch)
+            return found, jax.tree.map(lambda p, g: p - model.rate * g, parameters, gradients)
+
+        return jax.jit(step).lower(model.parameters, model.batch).compile()
+
+    theirs = compiled()
+    with model.ours:
+        ours = compiled()
+    programs = (theirs, ours)
+    parameters = [model.parameters, model.parameters]
+    losses: tuple[list[float], list[float]] = ([], [])
+    seconds = [float("inf")] * 2
+    for _ in range(steps):
+        for i, program in enumerate(programs):
+            start = time.perf_counter()
+            found, parameters[i] = jax.block_until_ready(program(parameters[i], model.batch))
+            seconds[i] = min(seconds[i], time.perf_counter() - start)
+            losses[i].append(float(found))
+    first, second = (
+        Run(losses[i], seconds[i], program.memory_analysis().temp_size_in_bytes)
+        for i, program in enumerate(programs)
+    )
+    return first, second
+
+
+def present(only: str = "") -> Iterator[str]:
+    for name, (_, module, _) in MODELS.items():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+            if only in name:
+                yield name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", help="models whose name has this in it")
+    parser.add_argument("--steps", type=int, default=50)
+    given = parser.parse_args()
+    print(
+        f"{'model':<12}{'step':>24}{'ratio':>8}{'temporary':>26}{'ratio':>8}  loss, first to last; largest difference"
+    )
+    for name in present(given.only):
+        make, _, size = MODELS[name]
+        theirs, ours = compare(make(size), given.steps)
+        apart = max(abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True))
+        print(
+            f"{name:<12}{theirs.seconds * 1e3:>9.1f} → {ours.seconds * 1e3:>7.1f} ms"
+            f"{ours.seconds / theirs.seconds:>8.2f}"
+            f"{theirs.temporary / 2**20:>10.1f} → {ours.temporary / 2**20:>8.1f} MiB"
+            f"{ours.temporary / theirs.temporary:>8.2f}"
+            f"  {theirs.losses[0]:.4f} to {theirs.losses[-1]:.4f}; {apart:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()
