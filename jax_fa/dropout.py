@@ -87,6 +87,7 @@ def streams(batch: Shape, heads: Size) -> UInt32[Array, "*B N 2"]:
     return jnp.stack([jnp.broadcast_to(n, shape), jnp.broadcast_to(b, shape)], axis=-1)
 
 
+@partial(jax.jit, static_argnames="columns")  # which traces and lowers it once for all tiles of a size
 def keep_tile(
     seed: UInt32[Array, "*#S 2"],
     stream: UInt32[Array, "*#S 2"],
@@ -100,7 +101,8 @@ def keep_tile(
     `limit` is the `threshold` of the keep probability, or an array of them that broadcasts to `*S R C`.
     """
     blocks = -(-columns // BLOCK) + 1  # the range may begin inside a block
-    counters = (first_column // BLOCK) * 4 + jnp.arange(4 * blocks, dtype=jnp.int32)
+    # Shifts and masks: // and % of signed integers are six operations each.
+    counters = (first_column >> 5) * 4 + jnp.arange(4 * blocks, dtype=jnp.int32)
     wide = (..., None, None)
     words = philox4x32(
         (counters, rows[:, None], stream[..., 0][wide], stream[..., 1][wide]),
@@ -111,7 +113,8 @@ def keep_tile(
     words = words.reshape(*shape, blocks, 4, 4).swapaxes(-1, -2)  # ... block word pair
     numbers = jnp.stack([words & np.uint32(0xFFFF), words >> 16], axis=-1)
     keep = numbers.reshape(*shape, blocks * BLOCK) < jnp.asarray(limit, jnp.uint32)
-    return jax.lax.dynamic_slice_in_dim(keep, first_column % BLOCK, columns, axis=-1)
+    first = first_column & (BLOCK - 1)
+    return jax.lax.dynamic_slice_in_dim(keep, first, columns, axis=-1, allow_negative_indices=False)
 
 
 def explicit_keep_tile(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_fa.backends.xla.axis import Axis
+from jax_fa.backends.xla.axis import FROM_THE_FRONT, Axis
 from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.backends.xla.logits import Tile
 from jax_fa.call import Axes, Operands, sum_to
@@ -121,5 +121,5 @@ def _add_bias(tile: Tile, dbias, dx):
     at.append(0 if dbias.shape[-1] == 1 else tile.keys.start(tile.u))
     # With x64 a plain 0 would be int64.
     start = [np.int32(x) if isinstance(x, int) else x.astype(jnp.int32) for x in at]
-    before = lax.dynamic_slice(dbias, start, part.shape)
-    return lax.dynamic_update_slice(dbias, before + part, start)
+    before = lax.dynamic_slice(dbias, start, part.shape, **FROM_THE_FRONT)
+    return lax.dynamic_update_slice(dbias, before + part, start, **FROM_THE_FRONT)

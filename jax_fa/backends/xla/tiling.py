@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fa import compat
-from jax_fa.backends.xla.axis import Axis
+from jax_fa.backends.xla.axis import FROM_THE_FRONT, Axis
 from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.call import Dims, is_symbolic
 
@@ -65,12 +65,16 @@ def loop(bounds: tuple[Any, ...], body, carry):
         of_turn = body
 
         def body(n, carry):
-            return of_turn(lax.dynamic_index_in_dim(listed[0], n, keepdims=False), carry)
+            return of_turn(_at(listed[0], n), carry)
 
     if isinstance(first, int) and isinstance(last, int) and last - first == 1:
         return body(first, carry)
     carry = compat.vary_like_results(lambda carry: body(jnp.int32(0), carry), carry)
     return lax.fori_loop(first, last, body, carry)
+
+
+def _at(x, t):
+    return lax.dynamic_index_in_dim(x, t, keepdims=False, **FROM_THE_FRONT)
 
 
 def key_ranges(call: Canonical, rows: Axis, keys: Axis):
@@ -88,7 +92,7 @@ def key_ranges(call: Canonical, rows: Axis, keys: Axis):
         """The visible ones come first, in order."""
         first, last = interval(t)
         u = jnp.arange(keys.count, dtype=jnp.int32)
-        here = lax.dynamic_index_in_dim(some, t, keepdims=False) & (first <= u) & (u < last)
+        here = _at(some, t) & (first <= u) & (u < last)
         return 0, jnp.sum(here, dtype=jnp.int32), jnp.argsort(~here, stable=True).astype(jnp.int32)
 
     return listed
@@ -128,7 +132,7 @@ def _intervals(call: Canonical, rows: Axis, keys: Axis):
         return reduce(bound.reshape(rows.count, width), axis=1)
 
     def at(x, t):
-        return x[0] if x.shape[0] == 1 else lax.dynamic_index_in_dim(x, t, keepdims=False)
+        return x[0] if x.shape[0] == 1 else _at(x, t)
 
     first = last = None
     if lower is not None:
