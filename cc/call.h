@@ -17,6 +17,7 @@ namespace jax_fa {
 
 enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kI8, kF8E4M3, kF8E5M2 };
 
+JAX_FA_INLINE constexpr bool IsByte(DType t) { return t >= DType::kU8; }
 JAX_FA_INLINE constexpr int64_t ItemSize(DType t) {
   return t >= DType::kU8 ? 1 : t == DType::kBF16 || t == DType::kF16 ? 2 : 4;
 }

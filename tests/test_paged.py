@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_fa
@@ -400,10 +400,9 @@ def test_explained():
 # --- devices
 
 
-def test_sharded(backend):
-    """Sequences and heads split without communication, in a plain jit and under shard_map."""
-    case = Case(Sq=2, N=4, K=2, pages="int8", scales=(0, 1, 2))
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+def _placed(case: Case, axes: AxisType = AxisType.Auto):
+    """The arrays over four devices along the sequences, two along the heads; mesh and specs, those of the results too."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"), axis_types=(axes, axes))
     heads = P(None, None, "y")
     specs = {
         "query": P("x", None, "y"),
@@ -415,15 +414,51 @@ def test_sharded(backend):
         "value_scale": heads,
     }
     results = P("x", None, "y"), P("x", "y")
-    run = partial(case, implementation=backend)
     placed = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in case.arrays.items()}
+    return placed, mesh, specs, results
+
+
+SHARDED = Case(Sq=2, N=4, K=2, pages="int8", scales=(0, 1, 2))
+
+
+def test_sharded(backend):
+    """Sequences and heads split without communication, in a plain jit and under shard_map."""
+    placed, mesh, specs, results = _placed(SHARDED)
+    run = partial(SHARDED, implementation=backend)
     for function in (run, jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=results)):
         program = jax.jit(function).lower(placed).compile()
         found = program(placed)
-        case.check(*found)
+        SHARDED.check(*found)
         assert "all-" not in program.as_text()
         for x, spec in zip(found, results, strict=True):
             assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+
+
+def test_explicit_axes(backend):
+    """Where shardings are part of types, the results' types are those of sequences and heads."""
+    placed, mesh, _, results = _placed(SHARDED, AxisType.Explicit)
+    types: list = []
+
+    @jax.jit
+    def run(x):
+        found = SHARDED(x, implementation=backend)
+        types.extend(jax.typeof(a).sharding for a in found)
+        return found
+
+    with jax.set_mesh(mesh):
+        found = run(placed)
+    SHARDED.check(*found)
+    for of_type, x, spec in zip(types, found, results, strict=True):
+        for sharding in (of_type, x.sharding):
+            assert NamedSharding(mesh, sharding.spec).is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+
+
+def test_exported(backend):
+    """A serialized program of sharded arrays computes the same, for any values of lengths and table."""
+    placed, *_ = _placed(SHARDED)
+    exported = jax.export.export(jax.jit(partial(SHARDED, implementation=backend)))(placed)
+    again = jax.export.deserialize(exported.serialize())
+    SHARDED.check(*jax.jit(again.call)(placed))
 
 
 def test_pages_are_updated_in_place():

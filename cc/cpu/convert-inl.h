@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "call.h"
 #include "cpu/target-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
@@ -46,6 +47,23 @@ inline float ToFloatF8E4M3(uint8_t x) {
   const int magnitude = x & 0x7f, sign = (x & 0x80) << 8;
   if (magnitude == 0x7f) return BitsToFloat(0x7fc00000u);
   return ToFloatF16(static_cast<uint16_t>(sign | magnitude << 7)) * 256.0f;
+}
+
+// The bfloat16 that is m 2^e, where m has at most 8 bits and the result is a normal number.
+constexpr uint32_t ExactBF16(uint32_t m, int e) {
+  if (m == 0) return 0;
+  for (; m < 0x80; m <<= 1) --e;
+  return static_cast<uint32_t>(e + 7 + 127) << 7 | (m & 0x7f);
+}
+
+// ... that 8 bits without a sign stand for: all are exact.
+constexpr uint32_t MagnitudeBF16(DType t, uint32_t x) {
+  if (t == DType::kI8) return ExactBF16(x, 0);
+  const uint32_t digits = t == DType::kF8E4M3 ? 3 : 2, bias = t == DType::kF8E4M3 ? 7 : 15;
+  const uint32_t e = x >> digits, m = x & ((1u << digits) - 1);
+  if (t == DType::kF8E4M3 ? x == 0x7f : x > 0x7c) return 0x7fc0;
+  if (t == DType::kF8E5M2 && x == 0x7c) return 0x7f80;
+  return ExactBF16(e == 0 ? m : m + (1u << digits), static_cast<int>(e == 0 ? 1 : e) - static_cast<int>(bias + digits));
 }
 
 inline uint16_t FromFloatF16(float f) {

@@ -4,6 +4,8 @@
 
 #include "call.h"
 #include "cpu/arrays-inl.h"
+#include "cpu/asked-inl.h"
+#include "cpu/direct_bytes-inl.h"
 #include "cpu/direct_dots-inl.h"
 #include "cpu/direct_values-inl.h"
 #include "cpu/forward_plan-inl.h"
@@ -15,9 +17,6 @@
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
-
-// Whether all heads of a row lie side by side, before the next row.
-inline bool HeadsInRow(const Call& c, const View& x) { return c.K > 1 && x.head < x.row; }
 
 // Calls what(k, j, count) for all heads and `per` elements at a time of [first, last), `count` of them from j on and at
 // most `most`. Where heads lie side by side, `together` neighbours of each head in turn, which is near the order of the
@@ -37,96 +36,11 @@ inline void ReadInOrder(const Call& c, const View& x, int64_t first, int64_t las
   }
 }
 
-// Asks for rows of all heads in the order of the memory, some bytes at a time: the processor's own prefetching stops at
-// the end of a page, and reading a few rows of each head in turn leaves it behind altogether.
-class Asked {
- public:
-  Asked(const Call& c, int64_t b) : c_(c), b_(b) {}
-
-  // Rows [first, last) of `width` elements, after those of calls before.
-  void Then(const View& x, int64_t width, int64_t first, int64_t last) {
-    if (x.col != 1 || width == 0 || first >= last) return;
-    const int64_t size = ItemSize(x.dtype), n = last - first;
-    if (c_.pages) {  // page by page, in whole rows
-      spans_[count_++] = {x.Bytes(b_, 0), first, last, 0, 1, x.row * size};
-      return;
-    }
-    Span s{x.Bytes(b_, 0, first), x.row * size, n, x.head * size, c_.K, width * size};
-    if (HeadsInRow(c_, x)) {
-      s.bytes += (c_.K - 1) * s.outer;
-      s.outer = 0, s.outer_count = 1;
-    }
-    if (s.inner == s.bytes) s.bytes *= n, s.inner_count = 1;
-    spans_[count_++] = s;
-  }
-
-  // Where the next `bytes` begin.
-  JAX_FA_INLINE const char* Next(int64_t bytes) {
-    if (left_ <= 0 && !NextRun()) return at_;
-    const char* p = at_;
-    at_ += bytes, left_ -= bytes;
-    return p;
-  }
-
- private:
-  // inner_count runs of bytes that lie side by side, and that outer_count times. In pages, keys [inner, inner_count) of so many
-  // bytes each.
-  struct Span {
-    const char* data;
-    int64_t inner, inner_count, outer, outer_count, bytes;
-  };
-
-  bool NextRun() {
-    if (c_.pages) return NextPage();
-    for (; span_ < count_; ++span_, outer_ = 0) {
-      const Span& s = spans_[span_];
-      for (; outer_ < s.outer_count; ++outer_, inner_ = 0) {
-        if (inner_ == s.inner_count) continue;
-        at_ = s.data + outer_ * s.outer + inner_++ * s.inner;
-        left_ = s.bytes;
-        return true;
-      }
-    }
-    return false;
-  }
-
-  bool NextPage() {
-    for (; span_ < count_; ++span_) {
-      Span& s = spans_[span_];
-      if (s.inner >= s.inner_count) continue;
-      const int64_t ahead = kTouchedBytes / s.bytes, most = kMachinePage > s.bytes ? kMachinePage / s.bytes : 1;
-      const int64_t rest = c_.pages.size - s.inner % c_.pages.size, left = s.inner_count - s.inner;
-      int64_t n = rest < left ? rest : left;
-      n = n < most ? n : most;
-      at_ = s.data + c_.pages.Row(b_, s.inner) * s.bytes;
-      left_ = n * s.bytes;
-      s.inner += n;
-      Touch(s, s.inner + ahead, n);
-      return true;
-    }
-    return false;
-  }
-
-  // Asks for a line of every page of the machine in which n keys from j on lie, if these do.
-  void Touch(const Span& s, int64_t j, int64_t n) const {
-    if (j + n > c_.Keys(b_)) return;
-    const char *p = s.data + c_.pages.Row(b_, j) * s.bytes, *end = p + n * s.bytes;
-    for (; p < end; p += kMachinePage) __builtin_prefetch(p, 0, 2);
-  }
-
-  const Call& c_;
-  const int64_t b_;
-  Span spans_[2];
-  int count_ = 0, span_ = 0;
-  int64_t outer_ = 0, inner_ = 0, left_ = 0;
-  const char* at_ = nullptr;
-};
-
 // The rows of all key heads (n of each, one head after the other in the scratch) over the keys j0 + [0, width), of which
 // [first, last) are visible to any row.
 template <bool kPairs>
 struct DirectBlock {
-  static constexpr int64_t kPer = Unit<kPairs>::kElements;
+  static constexpr int64_t kPer = Unit<kPairs>::kElements, kScale = sizeof(float);
 
   const Call& c;
   const ForwardScratch<kPairs>& s;
@@ -139,22 +53,41 @@ struct DirectBlock {
     FindRows(c, c.value, b, j0, j0 + from, j0 + last, s.value_at);
     if (c.key_scale) FindScales(c, c.key_scale, b, 0, c.K, j0, j0 + first, j0 + last, kb, s.key_scale);
     if (c.value_scale) FindScales(c, c.value_scale, b, 0, c.K, j0, j0 + first, j0 + last, kb, s.value_scale);
+  }
+
+  // Of the next block, asked for in the order of the memory while the products of this one run.
+  Asked NextScales(const View& x) const {
+    Asked asked(c, b);
     const int64_t end = j0 + last, next = Least(end + kDirectKeys, c.Keys(b));
-    if (c.key_scale) AskForScales(c, c.key_scale, b, end, next);
-    if (c.value_scale) AskForScales(c, c.value_scale, b, end, next);
+    View rows = x;
+    rows.row = x.col, rows.col = x.head;
+    if (x && x.head == 1 && x.col > 0 && x.row == c.pages.size * x.col) {
+      asked.Then(rows, c.K, end, next);
+    } else if (x) {
+      AskForScales(c, x, b, end, next);
+    }
+    return asked;
   }
 
   void Dots() const {
-    const int64_t together = n == 1 ? 1 : kDirectTile, end = j0 + last;
+    const bool bytes_in_pairs = AreBytes<kPairs>(c.key);
+    const int64_t together = n == 1 && !bytes_in_pairs ? 1 : kDirectTile, end = j0 + last;
     Asked asked(c, b);
-    asked.Then(c.key, c.D, j0 + first + AskedRows(c.key, c.D, together), end);
+    asked.Then(c.key, c.D, j0 + first + AskedRows(c.key, c.D, KeyNeighbours(together)), end);
     asked.Then(c.value, c.Dv, j0 + first, Least(j0 + first + AskedRows(c.value, c.Dv, Neighbours()), end));
+    Asked scales = NextScales(c.key_scale);
+    if (bytes_in_pairs)
+      return ReadInOrder(c, c.key, first, last, 1, kDirectTile, together, [&](int64_t k, int64_t j, int64_t count) {
+        if (c.key_scale) __builtin_prefetch(scales.Next(count * kScale));
+        DotBytes(k, j, count, asked.Next(count * c.D));
+      });
     const bool in_place = c.key.col == 1;
     const int64_t size = ItemSize(c.key.dtype), bytes = kDirectTile * c.D * size;
     const int64_t head = c.key.head * size, ld = RoundUp(Units<kPairs>(c.D), kLanes);
     const char* const keys = c.key.Bytes(b, 0);
     DueKeys<kPairs> due(in_place ? c.key.dtype : DType::kF32, n, s.q_row, c.D, s.s_row);
     ReadInOrder(c, c.key, first, last, 1, kDirectTile, together, [&](int64_t k, int64_t j, int64_t count) {
+      if (c.key_scale) __builtin_prefetch(scales.Next(count * kScale));
       const float* q = s.q + k * n * s.q_row;
       float* to = s.logits + k * n * s.s_row;
       for (int64_t i = j; i < j + count; ++i) {
@@ -175,19 +108,49 @@ struct DirectBlock {
     const int64_t together = Neighbours(), bytes = kPer * c.Dv * ItemSize(c.value.dtype), end = j0 + last;
     Asked asked(c, b);
     asked.Then(c.value, c.Dv, j0 + first + AskedRows(c.value, c.Dv, together), end);
-    asked.Then(c.key, c.D, end, Least(end + AskedRows(c.key, c.D, kDirectTile), c.Keys(b)));
+    asked.Then(c.key, c.D, end, Least(end + AskedRows(c.key, c.D, KeyNeighbours(kDirectTile)), c.Keys(b)));
     const char* const values = c.value.Bytes(b, 0);
     const int64_t head = c.value.head * ItemSize(c.value.dtype);
     Fill(s.sums, 0, n * c.K * dv, 0.0f);
+    Asked scales = NextScales(c.value_scale);
+    if (AreBytes<kPairs>(c.value))
+      return ReadInOrder(c, c.value, first / kPer * kPer, last, kPer, together / kPer, together,
+                         [&](int64_t k, int64_t j, int64_t count) {
+                           if (c.value_scale) __builtin_prefetch(scales.Next(count * kPer * kScale));
+                           AddByteValues(k, j, count * kPer, asked.Next(count * bytes));
+                         });
     ReadInOrder(c, c.value, first / kPer * kPer, last, kPer, together / kPer, together,
                 [&](int64_t k, int64_t j, int64_t count) {
+                  if (c.value_scale) __builtin_prefetch(scales.Next(count * kPer * kScale));
                   DirectValues<kPairs>(c.value.dtype, c.Dv, {values + k * head, s.value_at, !c.pages}, n, j, count,
                                        last, s.zeros, s.logits + k * n * s.s_row, s.s_row, s.sums + k * n * dv, dv,
                                        asked.Next(count * bytes));
                 });
   }
 
-  int64_t Neighbours() const { return DirectNeighbours(c.value.dtype, n); }
+  // The products of the rows of a head with `count` keys of 8 bits. Up to kDirectTile - 1 columns behind are written too.
+  void DotBytes(int64_t k, int64_t j, int64_t count, const char* ask) const {
+    if constexpr (kPairs) {
+      const char* keys[kDirectTile];
+      for (int64_t i = 0; i < kDirectTile; ++i) keys[i] = c.key.Bytes(b, k) + s.key_at[j + (i < count ? i : 0)];
+      ByteDots<kPairs>(c.key.dtype, keys, n, s.q + k * n * s.q_row, s.q_row, c.D, s.logits + k * n * s.s_row + j,
+                       s.s_row, ask);
+    }
+  }
+
+  // Adds the weighted values of a head from j on, `count` of them or up to the last.
+  void AddByteValues(int64_t k, int64_t j, int64_t count, const char* ask) const {
+    if constexpr (kPairs)
+      ByteValues<kPairs>(c.value.dtype, c.value.Bytes(b, k), s.value_at + j, Least(count, last - j), c.Dv,
+                         reinterpret_cast<const char*>(s.zeros), n, s.logits + k * n * s.s_row + j / kPer, s.s_row,
+                         s.sums + k * n * dv, dv, ask);
+  }
+
+  int64_t Neighbours() const {
+    return AreBytes<kPairs>(c.value) ? kByteNeighbours : DirectNeighbours(c.value.dtype, n);
+  }
+  // Bytes are asked for as far ahead as values: for these, while keys are read, and the other way round.
+  int64_t KeyNeighbours(int64_t otherwise) const { return AreBytes<kPairs>(c.key) ? kByteNeighbours : otherwise; }
   static int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 
   // How many rows before they are taken they are asked for, where `together` of each head are read in turn.
@@ -200,11 +163,14 @@ struct DirectBlock {
     if (c.key_scale) ScaleColumns(s.key_scale + k * kb, n, first, last, s.logits + k * n * s.s_row, s.s_row);
   }
 
-  void Soften(int64_t k, const float* nan_marker) const {
+  const float* ValueFactors(int64_t k) const { return c.value_scale ? s.value_scale + k * kb : nullptr; }
+
+  // Weights are multiplied by `factors`, or null.
+  void Soften(int64_t k, const float* nan_marker, const float* factors) const {
     const int64_t c0 = first / kLanes * kLanes, c1 = RoundUp(last, kLanes);
     for (int64_t r = k * n; r < (k + 1) * n; ++r)
       SoftmaxRow<kPairs>(c, RowAt(c, b, k, r - k * n), j0, Within(s.lo[r], s.hi[r], j0, width), c0, c1, nan_marker,
-                         s.tmp, s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv);
+                         s.tmp, s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv, factors);
   }
 
   // From the products of a head on, with packed values. Those that are not finite are kept apart from the rows to which
@@ -212,8 +178,14 @@ struct DirectBlock {
   void Packed(int64_t k) const {
     const int64_t units = Units<kPairs>(width), from = first / kLanes * kLanes / kPer, to = Units<kPairs>(last);
     float* nan_marker = IsMasked(c) ? s.own.nan_marker : nullptr;
-    const bool any = PackValuesOf<kPairs>(c, b, k, j0, j0 + first, width, s.stage, nan_marker, s.own.values);
-    Soften(k, any ? nan_marker : nullptr);
+    bool any = PackValuesOf<kPairs>(c, b, k, j0, j0 + first, width, s.stage, nan_marker, s.own.values);
+    const float* factors = kPairs ? ValueFactors(k) : nullptr;  // floats are multiplied as they are packed
+    if (factors != nullptr && nan_marker != nullptr)
+      for (int64_t j = first; j < last; ++j) {
+        nan_marker[j] += factors[j] * 0.0f;
+        any = any || nan_marker[j] != 0.0f;
+      }
+    Soften(k, any ? nan_marker : nullptr, factors);
     for (int64_t p = 0; p < Panels(c.Dv); ++p)
       Gemm<kPairs, true>(n, to - from, s.logits + k * n * s.s_row + from, s.s_row, 1,
                          s.own.values + (p * units + from) * kPanel, s.acc + k * n * dv + p * kPanel, dv);
@@ -224,8 +196,13 @@ struct DirectBlock {
   void Again(int64_t k) const {
     for (int64_t r = k * n; r < (k + 1) * n; ++r)
       s.l[r] = s.before_l[r] * (s.m[r] > s.before_m[r] ? __builtin_expf(s.before_m[r] - s.m[r]) : 1.0f);
-    DirectDots<kPairs>(c, b, k, n, s.q + k * n * s.q_row, s.q_row, j0, first, last, s.stage, s.logits + k * n * s.s_row,
-                       s.s_row);
+    if (AreBytes<kPairs>(c.key)) {
+      for (int64_t j = first; j < last; j += kDirectTile)
+        DotBytes(k, j, Least(kDirectTile, last - j), c.key.Bytes(b, k));
+    } else {
+      DirectDots<kPairs>(c, b, k, n, s.q + k * n * s.q_row, s.q_row, j0, first, last, s.stage,
+                         s.logits + k * n * s.s_row, s.s_row);
+    }
     ScaleDots(k);
     Packed(k);
   }
@@ -248,10 +225,7 @@ struct DirectBlock {
     }
     __builtin_memcpy(s.before_m, s.m, sizeof(float) * static_cast<size_t>(rows));
     __builtin_memcpy(s.before_l, s.l, sizeof(float) * static_cast<size_t>(rows));
-    for (int64_t k = 0; k < c.K; ++k) {
-      Soften(k, nullptr);
-      if (c.value_scale) ScaleColumns(s.value_scale + k * kb, n, first, last, s.logits + k * n * s.s_row, s.s_row);
-    }
+    for (int64_t k = 0; k < c.K; ++k) Soften(k, nullptr, ValueFactors(k));
     Values();
     for (int64_t k = 0; k < c.K; ++k) AddSums(k);
   }

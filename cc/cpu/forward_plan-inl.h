@@ -11,9 +11,6 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// Few rows: see direct-inl.h.
-inline bool IsDirect(const Call& c) { return c.G() * c.Sq <= kDirectRows && c.Skv > 0; }
-
 // Some rows, plain, of many keys, and products of floats: see narrow-inl.h.
 inline bool IsNarrow(const Call& c) {
   const int64_t rows = c.G() * c.Sq;

@@ -48,7 +48,7 @@ bool HasAvx512Bf16() {
 #if defined(JAX_FA_ASSUME_AVX512_BF16)  // for tests where a hypervisor hides it
   return HasAvx512();
 #else
-  return HasAvx512() && __builtin_cpu_supports("avx512bf16");
+  return HasAvx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
 #endif
 }
 // AMD's cores multiply bfloat16 pairs at twice the rate of floats. Intel's (Sapphire and Emerald Rapids) at half of

@@ -4,6 +4,7 @@
 #include "call.h"
 #include "cpu/arrays-inl.h"
 #include "cpu/pack-inl.h"
+#include "cpu/rows-inl.h"
 #include "cpu/simd-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
@@ -30,9 +31,35 @@ inline void FindRows(const Call& c, const View& x, int64_t b, int64_t j0, int64_
            [&](int64_t j, int64_t page, int64_t row, int64_t n) { put(j, page * c.pages.size + row, n); });
 }
 
+// The scales of keys [from, end) for up to kLanes heads that lie side by side, transposed as so many keys.
+inline void FindScalesOf(const Call& c, const View& x, int64_t b, int64_t first, int heads, int64_t from, int64_t end,
+                         int64_t stride, float* to) {
+  float rows[kLanes * kLanes], columns[kLanes * kLanes];
+  int count = 0;
+  const auto put = [&] {
+    TransposeBlock(rows, kLanes, columns, kLanes);
+    for (int k = 0; k < heads; ++k) StoreFirst(to + k * stride, Load(columns + k * kLanes), count);
+    to += count;
+    count = 0;
+  };
+  EachPage(c.pages, b, from, end, [&](int64_t, int64_t page, int64_t row, int64_t n) {
+    const float* p = x.At<float>(b, first, page, row);
+    for (int64_t i = 0; i < n; ++i, p += x.col) {
+      Store(rows + count * kLanes, LoadFirst(p, heads));
+      if (++count == kLanes) put();
+    }
+  });
+  if (count > 0) put();
+}
+
 // to[k * stride + j - j0]: the scales of keys [from, to) for all heads, or for the `heads` from the first one on.
 inline void FindScales(const Call& c, const View& x, int64_t b, int64_t first, int64_t heads, int64_t j0, int64_t from,
                        int64_t end, int64_t stride, float* to) {
+  if (x.head == 1) {
+    for (int64_t k = 0; k < heads; k += kLanes)
+      FindScalesOf(c, x, b, first + k, Rest(heads - k), from, end, stride, to + k * stride + from - j0);
+    return;
+  }
   EachPage(c.pages, b, from, end, [&](int64_t j, int64_t page, int64_t row, int64_t n) {
     const float* p = x.At<float>(b, first, page, row);
     for (int64_t i = 0; i < n; ++i, p += x.col)
@@ -48,7 +75,7 @@ inline void AskForScales(const Call& c, const View& x, int64_t b, int64_t from, 
   });
 }
 
-// Keys or values [j0, j0 + n) of a head as neighbours, in floats or units and times their scale; zeros for those that the
+// Keys or values [j0, j0 + n) of a head as neighbours, in floats times their scale, or in units without it; zeros for those that the
 // batch entry has not, or before `from`. `stage` is that of StageSize.
 template <bool kPairs>
 inline View Gathered(const Call& c, const View& x, const View& scale, int64_t width, int64_t b, int64_t k, int64_t j0,
@@ -68,6 +95,11 @@ inline View Gathered(const Call& c, const View& x, const View& scale, int64_t wi
       T* const own = to + (j + i - j0) * row;
       const char* src = x.Bytes(b, k, page * c.pages.size + first + i);
       if constexpr (kPairs) {
+        if (IsByte(x.dtype)) {
+          LoadRow(src, x.dtype, 1, width, stage);
+          for (int64_t d = 0; d < width; ++d) own[d] = FromFloatBF16(stage[d]);
+          continue;
+        }
         __builtin_memcpy(own, src, static_cast<size_t>(width * size));
       } else {
         LoadRow(src, x.dtype, 1, width, own);
@@ -100,16 +132,6 @@ inline bool PackValuesOf(const Call& c, int64_t b, int64_t k, int64_t j0, int64_
   if (!c.pages) return PackValues<kPairs>(c.value, c.Dv, b, k, j0, n, stage, nan_marker, panels);
   const View x = Gathered<kPairs>(c, c.value, c.value_scale, c.Dv, b, k, j0, from, n, stage);
   return PackValues<kPairs>(x, c.Dv, 0, 0, 0, n, stage, nan_marker, panels);
-}
-
-// Columns [from, to) of n rows times the factors of their keys.
-inline void ScaleColumns(const float* factors, int64_t n, int64_t from, int64_t to, float* x, int64_t row) {
-  const auto scale = [&](float* p, int64_t j) { Store(p + j, Load(p + j) * Load(factors + j)); };
-  for (int64_t r = 0; r < n; ++r, x += row) {
-    int64_t j = from;
-    for (; j + kLanes <= to; j += kLanes) scale(x, j);
-    for (; j < to; ++j) x[j] *= factors[j];
-  }
 }
 
 }  // namespace

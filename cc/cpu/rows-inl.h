@@ -56,10 +56,16 @@ inline float KeepProbOf(const Call& c, const Row& row) {
   return static_cast<float>(*c.threshold_of_head.At<uint32_t>(row.b, row.n)) * 0x1p-16f;
 }
 
-// Whether products that are not of small heads are those of pairs.
+// Few rows: see direct-inl.h.
+inline bool IsDirect(const Call& c) { return c.G() * c.Sq <= kDirectRows && c.Skv > 0; }
+
+// Whether products that are not of small heads are those of pairs. Few rows take 8-bit elements, which are exact in
+// bfloat16, and scales too.
 inline bool InPairs(const Call& c) {
-  return kHasPairs && c.query.dtype == DType::kBF16 && c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16 &&
-         !c.key_scale && !c.value_scale;
+  if (!kHasPairs || c.query.dtype != DType::kBF16) return false;
+  if (c.key.dtype == DType::kBF16 && c.value.dtype == DType::kBF16 && !c.key_scale && !c.value_scale) return true;
+  const auto exact = [](DType t) { return t == DType::kBF16 || IsByte(t); };
+  return c.pages && exact(c.key.dtype) && exact(c.value.dtype) && IsDirect(c);
 }
 
 // Whether weights are those of the products alone, within a range of keys of each row.

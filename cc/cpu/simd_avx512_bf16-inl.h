@@ -1,14 +1,30 @@
-// AVX-512 with products of pairs of bfloat16 (VDPBF16PS).
+// AVX-512 with products of pairs of bfloat16 (VDPBF16PS), and tables of bytes (VBMI).
 #pragma once
 
 #ifndef JAX_FA_ISA  // parsed alone
 #define JAX_FA_ISA avx512_bf16
 #endif
 
+#include "cpu/convert-inl.h"
 #include "cpu/simd_avx512-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
+
+// The bytes of the bfloat16 of every magnitude of 7 bits.
+template <DType kType>
+struct MagnitudeBytes {
+  alignas(64) uint8_t low[128] = {}, high[128] = {};
+  constexpr MagnitudeBytes() {
+    for (uint32_t x = 0; x < 128; ++x) {
+      low[x] = static_cast<uint8_t>(MagnitudeBF16(kType, x));
+      high[x] = static_cast<uint8_t>(MagnitudeBF16(kType, x) >> 8);
+    }
+    if (kType == DType::kI8) high[0] = static_cast<uint8_t>(MagnitudeBF16(kType, 128) >> 8);  // see Widen
+  }
+};
+template <DType kType>
+constexpr MagnitudeBytes<kType> kMagnitudeBytes;
 
 template <>
 struct Unit<true> {
@@ -58,6 +74,50 @@ struct Unit<true> {
     *first = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, low, y));
     *last = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, high, y));
   }
+
+  // 8-bit elements, up to 64 at a time, as the bfloat16 that they are: by a table for each byte of it. Where there are n < 64
+  // elements, zeros follow, and nothing behind them is read.
+  template <DType kType>
+  class Widen {
+   public:
+    // A row as two vectors of units.
+    template <bool kAll>
+    JAX_FA_INLINE void Row(const char* p, int64_t n, F* units) const {
+      Take(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), Bytes<kAll>(p, n)), units);
+    }
+    // Two rows as four vectors of units (row a, row b).
+    template <bool kAll>
+    JAX_FA_INLINE void Pair(const char* a, const char* b, int64_t n, F* units) const {
+      const __m512i quarters = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      const __m512i x = _mm512_permutexvar_epi32(quarters, Bytes<kAll>(a, n));
+      const __m512i y = _mm512_permutexvar_epi32(quarters, Bytes<kAll>(b, n));
+      Take(_mm512_unpacklo_epi8(x, y), units);
+      Take(_mm512_unpackhi_epi8(x, y), units + 2);
+    }
+
+   private:
+    template <bool kAll>
+    static JAX_FA_INLINE __m512i Bytes(const char* p, int64_t n) {
+      return kAll ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, p);
+    }
+
+    // Unpacking takes the elements of each 128 bits apart: callers put them into the order that makes up for it.
+    JAX_FA_INLINE void Take(__m512i x, F* units) const {
+      const __m512i sign = _mm512_set1_epi8(-128), magnitude = kType == DType::kI8 ? _mm512_abs_epi8(x) : x;
+      const __m512i low = _mm512_permutex2var_epi8(low_[0], magnitude, low_[1]);
+      // Of a magnitude of 8 bits, -128, tables see the lower 7: their 0 is 128, whose lower byte is that of 0.
+      __m512i high = kType == DType::kI8
+                         ? _mm512_maskz_permutex2var_epi8(_mm512_test_epi8_mask(x, x), high_[0], magnitude, high_[1])
+                         : _mm512_permutex2var_epi8(high_[0], magnitude, high_[1]);
+      high = _mm512_ternarylogic_epi64(high, x, sign, 0xf8);  // high | (x & sign)
+      units[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi8(low, high));
+      units[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high));
+    }
+
+    static __m512i Half(const uint8_t* p) { return _mm512_load_si512(p); }
+    const __m512i low_[2] = {Half(kMagnitudeBytes<kType>.low), Half(kMagnitudeBytes<kType>.low + 64)};
+    const __m512i high_[2] = {Half(kMagnitudeBytes<kType>.high), Half(kMagnitudeBytes<kType>.high + 64)};
+  };
 };
 
 }  // namespace

@@ -75,6 +75,16 @@ inline void RowJoin(float* s, int64_t from, int64_t to) {
     Store(s + j / 2, Unit<kPairs>::Join(Load(s + j), j + kLanes < to ? Load(s + j + kLanes) : Set(0.0f)));
 }
 
+// Columns [from, to) of n rows times the factors of their keys.
+inline void ScaleColumns(const float* factors, int64_t n, int64_t from, int64_t to, float* x, int64_t row) {
+  const auto scale = [&](float* p, int64_t j) { Store(p + j, Load(p + j) * Load(factors + j)); };
+  for (int64_t r = 0; r < n; ++r, x += row) {
+    int64_t j = from;
+    for (; j + kLanes <= to; j += kLanes) scale(x, j);
+    for (; j < to; ++j) x[j] *= factors[j];
+  }
+}
+
 // Turns a row's products with keys j0 + [c0, c1), of which v are visible, into logits but for a scale, which is returned.
 inline float RowLogits(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
                        const float* nan_marker, const SoftCapRows& cap_rows, float* tmp, float* x) {
@@ -105,10 +115,12 @@ inline void Rescale(float factor, int64_t n, float* x) {
 }
 
 // Rows whose online softmax goes on, each with its next products, the first kLanes-aligned column of which is c0: max, sum
-// and output (null: there is none yet). `visible(r)`: which of the columns [c0, c1) are.
+// and output (null: there is none yet). `factors`: what visible weights are multiplied by as soon as they are summed, or
+// null. `visible(r)`: which of the columns [c0, c1) are.
 struct SoftmaxRows {
   float *x, *m, *l, *acc;
   int64_t x_row, acc_row;
+  const float* factors = nullptr;
 };
 
 // Turns products of n <= kTileRows rows, from `row` on, with keys j0 + [c0, c1) into weights. First the logits and the max of
@@ -132,9 +144,10 @@ inline void Softmax(const Call& c, const Row& row, int64_t n, int64_t j0, int64_
   at = row;
   for (int64_t r = 0; r < n; ++r, at = After(c, at)) {
     float* x = rows.x + r * rows.x_row;
-    if (c.seed || c.drop_bits) {
+    if (c.seed || c.drop_bits || rows.factors != nullptr) {
       rows.l[r] += RowExp<false>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
-      Drop(c, at, j0, v[r].lo, v[r].hi, x);
+      if (c.seed || c.drop_bits) Drop(c, at, j0, v[r].lo, v[r].hi, x);
+      if (rows.factors != nullptr) ScaleColumns(rows.factors, 1, v[r].lo, v[r].hi, x, 0);
       if constexpr (kPairs) RowJoin<kPairs>(x, c0, c1);
     } else {
       rows.l[r] += RowExp<kPairs>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
@@ -145,8 +158,9 @@ inline void Softmax(const Call& c, const Row& row, int64_t n, int64_t j0, int64_
 // The same for a row alone.
 template <bool kPairs>
 inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
-                       const float* nan_marker, float* tmp, float* x, float* m, float* l, float* acc) {
-  Softmax<kPairs>(c, row, 1, j0, c0, c1, nan_marker, tmp, {x, m, l, acc, 0, 0}, [&](int64_t) { return v; });
+                       const float* nan_marker, float* tmp, float* x, float* m, float* l, float* acc,
+                       const float* factors) {
+  Softmax<kPairs>(c, row, 1, j0, c0, c1, nan_marker, tmp, {x, m, l, acc, 0, 0, factors}, [&](int64_t) { return v; });
 }
 
 }  // namespace

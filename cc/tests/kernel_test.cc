@@ -505,7 +505,9 @@ int Main(const std::vector<std::string>& args) {
   std::fflush(stdout);
   const auto start = std::chrono::steady_clock::now();
   if (mode == "random" && args.size() == 3) {
-    CheckRandom(std::strtoull(args[1].c_str(), nullptr, 10), std::strtoull(args[2].c_str(), nullptr, 10));
+    const uint64_t from = std::strtoull(args[1].c_str(), nullptr, 10), to = std::strtoull(args[2].c_str(), nullptr, 10);
+    CheckRandom(from, to);
+    CheckRandomPaged(from, to);
   } else if (mode == "quick" || mode == "emulated" || mode == "sample" || mode == "sanitized" || mode == "full") {
     const bool sample = mode == "sample", emulated = mode == "emulated" || sample;
     const bool quick = mode == "quick" || emulated, full = mode == "full";
@@ -528,6 +530,7 @@ int Main(const std::vector<std::string>& args) {
     CheckSizes(quick ? 23 : full ? 1 : 5);
     CheckLengths(quick ? 71 : full ? 1 : 5);
     CheckRandom(0, sample ? 12 : quick ? 25 : full ? kSmallSeeds + 500 : 120);
+    CheckRandomPaged(0, quick ? 12 : 200);
     alarm(quick && !emulated ? 120 : 600);
     if (!sample) CheckTasks();
   } else if (mode == "threads") {

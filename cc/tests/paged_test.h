@@ -2,6 +2,7 @@
 #pragma once
 
 #include "check.h"
+#include "cpu/tuning.h"
 #include "paged_shapes.h"
 
 namespace jax_fa_test {
@@ -30,7 +31,32 @@ constexpr PagedSpec kPagedSpecs[] = {
     {2, 1, 48, 1, 72, 64, 64, 6, DType::kF32, DType::kI8, true, true, 0, 10},
     {2, 30, 4, 2, 24, 40, 16, 20, DType::kBF16, DType::kBF16, false, false, 0, 11},
     {2, 40, 2, 2, 24, 40, 9, 30, DType::kF32, DType::kF8E4M3, true, false, 60, 12},
+    {2, 1, 8, 2, 128, 128, 16, 40, DType::kBF16, DType::kI8, true, false, 0, 13},
+    {3, 3, 4, 4, 33, 71, 7, 50, DType::kBF16, DType::kF8E4M3, true, false, 40, 14},
+    {2, 1, 12, 4, 64, 200, 128, 3, DType::kBF16, DType::kF8E5M2, false, false, 101, 15},
+    {2, 7, 2, 1, 72, 64, 16, 30, DType::kBF16, DType::kI8, true, true, 0, 16},
+    {2, 2, 4, 2, 40, 24, 5, 60, DType::kBF16, DType::kBF16, true, false, 33, 17},
+    {2, 20, 4, 2, 40, 24, 5, 60, DType::kBF16, DType::kI8, true, false, 0, 18},
+    {2, 1, 2, 2, 1, 1, 3, 40, DType::kBF16, DType::kF8E4M3, true, false, 0, 19},
 };
+
+// Any of them.
+PagedSpec RandomPagedSpec(uint64_t seed) {
+  constexpr DType kQueries[] = {DType::kF32, DType::kBF16, DType::kBF16, DType::kF16};
+  constexpr DType kBytes[] = {DType::kI8, DType::kF8E4M3, DType::kF8E5M2};
+  constexpr int64_t kSizes[] = {1, 2, 5, 16, 48, 128}, kRows[] = {1, 1, 1, 2, 5, 17}, kGroups[] = {1, 2, 4, 8};
+  Random random(seed * 2 + 1);
+  PagedSpec s;
+  s.B = 1 + random.Below(3), s.Sq = random.Pick(kRows), s.K = 1 + random.Below(4), s.N = s.K * random.Pick(kGroups);
+  s.D = 1 + random.Below(150), s.Dv = 1 + random.Below(150);
+  s.size = random.Pick(kSizes), s.each = 1 + random.Below(1 + 600 / s.size);
+  s.query = random.Pick(kQueries), s.pages = random.OneIn(3) ? s.query : random.Pick(kBytes);
+  s.scales = jax_fa::IsByte(s.pages) && !random.OneIn(4);
+  s.partial = s.Dv <= s.D && random.OneIn(3);
+  s.window = random.OneIn(2) ? 0 : 1 + random.Below(200);
+  s.seed = 1000 + seed;
+  return s;
+}
 
 // The number that 8 bits stand for, without the kernels' tricks; NaN too.
 double Decode8(uint8_t bits, DType t) {
@@ -51,7 +77,7 @@ class PagedTest {
         random_(s.seed + 77),
         Skv_(s.size * s.each),
         count_(s.B * s.each + 2),
-        wide_(jax_fa::ItemSize(s.pages) == 1 ? DType::kF32 : s.pages),
+        wide_(Wide(s)),
         zeros_(static_cast<size_t>(s.B), 0) {
     Lengths();
     Add(s.D, true, &key_pages_, &keys_);
@@ -75,6 +101,12 @@ class PagedTest {
     Memory memory, scales;
     int64_t width = 0;
   };
+
+  // Few bfloat16 rows multiply bytes as bfloat16, where the instruction set has such products.
+  static DType Wide(const PagedSpec& s) {
+    if (!jax_fa::IsByte(s.pages)) return s.pages;
+    return s.query == DType::kBF16 && s.N / s.K * s.Sq <= jax_fa::kDirectRows ? DType::kBF16 : DType::kF32;
+  }
 
   static Memory New(int64_t bytes) {
     auto memory = std::make_unique<Pages>(static_cast<size_t>(bytes), true);
@@ -129,12 +161,12 @@ class PagedTest {
       uint8_t bits = 0;
       do bits = static_cast<uint8_t>(random_.Bits());
       while (!std::isfinite(Decode8(bits, s_.pages)) || std::fabs(Decode8(bits, s_.pages)) > 300.0);
-      const float x = static_cast<float>(Decode8(bits, s_.pages)) * scale;
       std::memcpy(paged, &bits, 1);
-      std::memcpy(contiguous, &x, 4);
+      PutFloat(contiguous, Decode8(bits, s_.pages) * scale, wide_);
     } else {
-      PutFloat(paged, random_.Normal(), s_.pages);
-      std::memcpy(contiguous, paged, static_cast<size_t>(jax_fa::ItemSize(wide_)));
+      const double x = Rounded(random_.Normal(), s_.pages);
+      PutFloat(paged, x, s_.pages);
+      PutFloat(contiguous, x * scale, wide_);
     }
   }
 
@@ -234,31 +266,32 @@ class PagedTest {
   const int64_t *key_at_ = nullptr, *value_at_ = nullptr;
 };
 
-// Attention to one key returns its value: every number of 8 bits passes as it is, in floats.
-void CheckEveryByte() {
-  for (DType t : {DType::kI8, DType::kF8E4M3, DType::kF8E5M2}) {
-    for (const Kernels* kernels : Supported()) {
-      Doing(kernels->name, "forward", "every byte");
-      std::vector<uint8_t> bytes(256);
-      std::vector<float> out(256, -1.0f), one(4, 1.0f);
-      for (size_t i = 0; i < 256; ++i) bytes[i] = static_cast<uint8_t>(i);
-      const int32_t table = 0, length = 1;
-      const int64_t none = 0;
-      const auto view = [&](void* data, DType dtype) {
-        View v;
-        v.data = static_cast<char*>(data), v.dtype = dtype, v.batch = &none, v.col = 1;
-        return v;
-      };
-      Call c;
-      c.B = c.Sq = c.Skv = c.N = c.K = c.D = 1, c.Dv = 256;
-      c.pages.table = &table, c.pages.lengths = &length, c.pages.count = c.pages.size = c.pages.each = 1;
-      c.query = view(one.data(), DType::kF32), c.m = view(&one[1], DType::kF32), c.l = view(&one[2], DType::kF32);
-      uint8_t key = 0;
-      c.key = view(&key, t), c.value = view(bytes.data(), t), c.out = view(out.data(), DType::kF32);
-      kernels->forward(c, Serial(false));
-      for (size_t i = 0; i < 256; ++i)
-        if (!Same(out[i], Decode8(bytes[i], t)))
-          Fail("byte %zu is %.9g, expected %.9g", i, out[i], Decode8(bytes[i], t));
+// Attention to one key returns its value: every number of 8 bits passes as it is, in floats and in bfloat16.
+void CheckEveryByte(DType t, DType rows) {
+  std::vector<uint8_t> bytes(256);
+  for (size_t i = 0; i < 256; ++i) bytes[i] = static_cast<uint8_t>(i);
+  for (const Kernels* kernels : Supported()) {
+    Doing(kernels->name, "forward", "every byte");
+    std::vector<float> out(256, -1.0f), one(4, 1.0f);
+    const int32_t table = 0, length = 1;
+    const int64_t none = 0;
+    const auto view = [&](void* data, DType dtype) {
+      View v;
+      v.data = static_cast<char*>(data), v.dtype = dtype, v.batch = &none, v.col = 1;
+      return v;
+    };
+    Call c;
+    c.B = c.Sq = c.Skv = c.N = c.K = c.D = 1, c.Dv = 256;
+    c.pages.table = &table, c.pages.lengths = &length, c.pages.count = c.pages.size = c.pages.each = 1;
+    c.query = view(one.data(), rows), c.m = view(&one[1], DType::kF32), c.l = view(&one[2], DType::kF32);
+    uint8_t key = 0;
+    c.key = view(&key, t), c.value = view(bytes.data(), t), c.out = view(out.data(), rows);
+    kernels->forward(c, Serial(false));
+    for (size_t i = 0; i < 256; ++i) {
+      uint16_t half = 0;
+      std::memcpy(&half, reinterpret_cast<const char*>(out.data()) + 2 * i, 2);
+      const double got = rows == DType::kF32 ? out[i] : Decode16(half, rows);
+      if (!Same(got, Decode8(bytes[i], t))) Fail("byte %zu is %.9g, expected %.9g", i, got, Decode8(bytes[i], t));
     }
   }
 }
@@ -314,8 +347,13 @@ void CheckPagedShapes() {
 
 void CheckPaged() {
   CheckPagedShapes();
-  CheckEveryByte();
+  for (DType t : {DType::kI8, DType::kF8E4M3, DType::kF8E5M2})
+    for (DType rows : {DType::kF32, DType::kBF16}) CheckEveryByte(t, rows);
   for (const PagedSpec& spec : kPagedSpecs) PagedTest(spec).Check();
+}
+
+void CheckRandomPaged(uint64_t from, uint64_t to) {
+  for (uint64_t seed = from; seed < to; ++seed) PagedTest(RandomPagedSpec(seed)).Check();
 }
 
 }  // namespace
