@@ -86,10 +86,11 @@ struct Problem {
 // What a result should be, its error bound, and whether a number that is not finite reached it by way of the
 // softmax; then it may be NaN even where the definition gives a number, since kernels give up whole rows.
 struct Quantity {
+  static constexpr uint8_t kCertain = 1, kPossible = 2;
   std::vector<double> value, error;
   std::vector<double> terms;  // the sum of the magnitudes of its weighted terms
   std::vector<double> moved;  // what may be put on another key where weights are rounded to 16 bits
-  std::vector<uint8_t> tainted;
+  std::vector<uint8_t> tainted;  // kCertain: it reaches the row by a pair that has weight, and not only kPossible
   void Resize(size_t n) {
     value.assign(n, 0.0);
     error.assign(n, 0.0);
