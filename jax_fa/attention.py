@@ -39,7 +39,7 @@ import jax.numpy as jnp
 
 from jax_fa import compat, primitives, rules, softmax
 from jax_fa.backends.sinks import joined, shares
-from jax_fa.call import DIFFERENTIABLE, Axes, Call, Operands, Problem, Saved, sum_to, widened
+from jax_fa.call import DIFFERENTIABLE, STORED, Axes, Call, Operands, Problem, Saved, sum_to, widened
 from jax_fa.primitives import Inputs
 from jax_fa.rules import OUT_NAME, STATS_NAME, jvp_saved
 
@@ -160,7 +160,9 @@ def _second_tangent_with_sinks(
     problem: Problem, operands: Operands, saved: Saved, tangents: Operands, others: Operands
 ) -> list[Any]:
     call = Call.of(problem, operands, saved, tangents, others)
-    spread, along, along_others = compat.vary_alike(_alike(call, tangents, others))
+    spread, along, along_others = compat.vary_alike(
+        tuple(_wide(call, x) for x in _alike(call, tangents, others))
+    )
 
     def tangent(moving):
         moved = replace(spread, **moving)
@@ -168,7 +170,8 @@ def _second_tangent_with_sinks(
         return jax.jvp(lambda arrays: _results(problem, replace(moved, **arrays)), (at,), (along,))[1]
 
     at = {name: getattr(spread, name) for name in along_others}
-    return list(jax.jvp(tangent, (at,), (along_others,))[1])
+    out, logsumexp = jax.jvp(tangent, (at,), (along_others,))[1]
+    return [out.astype(call.dtype), logsumexp]
 
 
 def _results(problem: Problem, operands: Operands) -> tuple[Any, Any]:
@@ -221,7 +224,8 @@ def _second_with_sinks(
     given = {"out": saved.dout, "logsumexp": _or_zeros(saved.dlogsumexp, saved.m)}
     moved = {"out": dout_tangent, "logsumexp": dlogsumexp_tangent}
     cotangents = {n: jnp.broadcast_to(t, given[n].shape) for n, t in moved.items() if t is not None}
-    spread, along = _alike(call, tangents)
+    spread, along = (_wide(call, x) for x in _alike(call, tangents))
+    given, cotangents = ({n: x.astype(call.acc) for n, x in found.items()} for found in (given, cotangents))
     given, cotangents, spread, along = compat.vary_alike((given, cotangents, spread, along))
 
     def gradients(moving, moving_cotangents):
@@ -233,7 +237,20 @@ def _second_with_sinks(
 
     primals = {n: getattr(spread, n) for n in along}, {n: given[n] for n in cotangents}
     found = jax.jvp(gradients, primals, (along, cotangents))[1]
-    return {name: sum_to(found[name], call.gradient_shape(name)) for name in call.gradient_names}
+    # (Gradients have the dtypes of their operands.)
+    summed = {name: sum_to(found[name], call.gradient_shape(name)) for name in call.gradient_names}
+    return {name: x.astype(call.dtype) if name in STORED else x for name, x in summed.items()}
+
+
+def _wide(call: Call, given: Any) -> Any:
+    """Operands, or arrays by name: query, key and value in the dtype of sums.
+
+    With a sink that has nearly all of the weight, what its share is multiplied by is a small difference: of terms that are
+    rounded to 16 bits it would have no digit.
+    """
+    if isinstance(given, Operands):
+        return replace(given, **_wide(call, {name: getattr(given, name) for name in STORED}))
+    return {name: x.astype(call.acc) if name in STORED else x for name, x in given.items()}
 
 
 def _or_zeros(x, like):

@@ -593,3 +593,31 @@ def test_gradients_of_small_shares(sink):
     for name, found in zip(("query", "key", "value", "sinks"), pullback(dout), strict=True):
         scale = np.abs(want[name]).max()
         np.testing.assert_allclose(found, want[name], rtol=1e-4, atol=1e-4 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_second_derivatives_of_small_shares(dtype):
+    """With all but 1e-3 of the weight at the sink, nothing is rounded to 16 bits but the results."""
+    random = np.random.default_rng(0)
+    arrays = [jnp.asarray(random.standard_normal((1, 5, 1, 4)), dtype) for _ in range(8)]
+    dlse, dlse_along = (jnp.asarray(random.standard_normal((1, 1, 5)), jnp.float32) for _ in range(2))
+
+    @jax.jit
+    def moved(q, k, v, dout, *along):
+        def gradients(q, k, v, dout, dlse):
+            sinks = jnp.array([8.5])
+            _, pullback = jax.vjp(
+                lambda *x: jax_fa.flash_attention(*x, sinks=sinks, return_logsumexp=True), q, k, v
+            )
+            return pullback((dout, dlse))
+
+        return jax.jvp(gradients, (q, k, v, dout, dlse), (*along, dlse_along))[1]
+
+    found = moved(*arrays)
+    want = moved(*(x.astype(jnp.float32) for x in arrays))
+    for name, got, exact in zip(("query", "key", "value"), found, want, strict=True):
+        noise = 1e-5 * np.abs(exact).max()
+        assert got.dtype == dtype
+        np.testing.assert_allclose(
+            got.astype(jnp.float32), exact, rtol=0.51 * float(jnp.finfo(dtype).eps), atol=noise, err_msg=name
+        )

@@ -52,7 +52,7 @@ template <bool kPairs>
 inline int64_t StartHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
                          int64_t k, int64_t key0, int64_t key1, float* dq) {
   RangesOfRows<kPairs>(c, plan, s, b, k);
-  const bool sinks = kPairs && c.sinks && !c.partial && key0 == 0;  // counted once, by the first range of keys
+  const bool sinks = kPairs && c.sinks && !SumIsUnknown(c) && key0 == 0;  // counted once, by the first range of keys
   int32_t* const given = BlocksGiven<kPairs>(plan, dq);
   for (int64_t block = 0; block < plan.row_blocks; ++block) {
     const int64_t g0 = block * plan.block_rows;

@@ -14,7 +14,10 @@ namespace {
 // and with a sink of weight w to w delta more. Rounded to bfloat16 they do not, nor where the forward rounded its weights
 // and delta thus is a little off: the error of the sum, times the common component, may exceed the gradient itself. So it
 // is subtracted, in float, from one ds of the row: from the largest, whose key contributes in any case. With a soft cap
-// the sum is not known. Where a row has other keys too, the sum is that of the ds before they were rounded.
+// the sum is not known. Where a row has other keys too, the sum is that of the ds before they were rounded. So it is where a
+// sink takes its part of dlogsumexp: where that is nearly all, what is left would be a small difference.
+inline bool SumIsUnknown(const Call& c) { return c.partial || (c.sinks && c.dlogsumexp); }
+
 struct Balance {
   float* total;  // of each row: the sum of its ds as they were rounded, less what it should be but for dlogsumexp
   int32_t *largest, *key;  // the bits of the largest magnitude of them, and where that is
@@ -55,7 +58,7 @@ inline void AddToBalance(const Balance& balance, int64_t r, int64_t j0, int64_t 
 inline void AddMissing(const Call& c, const Row& row, int64_t k, const Balance& balance, int64_t r, float* stage,
                        float* dq) {
   if (balance.largest[r] == 0 || SoftCapOf(c, row) != 0.0f) return;
-  const float target = c.dlogsumexp && !c.partial ? *c.dlogsumexp.At<float>(row.b, row.n, row.i) : 0.0f;
+  const float target = c.dlogsumexp && !SumIsUnknown(c) ? *c.dlogsumexp.At<float>(row.b, row.n, row.i) : 0.0f;
   const F missing = Set(target - balance.total[r]);
   const float* key = ReadRow<false>(c.key, row.b, k, balance.key[r], c.D, stage);
   Combine(c.D, dq, key, [&](F x, F y) { return Fma(missing, y, x); });
@@ -63,10 +66,10 @@ inline void AddMissing(const Call& c, const Row& row, int64_t k, const Balance& 
 
 // Floats of rows r and, if `two`, r + 1 of p and ds, columns [0, keys), to pairs: of rows in place (in the
 // first of the two), and ds of neighbouring columns to ds_rows, which are added to the balance of rows g0 + r on. `scales`:
-// null, or what each row of ds is multiplied by for the products with q. `partial`: as in Call.
+// null, or what each row of ds is multiplied by for the products with q. `unknown`: as SumIsUnknown.
 template <bool kPairs>
 inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, int64_t g0, int64_t r, bool two,
-                     int64_t j0, int64_t keys, const float* scales, bool partial) {
+                     int64_t j0, int64_t keys, const float* scales, bool unknown) {
   using U = Unit<kPairs>;
   const auto put = [](F a, F b, float* to) {
     F low, high;
@@ -81,7 +84,7 @@ inline void JoinRows(const BackwardScratch<kPairs>& s, const Balance& balance, i
   first = s.ds + r * s.s_row, second = first + s.s_row;
   float *ds = s.ds_rows + r * s.half_row, *second_ds = ds + s.half_row;
   F sum = Set(0.0f), second_sum = sum, most = sum, second_most = sum;
-  for (int64_t j = 0; partial && j < keys; j += 2 * kLanes) {
+  for (int64_t j = 0; unknown && j < keys; j += 2 * kLanes) {
     sum = sum - (Load(first + j) + Load(first + j + kLanes));
     if (two) second_sum = second_sum - (Load(second + j) + Load(second + j + kLanes));
   }

@@ -205,7 +205,7 @@ inline void BackwardBlock(const Call& c, const BackwardPlan& plan, const Backwar
   BlockWeights<kPairs>(c, s, x, keys, sums, [&](int64_t r) {
     if constexpr (kPairs)
       JoinRows<kPairs>(s, BalanceOf(plan, dq), x.g0, r, r + 1 < x.rows, x.j0, keys, one_scale ? nullptr : scales,
-                       c.partial);
+                       SumIsUnknown(c));
   });
   if (c.dquery) QueryGradients<kPairs>(c, plan, s, x, dq);
   if (!kPairs && !one_scale) {

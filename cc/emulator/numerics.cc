@@ -290,8 +290,9 @@ int RunForward(const Op& op) {
         }
         float m = std::max(-kMax, c.Sink(n)), l = 0;
         for (int64_t j = 0; j < skv; ++j) m = std::isnan(x[j]) || x[j] > m ? x[j] : m;
-        if (op.sink.present()) l = std::exp(c.Sink(n) - m);
         for (int64_t j = 0; j < skv; ++j) l += x[j] = std::exp(x[j] - m);
+        // Last: added one by one to a sink that is far above them, keys would be lost.
+        if (op.sink.present()) l += std::exp(c.Sink(n) - m);
         for (int64_t j = 0; j < skv; ++j) x[j] = Narrow(x[j] * c.Kept(b, n, i, j), op.query.dtype);
         for (int64_t d = 0; d < s.Dv; ++d) {
           const float* const row = vt.data() + d * skv;

@@ -77,6 +77,7 @@ Spec RandomSpec(uint64_t seed) {
   s.scales = axes(5, 7), s.caps = axes(6, 7), s.rates = axes(2, 7);
   if (random.OneIn(2)) s.tangents = static_cast<int>(random.Below(128));
   if (random.OneIn(2)) s.cotangents = static_cast<int>(random.Below(4));
+  s.sinks = axes(4, 7), s.partial = random.OneIn(3);
   return s;
 }
 

@@ -5,6 +5,7 @@
 //   dq = scale ds k,  dk = scale ds^T q,  dv = (keep p / keep_prob)^T dout,  dbias = ds,  dslope = -ds distance
 //   the tangent of s is T = (1 - t^2) x' + (t - u (1 - t^2)) cap', x' that of scale q.k + bias - slope distance;
 //   those of log-sum-exp and out are tau = sum p T,  sum keep p (T - tau) v / keep_prob + sum keep p v' / keep_prob
+//   a sink is one more logit of each row, without a value: it is in m and l alone
 //   dscale = ds q.k,  dcap = p (keep dout.v / keep_prob - delta) (t - u (1 - t^2)) where s = cap t, t = tanh u
 //
 // A bias of -inf gives a logit of -inf, whatever the cap.
@@ -30,6 +31,8 @@ struct Problem {
   bool bias_apart = false;
   Array query, key, value, bias, mask, lower, upper, slopes, seed, stream, drop_bits, drop_offset;
   Array bias_offset, position, segment_row, segment_key, scale_of_head, cap_of_head, threshold_of_head, dropout_start;
+  Array sinks;
+  bool partial = false;  // the backward takes the sink for keys that are elsewhere
   Array dout, dlogsumexp, dout_tangent, dlogsumexp_tangent;
   Array query_tangent, key_tangent, value_tangent, bias_tangent, slopes_tangent, scale_tangent, cap_tangent;
   Array out_tangent, logsumexp_tangent;
@@ -83,10 +86,11 @@ struct Problem {
 // What a result should be, its error bound, and whether a number that is not finite reached it by way of the
 // softmax; then it may be NaN even where the definition gives a number, since kernels give up whole rows.
 struct Quantity {
+  static constexpr uint8_t kCertain = 1, kPossible = 2;
   std::vector<double> value, error;
   std::vector<double> terms;  // the sum of the magnitudes of its weighted terms
   std::vector<double> moved;  // what may be put on another key where weights are rounded to 16 bits
-  std::vector<uint8_t> tainted;
+  std::vector<uint8_t> tainted;  // kCertain: it reaches the row by a pair that has weight, and not only kPossible
   void Resize(size_t n) {
     value.assign(n, 0.0);
     error.assign(n, 0.0);
@@ -118,6 +122,7 @@ class Reference {
       for (const Seen& x : seen_) most = x.p > 0.0 ? std::max(most, x.logit_error) : most;
       m.error[stat] = kEps * most;
       for (const Seen& x : seen_) l.error[stat] += x.p * row_.l * (x.error + std::expm1(kEps * 2 * most));
+      if (row_.sink > 0.0) l.error[stat] += row_.sink * row_.l * (row_.sink_error + std::expm1(kEps * 2 * most));
       m.tainted[stat] = l.tainted[stat] = row_.tainted;
       for (int64_t d = 0; d < p_.Dv; ++d) out.tainted[first + static_cast<size_t>(d)] = row_.tainted;
       for (const Seen& x : seen_) {
@@ -162,6 +167,8 @@ class Reference {
         return (x.p * (x.error + growth + 2 * kEps) + kTiny) * away + x.p * moved[at].error;
       };
       for (size_t at = 0; at < seen_.size(); ++at) tau_error += away_error(at);
+      // With a sink, tau is what the mean over keys has of all weights.
+      if (row_.sink > 0.0) tau_error += (row_.sink_error + growth) * (std::fabs(tau) + furthest);
       logsumexp_tangent.value[stat] = row_.l == 0.0 ? 0.0 : tau;
       logsumexp_tangent.error[stat] = tau_error + 4 * kEps * (std::fabs(tau) + furthest);
       logsumexp_tangent.tainted[stat] = tainted;
@@ -216,7 +223,9 @@ class Reference {
       const bool tainted = !seen_.empty() && (weights_tainted || !std::isfinite(delta));
       const size_t to_q = p_.dquery.Index(b, n, i);
       for (int64_t d = 0; d < p_.D; ++d) dquery.tainted[to_q + static_cast<size_t>(d)] |= tainted;
-      double missing = p_.dlogsumexp ? p_.dlogsumexp.at(b, n, i) : 0.0, ds_size = 0.0;  // from the sum of ds
+      // What is missing from the sum of ds, of which the sink has a part.
+      double missing = (p_.dlogsumexp ? p_.dlogsumexp.at(b, n, i) : 0.0) + row_.sink * delta;
+      double ds_size = 0.0, ds_errors = 0.0;
       std::vector<double> largest_key(static_cast<size_t>(p_.D), 0.0);
       for (const Seen& x : seen_) {
         const size_t at_k = p_.key.Index(b, k, x.j), at_v = p_.value.Index(b, k, x.j);
@@ -239,7 +248,7 @@ class Reference {
             x.p * kEps *
                 (x.slope * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner)) +
                  x.slope_error * std::fabs(inner));
-        missing -= ds, ds_size += std::fabs(ds);
+        missing -= ds, ds_size += std::fabs(ds), ds_errors += ds_error;
         for (size_t d = 0; d < largest_key.size() && ds != 0.0; ++d)
           largest_key[d] = std::max(largest_key[d], std::fabs(key[d]));
         const double in_row = std::fabs(scale) * (ds_error + kEps * per_row * std::fabs(ds));
@@ -288,7 +297,10 @@ class Reference {
         }
       }
       for (size_t d = 0; d < largest_key.size() && !seen_.empty(); ++d)
-        dquery.moved[to_q + d] += std::fabs(scale) * (std::fabs(missing) + 0x1p-8 * ds_size) * largest_key[d];
+        // (What each ds is off is missing, too: where one key has nearly all of the weight, its ds is a small difference, whose
+        // error goes to the key with the largest.)
+        dquery.moved[to_q + d] +=
+            std::fabs(scale) * (std::fabs(missing) + 0x1p-8 * ds_size + ds_errors) * largest_key[d];
     });
   }
 
@@ -307,6 +319,7 @@ class Reference {
   struct Row {
     double m, l;
     bool tainted;
+    double sink = 0.0, sink_error = 0.0;  // its weight, and the relative error of that
   };
   struct Moved {
     double t, error;  // the tangent of a logit, and its error
@@ -385,7 +398,7 @@ class Reference {
   void Look(int64_t b, int64_t n, int64_t i) {
     const double none = -static_cast<double>(std::numeric_limits<float>::max());
     seen_.clear();
-    row_ = {none, 0.0, false};
+    row_ = {none, 0.0, false, 0.0, 0.0};
     const int64_t k = n / p_.G();
     const double scale = p_.Scale(b, n), cap = p_.Cap(b, n);
     for (int64_t j = 0; j < p_.Skv; ++j) {
@@ -427,6 +440,10 @@ class Reference {
       if (!(row_.m >= z)) row_.m = std::isnan(row_.m) ? row_.m : z;
       seen_.push_back(x);
     }
+    const double sink = p_.sinks ? p_.sinks.at(b, n) : -std::numeric_limits<double>::infinity();
+    if (sink > row_.m) row_.m = sink;
+    const bool has_sink = std::isfinite(sink);
+    if (has_sink) row_.l = row_.sink = std::exp(sink - row_.m);
     double mean = 0.0;
     for (Seen& x : seen_) {
       x.p = std::exp(x.s - row_.m);
@@ -439,6 +456,9 @@ class Reference {
       x.error = std::expm1(kEps * units);
       x.p /= row_.l;
     }
+    if (!has_sink) return;
+    row_.sink_error = std::expm1(kEps * (2 * mean / row_.l + Growth(p_.Skv) + 16 + 2 * std::fabs(sink - row_.m)));
+    row_.sink /= row_.l;
   }
 
   const Problem& p_;

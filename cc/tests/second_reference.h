@@ -67,6 +67,9 @@ class SecondReference : public Reference {
     for (int64_t d = 0; d < n; ++d) sum.value += x[d] * y[d], size += std::fabs(x[d] * y[d]);
     return sum.Summed(Growth(n), size);
   }
+  uint8_t Taint(bool tainted) const {
+    return !tainted ? 0 : certain_ ? Quantity::kCertain : Quantity::kPossible;
+  }
   static double FiniteSize(double x) { return std::isfinite(x) ? std::fabs(x) : 0.0; }
 
   void FirstPass(int64_t b, int64_t n, int64_t i) {
@@ -74,8 +77,10 @@ class SecondReference : public Reference {
     const double *q = RowOf(p_.query, b, n, i), *dout = RowOf(p_.dout, b, n, i), cap = p_.Cap(b, n);
     const double* out = RowOf(p_.out, b, n, i);
     tainted_ = row_.tainted || !AllFinite(dout, p_.Dv);
-    const auto taint = [&](const Array& x, int64_t width) { tainted_ |= x && !AllFinite(RowOf(x, b, n, i), width); };
-    taint(p_.query_tangent, p_.D), taint(p_.dout_tangent, p_.Dv);
+    const auto finite = [&](const Array& x, int64_t width) { return !x || AllFinite(RowOf(x, b, n, i), width); };
+    tainted_ |= !finite(p_.query_tangent, p_.D);
+    certain_ = tainted_;  // of both_tainted_, too
+    tainted_ |= !finite(p_.dout_tangent, p_.Dv);
     const double dlse = p_.dlogsumexp ? p_.dlogsumexp.at(b, n, i) : 0.0;
     const double dlse_tangent = p_.dlogsumexp_tangent ? p_.dlogsumexp_tangent.at(b, n, i) : 0.0;
     bool gradients_tainted = !std::isfinite(dlse) || !std::isfinite(dlse_tangent);
@@ -102,8 +107,10 @@ class SecondReference : public Reference {
       y.by_x = {1.0, 0.0};
       if (cap != 0.0 && !masked) CapOf(b, n, x, moved, &y);
       if (masked) y.by_x.value = cap != 0.0 ? 0.0 : 1.0;
-      tainted_ |= !std::isfinite(moved.t);
-      if (p_.value_tangent && !Drops(x)) tainted_ |= !AllFinite(RowOf(p_.value_tangent, b, k, x.j), p_.Dv);
+      // What is dropped has no weight: tangents of dout and value at such a pair may be anything.
+      const bool of_value = p_.value_tangent && !Drops(x) && !AllFinite(RowOf(p_.value_tangent, b, k, x.j), p_.Dv);
+      tainted_ |= !std::isfinite(moved.t) || of_value;
+      certain_ |= !std::isfinite(moved.t) || (x.keep != 0.0 && (of_value || !finite(p_.dout_tangent, p_.Dv)));
       if (p_.key_tangent && !p_.Masked()) gradients_tainted |= !AllFinite(RowOf(p_.key_tangent, b, k, x.j), p_.D);
       gradients_tainted |= !std::isfinite(y.u.value) || !std::isfinite(y.inner.value);
       if (x.p > 0.0) {
@@ -133,10 +140,11 @@ class SecondReference : public Reference {
     sigma_ = (sigma - Bounded{dlse_tangent, 0.0}).Summed(per_row_, ds_size + u_size);
     both_tainted_ = tainted_ || gradients_tainted;
     if (seen_.empty()) tainted_ = both_tainted_ = false;
+    certain_ = (certain_ || gradients_tainted) && row_.l != 0.0;  // else no key has weight, by a bias of -inf
     const size_t stat = p_.logsumexp_tangent.Index(b, n, i);
     logsumexp_tangent.value[stat] = row_.l == 0.0 ? 0.0 : tau_.value;
     logsumexp_tangent.error[stat] = tau_.error;
-    logsumexp_tangent.tainted[stat] = tainted_;
+    logsumexp_tangent.tainted[stat] = Taint(tainted_);
   }
 
   // The soft cap: its derivative, and the tangent of that.
@@ -173,7 +181,7 @@ class SecondReference : public Reference {
     const auto add = [&](Quantity& to, size_t first, const Bounded& by, const double* row, int64_t width, double growth,
                          bool tainted) {
       for (int64_t d = 0; d < width; ++d) {
-        to.tainted[first + static_cast<size_t>(d)] |= tainted;
+        to.tainted[first + static_cast<size_t>(d)] |= Taint(tainted);
         if (row == nullptr || (by.value == 0.0 && by.error == 0.0)) continue;
         to.Add(first + static_cast<size_t>(d), by.value * row[d],
                (by.error + kEps * growth * std::fabs(by.value)) * std::fabs(row[d]));
@@ -193,7 +201,7 @@ class SecondReference : public Reference {
     add(out_tangent, to_out, weight, row_of(p_.value, k, x.j), p_.Dv, per_row_, out_tainted);
     add(out_tangent, to_out, kept, row_of(p_.value_tangent, k, x.j), p_.Dv, per_row_, out_tainted);
     const auto sum = [&](Quantity& to, size_t index, const Bounded& by) {
-      to.tainted[index] |= both_tainted_;
+      to.tainted[index] |= Taint(both_tainted_);
       to.Add(index, by.value, by.error + kEps * per_all_ * std::fabs(by.value));
     };
     if (p_.dbias) sum(dbias, p_.BiasIndex(b, n, i, x.j), gx);
@@ -212,6 +220,7 @@ class SecondReference : public Reference {
 
   std::vector<Pair> pairs_;  // those of seen_
   Bounded tau_, sigma_;
+  bool certain_ = false;  // see Quantity::tainted
   bool tainted_ = false, both_tainted_ = false;  // what the weights' tangents give, and the gradients by products too
   double per_row_ = 0.0, per_key_ = 0.0, per_all_ = 0.0;
 };

@@ -24,6 +24,8 @@ struct Spec {
   bool apart = false;     // ... and each key head has elements of its own
   int segments = kNoAxes;
   int scales = kNoAxes, caps = kNoAxes, rates = kNoAxes;  // axes of what is given per head instead
+  int sinks = kNoAxes;
+  bool partial = false;  // the backward takes the sink for keys that are elsewhere
   bool philox = false, bits = false, dlogsumexp = false;
   int layout = 0;               // 0: B S N D without gaps; else any order, drawn from the seed
   bool rounding = true;         // of a 16-bit out is saved for the backward
@@ -44,11 +46,11 @@ struct Spec {
         text, sizeof text,
         "B=%lldx%lld Sq=%lld Skv=%lld N=%lld K=%lld D=%lld Dv=%lld %s bounds=%s/%d mask=%d bias=%d%s "
         "scale=%g amplitude=%g/%g common=%g/%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d per-head=%d/%d/%d "
-        "dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s tangents=%d/%d seed=%llu",
+        "sinks=%d%s dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s tangents=%d/%d seed=%llu",
         Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv), kDTypes[static_cast<int>(dtype)],
         kBounds[static_cast<int>(bounds)], bound_axes, mask, bias, infinite_bias ? "(-inf)" : "", scale, amplitude,
         query_amplitude, common_key, common_logit, cap, static_cast<int>(alibi), slope_axes, position, indexed,
-        apart ? "(apart)" : "", segments, scales, caps, rates, philox ? "philox " : "", bits ? "bits " : "", keep,
+        apart ? "(apart)" : "", segments, scales, caps, rates, sinks, partial ? "(partial)" : "", philox ? "philox " : "", bits ? "bits " : "", keep,
         dlogsumexp, layout, garbage, seen_garbage ? "(seen)" : "", tangents, cotangents,
         static_cast<unsigned long long>(seed));
     return text;
@@ -95,6 +97,7 @@ class Maker {
     }
     MakeHeads();
     MakeDropout();
+    MakeSinks();
     MakeResults();
     if (s_.garbage != 0.0) Spoil();
     MakeTangents();
@@ -120,6 +123,7 @@ class Maker {
                      &p_.cap_of_head,
                      &p_.threshold_of_head,
                      &p_.dropout_start,
+                     &p_.sinks,
                      &p_.query_tangent,
                      &p_.key_tangent,
                      &p_.value_tangent,
@@ -309,6 +313,18 @@ class Maker {
       }
       for (double& x : p_.drop_bits.value)  // each bit kept with probability 3/4
         x = static_cast<double>((random_.Bits() | random_.Bits()) & 255);
+    }
+  }
+
+  // With numbers of their own: the rest of a case does not depend on them.
+  void MakeSinks() {
+    if (s_.sinks == kNoAxes) return;
+    Random random(s_.seed + 3000017);
+    p_.partial = s_.partial;
+    p_.sinks = Array(DType::kF32, Full(s_.sinks & 7, 1), s_.B2, s_.B1, Storage());
+    for (double& x : p_.sinks.value) {
+      x = (random.OneIn(4) ? 100.0 : 3.0) * random.Normal();
+      if (random.OneIn(8)) x = -std::numeric_limits<double>::infinity();
     }
   }
 

@@ -17,12 +17,16 @@ import numpy as np
 from jax_fa import ascend
 from jax_fa.backends import native
 from jax_fa.backends.ascend import installation
-from jax_fa.testing.fuzz import script
+from jax_fa.testing.fuzz import script, sharded
 
 PROGRAMS = 20  # of a round
 SILENCE = 400.0  # seconds without a line: the process hangs
+# Every so many rounds, so many programs are run by another number of threads, too, and must give the same bits.
+THREADS_EVERY, THREADS_PROGRAMS = 2, 3
 # Compiling takes most of the time, and half of it goes into optimizations of loops, which small arrays do not need.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# (There are as many threads as devices, at least.)
+MORE_DEVICES = f" --xla_force_host_platform_device_count={sharded.DEVICES}"
 CACHES = (
     "",
     "32768,524288,16777216",
@@ -89,7 +93,7 @@ def environment(options: Options, number: int) -> dict[str, str]:
         "JAX_FA_CPU_ISA": sets[number % len(sets)],
         "JAX_FA_CPU_CACHES": str(random.choice(CACHES)),
         "NPROC": str(random.integers(1, 4)),
-        "XLA_FLAGS": FLAGS,
+        "XLA_FLAGS": FLAGS + (MORE_DEVICES if random.random() < 0.4 else ""),
         "OPENBLAS_NUM_THREADS": "1",
         "JAX_PLATFORMS": "cpu",
     }
@@ -108,6 +112,7 @@ class Campaign:
         self.totals = Totals()
         self._start = time.monotonic()
         self._before = 0.0
+        self._digests: dict[int, str] = {}  # of the bits of each program's first call, in this round
         if options.resume:
             self._resume()
 
@@ -156,18 +161,42 @@ class Campaign:
 
     def _round(self, number: int) -> None:
         variables = environment(self.options, number)
+        self._digests.clear()
         first = (self.options.seed * 100_000 + number) * PROGRAMS
         seed, end = first, first + PROGRAMS
         while seed < end and not self._over():
             reached = self._process(number, variables, (seed, end))
             if reached is None:
-                return
+                break
             seed = reached + 1  # what a program kills is that program alone
+        alone = MORE_DEVICES not in variables["XLA_FLAGS"]
+        if number % THREADS_EVERY == 0 and alone and not self._over():
+            self._with_other_threads(number, variables, (first, first + THREADS_PROGRAMS))
 
-    def _process(self, number: int, variables: dict[str, str], seeds: tuple[int, int]) -> int | None:
-        """Runs the programs of these seeds; returns the seed of the one that ended the process, None: none did."""
-        o, at, told = self.options, seeds[0] - 1, False
-        given = {
+    def _with_other_threads(self, number: int, variables: dict[str, str], seeds: tuple[int, int]) -> None:
+        threads = 1 + int(variables["NPROC"]) % 3
+        given = self._given(number, seeds) | {"draws": 1, "shrink": 0.0}
+        done = subprocess.run(
+            self._command(given),
+            env={**os.environ, **variables, "NPROC": str(threads)},
+            capture_output=True,
+            text=True,
+            timeout=SILENCE,
+            check=False,
+        )
+        for line in map(json.loads, done.stdout.splitlines()):
+            seed = line.get("done")
+            before = self._digests.get(seed, "")
+            if before and line["digest"] not in ("", before):
+                text = f"{threads} threads give other bits than {variables['NPROC']}"
+                self._failed(variables, given, seed, "bits", text, {})
+
+    def _command(self, given: dict[str, Any]) -> list[str]:
+        return [sys.executable, "-P", "-m", "jax_fa.testing.fuzz.worker", json.dumps(given)]
+
+    def _given(self, number: int, seeds: tuple[int, int]) -> dict[str, Any]:
+        o = self.options
+        return {
             "seeds": seeds,
             "draws": o.draws,
             "seconds": o.program_seconds,
@@ -175,9 +204,12 @@ class Campaign:
             "backends": o.backends or present_backends(),
             "small_tiles": small_tiles(o, number),
         }
-        command = [sys.executable, "-P", "-m", "jax_fa.testing.fuzz.worker", json.dumps(given)]
+
+    def _process(self, number: int, variables: dict[str, str], seeds: tuple[int, int]) -> int | None:
+        """Runs the programs of these seeds; returns the seed of the one that ended the process, None: none did."""
+        at, told, given = seeds[0] - 1, False, self._given(number, seeds)
         child = subprocess.Popen(
-            command,
+            self._command(given),
             env={**os.environ, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -228,6 +260,7 @@ class Campaign:
         if "refused" in line:
             t.refused += 1
         if "done" in line:
+            self._digests[line["done"]] = line["digest"]
             t.programs += 1
             t.calls += line["calls"]
             t.reached += line["reached"]

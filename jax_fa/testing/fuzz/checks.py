@@ -38,6 +38,9 @@ def check(inputs: Inputs, found: dict[str, Any]) -> Verdict:
         number, tainted, stored, dtype = _expected(inputs, wanted, name, x)
         if inputs.program.mapped and not inputs.program.vmap_outside:  # each part of a sum is stored
             number = number.rounded(2 * unit_of(dtype), 2 * smallest_of(dtype))
+            # ... and may overflow, the one to infinity and the other to the other one.
+            most = float(jnp.finfo(dtype).max)
+            tainted = tainted | (wanted.size_in_parts(name) * (1 + 4 * unit_of(dtype)) >= most)
         reached += int(np.count_nonzero(tainted))
         ratio, text = _compare(stored, number, tainted, dtype)
         worst[name] = ratio

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_fa.testing.fuzz import calls, kinds, score
+from jax_fa.testing.fuzz import kinds, npu, paged, score, sharded, ways
 from jax_fa.testing.fuzz.program import Program
 
 LENGTHS = (
@@ -117,10 +117,29 @@ def draw_program(seed: int, backends: tuple[str, ...]) -> Program:
     )
     entry = random.random()
     if entry < 0.2:
-        return score.draw_program(random, program)
+        return _of_npu(random, score.draw_program(random, program))
     if entry < 0.3:
         return _as_jax_nn(random, program)
+    if entry < 0.4:
+        return paged.draw_program(random, program)
+    if chance(0.3):
+        program = dataclasses.replace(program, joined=_joined(random, program))
     return _mapped(random, program) if chance(0.2) and backend != "ascend" else _called(random, program)
+
+
+def _joined(random: np.random.Generator, p: Program) -> str:
+    """How the masks are joined. (Where rows stand is said for those of which all hold.)"""
+    if p.slopes and any(name in kinds.PLACING for name in p.mask):
+        return "all"
+    can = [name for name, way in kinds.COMBINATIONS.items() if way.fewest <= len(p.mask)]
+    return str(random.choice(can)) if can else "all"
+
+
+def _of_npu(random: np.random.Generator, p: Program) -> Program:
+    if random.random() < 0.6:
+        return p
+    grad = npu.serves_gradients(p) and random.random() < 0.5
+    return dataclasses.replace(p, how="npu_grad" if grad else "npu")
 
 
 def _as_jax_nn(random: np.random.Generator, p: Program) -> Program:
@@ -172,7 +191,8 @@ def _mapped(random: np.random.Generator, program: Program) -> Program:
 
 
 def _called(random: np.random.Generator, program: Program) -> Program:
-    if random.random() > 0.15:
+    if random.random() > 0.25:
         return program
-    can = [name for name, serves in calls.HOW.items() if serves(program)]
-    return dataclasses.replace(program, how=str(random.choice(can))) if can else program
+    can = [name for name, serves in ways.HOW.items() if serves(program) and name != "eager"]
+    how = str(random.choice(can)) if can and random.random() < 0.8 else "eager"
+    return sharded.fitted(program) if how == "sharded" else dataclasses.replace(program, how=how)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.testing import oracle
-from jax_fa.testing.fuzz import garbage, kinds, score
+from jax_fa.testing.fuzz import garbage, kinds, paged, score
 from jax_fa.testing.fuzz.kinds import Random, Sizes
 from jax_fa.testing.fuzz.program import Data, Program
 from jax_fa.testing.fuzz.reference import Attention
@@ -52,7 +52,7 @@ def shape_of(program: Program, name: str) -> tuple[int, ...]:
 
 def dtype_of(program: Program, name: str) -> Any:
     if name in STORED:
-        return jnp.dtype(program.dtype)
+        return jnp.dtype(program.pages if program.pages and name in paged.STORED else program.dtype)
     return jnp.dtype(program.bias_dtype if name == "bias" else accumulator(program))
 
 
@@ -99,6 +99,7 @@ class Inputs:
     rate: float
     visible: Any = True
     position: Any = None
+    stored: dict[str, np.ndarray] = field(default_factory=dict)  # operands that the library takes otherwise
     _cache: dict[str, Any] = field(default_factory=dict)
 
     # --- as the library takes them
@@ -107,7 +108,9 @@ class Inputs:
         p = self.program
         lead = int(bool(p.mapped))
         result: dict[str, Any] = {
-            "operands": {n: self._mapped(n, self._laid(n, x)) for n, x in self.operands.items()},
+            "operands": {
+                n: self._mapped(n, self._laid(n, x)) for n, x in (self.operands | self.stored).items()
+            },
             "masks": {} if p.known_mask else self._mapped_masks(),
             "dropout": {n: self._mapped(n, x) for n, x in self.dropout.items()},
         }
@@ -166,7 +169,7 @@ class Inputs:
             smallest=_SMALLEST[p.dtype],
             eps=eps,
             narrow=_UNIT[p.dtype] if half else 0.0,
-            loose_delta=half and p.backend == "ascend",
+            loose_delta=half and (p.backend == "ascend" or p.how == "npu_grad"),
             scales_out=half and p.backend == "ascend" and p.dropout == "traced",
             tangents={n: self._lead(n, x) for n, x in self.tangents.items()}
             if p.derivative in ("forward", "second")
@@ -228,12 +231,12 @@ def _known(program: Program) -> dict[str, Any]:
 
 
 def kind_of(name: str) -> kinds.Kind:
-    return kinds.KINDS.get(name) or score.SCORE_KINDS[name]
+    return next(table[name] for table in (kinds.KINDS, score.SCORE_KINDS, paged.KINDS) if name in table)
 
 
 def draw_masks(program: Program, seed: int) -> dict[str, dict[str, np.ndarray]]:
     p = program
-    sizes = Sizes(p.B, p.N, p.Sq, p.Skv, p.Sq, p.Skv)
+    sizes = Sizes(p.B, p.N, p.Sq, p.Skv, p.Sq, p.Skv, p.K)
     drawn = []
     for copy in range(2 if "mask" in p.mapped else 1):
         values = {}
@@ -254,16 +257,19 @@ def draw_masks(program: Program, seed: int) -> dict[str, dict[str, np.ndarray]]:
 def _visible(program: Program, values: dict[str, dict[str, np.ndarray]]) -> tuple[Any, Any]:
     """What is visible, and at which key position each row stands."""
     p = program
-    sizes = Sizes(p.B, p.N, p.Sq, p.Skv, *kinds.lengths_of(p.mask, values, p.Sq, p.Skv))
-    found = np.ones((1,) * (len(p.B) + 3), bool)
+    aligned = kinds.COMBINATIONS[p.joined].aligned
+    counted = tuple(name for i, name in enumerate(p.mask) if aligned(i))
+    sizes = Sizes(p.B, p.N, p.Sq, p.Skv, *kinds.lengths_of(counted, values, p.Sq, p.Skv))
+    plain = np.ones((1,) * (len(p.B) + 3), bool)
     position: Any = np.arange(p.Sq)
+    each = []
     for name in p.mask:
-        found = found & kind_of(name).visible(sizes, values[name])
+        each.append(plain & kind_of(name).visible(sizes, values[name]))
         place = kind_of(name).position
         if place is not None:
             position = place(sizes, values[name])
     position = np.broadcast_to(position, (*p.B, p.N, p.Sq))
-    return found, position
+    return kinds.joined(p.joined, each) if each else plain, position
 
 
 def draw(program: Program, data: Data) -> Inputs:
@@ -283,6 +289,10 @@ def draw(program: Program, data: Data) -> Inputs:
         visible, position = _visible(p, values)
     values_of = _Values(p, data, random)
     operands = {name: values_of.operand(name) for name in p.operands}
+    stored = {}
+    if paged.are_data(p):
+        stored = {name: paged.as_stored(p, name, operands[name]) for name in paged.STORED}
+        operands |= {name: paged.meaning(p, name, x, values) for name, x in stored.items()}
     dropout: dict[str, Any] = {}
     rate = known["rate"]
     if p.dropout == "bits":
@@ -307,6 +317,7 @@ def draw(program: Program, data: Data) -> Inputs:
         rate=rate,
         visible=visible,
         position=position,
+        stored=stored,
     )
     if data.garbage:
         groups = [

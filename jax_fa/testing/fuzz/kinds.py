@@ -4,9 +4,10 @@ The values of a mask are arrays `*B ...` of int32 (bool for `Dense`). As part of
 tuples or NumPy arrays; otherwise they are traced, and change from call to call.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import and_, or_
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class Sizes:
     Skv: int
     own_sq: Any
     own_skv: Any
+    K: int = 1
 
     def shift(self, align: masks.Align) -> Any:
         return self.per_batch(self.own_skv - self.own_sq) if align == BOTTOM else 0
@@ -152,6 +154,15 @@ def _one_sided(name: str) -> Kind:
         lambda v: masks.Band(**{name: v[name]}),
         lambda s, v: _in_band(s, _at(s, TOP), v.get("left"), v.get("right")),
         lambda s, v: _at(s, TOP),
+    )
+
+
+def behind() -> Kind:
+    """The last keys before the end, counted from the bottom right."""
+    return Kind(
+        lambda random, s: {"left": _ends_often(random, (), 0, s.Skv)},
+        lambda v: masks.Band(v["left"], None, BOTTOM),
+        lambda s, v: _in_band(s, _at(s, BOTTOM), v["left"], None),
     )
 
 
@@ -323,6 +334,35 @@ KINDS: dict[str, Kind] = {
 PLACING = frozenset(name for name, kind in KINDS.items() if kind.position is not None)
 # Kinds that take as many rows as keys.
 SQUARE = frozenset({"segments_self"})
+
+
+# --- masks of masks
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What `&`, `|` and `~` make of masks: of boolean arrays and tracers as well as of the library's."""
+
+    fewest: int
+    of: Callable[[Sequence[Any]], Any]
+    aligned: Callable[[int], bool] = lambda i: True  # whether lengths of mask i count for others
+
+
+COMBINATIONS: dict[str, Combination] = {
+    "all": Combination(1, lambda m: reduce(and_, m)),
+    "any": Combination(2, lambda m: reduce(or_, m), lambda i: False),
+    "not all": Combination(1, lambda m: ~reduce(and_, m)),
+    "none": Combination(2, lambda m: ~reduce(or_, m), lambda i: False),
+    "first alone": Combination(2, lambda m: m[0] & ~reduce(or_, m[1:]), lambda i: i == 0),
+    "without the first": Combination(2, lambda m: ~m[0] & reduce(and_, m[1:]), lambda i: i > 0),
+    "either way": Combination(2, lambda m: (m[0] & ~m[1]) | (m[1] & ~m[0]), lambda i: False),
+    "implied": Combination(2, lambda m: ~m[0] | reduce(and_, m[1:]), lambda i: False),
+}
+
+
+def joined(combination: str, found: Sequence[Any]) -> Any:
+    """None of no masks."""
+    return COMBINATIONS[combination].of(found) if found else None
 
 
 def lengths_of(names: tuple[str, ...], values: Mapping[str, Values], Sq: int, Skv: int) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 TINY = 1e-37  # what becomes 0 where numbers below the normal ones do
+FLUSHED = 1.2e-38  # ... of a product, whose factors still come
 
 
 def growth(terms: int) -> float:
@@ -32,6 +33,10 @@ class Number:
     @property
     def still(self) -> "Number":
         return Number(self.value, self.error, None, self.eps)
+
+    @property
+    def flushed(self) -> float:
+        return FLUSHED if self.eps > 1e-10 else 0.0
 
     def _new(self, value, error, tangent: "Number | None" = None) -> "Number":
         return Number(value, error, tangent, self.eps)
@@ -57,6 +62,7 @@ class Number:
         other = self._of(other)
         value, size, other_size = self.value * other.value, np.abs(self.value), np.abs(other.value)
         error = size * other.error + (other_size + other.error) * self.error + self.eps * np.abs(value)
+        error = error + self.flushed
         return self._new(value, error, self._product(other, Number.__mul__))
 
     __rmul__ = __mul__
@@ -65,6 +71,7 @@ class Number:
         other = self._of(other)
         value = self.value / other.value
         error = (self.error + np.abs(value) * other.error) / np.abs(other.value) + self.eps * np.abs(value)
+        error = error + self.flushed
         tangent, quotient = self.tangent, self._new(value, error)
         if other.tangent is not None:
             moved = quotient * other.tangent
@@ -74,7 +81,7 @@ class Number:
     def __matmul__(self, other: "Number") -> "Number":
         size, other_size = np.abs(self.value), np.abs(other.value)
         rounded = self.eps * growth(self.value.shape[-1])
-        error = size @ (other.error + rounded * other_size)
+        error = size @ (other.error + rounded * other_size) + self.value.shape[-1] * self.flushed
         if np.ndim(self.error):
             error = error + self.error @ (other_size + other.error)
         return self._new(self.value @ other.value, error, self._product(other, Number.__matmul__))

@@ -22,7 +22,8 @@ class Program:
     Dv: int = 8
     dtype: str = "float32"
     layout: str = "BSND"
-    mask: tuple[str, ...] = ()  # keys of `kinds.KINDS`, all of which hold
+    mask: tuple[str, ...] = ()  # keys of `kinds.KINDS`
+    joined: str = "all"  # how: see `kinds.COMBINATIONS`
     known_mask: bool = False  # its values are part of the program
     bias: str | None = None  # as `kinds.dense_shape`
     bias_dtype: str = "float32"
@@ -36,7 +37,9 @@ class Program:
     mapped_last: bool = False  # ... along the last axis, not the first
     vmap_outside: bool = True  # of the derivative, not inside
     max_logits: bool = False
-    how: str = "jit"  # see `calls.HOW`
+    how: str = "jit"  # see `ways.HOW` and `npu`
+    pages: str | None = None  # their dtype, if it is not the query's
+    page_scales: bool = False
     seed: int = 0  # of the values that are part of the program
 
     def __str__(self) -> str:
@@ -62,7 +65,8 @@ class Program:
 
     def results(self) -> tuple[str, ...]:
         """Those that are differentiated."""
-        return ("out",) if self.entry == "dot_product_attention" else ("out", "lse")
+        alone = self.entry == "dot_product_attention" or self.how == "npu_grad"
+        return ("out",) if alone else ("out", "lse")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that are not the defaults."""
@@ -96,7 +100,8 @@ def draw_data(program: Program, seed: int) -> Data:
     spread = float(random.choice([1.0, 1.0, 1.0, 0.01, 8.0, 60.0, 400.0]))
     size = float(random.choice([1.0, 1.0, 1.0, 1.0, 1e-4, 1e3]))
     garbage = str(random.choice(["nan", "inf", "-inf", "3e38", "1e-40"])) if random.random() < 0.3 else None
-    if program.backend == "ascend" or program.dtype == "float64":
+    # (Eight bits hold little of it.)
+    if program.backend == "ascend" or program.dtype == "float64" or program.pages or program.page_scales:
         garbage = None
     if program.backend == "ascend":
         spread, size = min(spread, 8.0), 1.0

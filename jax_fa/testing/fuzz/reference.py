@@ -55,6 +55,7 @@ class Attention:
         self.G = self.N // self.K
         self.full = (*self.batch, self.N, self.Sq, self.Skv)
         self.results: dict[str, Number] = {}
+        self._gradients: dict[str, Number] = {}  # before they are summed to the shapes of operands
         self.tainted: dict[str, np.ndarray] = {}
 
     # --- from how arrays are given to `*B K G rows columns`, and back
@@ -169,7 +170,7 @@ class Attention:
         error = np.max(np.broadcast_to(x.error, seen.shape), axis=-1, keepdims=True, where=seen, initial=0.0)
         self._result("largest", Number(m[..., 0], error[..., 0]), (self.K, self.G, self.Sq))
         if "sinks" in self.given:
-            sinks = self._number("sinks")
+            self.sinks = sinks = self._number("sinks")
             sink_values = self._arranged("sinks", np.asarray(self.given["sinks"], np.float64))
             there = ~np.isneginf(sink_values)
             m = np.maximum(m, np.where(there, sinks.value, -FLT_MAX))
@@ -185,21 +186,20 @@ class Attention:
         if "sinks" in self.given:
             self.sink_weight = of_sink / safe
         p = e / safe
+        self.weights = p
         self.p = p.map(lambda a: np.minimum(a, FLT_MAX))
-        self.kept = p if self.keep is None else p * self._grouped(self.keep)
-        narrow = self.kept.rounded(self.narrow, self._least())
+        narrow = self._narrowed(p)
         out = self._with_sink_rounded(narrow @ self.v)
         if self.sink_weight is not None or self.scales_out:
             out = out._new(
                 out.value, out.error + self.narrow * np.abs(out.value) + self._least(), out.tangent
             )
         self.out = out
-        lse = top + safe.log()
-        spread = (p * Number(np.zeros_like(p.value), x.error, None, self.eps)).sum(axis=-1, keepdims=True)
-        lse = lse._new(lse.value, spread.error + self.eps * (8 + 4 * np.abs(lse.value)), lse.tangent)
+        lse = self._with_error_of_sum(top + safe.log(), p, x, top)
         lse = lse._new(
             np.where(self.empty, -FLT_MAX, lse.value), np.where(self.empty, 0, lse.error), lse.tangent
         )
+        self.lse_tangent = None if lse.tangent is None else lse.tangent.value
         rows = (self.K, self.G, self.Sq)
         self._result("lse", lse.map(lambda a: a[..., 0]), rows)
         most = error[..., 0]
@@ -212,20 +212,52 @@ class Attention:
         """`*B K G Sq`: rows to which something is visible that is not finite in one of these."""
         return _Taint(self).rows(arrays)
 
+    def _with_error_of_sum(self, lse: Number, p: Number, x: Number, top: Number) -> Number:
+        """The log-sum-exp with its bound.
+
+        It is off by the relative error of the sum: the mean, by weight, of those of its terms (of which one is the sink), and
+        what adding them loses. `Number.exp` bounds terms likewise, but an error of a logit moves the mean no further than
+        itself, however large it is. The max and the logarithm are rounded themselves, and may cancel.
+        """
+
+        def of_term(weight: Any, at: Any, error: Any) -> Any:
+            return weight * (error + self.eps * (8 + 2 * np.abs(at - top.value)))
+
+        where = np.where(self.seen, x.value, top.value)
+        error = of_term(p.value, where, x.error).sum(axis=-1, keepdims=True)
+        if self.sink_weight is not None:
+            error = error + of_term(self.sink_weight.value, self.sinks.value, 0.0)
+        size = np.abs(top.value) + 3 * np.abs(lse.value - top.value)
+        return lse._new(
+            lse.value, error + self.eps * (growth(self.Skv) + size + np.abs(lse.value)), lse.tangent
+        )
+
+    def _moves_sink(self, x: Number) -> bool:
+        """Whether arrays of 16 bits are multiplied by the share that the keys have in the sum, which moves."""
+        weight = self.sink_weight
+        return bool(self.narrow) and weight is not None and None not in (weight.tangent, x.tangent)
+
+    def _share_factor(self) -> Any:
+        """How fast the keys' share in the sum moves, relative to it."""
+        # (Not 1 - the weight of the sink, which may be 1.)
+        share, moved = self.weights.value.sum(-1, keepdims=True), self.weights.tangent
+        assert moved is not None
+        return np.abs(moved.value.sum(-1, keepdims=True)) / np.maximum(share, TINY)
+
     def _with_sink_rounded(self, x: Number) -> Number:
         """The tangent of what is the product of a 16-bit array and of the keys' share in the sum, by its two terms."""
-        if (
-            self.sink_weight is None
-            or x.tangent is None
-            or not self.narrow
-            or self.sink_weight.tangent is None
-        ):
+        if not self._moves_sink(x):
             return x
-        share = np.maximum(1 - self.sink_weight.value, 1e-30)
-        term = np.abs(x.value) * np.abs(self.sink_weight.tangent.value / share)
-        tangent = x.tangent
-        more = self.narrow * (np.abs(tangent.value) + 2 * term) + self._least()
+        tangent, factor = x.tangent, self._share_factor()
+        assert tangent is not None
+        size = np.abs(tangent.value) + 2 * np.abs(x.value) * factor
+        more = self.narrow * size + self._least() * (2 + factor)
         return x._new(x.value, x.error, x._new(tangent.value, tangent.error + more))
+
+    def _narrowed(self, p: Number) -> Number:
+        """Weights that are kept, rounded before they are divided by the probability of that, or after."""
+        rounded = p.rounded(self.narrow, self._least())
+        return rounded if self.keep is None else rounded * self._grouped(self.keep)
 
     def _least(self) -> float:
         return self.smallest if self.narrow else 0.0
@@ -276,12 +308,12 @@ class Attention:
         delta = self._as_computed(delta, dout, terms)
         if dlse is not None:
             delta = delta - dlse.map(lambda a: a[..., None])
-        dx = (self.p * (dw - delta)).where(self.seen)
+        dx = self._flushed_first((self.p * (dw - delta)).where(self.seen))
         ds = dx if self.by_x is None else (dx * self.by_x).where(self.seen)
         narrow_ds = ds.rounded(narrow, least)
         dq = (narrow_ds @ self.k) * self.scale_number
         dk = (narrow_ds.map(_turned) @ self.q) * self.scale_number
-        dv = self.kept.rounded(narrow, least).map(_turned) @ dout
+        dv = self._narrowed(self.weights).map(_turned) @ dout
         dq = self._moved(dq, ds)
         found = {"query": dq, "key": dk, "value": dv}
         if "bias" in self.given:
@@ -299,6 +331,26 @@ class Attention:
                 x = x.map(lambda a: np.broadcast_to(a, (*self.batch, self.K, self.G, *a.shape[-2:])))
                 x = x.sum(axis=(-1, -2), keepdims=True)
             self.results[f"d{name}"] = self._given_back(name, x)
+            self._gradients[f"d{name}"] = x
+
+    def size_in_parts(self, name: str) -> Any:
+        """The sum of the magnitudes of what each entry of the first dim of the batch adds to a gradient, or its tangent."""
+        base = name.removesuffix("'")
+        x = self._gradients.get(base)
+        x = x.tangent if x is not None and name != base else x
+        shape = np.shape(self.given.get(base[1:], 0.0))
+        if x is None or shape[0] != 1:  # it is no sum over them
+            return 0.0
+        parts = (self._given_back(base[1:], Number(x.value[i : i + 1])) for i in range(x.value.shape[0]))
+        return sum(np.abs(part.value) for part in parts)
+
+    def _flushed_first(self, dx: Number) -> Number:
+        """The tangent of p (dw - delta) where this product is 0 before it is multiplied by how fast p moves."""
+        if dx.tangent is None or self.s.tangent is None:
+            return dx
+        moves = np.abs(self.s.tangent.value - (0.0 if self.lse_tangent is None else self.lse_tangent))
+        error = dx.tangent.error + dx.flushed * np.where(self.seen, moves, 0.0)
+        return dx._new(dx.value, dx.error, dx._new(dx.tangent.value, error))
 
     def _as_computed(self, delta: Number, dout: Number, terms: Number) -> Number:
         """delta by way of the output: rowsum(dout out), where the output may be rounded."""

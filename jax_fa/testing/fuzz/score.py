@@ -41,7 +41,9 @@ def _mode(mode: int) -> Kind:
     return Kind(draw, lambda v: v, visible)
 
 
-def _packed(mode: int) -> Kind:
+def _packed(mode: int, equal: bool) -> Kind:
+    """`equal`: sequences have as many keys as rows."""
+
     def ends(random, count, size):
         x = np.sort(random.value.integers(0, size + 1, count))
         if random.value.random() < 0.6:
@@ -50,7 +52,8 @@ def _packed(mode: int) -> Kind:
 
     def draw(random, s):
         count = int(random.shape.integers(1, 6))
-        return {"query": ends(random, count, s.Sq), "key": ends(random, count, s.Skv)}
+        query = ends(random, count, s.Sq)
+        return {"query": query, "key": query.copy() if equal else ends(random, count, s.Skv)}
 
     def visible(s, v):
         found = np.zeros((1, s.Sq, s.Skv), bool)
@@ -69,8 +72,12 @@ def blocks(values: Any) -> list[tuple[slice, slice]]:
     return [(slice(int(a), int(b)), slice(int(c), int(d))) for a, b, c, d in pairs]
 
 
-MODES = {f"sparse_{mode}": mode for mode in range(7)} | {f"packed_{mode}": mode for mode in range(4)}
-SCORE_KINDS = {name: (_packed if name.startswith("packed") else _mode)(mode) for name, mode in MODES.items()}
+_PACKED = {f"{name}_{mode}": mode for name in ("packed", "equal") for mode in range(4)}
+MODES = {f"sparse_{mode}": mode for mode in range(7)} | _PACKED
+SCORE_KINDS = {
+    name: _packed(mode, name.startswith("equal")) if name in _PACKED else _mode(mode)
+    for name, mode in MODES.items()
+}
 MASKS = ("dense_BNQK", "dense_B1QK", "dense_QK")  # atten_mask, with True for what is visible
 
 
@@ -94,15 +101,14 @@ def draw_program(random: np.random.Generator, base: Program) -> Program:
         dtype=one("float32", "bfloat16", "float16"),
         bias=None,
         slopes=None,
-        # (Where a sequence has no keys, CANN's marks say so, whatever the sink is.)
-        sinks=None if layout == "TND" or base.Skv == 0 else one(None, None, "N"),
+        sinks=None if base.Skv == 0 else one(None, None, "N"),
         scale=one("known", "known", "traced"),
         cap=None,
         dropout=one(None, None, "bits"),
         max_logits=False,
     )
     if layout == "TND":
-        return dataclasses.replace(p, mask=(one(*(n for n in MODES if n.startswith("packed"))),))
+        return _draw_packed(random, p)
     mode = one(*(n for n in MODES if n.startswith("sparse")))
     mask: tuple[str, ...] = (mode,)
     if MODES[mode] in (0, 1) or (MODES[mode] == 5 and random.random() < 0.5):
@@ -113,6 +119,24 @@ def draw_program(random: np.random.Generator, base: Program) -> Program:
     if p.Sq == p.Skv and random.random() < 0.3:
         return dataclasses.replace(p, slopes=one("N", "BN"))
     return p
+
+
+def _draw_packed(random: np.random.Generator, p: Program) -> Program:
+    mode = int(random.integers(4))
+    more = str(random.choice(["", "", "bias", "slopes"])) if p.Sq else ""
+    # Shifts and slopes need as many keys as rows here. (Blocks of a shift are as long as sequences, which are known then.
+    # Where a sequence has no keys, CANN's marks say so, whatever the sink is. Where the lengths are known, rows without
+    # keys are refused in some modes.)
+    known = p.known_mask or more == "bias"
+    equal = bool(more or p.sinks or (known and mode in (0, 3)))
+    fields: dict[str, Any] = {"Skv": p.Sq} if equal else {}
+    if more == "slopes":
+        fields["slopes"] = "N"
+    elif more == "bias":
+        fields |= {"bias": str(random.choice(["NQK", "N1K"])), "bias_dtype": p.dtype}
+    return dataclasses.replace(
+        p, mask=(f"{'equal' if equal else 'packed'}_{mode}",), known_mask=known, **fields
+    )
 
 
 def pse_type(program: Program) -> int:
@@ -165,44 +189,63 @@ KEEP_PROB = 0.75
 
 def attend(program: Program, operands: Any, values: Any, dropout: Any, known: bool) -> dict[str, Any]:
     """`values`: of masks, by kind."""
+    result = jax_fa.flash_attention_score(**arguments(program, operands, values, dropout, known))
+    return results(program, result.attention_out, result.softmax_max, result.softmax_sum)
+
+
+def arguments(program: Program, operands: Any, values: Any, dropout: Any, known: bool) -> dict[str, Any]:
     p, mode = program, MODES[program.mask[0]]
     pre, following = TOKENS.get(mode, (HUGE, HUGE))
     integers: dict[str, Any] = {
         name: tuple(int(i) for i in x) if known else jnp.asarray(x) for name, x in values[p.mask[0]].items()
     }
     names = {"query": "actual_seq_qlen", "key": "actual_seq_kvlen", "prefix": "prefix"}
-    scale = operands["scale"] if p.scale == "traced" else known_scale(p)
-    kind, pse = pse_type(p), operands.get("bias", operands.get("alibi_slopes"))
-    if pse is not None and kind == 1:
-        pse = pse * jnp.asarray(1 / known_scale(p), pse.dtype)
     atten_mask = None
     for name in p.mask[1:]:
         atten_mask = jnp.logical_not(values[name]["array"])
         if name == "dense_QK" and p.seed % 4 == 0:
             atten_mask = atten_mask[None, None]
-    result = jax_fa.flash_attention_score(
-        operands["query"],
-        operands["key"],
-        operands["value"],
-        pse,
-        dropout.get("drop_mask"),
-        atten_mask,
+    return {
+        **{name: operands[name] for name in ("query", "key", "value")},
         **{names[name]: x for name, x in integers.items()},
-        head_num=p.N,
-        input_layout=p.layout,
-        scale_value=scale,
-        keep_prob=KEEP_PROB if p.dropout else 1.0,
-        pre_tokens=pre,
-        next_tokens=following,
-        sparse_mode=mode,
-        pse_type=kind,
-        sink=operands.get("sinks"),
-        implementation=p.backend,
-    )
-    m, l = (x[..., lane] for x, lane in ((result.softmax_max, 3), (result.softmax_sum, 7)))
-    if p.layout == "TND":
+        "pse": _pse(p, operands, values),
+        "drop_mask": dropout.get("drop_mask"),
+        "atten_mask": atten_mask,
+        "head_num": p.N,
+        "input_layout": p.layout,
+        "scale_value": operands["scale"] if p.scale == "traced" else known_scale(p),
+        "keep_prob": KEEP_PROB if p.dropout else 1.0,
+        "pre_tokens": pre,
+        "next_tokens": following,
+        "sparse_mode": mode,
+        "pse_type": pse_type(p),
+        "sink": operands.get("sinks"),
+        "implementation": p.backend,
+    }
+
+
+def _pse(program: Program, operands: Any, values: Any) -> Any:
+    p = program
+    if p.slopes:
+        return operands["alibi_slopes"]
+    pse = operands.get("bias")
+    if pse is None:
+        return None
+    if pse_type(p) == 1:
+        pse = pse * jnp.asarray(1 / known_scale(p), pse.dtype)
+    if p.layout == "TND":  # a block for each sequence
+        rows = pse.shape[1] > 1 or p.Sq == 1
+        parts = [pse[:, at if rows else slice(None), keys] for at, keys in blocks(values[p.mask[0]])]
+        pse = jnp.concatenate([part.reshape(-1) for part in parts])
+    return pse
+
+
+def results(program: Program, out: Any, softmax_max: Any, softmax_sum: Any) -> dict[str, Any]:
+    """By name, as of `flash_attention`."""
+    m, l = (x[..., lane] for x, lane in ((softmax_max, 3), (softmax_sum, 7)))
+    if program.layout == "TND":
         m, l = m.T, l.T
     masked = (l == FLT_MAX) | (l == 0)
     m, l = jnp.where(masked, -FLT_MAX, m), jnp.where(masked, 0, l)
     lse = jnp.where(masked, -FLT_MAX, m + jnp.log(jnp.where(masked, 1, l)))
-    return {"out": result.attention_out, "lse": lse, "m": m, "l": l}
+    return {"out": out, "lse": lse, "m": m, "l": l}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jax_fa.testing.fuzz import kinds, paged, score, sharded
 from jax_fa.testing.fuzz.program import Data, Program, draw_data
 from jax_fa.testing.fuzz.trial import Runner
 
@@ -68,6 +69,9 @@ def _changed(program: Program, **fields: Any) -> Program | None:
 def _smaller_programs(p: Program) -> Iterator[Program]:
     simple: dict[str, list[Any]] = {
         "how": ["jit"],
+        "joined": ["all"],
+        "page_scales": [False],
+        "pages": [None],
         "mapped": [(), *([(name,) for name in p.mapped] if len(p.mapped) > 1 else [])],
         "mapped_last": [False],
         "vmap_outside": [True],
@@ -109,7 +113,17 @@ def _fits(p: Program) -> bool:
     }
     square = p.Sq == p.Skv or not any(name == "segments_self" for name in p.mask)
     doubles = p.how != "doubled" or not p.dropout
-    return batches and mapped and square and doubles and p.N % p.K == 0
+    joined = len(p.mask) >= kinds.COMBINATIONS[p.joined].fewest or not p.mask
+    if p.entry == score.ENTRY and not p.mask:  # its mode
+        return False
+    paged_alike = p.entry != paged.ENTRY or (
+        len(p.B) == 1
+        and p.layout == "BSND"
+        and p.mask[0].startswith("pages")
+        and p.Skv % paged.page_size(p) == 0
+    )
+    lengths = p.how != "sharded" or sharded.fitted(p) == p
+    return batches and mapped and square and doubles and joined and paged_alike and lengths and p.N % p.K == 0
 
 
 def _simpler_data(data: Data) -> Iterator[Data]:
