@@ -108,6 +108,7 @@ struct ForwardScratch {
   float *key_scale, *value_scale;
   float *q_panels, *weights;  // of some rows: see NarrowBlock
   int32_t *lo, *hi;
+  int32_t *block_lo, *block_hi;  // ... in one block of keys, of few rows and a mask by blocks
   int64_t q_row, s_row;
 
   ForwardScratch(const Call& c, const ForwardPlan<kPairs>& plan)
@@ -143,6 +144,8 @@ struct ForwardScratch {
     weights = arena.Take(some * plan.key_block);
     lo = arena.Take<int32_t>(n);
     hi = arena.Take<int32_t>(n);
+    block_lo = arena.Take<int32_t>(c.blocks ? few : 0);
+    block_hi = arena.Take<int32_t>(c.blocks ? few : 0);
   }
 
   const ThreadParts memory;  // the last member, as it fills in those above
