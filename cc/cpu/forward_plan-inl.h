@@ -49,17 +49,17 @@ struct ForwardPlan {
   ForwardPlan(const Call& c, int64_t threads) : threads(threads) {
     const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
-    group_rows = tiles.group_rows;
+    group_rows = AlignedRows(c, tiles.group_rows);
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
     narrow = IsNarrow(c);
     direct = narrow || IsDirect(c);
-    key_block = narrow ? NarrowKeys(c) : direct ? kDirectKeys : KeysOf(tiles.forward_keys, wide);
+    key_block = narrow ? NarrowKeys(c) : direct ? kDirectKeys : AlignedKeys(c, KeysOf(tiles.forward_keys, wide));
     key_blocks = (c.Skv + key_block - 1) / key_block;
     keys_size = RoundUp(key_block, kPanel) * (narrow ? RoundUp(c.D, kLanes) : Units<kPairs>(c.D));
     values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
     const int64_t heads = c.B * c.K;
     task_heads = direct ? c.K : 1;
-    task_rows = direct ? kNarrowRows : kTaskRows;
+    task_rows = direct ? kNarrowRows : TaskRows(c, group_rows);
     const bool paged = c.pages && rows <= kPagedSplitRows, whole = paged || direct;
     while (!whole && task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
       task_rows /= 2;
