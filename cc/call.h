@@ -75,11 +75,15 @@ struct Call {
   bool bias_apart = false;      // with bias_offset: no two key heads or batch entries share an element
   View lower, upper;            // int32 [.., N, Sq]
   View segment_row, segment_key;  // int32 [.., N, Sq], [.., N, Skv]: visible where row < 0 or row == key
-  View slopes;                    // float [.., N, Sq]
-  View position;                  // int32 [.., N, Sq]: where a row stands among the keys, for ALiBi; absent: its index
-  View seed, stream;              // uint32: [.., 2] per batch entry, [.., N, 2]
-  View drop_bits, drop_offset;    // uint8 [.., bytes], int32 [.., N, Sq, 2]
-  int64_t drop_bytes = 0;         // length of one batch entry's bits
+  // A mask by blocks of rows and keys, int32 [.., N, blocks of rows, blocks of keys]: 0 masks all pairs of a block, 1 none,
+  // and 2 + i those that are 0 in pairs i of uint8 [.., N, pairs, block_rows, block_keys].
+  View blocks, block_pairs;
+  int64_t block_rows = 1, block_keys = 1, block_count = 0;  // the last: of pairs
+  View slopes;                                              // float [.., N, Sq]
+  View position;                // int32 [.., N, Sq]: where a row stands among the keys, for ALiBi; absent: its index
+  View seed, stream;            // uint32: [.., 2] per batch entry, [.., N, 2]
+  View drop_bits, drop_offset;  // uint8 [.., bytes], int32 [.., N, Sq, 2]
+  int64_t drop_bytes = 0;       // length of one batch entry's bits
   View scale_of_head, soft_cap_of_head;  // float [.., N], instead of scale and soft_cap
   View threshold_of_head;                // uint32 [.., N], instead of threshold and keep_prob
   View dropout_start;                    // uint32 [.., 2]: the row and column of dropout at which this call begins
@@ -122,7 +126,7 @@ JAX_FA_INLINE bool SharesBiasBatch(const Call& c) {
 
 // Whether each number of dbias is the ds of one visible pair, so that it is just written.
 JAX_FA_INLINE bool WritesAllBias(const Call& c) {
-  return !c.lower && !c.upper && !c.mask && !c.segment_row && !c.bias_offset && c.dbias.col == 1 &&
+  return !c.lower && !c.upper && !c.mask && !c.segment_row && !c.blocks && !c.bias_offset && c.dbias.col == 1 &&
          (c.dbias.row != 0 || c.Sq == 1) && (c.dbias.head != 0 || c.N == 1) && !SharesBiasBatch(c);
 }
 

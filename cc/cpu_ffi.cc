@@ -118,6 +118,9 @@ void ReadOperands(const ProblemAttr& p, const CallShapes& call, const ffi::Remai
     c.*form.view = OperandView(p, call, i, x, views);
     if (i == kDropBits) c.drop_bytes = x.dimensions().back();
     if (i == kBias && call.Has(kBiasOffset)) c.bias_elements = x.dimensions().back();
+    if (i != kBlockPairs) continue;
+    const auto dims = x.dimensions();
+    c.block_count = dims[dims.size() - 3], c.block_rows = dims[dims.size() - 2], c.block_keys = dims.back();
   }
 }
 

@@ -11,7 +11,7 @@ namespace jax_fa {
 
 // Increased by one where what the handlers take changes in a way that the names do not show: attributes, their order or
 // meaning, sizes, dtypes.
-constexpr int64_t kAbi = 4;
+constexpr int64_t kAbi = 5;
 
 enum class Element : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kBool, kI8, kF8E4M3, kF8E5M2, kOther };
 
@@ -42,11 +42,13 @@ enum Operand : uint8_t {
   kKeepThreshold,
   kDropoutStart,
   kSinks,
+  kBlocks,
+  kBlockPairs,
   kOperands
 };
 
 // `name`: the field of Python's Operands. `sizes`: what follows the batch dims, N K heads, S T positions of queries and
-// keys, D V head_dim, 2 that number, e any; in lower case, 1 does too. `roles`, for views: h head, r row, c col, - none.
+// keys, D V head_dim, R C blocks of rows and keys, 2 that number, e any; in lower case, 1 does too. `roles`, for views: h head, r row, c col, - none.
 // `elements`: a set of bits.
 struct Form {
   Operand operand;
@@ -77,6 +79,8 @@ constexpr Form kForms[] = {
     {kKeepThreshold, "keep_threshold", "n", "h", kUnsigned, &Call::threshold_of_head},
     {kDropoutStart, "dropout_start", "2", "-", kUnsigned, &Call::dropout_start},
     {kSinks, "sinks", "n", "h", kFloat, &Call::sinks},
+    {kBlocks, "blocks", "nRC", "hrc", kInt, &Call::blocks},
+    {kBlockPairs, "block_pairs", "neee", "hr--", Bit(Element::kBool) | Bit(Element::kU8), &Call::block_pairs},
 };
 constexpr Form kIndexedBias = {kBias, "bias", "ne", "hc", kFloats, &Call::bias};  // with a bias_offset
 

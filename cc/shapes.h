@@ -129,6 +129,7 @@ struct CallShapes {
 struct Sizes {
   std::vector<int64_t> B;
   int64_t Sq = 0, Skv = 0, N = 0, K = 0, D = 0, Dv = 0;
+  int64_t row_blocks = 0, key_blocks = 0;  // of a mask by blocks
 };
 
 class ShapeCheck {
@@ -175,7 +176,8 @@ class ShapeCheck {
     for (const auto& [i, needs] :
          {std::pair(kSeed, kStream), std::pair(kStream, kSeed), std::pair(kDropBits, kDropOffset),
           std::pair(kDropOffset, kDropBits), std::pair(kBiasOffset, kBias), std::pair(kSegmentRow, kSegmentKey),
-          std::pair(kSegmentKey, kSegmentRow), std::pair(kDropoutStart, kSeed)})
+          std::pair(kSegmentKey, kSegmentRow), std::pair(kDropoutStart, kSeed), std::pair(kBlocks, kBlockPairs),
+          std::pair(kBlockPairs, kBlocks)})
       if (call_.Has(i) && !call_.Has(needs))
         throw BadCall(std::string(kForms[i].name) + " is given without " + kForms[needs].name);
     for (size_t i = 0; i < kDifferentiables; ++i) {
@@ -219,6 +221,16 @@ class ShapeCheck {
       throw BadCall("key is " + ShapeText(key) + ", that is " + std::to_string(sizes_.K) +
                     " heads; expected a number that divides the " + std::to_string(sizes_.N) + " of query");
     if (sizes_.Skv >= INT32_MAX || sizes_.Sq >= INT32_MAX) throw BadCall("a sequence is longer than 2^31 - 2");
+    if (call_.Has(kBlockPairs)) ReadBlocks(lead, call_.args[call_.At(kBlockPairs)]);
+  }
+
+  void ReadBlocks(size_t lead, const Shape& pairs) {
+    Rank("block_pairs", pairs, lead + 4);
+    const int64_t rows = pairs.dims[lead + 2], keys = pairs.dims[lead + 3];
+    if (rows < 1 || keys < 1)
+      throw BadCall("block_pairs is " + ShapeText(pairs) + "; expected blocks of at least one row and key");
+    sizes_.row_blocks = sizes_.Sq / rows + (sizes_.Sq % rows != 0);
+    sizes_.key_blocks = sizes_.Skv / keys + (sizes_.Skv % keys != 0);
   }
 
   void Rank(const Label& label, const Shape& x, size_t rank) {
@@ -334,6 +346,8 @@ class ShapeCheck {
       case 'T':
       case 't': return sizes_.Skv;
       case 'D': return sizes_.D;
+      case 'R': return sizes_.row_blocks;
+      case 'C': return sizes_.key_blocks;
       case 'V': return sizes_.Dv;
       default: return letter - '0';
     }

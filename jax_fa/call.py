@@ -79,6 +79,11 @@ class Problem:
         """The programs of `score_mod` and `mask_mods`, in the order in which they share vectors."""
         return (() if self.score_mod is None else (self.score_mod,)) + self.mask_mods
 
+    @property
+    def names_of_functions(self) -> str:
+        """The arguments that hold them."""
+        return " and ".join(dict.fromkeys(program.name for program in self.functions))
+
     def axes(self, name: str) -> Axes:
         """The axis order of query, key, value, or of out and what is stored like it."""
         return {"query": self.query_axes, "key": self.key_axes, "value": self.value_axes}.get(
@@ -125,11 +130,14 @@ class Operands:
     dropout_start: Any = None  # *1 2 uint32
     # One more logit of each row, without a value. Backends need not know of it: see `backends/sinks.py`.
     sinks: Any = None  # *#B N, of the statistics' dtype
+    # A mask by blocks (see `flex.BlockMask`), of which functions are the other form. With block_pairs, bool, blocks are int32: 0
+    # where all pairs are masked, 1 where none is, 2 + i for pairs i. Without, uint8: 0 where all are masked.
+    blocks: Any = None  # *#B #N R C; see block_size
+    block_pairs: Any = None  # *#B #N P rows keys
     # What functions close over (see `flex.Program`), and where this call's entries lie for them.
     function_floats: Any = None  # *#B 1 n float32 or float64: what score_mod is differentiable in
     function_words: Any = None  # *#B 1 n uint32
     function_place: Any = None  # *#B #N 2 int32: the batch index, over all of *B, and the head
-    blocks: Any = None  # *#B #N R C uint8: 0 where all pairs of a block are masked; see block_size
     # The same call in the terms of the one backend that understands them: a pytree of arrays `*#B ...`, without gradient.
     # Everything else drops it unseen.
     hints: Any = None
@@ -148,9 +156,10 @@ class Operands:
 
 
 OPERANDS = tuple(f.name for f in fields(Operands) if f.name != "hints")
-OF_FUNCTIONS = ("function_floats", "function_words", "function_place", "blocks")
+OF_FUNCTIONS = ("function_floats", "function_words", "function_place")
+OF_BLOCKS = ("blocks", "block_pairs")
 DIFFERENTIABLE = (*STORED, "bias", "alibi_slopes", "scale", "soft_cap", "sinks", "function_floats")
-# Those that kernels take, and of which they give derivatives: calls with functions are the portable backend's, and the
+# Those that kernels take, and of which they give derivatives: functions are evaluated by the portable backend alone, and the
 # derivatives of sinks are taken care of in `sinks.py`.
 PLAIN_OPERANDS = tuple(name for name in OPERANDS if name not in OF_FUNCTIONS)
 PLAIN_DIFFERENTIABLE = tuple(name for name in DIFFERENTIABLE if name in PLAIN_OPERANDS and name != "sinks")

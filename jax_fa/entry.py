@@ -262,17 +262,18 @@ class _Functions(NamedTuple):
         if not every:
             return cls(None, (), None, {})
         rank = len(d.B) + 2
-        blocks, block_size = functions.blocks_of(members, rank + 1)
+        blocks = functions.blocks_of(members, rank - 1)
         packed = [program.packed(arrays, acc) for program, arrays in every]
         floats, words = ([x for vectors in packed for x in vectors[i]] for i in range(2))
         operands = {
             "function_floats": _vector(floats, rank),
             "function_words": _vector(words, rank),
             "function_place": _place(d),
-            "blocks": blocks,
+            "blocks": blocks.blocks,
+            "block_pairs": blocks.pairs,
         }
         found = tuple(program for program, _ in every)
-        return cls(found[0] if score else None, found[len(score) :], block_size, operands)
+        return cls(found[0] if score else None, found[len(score) :], blocks.size, operands)
 
 
 def _vector(parts: list[Any], rank: int):

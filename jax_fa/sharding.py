@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding
 from jax_fa import compat
 from jax_fa.call import (
     LIKE_OUT,
+    OF_BLOCKS,
     OF_FUNCTIONS,
     OPERANDS,
     STORED,
@@ -116,7 +117,7 @@ class Partition:
         by_row = name in _BY_ROW
         if name == "bias" and self.call.operands.bias_offset is not None:
             by_row = False
-        return self._labels(shape, ("N", self.rows if by_row else None, None)[:rest])
+        return self._labels(shape, ("N", self.rows if by_row else None, None, None)[:rest])
 
 
 def explicit_axes(call: Call) -> tuple[Any, ...]:
@@ -394,7 +395,7 @@ def _gathered(
     found: dict[tuple[int, str], list[str]] = {}
     for name, labels, cut in arrays:
         # (What functions close over is put into one vector, of which XLA may have cut any part.)
-        for axis in () if name in OF_FUNCTIONS else sorted(cut):
+        for axis in () if name in (*OF_FUNCTIONS, *OF_BLOCKS) else sorted(cut):
             label = labels[axis]
             if label not in used and not (label == "K" and "N" in used):
                 found.setdefault((axis, partition.why(name, axis, label)), []).append(name)

@@ -51,6 +51,8 @@ def _operands(**changes: Any) -> Operands:
         "soft_cap": jnp.ones((1, N), f32),
         "keep_threshold": jnp.full((1, 1), 65536, u32),
         "dropout_start": jnp.zeros((1, 2), u32),
+        "blocks": jnp.ones((1, N, 3, 2), i32),
+        "block_pairs": jnp.ones((B, 1, 2, 2, 4), bool),
     }
     return Operands(**arrays | changes)
 
@@ -158,6 +160,16 @@ WRONG = (
         array=jnp.ones((1, 1), jnp.uint32),
         message="dropout_start is uint32 (1, 1); expected",
     ),
+    Wrong(
+        name="blocks",
+        array=jnp.ones((1, N, 2, 2), jnp.int32),
+        message="blocks is int32 (1, 4, 2, 2); expected int32 (1 or 2, 1 or 4, 3, 2)",
+    ),
+    Wrong(
+        name="block_pairs",
+        array=jnp.ones((1, 1, 2, 0, 4), bool),
+        message="block_pairs is bool (1, 1, 2, 0, 4); expected blocks of at least one row and key",
+    ),
 )
 
 
@@ -196,7 +208,7 @@ def test_what_fits_is_not_refused():
         ),
         ({"l": _float(B, N, 1)}, "softmax sum is float32 (2, 4, 1); expected float32 (1 or 2, 4, 5)"),
         ({"m": _float(B, SQ)}, "softmax max is float32 (2, 5), of rank 2; expected rank 3"),
-        ({"l": None}, "there are 22 arguments; expected 23"),
+        ({"l": None}, "there are 24 arguments; expected 25"),
     ],
 )
 def test_saved_arrays_that_do_not_fit_are_refused(changes, message):

@@ -34,11 +34,13 @@ inline bool HaveOneScale(const Call& c, int64_t b, int64_t k) {
 // Places for packed rows: as many as there is room for, if these hold all blocks of rows that see a block of keys and so
 // some are there for the next one; else one, which stays in the cache.
 template <bool kPairs>
-inline int64_t PlacesForRows(const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t key0, int64_t key1) {
+inline int64_t PlacesForRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
+                             int64_t k, int64_t key0, int64_t key1) {
   for (int64_t j0 = key0; j0 < key1 && plan.kept_blocks < plan.row_blocks; j0 += plan.key_block) {
     int64_t first = plan.row_blocks, last = 0;
     for (int64_t block = 0; block < plan.row_blocks; ++block) {
-      if (!SeesAny<kPairs>(s, block, j0, j0 + plan.key_block)) continue;
+      const int64_t end = j0 + plan.key_block < key1 ? j0 + plan.key_block : key1;
+      if (!SeesAny<kPairs>(c, plan, s, b, k, block, j0, end)) continue;
       first = block < first ? block : first;
       last = block;
     }
@@ -57,7 +59,7 @@ inline int64_t StartHead(const Call& c, const BackwardPlan& plan, const Backward
   for (int64_t block = 0; block < plan.row_blocks; ++block) {
     const int64_t g0 = block * plan.block_rows;
     const int64_t rows = g0 + plan.block_rows < plan.rows ? plan.block_rows : plan.rows - g0;
-    given[block] = SeesAny<kPairs>(s, block, key0, key1);
+    given[block] = SeesAny<kPairs>(c, plan, s, b, k, block, key0, key1);
     if (given[block] || sinks) PrepareRows<kPairs>(c, s, b, k, g0, rows);
     if (c.dquery && (given[block] || plan.splits == 1)) ClearRows(dq + g0 * plan.dq_row, rows, plan.dq_row, c.D);
   }
@@ -66,7 +68,7 @@ inline int64_t StartHead(const Call& c, const BackwardPlan& plan, const Backward
     if (sinks) BalanceSinks(c, s, b, k, plan.rows, BalanceOf(plan, dq));
   }
   for (int64_t place = 0; place < plan.kept_blocks; ++place) s.holds[place] = -1;
-  return PlacesForRows<kPairs>(plan, s, key0, key1);
+  return PlacesForRows<kPairs>(c, plan, s, b, k, key0, key1);
 }
 
 template <bool kPairs>
@@ -75,6 +77,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
   const bool one_scale = HaveOneScale(c, b, k);
   const float key_scale = one_scale ? ScaleOf(c, b, k * c.G()) : 1.0f;
   RowTile tiles[kMostRows];
+  int32_t lo[kMostRows], hi[kMostRows];
   const int64_t places = StartHead<kPairs>(c, plan, s, b, k, key0, key1, dq);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
@@ -82,7 +85,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
     ClearRows(s.dv, width, s.dv_row, c.Dv);
     bool packed = false;
     for (int64_t block = 0; block < plan.row_blocks; ++block) {
-      if (!SeesAny<kPairs>(s, block, j0, j0 + width)) continue;
+      if (!SeesAny<kPairs>(c, plan, s, b, k, block, j0, j0 + width)) continue;
       if (!packed) {
         if (!IsDirect(c)) PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, s.stage, s.keys_t);
         PackTransposed<kPairs>(c.value, c.Dv, b, k, j0, width, s.stage, s.values_t);
@@ -93,8 +96,10 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
       }
       const int64_t g0 = block * plan.block_rows,
                     rows = g0 + plan.block_rows < plan.rows ? plan.block_rows : plan.rows - g0;
-      const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
-      const RowBlock x = {b, k, g0, rows, j0, width, count, tiles, PackedRowsOf<kPairs>(plan, s, block, places)};
+      const RowRanges ranges = RangesIn(c, RowAt(c, b, k, g0), rows, j0, width, {s.lo + g0, s.hi + g0}, lo, hi);
+      const int64_t count = MakeTiles(ranges, rows, j0, width, tiles);
+      const RowBlock x = {b,     k,      g0,    rows,  j0,
+                          width, ranges, count, tiles, PackedRowsOf<kPairs>(plan, s, block, places)};
       if (count > 0) BackwardBlock<kPairs>(c, plan, s, x, dq, one_scale, sums);
     }
     for (int64_t j = 0; c.dkey && j < width; ++j)

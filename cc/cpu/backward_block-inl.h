@@ -52,6 +52,7 @@ inline PackedRows PackedRowsOf(const BackwardPlan& plan, const BackwardScratch<k
 // Rows [g0, g0 + rows) of key head k over keys j0 + [0, width), and the tiles of rows to which any of them is visible.
 struct RowBlock {
   int64_t b, k, g0, rows, j0, width;
+  RowRanges ranges;
   int64_t count;
   const RowTile* tiles;
   PackedRows packed;
@@ -120,9 +121,8 @@ inline void BlockWeights(const Call& c, const BackwardScratch<kPairs>& s, const 
     const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
     Row row = x.At(c, tile.r);
     for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row)) {
-      const int64_t at = x.g0 + r;
       float *p = s.p + r * s.s_row, *ds = s.ds + r * s.s_row;
-      RowGradients(c, s, row, at, x.j0, Within(s.lo[at], s.hi[at], x.j0, x.width), c0, c1, p, ds, sums);
+      RowGradients(c, s, row, x.g0 + r, x.j0, x.ranges.Within(r, x.j0, x.width), c0, c1, p, ds, sums);
       float* const both[] = {p, ds};
       for (float* y : both) {
         Fill(y, 0, c0, 0.0f);

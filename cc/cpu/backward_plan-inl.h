@@ -22,9 +22,9 @@ struct BackwardPlan {
     writes_all_bias = c.dbias && WritesAllBias(c);
     const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
-    block_rows = tiles.backward_rows;
+    block_rows = AlignedRows(c, tiles.backward_rows);
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
-    key_block = KeysOf(tiles.backward_keys, wide);
+    key_block = AlignedKeys(c, KeysOf(tiles.backward_keys, wide));
     dq_row = Panels(c.D) * kPanel;
     dq_size = c.dquery ? rows * dq_row : 0;
     row_blocks = (rows + block_rows - 1) / block_rows;

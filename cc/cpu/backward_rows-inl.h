@@ -65,10 +65,14 @@ inline void RangesOfRows(const Call& c, const BackwardPlan& plan, const Backward
   }
 }
 
-// Whether any row of a block may see a key of [key0, key1).
+// Whether any row of a block of key head k may see a key of [key0, key1).
 template <bool kPairs>
-inline bool SeesAny(const BackwardScratch<kPairs>& s, int64_t block, int64_t key0, int64_t key1) {
-  return s.block_lo[block] < key1 && s.block_hi[block] > key0;
+inline bool SeesAny(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b, int64_t k,
+                    int64_t block, int64_t key0, int64_t key1) {
+  if (s.block_lo[block] >= key1 || s.block_hi[block] <= key0) return false;
+  const int64_t g0 = block * plan.block_rows,
+                rows = plan.rows - g0 < plan.block_rows ? plan.rows - g0 : plan.block_rows;
+  return SeesBlocks(c, b, k, g0, rows, key0, key1);
 }
 
 // Per row [r, r + n): max, 1 / sum (0 for a fully masked row; NaN where q or dout is not finite, which so propagates to
@@ -139,14 +143,15 @@ inline void RowGradients(const Call& c, const GradientRows& s, const Row& row, i
   float* by_cap = slope != nullptr && sums.soft_cap != nullptr ? s.by_cap : nullptr;
   F scale = Set(ScaleOf(c, row));
   if (sums.scale != nullptr) __builtin_memcpy(s.products + c0, p + c0, sizeof(float) * static_cast<size_t>(c1 - c0));
-  if (!IsPlain(c, row)) {
+  if (!IsPlain(c, row, j0, v)) {
     if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, {slope, by_cap}, s.tmp);
     scale = Set(1.0f);
   }
   Fill(p, c0, v.lo, -__builtin_inff());
   Fill(p, v.hi, c1, -__builtin_inff());
   const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
-  const uint8_t* flags = slope == nullptr ? FlagsOf(c, row, j0, v.lo) : nullptr;
+  Flags own;
+  const uint8_t* flags = slope == nullptr ? FlagsOf(c, row, j0, v.lo, v.hi, &own) : nullptr;
   const int64_t first = flags != nullptr ? v.lo : c0, n = (flags != nullptr ? v.hi : c1) - first;
   const bool may_be_alone = MayBeAlone(s.inverse[r]);
   const F alone = DlogsumexpOf(c, row);

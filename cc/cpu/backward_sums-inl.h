@@ -19,7 +19,7 @@ inline void AddToBias(const Call& c, bool alone, const Row& row, int64_t j0, int
     if (given.Empty()) return;
     db = c.dbias.At<float>(row.b, row.n, 0, first + given.lo);
     to = from + given.hi, from += given.lo;
-    if (c.bias_apart && (c.mask || c.segment_row)) {  // the element of a masked pair may be another head's
+    if (c.bias_apart && (c.mask || c.segment_row || c.blocks)) {  // the element of a masked pair may be another head's
       for (int64_t j = from; j < to; ++j)
         if (ds[j] != 0.0f) db[(j - from) * c.dbias.col] += ds[j];
       return;

@@ -44,6 +44,7 @@ struct DirectBlock {
 
   const Call& c;
   const ForwardScratch<kPairs>& s;
+  RowRanges ranges;
   int64_t b, n, j0, width, first, last;
   int64_t dv = Panels(c.Dv) * kPanel, kb = RoundUp(kDirectKeys, kPanel);
 
@@ -169,8 +170,8 @@ struct DirectBlock {
   void Soften(int64_t k, const float* nan_marker, const float* factors) const {
     const int64_t c0 = first / kLanes * kLanes, c1 = RoundUp(last, kLanes);
     for (int64_t r = k * n; r < (k + 1) * n; ++r)
-      SoftmaxRow<kPairs>(c, RowAt(c, b, k, r - k * n), j0, Within(s.lo[r], s.hi[r], j0, width), c0, c1, nan_marker,
-                         s.tmp, s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv, factors);
+      SoftmaxRow<kPairs>(c, RowAt(c, b, k, r - k * n), j0, ranges.Within(r, j0, width), c0, c1, nan_marker, s.tmp,
+                         s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv, factors);
   }
 
   // From the products of a head on, with packed values. Those that are not finite are kept apart from the rows to which

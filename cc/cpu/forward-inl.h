@@ -39,7 +39,9 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
   const int64_t per = Unit<kPairs>::kElements, depth = Units<kPairs>(c.D), dv = Panels(c.Dv) * kPanel;
   RowTile tiles[kMostRows];
   const int64_t chunk = Chunk();
-  const int64_t count = MakeTiles(s.lo + g0, s.hi + g0, rows, j0, width, tiles);
+  int32_t lo[kMostRows], hi[kMostRows];
+  const RowRanges ranges = RangesIn(c, RowAt(c, b, k, r0 + g0), rows, j0, width, {s.lo + g0, s.hi + g0}, lo, hi);
+  const int64_t count = MakeTiles(ranges, rows, j0, width, tiles);
   const float* q = s.q + g0 * s.q_row;
   float* acc = s.acc + g0 * dv;
   for (int64_t p = 0; p < Panels(width); ++p) {
@@ -66,7 +68,7 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
     Softmax<kPairs>(
         c, RowAt(c, b, k, r0 + at), tile.n, j0, c0, c1, packed.nan_marker, s.tmp,
         {s.logits + tile.r * s.s_row, s.m + at, s.l + at, fresh[t] ? nullptr : acc + tile.r * dv, s.s_row, dv},
-        [&](int64_t r) { return Within(s.lo[at + r], s.hi[at + r], j0, width); });
+        [&](int64_t r) { return ranges.Within(tile.r + r, j0, width); });
     tile.from /= per;  // from here on in units
     tile.to = Units<kPairs>(tile.to);
     first = tile.from < first ? tile.from : first;
@@ -123,7 +125,7 @@ template <bool kPairs>
 inline Ahead NextRows(const Call& c, const ForwardPlan<kPairs>& plan, int64_t b, int64_t k, int64_t r0, int64_t n,
                       int64_t from, int64_t to) {
   Ahead ahead;
-  if (c.pages) return ahead;
+  if (c.pages || c.blocks) return ahead;
   const auto keys = [&](int64_t b, int64_t k, int64_t j0) {
     const int64_t n = j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0;
     ahead.Add(c.key, b, k, j0, n, c.D);
@@ -158,6 +160,7 @@ inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const Fo
   if (all.Empty()) return;
   for (int64_t j0 = all.lo / plan.key_block * plan.key_block; j0 < all.hi; j0 += plan.key_block) {
     const int64_t width = (j0 + plan.key_block < c.Skv ? j0 + plan.key_block : c.Skv) - j0;
+    if (!SeesBlocks(c, b, k, r0, n, j0, j0 + width)) continue;
     Packed packed = plan.shared ? block_at(j0) : s.own;
     if (!plan.shared) PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
     Ahead ahead = NextRows(c, plan, b, k, r0, n, j0 + width, all.hi);
@@ -166,6 +169,22 @@ inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const Fo
       ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + plan.group_rows < n ? plan.group_rows : n - g0, j0, width, packed,
                            &ahead);
   }
+}
+
+// The ranges of n rows of each key head in keys j0 + [0, width); of a mask by blocks, `all` becomes those of any of them.
+template <bool kPairs>
+inline RowRanges DirectRanges(const Call& c, const ForwardScratch<kPairs>& s, int64_t b, int64_t n, int64_t j0,
+                              int64_t width, Range* all) {
+  if (!c.blocks) return {s.lo, s.hi};
+  *all = {j0 + width, j0};
+  for (int64_t k = 0; k < c.K; ++k)
+    RangesIn(c, RowAt(c, b, k, 0), n, j0, width, {s.lo + k * n, s.hi + k * n}, s.block_lo + k * n, s.block_hi + k * n);
+  for (int64_t r = 0; r < c.K * n; ++r) {
+    if (s.block_lo[r] >= s.block_hi[r]) continue;
+    all->lo = s.block_lo[r] < all->lo ? s.block_lo[r] : all->lo;
+    all->hi = s.block_hi[r] > all->hi ? s.block_hi[r] : all->hi;
+  }
+  return {s.block_lo, s.block_hi};
 }
 
 // The same for few rows, or some: those of all key heads, one after the other in the scratch.
@@ -185,6 +204,7 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
     if (plan.narrow) PackNarrow(c, s, n);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
+    const RowRanges ranges = DirectRanges(c, s, b, n, j0, width, &all);
     const int64_t first = all.lo > j0 ? all.lo - j0 : 0, last = all.hi < j0 + width ? all.hi - j0 : width;
     if (first >= last) continue;
     if constexpr (!kPairs) {
@@ -193,7 +213,7 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
         continue;
       }
     }
-    DirectBlock<kPairs>{c, s, b, n, j0, width, first, last}.Run();
+    DirectBlock<kPairs>{c, s, ranges, b, n, j0, width, first, last}.Run();
   }
 }
 

@@ -46,17 +46,17 @@ struct ForwardPlan {
   ForwardPlan(const Call& c, int64_t threads) : threads(threads) {
     const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
-    group_rows = tiles.group_rows;
+    group_rows = AlignedRows(c, tiles.group_rows);
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
     narrow = IsNarrow(c);
     direct = narrow || IsDirect(c);
-    key_block = narrow ? NarrowKeys(c) : direct ? kDirectKeys : KeysOf(tiles.forward_keys, wide);
+    key_block = narrow ? NarrowKeys(c) : direct ? kDirectKeys : AlignedKeys(c, KeysOf(tiles.forward_keys, wide));
     key_blocks = (c.Skv + key_block - 1) / key_block;
     keys_size = RoundUp(key_block, kPanel) * (narrow ? RoundUp(c.D, kLanes) : Units<kPairs>(c.D));
     values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
     const int64_t heads = c.B * c.K;
     task_heads = direct ? c.K : 1;
-    task_rows = direct ? kNarrowRows : kTaskRows;
+    task_rows = direct ? kNarrowRows : TaskRows(c, group_rows);
     const bool paged = c.pages && rows <= kPagedSplitRows, whole = paged || direct;
     if (!whole && rows <= kWholeRows && heads >= kThreadHeads * threads) {
       task_rows = kWholeRows;
@@ -110,6 +110,7 @@ struct ForwardScratch {
   float *key_scale, *value_scale;
   float *q_panels, *weights;  // of some rows: see NarrowBlock
   int32_t *lo, *hi;
+  int32_t *block_lo, *block_hi;  // ... in one block of keys, of few rows and a mask by blocks
   int64_t q_row, s_row;
 
   ForwardScratch(const Call& c, const ForwardPlan<kPairs>& plan)
@@ -145,6 +146,8 @@ struct ForwardScratch {
     weights = arena.Take(some * plan.key_block);
     lo = arena.Take<int32_t>(n);
     hi = arena.Take<int32_t>(n);
+    block_lo = arena.Take<int32_t>(c.blocks ? few : 0);
+    block_hi = arena.Take<int32_t>(c.blocks ? few : 0);
   }
 
   const ThreadParts memory;  // the last member, as it fills in those above

@@ -9,9 +9,19 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// Whether a row's logits are just its products, times the scale.
-inline bool IsPlain(const Call& c, const Row& row) {
-  return !c.bias && !c.slopes && !c.mask && !c.segment_row && SoftCapOf(c, row) == 0.0f && ScaleOf(c, row) > 0.0f;
+// Whether a mask by blocks shows the row all keys of [j0, j1).
+inline bool AreBlocksFull(const Call& c, const Row& row, int64_t j0, int64_t j1) {
+  if (j0 >= j1) return true;
+  const RowBlocks of(c, row);
+  for (int64_t block = j0 / c.block_keys; block <= (j1 - 1) / c.block_keys; ++block)
+    if (of.Kind(block) != 1) return false;
+  return true;
+}
+
+// Whether a row's logits of keys j0 + v are just its products, times the scale.
+inline bool IsPlain(const Call& c, const Row& row, int64_t j0, Range v) {
+  return !c.bias && !c.slopes && !c.mask && !c.segment_row && SoftCapOf(c, row) == 0.0f && ScaleOf(c, row) > 0.0f &&
+         (!c.blocks || AreBlocksFull(c, row, j0 + v.lo, j0 + v.hi));
 }
 
 // The element of an indexed bias for the row's key j.
@@ -90,10 +100,47 @@ inline void Combine(int64_t n, float* x, const float* more, const What& what) {
   EachVector(n, [&](int64_t j, auto lanes) { lanes.Put(x + j, what(lanes.Get(x + j), lanes.Get(more + j))); });
 }
 
-// The flags of the row's keys from j0 + from on, where they are what masks keys one by one and lie side by side.
-inline const uint8_t* FlagsOf(const Call& c, const Row& row, int64_t j0, int64_t from) {
-  if (!c.mask || c.mask.col != 1 || c.segment_row) return nullptr;
+// Flags of up to a block of keys.
+struct Flags {
+  uint8_t of[kMostKeys];
+};
+
+// The flags that a mask by blocks has for the row's keys [j0, j1): null where all are visible, else in place or in `own`.
+inline const uint8_t* FlagsOfBlocks(const Call& c, const Row& row, int64_t j0, int64_t j1, Flags* own) {
+  if (AreBlocksFull(c, row, j0, j1)) return nullptr;
+  const RowBlocks of(c, row);
+  for (int64_t j = j0; j < j1;) {
+    const int64_t block = j / c.block_keys, first = block * c.block_keys;
+    const int64_t end = first + c.block_keys < j1 ? first + c.block_keys : j1;
+    const size_t n = static_cast<size_t>(end - j);
+    uint8_t* const to = own->of + (j - j0);
+    if (of.Kind(block) == 1 || !of.IsVisible(block)) {
+      __builtin_memset(to, of.Kind(block) == 1, n);
+    } else {
+      const uint8_t* from = c.block_pairs.At<uint8_t>(row.b, row.n, of.Kind(block) - 2) +
+                            row.i % c.block_rows * c.block_keys + (j - first);
+      if (j == j0 && end == j1) return from;
+      __builtin_memcpy(to, from, n);
+    }
+    j = end;
+  }
+  return own->of;
+}
+
+// The flags of the row's keys j0 + [from, to), in place or in `own`, where they are all that masks keys one by one and lie
+// side by side.
+inline const uint8_t* FlagsOf(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, Flags* own) {
+  if (c.segment_row) return nullptr;
+  if (c.blocks) return c.mask ? nullptr : FlagsOfBlocks(c, row, j0 + from, j0 + to, own);
+  if (!c.mask || c.mask.col != 1) return nullptr;
   return c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + from);
+}
+
+// Sets x[0..n) to `value` where there is no flag.
+inline void MaskByFlags(const uint8_t* flags, int64_t n, float value, float* x) {
+  EachVector(n, [&](int64_t j, auto lanes) {
+    lanes.Put(x + j, Select(lanes.Flags(flags + j), lanes.Get(x + j), Set(value)));
+  });
 }
 
 // Sets x[0..n) to `value` where the row's segment is not that of the key.
@@ -106,9 +153,14 @@ inline void MaskOtherSegments(const Call& c, const Row& row, int64_t first, int6
   });
 }
 
-// Sets x[from..to) to `value` where the key is masked for this row, by the mask or by segments.
+// Sets x[from..to) to `value` where the key is masked for this row, by the mask, by blocks or by segments.
 inline void MaskOut(const Call& c, const Row& row, int64_t j0, int64_t from, int64_t to, float value, float* x) {
   if (c.segment_row) MaskOtherSegments(c, row, j0 + from, to - from, value, x + from);
+  if (c.blocks) {
+    Flags own;
+    if (const uint8_t* flags = FlagsOfBlocks(c, row, j0 + from, j0 + to, &own); flags != nullptr)
+      MaskByFlags(flags, to - from, value, x + from);
+  }
   if (!c.mask) return;
   const uint8_t* visible = c.mask.At<uint8_t>(row.b, row.n, row.i, j0 + from);
   x += from;
@@ -118,9 +170,7 @@ inline void MaskOut(const Call& c, const Row& row, int64_t j0, int64_t from, int
     return;
   }
   if (c.mask.col == 1) {
-    EachVector(n, [&](int64_t j, auto lanes) {
-      lanes.Put(x + j, Select(lanes.Flags(visible + j), lanes.Get(x + j), Set(value)));
-    });
+    MaskByFlags(visible, n, value, x);
     return;
   }
   for (int64_t j = 0; j < n; ++j)
@@ -189,7 +239,8 @@ inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, in
   if (row.i + kRows < c.Sq) PrefetchLogits(c, {row.b, row.n, row.i + kRows}, 1, j0, from, to);
   const float* bias = c.bias ? BiasOf(c, c.bias, row, j0, from, to, tmp) : nullptr;
   const bool last = !c.slopes && SoftCapOf(c, row) == 0.0f && nan_marker == nullptr;
-  if (const uint8_t* flags = last ? FlagsOf(c, row, j0, from) : nullptr; flags != nullptr) {
+  Flags own;
+  if (const uint8_t* flags = last ? FlagsOf(c, row, j0, from, to, &own) : nullptr; flags != nullptr) {
     const F minus_inf = Set(-__builtin_inff());
     EachVector(n, [&](int64_t j, auto lanes) {
       const F x = lanes.Get(s + j), y = bias != nullptr ? Fma(x, scale, lanes.Get(bias + j)) : x * scale;

@@ -38,7 +38,7 @@ inline Range Visible(const Call& c, const Row& row) {
 // Lanes of a vector at most.
 inline int Rest(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
 
-inline bool IsMasked(const Call& c) { return c.lower || c.upper || c.mask || c.segment_row; }
+inline bool IsMasked(const Call& c) { return c.lower || c.upper || c.mask || c.segment_row || c.blocks; }
 
 // What is one scalar for the call, or one for each head.
 inline float ScaleOf(const Call& c, int64_t b, int64_t n) {
@@ -70,7 +70,7 @@ inline bool InPairs(const Call& c) {
 
 // Whether weights are those of the products alone, within a range of keys of each row.
 inline bool AreWeightsPlain(const Call& c) {
-  return !c.bias && !c.slopes && !c.mask && !c.segment_row && c.soft_cap == 0.0f && !c.soft_cap_of_head &&
+  return !c.bias && !c.slopes && !c.mask && !c.segment_row && !c.blocks && c.soft_cap == 0.0f && !c.soft_cap_of_head &&
          !c.scale_of_head && !c.seed && !c.drop_bits;
 }
 
@@ -92,16 +92,76 @@ inline Range Within(int32_t lo, int32_t hi, int64_t j0, int64_t width) {
   return v.Empty() ? Range{0, 0} : v;
 }
 
-// Tiles of up to kTileRows of `rows` rows with ranges lo, hi; fully masked ones are left out. Returns how many.
-inline int64_t MakeTiles(const int32_t* lo, const int32_t* hi, int64_t rows, int64_t j0, int64_t width,
-                         RowTile* tiles) {
+// --- masks by blocks
+
+// The kinds of a row's blocks of keys. Those that name no pairs mask all.
+struct RowBlocks {
+  const int32_t* kinds;
+  int64_t step, count;
+
+  RowBlocks(const Call& c, const Row& row)
+      : kinds(c.blocks.At<int32_t>(row.b, row.n, row.i / c.block_rows)), step(c.blocks.col), count(c.block_count) {}
+  int32_t Kind(int64_t block) const { return kinds[block * step]; }
+  bool IsVisible(int64_t block) const { return Kind(block) > 0 && Kind(block) - 2 < count; }
+};
+
+// From the first key of [j0, j1) in a block that is visible to the row to the end of the last one; empty as (0, 0).
+inline Range SpanOfBlocks(const Call& c, const Row& row, int64_t j0, int64_t j1) {
+  const RowBlocks of(c, row);
+  int64_t first = j0 / c.block_keys, end = (j1 + c.block_keys - 1) / c.block_keys;
+  while (first < end && !of.IsVisible(first)) ++first;
+  while (first < end && !of.IsVisible(end - 1)) --end;
+  if (first >= end) return {0, 0};
+  const int64_t lo = first * c.block_keys, hi = end * c.block_keys;
+  return {lo > j0 ? lo : j0, hi < j1 ? hi : j1};
+}
+
+// Whether rows [r, r + n) of key head k have a visible block with keys of [j0, j1), if the mask is one by blocks.
+inline bool SeesBlocks(const Call& c, int64_t b, int64_t k, int64_t r, int64_t n, int64_t j0, int64_t j1) {
+  if (!c.blocks) return true;
+  for (const int64_t end = r + n; r < end;) {
+    const Row row = RowAt(c, b, k, r);
+    if (!SpanOfBlocks(c, row, j0, j1).Empty()) return true;
+    const int64_t next = (row.i / c.block_rows + 1) * c.block_rows;
+    r += (next < c.Sq ? next : c.Sq) - row.i;
+  }
+  return false;
+}
+
+// The visible keys of some rows, as the ranges [lo, hi).
+struct RowRanges {
+  const int32_t *lo, *hi;
+  Range Within(int64_t r, int64_t j0, int64_t width) const {
+    return jax_fa::JAX_FA_ISA::Within(lo[r], hi[r], j0, width);
+  }
+};
+
+// The ranges of n rows, from `row` on, where keys of j0 + [0, width) alone count: as they are or, of a mask by blocks, only as
+// wide as the visible blocks there, in `own_lo` and `own_hi`.
+inline RowRanges RangesIn(const Call& c, Row row, int64_t n, int64_t j0, int64_t width, const RowRanges& all,
+                          int32_t* own_lo, int32_t* own_hi) {
+  if (!c.blocks) return all;
+  Range span{0, 0};
+  for (int64_t r = 0; r < n; ++r, row = After(c, row)) {
+    if (r == 0 || row.i % c.block_rows == 0) span = SpanOfBlocks(c, row, j0, j0 + width);
+    const Range v{all.lo[r] > span.lo ? all.lo[r] : span.lo, all.hi[r] < span.hi ? all.hi[r] : span.hi};
+    own_lo[r] = static_cast<int32_t>(v.Empty() ? 0 : v.lo);
+    own_hi[r] = static_cast<int32_t>(v.Empty() ? 0 : v.hi);
+  }
+  return {own_lo, own_hi};
+}
+
+// --- tiles
+
+// Tiles of up to kTileRows of `rows` rows with these ranges; fully masked ones are left out. Returns how many.
+inline int64_t MakeTiles(const RowRanges& ranges, int64_t rows, int64_t j0, int64_t width, RowTile* tiles) {
   const int64_t parts = (rows + kTileRows - 1) / kTileRows;
   int64_t count = 0;
   for (int64_t t = 0; t < parts; ++t) {
     RowTile tile{rows * t / parts, 0, width, 0};
     tile.n = rows * (t + 1) / parts - tile.r;
     for (int64_t r = tile.r; r < tile.r + tile.n; ++r) {
-      const Range v = Within(lo[r], hi[r], j0, width);
+      const Range v = ranges.Within(r, j0, width);
       if (v.Empty()) continue;
       tile.from = v.lo < tile.from ? v.lo : tile.from;
       tile.to = v.hi > tile.to ? v.hi : tile.to;

@@ -16,6 +16,7 @@ namespace {
 // Keys j0 + [0, width), the tiles of rows to which any of them is visible, and the arrays of these pairs.
 struct SecondPairs {
   int64_t j0, width;
+  RowRanges ranges;
   const RowTile* tiles;
   int64_t count;
   float* of[kSecondArrays];
@@ -77,12 +78,12 @@ inline void FirstPassProducts(const Call& c, const SecondPlan& plan, const Secon
 
 // Runs fn(row, r, visible keys, c0, c1) for the rows of all tiles; columns [c0, c1) hold what is visible to the tile.
 template <typename Fn>
-inline void ForEachRow(const Call& c, const SecondScratch& s, const SecondRows& x, const SecondPairs& y, const Fn& fn) {
+inline void ForEachRow(const Call& c, const SecondRows& x, const SecondPairs& y, const Fn& fn) {
   for (int64_t t = 0; t < y.count; ++t) {
     const RowTile& tile = y.tiles[t];
     Row row = RowAt(c, x.b, x.k, x.g0 + tile.r);
     for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row))
-      fn(row, r, Within(s.lo[r], s.hi[r], y.j0, y.width), tile.from / kLanes * kLanes, RoundUp(tile.to, kLanes));
+      fn(row, r, y.ranges.Within(r, y.j0, y.width), tile.from / kLanes * kLanes, RoundUp(tile.to, kLanes));
   }
 }
 
@@ -95,7 +96,7 @@ inline void SecondPassRows(const Call& c, const SecondPlan& plan, const SecondSc
     for (float* z : all) Fill(z + r * y.row, from, to, 0.0f);
   };
   const int64_t keys = RoundUp(y.width, kLanes);
-  ForEachRow(c, s, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
+  ForEachRow(c, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
     for (; done < r; ++done) clear(done, 0, keys);
     ++done;
     SecondPassRow(c, plan, s, row, r, y.j0, v, c0, c1, y.Row(r), sums);
@@ -199,12 +200,14 @@ inline void FinishSums(const Call& c, const SecondTerms& terms, const SecondScra
 inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondRows& x, float* dk,
                         float* dv, const HeadSums& sums) {
   RowTile tiles[kMostRows];
+  int32_t lo[kMostRows], hi[kMostRows];
   const int64_t first = x.visible.lo / plan.key_block, last = (x.visible.hi + plan.key_block - 1) / plan.key_block;
   const bool kept = last - first <= plan.kept_blocks;
   const auto over_keys = [&](const auto& fn) {
     for (int64_t block = first; block < last; ++block) {
       const int64_t j0 = block * plan.key_block, width = j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0;
-      SecondPairs y{j0, width, tiles, MakeTiles(s.lo, s.hi, x.rows, j0, width, tiles), {}, plan.s_row};
+      const RowRanges ranges = RangesIn(c, RowAt(c, x.b, x.k, x.g0), x.rows, j0, width, {s.lo, s.hi}, lo, hi);
+      SecondPairs y{j0, width, ranges, tiles, MakeTiles(ranges, x.rows, j0, width, tiles), {}, plan.s_row};
       if (y.count == 0) continue;
       float* arrays = s.arrays + (kept ? block - first : 0) * plan.BlockFloats();
       for (int i = 0; i < kSecondArrays; ++i)
@@ -215,7 +218,7 @@ inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScrat
   const auto first_pass = [&](const SecondPairs& y, bool adds) {
     const PackedKeys of(c, plan, s, x, y.j0, y.width, false);
     FirstPassProducts(c, plan, s, of, y);
-    ForEachRow(c, s, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
+    ForEachRow(c, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
       FirstPassRow(c, plan, s, row, r, y.j0, v, c0, c1, of.nan_marker, y.Row(r), adds);
     });
   };

@@ -83,7 +83,7 @@ struct SecondPlan {
   explicit SecondPlan(const Call& c) : terms(c), groups(c) {
     writes_all_bias = c.dbias && WritesAllBias(c);
     rows = c.G() * c.Sq;
-    key_block = KeysOf(TilesInUse().second_keys, c.D > c.Dv ? c.D : c.Dv);
+    key_block = AlignedKeys(c, KeysOf(TilesInUse().second_keys, c.D > c.Dv ? c.D : c.Dv));
     q_row = Panels(c.D > c.Dv ? c.D : c.Dv) * kPanel;
     dq_row = Panels(c.D) * kPanel;
     dv_row = Panels(c.Dv) * kPanel;
@@ -122,7 +122,7 @@ struct SecondPlan {
     const int64_t most = RoundUp(packed ? TilesInUse().second_rows : TilesInUse().most_second_rows, kRows);
     const int64_t least = packed ? kLeastSecondRows : kLeastUnpackedRows;
     const int64_t fit = kSecondFloats / (arrays * s_row * (key_blocks > 0 ? key_blocks : 1)) / kRows * kRows;
-    block_rows = fit >= most || fit < least ? most : fit;
+    block_rows = AlignedRows(c, fit >= most || fit < least ? most : fit);
     block_rows = block_rows < rows ? block_rows : rows > 0 ? rows : 1;
     kept_blocks = kSecondFloats / BlockFloats();
     kept_blocks = kept_blocks < key_blocks ? kept_blocks : key_blocks;

@@ -57,7 +57,7 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
   if (nan_marker != nullptr) Combine(v.hi - v.lo, t + v.lo, nan_marker + v.lo, [](F y, F more) { return y + more; });
   float* by_cap = x[kByCap] != nullptr ? x[kByCap] : c.soft_cap_tangent ? s.by_cap : nullptr;
   float* quotient = x[kQuotient] != nullptr ? x[kQuotient] : s.quotient;
-  if (!IsPlain(c, row)) {
+  if (!IsPlain(c, row, j0, v)) {
     if (!empty) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, {x[kByX], by_cap, x[kCurve], quotient}, s.tmp);
     scale = Set(1.0f);
   }

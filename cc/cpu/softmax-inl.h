@@ -88,7 +88,7 @@ inline void ScaleColumns(const float* factors, int64_t n, int64_t from, int64_t 
 // Turns a row's products with keys j0 + [c0, c1), of which v are visible, into logits but for a scale, which is returned.
 inline float RowLogits(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
                        const float* nan_marker, const SoftCapRows& cap_rows, float* tmp, float* x) {
-  const bool plain = IsPlain(c, row);
+  const bool plain = IsPlain(c, row, j0, v);
   if (!plain) {
     if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nan_marker, x, cap_rows, tmp);
   } else if (nan_marker != nullptr) {

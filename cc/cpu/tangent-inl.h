@@ -43,6 +43,7 @@ inline void PackTangentBlock(const Call& c, int64_t b, int64_t k, int64_t j0, in
 struct TangentGroup {
   int64_t b, k, r0, g0, j0, width;
   TangentBlock block;
+  RowRanges ranges;
   int64_t count;
   RowTile tiles[kMostRows];
 };
@@ -170,8 +171,8 @@ inline void RunGroup(const Call& c, const TangentPlan& plan, const TangentScratc
     Row row = RowAt(c, x.b, x.k, x.r0 + x.g0 + tile.r);
     for (int64_t r = tile.r; r < tile.r + tile.n; ++r, row = After(c, row)) {
       const int64_t at = x.g0 + r;
-      TangentRow(c, plan, s, x.block, row, at, x.j0, Within(s.lo[at], s.hi[at], x.j0, x.width), c0, c1,
-                 s.logits + r * s.s_row, s.tangents + r * s.s_row);
+      TangentRow(c, plan, s, x.block, row, at, x.j0, x.ranges.Within(r, x.j0, x.width), c0, c1, s.logits + r * s.s_row,
+                 s.tangents + r * s.s_row);
     }
   }
   const float *w = s.logits, *t = plan.logits ? s.tangents : nullptr;
@@ -245,8 +246,10 @@ inline void TangentTask(const Call& c, const TangentPlan& plan, const SharedBloc
   const int64_t b = head / c.K, k = head % c.K, r0 = block * plan.task_rows;
   const int64_t n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
   const Range all = StartTangentRows(c, s, b, k, r0, n);
+  int32_t lo[kMostRows], hi[kMostRows];
   for (int64_t j0 = all.lo / plan.key_block * plan.key_block; j0 < all.hi; j0 += plan.key_block) {
-    TangentGroup x{b, k, r0, 0, j0, j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0, {}, 0, {}};
+    TangentGroup x{b, k, r0, 0, j0, j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0, {}, {}, 0, {}};
+    if (!SeesBlocks(c, b, k, r0, n, j0, j0 + x.width)) continue;
     if (plan.shared) {
       x.block = shared.At(head, j0);
     } else {
@@ -255,7 +258,8 @@ inline void TangentTask(const Call& c, const TangentPlan& plan, const SharedBloc
     }
     for (x.g0 = 0; x.g0 < n; x.g0 += plan.group_rows) {
       const int64_t rows = x.g0 + plan.group_rows < n ? plan.group_rows : n - x.g0;
-      x.count = MakeTiles(s.lo + x.g0, s.hi + x.g0, rows, j0, x.width, x.tiles);
+      x.ranges = RangesIn(c, RowAt(c, b, k, r0 + x.g0), rows, j0, x.width, {s.lo + x.g0, s.hi + x.g0}, lo, hi);
+      x.count = MakeTiles(x.ranges, rows, j0, x.width, x.tiles);
       if (x.count > 0) RunGroup(c, plan, s, x);
     }
   }

@@ -31,8 +31,8 @@ struct TangentPlan {
   TangentPlan(const Call& c, int64_t threads) {
     const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
-    group_rows = tiles.tangent_rows;
-    key_block = KeysOf(tiles.forward_keys, c.D > c.Dv ? c.D : c.Dv);
+    group_rows = AlignedRows(c, tiles.tangent_rows);
+    key_block = AlignedKeys(c, KeysOf(tiles.forward_keys, c.D > c.Dv ? c.D : c.Dv));
     keys_size = RoundUp(key_block, kPanel) * c.D;
     values_size = Panels(c.Dv) * kPanel * key_block;
     logits = MovesLogits(c);
@@ -44,7 +44,7 @@ struct TangentPlan {
     const int64_t most = shared ? kTangentSharedFloats / head_size : heads;
     const int64_t waves = heads > 0 ? (heads + most - 1) / most : 1;
     wave = (heads + waves - 1) / waves;
-    task_rows = kTaskRows;
+    task_rows = TaskRows(c, group_rows);
     while (task_rows > group_rows && wave * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
       task_rows /= 2;
     blocks = (rows + task_rows - 1) / task_rows;

@@ -74,6 +74,9 @@ JAX_FA_INLINE constexpr int64_t KeysOf(const KeyBlock (&blocks)[kCount], int64_t
   return blocks[i].keys;
 }
 
+// Fewer keys than these are not made one block for a mask of smaller blocks.
+constexpr int64_t kLeastAlignedKeys = 128;
+
 // What depends on the second cache.
 //
 // Forward: the logits of a group of rows stay in it while a packed block of keys and values is read once for each group.
@@ -95,6 +98,22 @@ struct Tiles {
   int64_t second_rows, most_second_rows;
   KeyBlock second_keys[2];
 };
+
+// Rows of a block, at most `most`, where a mask has blocks of so many: as many as no two of its blocks share, if these are
+// not too few, or all rows of some.
+JAX_FA_INLINE int64_t AlignedRows(const Call& c, int64_t most) {
+  if (!c.blocks) return most;
+  if (c.block_rows <= most) return most / c.block_rows * c.block_rows;
+  for (int64_t rows = most; 2 * rows > most; --rows)
+    if (c.block_rows % rows == 0) return rows;
+  return most;
+}
+
+// Keys of a block, at most `most`, likewise: of up to two blocks of the mask, so that no masked one lies between visible ones.
+JAX_FA_INLINE int64_t AlignedKeys(const Call& c, int64_t most) {
+  while (c.blocks && most > 2 * c.block_keys && most > kLeastAlignedKeys) most /= 2;
+  return most;
+}
 
 // The least first. The KiB beside each are those of its largest blocks at head_dim 64, then 128.
 // clang-format off
@@ -193,6 +212,11 @@ constexpr int64_t kLeastSecondRows = 24, kLeastUnpackedRows = 60;
 // while there are fewer tasks than kThreadTasks for each thread: no row's result depends on the task it is in. Keys and
 // values of which one task takes all rows are packed there, and stay in its caches.
 constexpr int64_t kTaskRows = 384, kThreadTasks = 8;
+JAX_FA_INLINE int64_t TaskRows(const Call& c, int64_t group_rows) {
+  if (!c.blocks) return kTaskRows;
+  while (2 * group_rows <= kTaskRows) group_rows *= 2;
+  return group_rows;
+}
 
 // ... or all rows of a key head, up to kWholeRows, where there are at least kThreadHeads heads for each thread: then no
 // thread waits for others that pack, which takes 15 us a call, as long as a tenth of 128 rows of 8 heads.

@@ -129,6 +129,9 @@ Call CallOf(const Problem& p) {
   c.bias_elements = p.bias_offset ? p.bias.dims[kCol] : 0;
   c.position = p.position.view();
   c.segment_row = p.segment_row.view(), c.segment_key = p.segment_key.view();
+  c.blocks = p.blocks.view(), c.block_pairs = p.block_pairs.view();
+  c.block_rows = p.block_rows, c.block_keys = p.block_keys;
+  c.block_count = p.block_pairs ? p.block_pairs.dims[kRow] : 0;
   c.scale_of_head = p.scale_of_head.view(), c.soft_cap_of_head = p.cap_of_head.view();
   c.threshold_of_head = p.threshold_of_head.view(), c.dropout_start = p.dropout_start.view();
   c.rounding = p.rounding.view();

@@ -75,6 +75,13 @@ Spec RandomSpec(uint64_t seed) {
   if (s.bias != kNoAxes) s.indexed = axes(3, 15), s.apart = random.OneIn(3);
   s.segments = axes(5, 15);
   s.scales = axes(5, 7), s.caps = axes(6, 7), s.rates = axes(2, 7);
+  if (random.OneIn(4)) {
+    constexpr int64_t kBlocks[] = {1, 3, 8, 16, 40, 64, 100, 128, 300};
+    s.blocks = static_cast<int>(random.Below(8));
+    s.block_rows = random.Pick(kBlocks), s.block_keys = random.Pick(kBlocks);
+    if (random.OneIn(2)) s.mask = s.segments = kNoAxes;  // which otherwise are masks beside it
+    if (random.OneIn(2)) s.bounds = Bounds::kNone;
+  }
   if (random.OneIn(2)) s.tangents = static_cast<int>(random.Below(128));
   if (random.OneIn(2)) s.cotangents = static_cast<int>(random.Below(4));
   s.sinks = axes(4, 7), s.partial = random.OneIn(3);
@@ -172,6 +179,11 @@ void CheckTable(bool all, size_t stride) {
   add([](Spec& s) { s.alibi = Alibi::kSqrt, s.bounds = Bounds::kCausalEnd; });
   add([](Spec& s) { s.alibi = Alibi::kLinear, s.cap = 4.0, s.slope_axes = 4; });
   add([](Spec& s) { s.mask = 0; });
+  add([](Spec& s) { s.blocks = 7, s.B1 = 2, s.garbage = kNaN; });
+  add([](Spec& s) { s.blocks = 4, s.Sq = 300, s.Skv = 400, s.garbage = kInf, s.seen_garbage = true, s.bias = 28; });
+  add([](Spec& s) { s.blocks = 0, s.Sq = 5, s.Skv = 700, s.garbage = kNaN, s.mask = 24, s.dtype = DType::kBF16; });
+  add([](Spec& s) { s.blocks = 4, s.block_rows = 7, s.block_keys = 5, s.Skv = 300, s.philox = true, s.keep = 0.8; });
+  add([](Spec& s) { s.blocks = 4, s.Sq = 12, s.Skv = 40, s.block_keys = 16, s.cap = 3.0, s.alibi = Alibi::kLinear; });
   add([](Spec& s) { s.Dv = 0, s.bias = 24, s.bounds = Bounds::kCausal; });
   add([](Spec& s) { s.Dv = 0, s.Sq = 1, s.D = 64, s.dtype = DType::kBF16; });
   add([](Spec& s) { s.bounds = Bounds::kLengths, s.bound_axes = 0, s.garbage = kNaN; });

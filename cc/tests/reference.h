@@ -32,7 +32,9 @@ struct Problem {
   Array query, key, value, bias, mask, lower, upper, slopes, seed, stream, drop_bits, drop_offset;
   Array bias_offset, position, segment_row, segment_key, scale_of_head, cap_of_head, threshold_of_head, dropout_start;
   Array sinks;
-  bool partial = false;  // the backward takes the sink for keys that are elsewhere
+  bool partial = false;       // the backward takes the sink for keys that are elsewhere
+  Array blocks, block_pairs;  // a pair of rows and keys of a block is one column
+  int64_t block_rows = 1, block_keys = 1;
   Array dout, dlogsumexp, dout_tangent, dlogsumexp_tangent;
   Array query_tangent, key_tangent, value_tangent, bias_tangent, slopes_tangent, scale_tangent, cap_tangent;
   Array out_tangent, logsumexp_tangent;
@@ -44,7 +46,7 @@ struct Problem {
   double Exact(size_t at) const {
     return rounding ? out.value[at] + rounding.value[at] * HalfUlp(out.dtype) : out.value[at];
   }
-  bool Masked() const { return lower || upper || mask || segment_row; }
+  bool Masked() const { return lower || upper || mask || segment_row || blocks; }
   double Scale(int64_t b, int64_t n) const { return scale_of_head ? scale_of_head.at(b, n) : scale; }
   double Cap(int64_t b, int64_t n) const { return cap_of_head ? cap_of_head.at(b, n) : cap; }
   double Threshold(int64_t b, int64_t n) const { return threshold_of_head ? threshold_of_head.at(b, n) : threshold; }
@@ -60,7 +62,13 @@ struct Problem {
   bool Visible(int64_t b, int64_t n, int64_t i, int64_t j) const {
     return !(lower && static_cast<double>(j) < lower.at(b, n, i)) &&
            !(upper && static_cast<double>(j) >= upper.at(b, n, i)) && !(mask && mask.at(b, n, i, j) == 0.0) &&
-           !(segment_row && segment_row.at(b, n, i) >= 0.0 && segment_row.at(b, n, i) != segment_key.at(b, n, 0, j));
+           !(segment_row && segment_row.at(b, n, i) >= 0.0 && segment_row.at(b, n, i) != segment_key.at(b, n, 0, j)) &&
+           (!blocks || VisibleByBlocks(b, n, i, j));
+  }
+  bool VisibleByBlocks(int64_t b, int64_t n, int64_t i, int64_t j) const {
+    const auto kind = static_cast<int64_t>(blocks.at(b, n, i / block_rows, j / block_keys));
+    if (kind < 2 || kind - 2 >= block_pairs.dims[kRow]) return kind == 1;
+    return block_pairs.at(b, n, kind - 2, i % block_rows * block_keys + j % block_keys) != 0.0;
   }
   bool Kept(int64_t b, int64_t n, int64_t i, int64_t j) const {
     if (seed) {
@@ -88,8 +96,8 @@ struct Problem {
 struct Quantity {
   static constexpr uint8_t kCertain = 1, kPossible = 2;
   std::vector<double> value, error;
-  std::vector<double> terms;  // the sum of the magnitudes of its weighted terms
-  std::vector<double> moved;  // what may be put on another key where weights are rounded to 16 bits
+  std::vector<double> terms;     // the sum of the magnitudes of its weighted terms
+  std::vector<double> moved;     // what may be put on another key where weights are rounded to 16 bits
   std::vector<uint8_t> tainted;  // kCertain: it reaches the row by a pair that has weight, and not only kPossible
   void Resize(size_t n) {
     value.assign(n, 0.0);

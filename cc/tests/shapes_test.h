@@ -73,6 +73,8 @@ struct GivenCall {
     operand(jax_fa::kSoftCap, E::kF32, {2, 3, 4}, "111");
     operand(jax_fa::kKeepThreshold, E::kU32, {2, 3, 4}, "111");
     operand(jax_fa::kDropoutStart, E::kU32, {2, 3, 2}, "11.");
+    operand(jax_fa::kBlocks, E::kI32, {2, 3, 4, 3, 4}, "111..");  // of 2 rows and keys
+    operand(jax_fa::kBlockPairs, E::kBool, {2, 3, 4, 6, 2, 2}, "111eee");
     const bool forward = jax_fa::IsForward(pass), gradients = jax_fa::HasCotangents(pass);
     const bool tangents = jax_fa::HasTangents(pass), second = pass == Pass::kSecond;
     std::vector<Given>& list = forward ? rets : args;
@@ -172,7 +174,7 @@ void CheckWrongArrays(const GivenCall& call) {
         const bool floats = element == Element::kF32 || element == Element::kBF16 || element == Element::kF16;
         const bool any_float = right.name == "key" || right.name == "value" || right.name == "bias";
         if (element == right.element || (any_float && floats)) continue;
-        if (right.name == "mask" && element == Element::kU8) continue;
+        if ((right.name == "mask" || right.name == "block_pairs") && element == Element::kU8) continue;
         // The dtype of query is that of out, and so on.
         if (right.name == "query" && floats) continue;
         with([&](Given& x) { x.element = element; }, false);
@@ -222,7 +224,9 @@ void CheckShapes() {
                                      std::pair(jax_fa::kDropBits, "drop_offset is given without drop_bits"),
                                      std::pair(jax_fa::kDropOffset, "drop_bits is given without drop_offset"),
                                      std::pair(jax_fa::kSegmentRow, "segment_key is given without segment_row"),
-                                     std::pair(jax_fa::kSegmentKey, "segment_row is given without segment_key")})
+                                     std::pair(jax_fa::kSegmentKey, "segment_row is given without segment_key"),
+                                     std::pair(jax_fa::kBlocks, "block_pairs is given without blocks"),
+                                     std::pair(jax_fa::kBlockPairs, "blocks is given without block_pairs")})
       wrong([at = i](GivenCall& c) { c.present &= ~(1u << at); }, message, "");
     wrong([](GivenCall& c) { c.present &= ~(1u << jax_fa::kSeed | 1u << jax_fa::kStream); },
           "dropout_start is given without dropout_seed", "");
@@ -234,6 +238,13 @@ void CheckShapes() {
           "3 heads; expected a number that divides the 4 of query");
     wrong([](GivenCall& c) { c.args[1].dims[3] = 0; }, "key is ", "0 heads; expected a number");
     wrong([](GivenCall& c) { c.args[1].dims[4] = 0; }, "key is ", "expected a head_dim of at least 1");
+    for (const size_t dim : {size_t{4}, size_t{5}})
+      wrong(
+          [dim](GivenCall& c) {
+            for (Given& x : c.args)
+              if (x.name == "block_pairs") x.dims[dim] = 0;
+          },
+          "block_pairs is ", "expected blocks of at least one row and key");
   }
 }
 

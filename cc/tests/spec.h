@@ -23,6 +23,8 @@ struct Spec {
   int indexed = kNoAxes;  // bias by index: axes of its offsets; `bias` gives those of the elements
   bool apart = false;     // ... and each key head has elements of its own
   int segments = kNoAxes;
+  int blocks = kNoAxes;  // a mask by blocks
+  int64_t block_rows = 16, block_keys = 32;
   int scales = kNoAxes, caps = kNoAxes, rates = kNoAxes;  // axes of what is given per head instead
   int sinks = kNoAxes;
   bool partial = false;  // the backward takes the sink for keys that are elsewhere
@@ -45,14 +47,14 @@ struct Spec {
     std::snprintf(
         text, sizeof text,
         "B=%lldx%lld Sq=%lld Skv=%lld N=%lld K=%lld D=%lld Dv=%lld %s bounds=%s/%d mask=%d bias=%d%s "
-        "scale=%g amplitude=%g/%g common=%g/%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d per-head=%d/%d/%d "
-        "sinks=%d%s dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s tangents=%d/%d seed=%llu",
+        "scale=%g amplitude=%g/%g common=%g/%g cap=%g alibi=%d/%d/%d indexed=%d%s segments=%d blocks=%d/%lldx%lld "
+        "per-head=%d/%d/%d sinks=%d%s dropout=%s%skeep=%g dlse=%d layout=%d garbage=%g%s tangents=%d/%d seed=%llu",
         Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv), kDTypes[static_cast<int>(dtype)],
         kBounds[static_cast<int>(bounds)], bound_axes, mask, bias, infinite_bias ? "(-inf)" : "", scale, amplitude,
         query_amplitude, common_key, common_logit, cap, static_cast<int>(alibi), slope_axes, position, indexed,
-        apart ? "(apart)" : "", segments, scales, caps, rates, sinks, partial ? "(partial)" : "", philox ? "philox " : "", bits ? "bits " : "", keep,
-        dlogsumexp, layout, garbage, seen_garbage ? "(seen)" : "", tangents, cotangents,
-        static_cast<unsigned long long>(seed));
+        apart ? "(apart)" : "", segments, blocks, Int(block_rows), Int(block_keys), scales, caps, rates, sinks,
+        partial ? "(partial)" : "", philox ? "philox " : "", bits ? "bits " : "", keep, dlogsumexp, layout, garbage,
+        seen_garbage ? "(seen)" : "", tangents, cotangents, static_cast<unsigned long long>(seed));
     return text;
   }
 
@@ -119,6 +121,8 @@ class Maker {
                      &p_.position,
                      &p_.segment_row,
                      &p_.segment_key,
+                     &p_.blocks,
+                     &p_.block_pairs,
                      &p_.scale_of_head,
                      &p_.cap_of_head,
                      &p_.threshold_of_head,
@@ -219,6 +223,7 @@ class Maker {
       for (double& x : p_.segment_row.value) x = static_cast<double>(random_.Below(4) - 1);
       for (double& x : p_.segment_key.value) x = static_cast<double>(random_.OneIn(3) ? random_.Below(4) - 1 : 1);
     }
+    if (s_.blocks != kNoAxes) MakeBlocks();
     if (s_.mask == kNoAxes) return;
     p_.mask = Plain(DType::kU8, Full(s_.mask, s_.Skv));
     const int64_t row = std::max<int64_t>(1, p_.mask.dims[kCol]);
@@ -226,6 +231,24 @@ class Maker {
       if (static_cast<int64_t>(at) % row == 0) density_ = random_.OneIn(5) ? 0 : 1 + random_.Below(4);
       p_.mask.value[at] = random_.Below(4) < density_ ? 1.0 : 0.0;
     }
+  }
+
+  // Most blocks are masked whole, and few numbers name pairs that there are not.
+  void MakeBlocks() {
+    const auto blocks = [](int64_t n, int64_t size) { return n / size + (n % size != 0); };
+    const int64_t each = s_.block_rows * s_.block_keys, count = random_.Below(4);
+    p_.block_rows = s_.block_rows, p_.block_keys = s_.block_keys;
+    Dims dims = Full(s_.blocks & 7, 1);
+    dims[kRow] = count, dims[kCol] = each;
+    p_.block_pairs = Pairs(DType::kU8, dims);
+    dims[kRow] = blocks(s_.Sq, s_.block_rows), dims[kCol] = blocks(s_.Skv, s_.block_keys);
+    p_.blocks = Pairs(DType::kI32, dims);
+    for (double& x : p_.block_pairs.value) x = static_cast<double>(random_.OneIn(3) ? 0 : 1 + random_.Below(2));
+    for (double& x : p_.blocks.value)
+      x = random_.OneIn(2) ? 0.0
+          : random_.OneIn(9)
+              ? (random_.OneIn(2) ? -1.0 : 1e9)
+              : static_cast<double>(random_.OneIn(3) ? 1 : 2 + random_.Below(std::max<int64_t>(count, 1)));
   }
 
   // Offsets as of a relative position, or any. The elements are those of visible pairs and none beyond.

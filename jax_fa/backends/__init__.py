@@ -37,7 +37,8 @@ class Backend(Protocol):
     Calls on several devices carry a rule by which XLA splits batch and heads (`sharding.py`). A backend may say more:
 
     * `splits_rows = True`: query rows too. Then `problem.mask` says nothing, for it counts from the first row; the operands do.
-    * `runs_functions = True`: it evaluates `problem.functions`. A call that has some goes to no other backend.
+    * `why_no_functions(call)`: why it cannot compute a call with `problem.functions`, or None; such a call goes to no backend
+      without this method. It evaluates them or, of one mask, reads `operands.block_pairs`.
     * `splits_alone(call)`, for plain JAX: whether XLA splits this call without a rule, and without communication.
 
     `operands.sinks` are absent, and what a backend computes without them is made into what it is with them (`sinks.py`). One with
@@ -181,16 +182,18 @@ def reasons(platform: str, call: AnyCall, what: str = "forward") -> dict[str, st
         if not serves and platform.lower() not in backend.emulated_on:
             where = ", ".join(_WRITTEN.get(served, served) for served in backend.platforms or ())
             found[backend.name] = f"runs on {where} only, not on {_WRITTEN.get(platform, platform)}"
-        elif what != "paged" and call.problem.functions and not getattr(backend, "runs_functions", False):
-            found[backend.name] = f"does not support {_functions(call)}: xla does"
         else:
-            found[backend.name] = backend.why_not(call, platform=platform, what=what)
+            why = None if what == "paged" else _why_no_functions(backend, call)
+            found[backend.name] = why or backend.why_not(call, platform=platform, what=what)
     return found
 
 
-def _functions(call: Call) -> str:
-    """The arguments that hold the functions of a call."""
-    return " and ".join(dict.fromkeys(program.name for program in call.problem.functions))
+def _why_no_functions(backend: Backend, call: Call) -> str | None:
+    if not call.problem.functions:
+        return None
+    if hasattr(backend, "why_no_functions"):
+        return backend.why_no_functions(call)
+    return f"does not support {call.problem.names_of_functions}: xla does"
 
 
 def choose(platform: str, call: AnyCall, what: str = "forward") -> Backend:

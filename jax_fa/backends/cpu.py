@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_fa import compat, dropout
 from jax_fa.backends import native
-from jax_fa.call import PLAIN_DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved
+from jax_fa.call import OF_FUNCTIONS, PLAIN_DIFFERENTIABLE, STORED, Call, Operands, Problem, Saved
 from jax_fa.paged.call import PagedCall
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -46,6 +46,22 @@ class Cpu:
             return "symbolic dimensions are not supported"
         if (widest := max(call.dims.D, call.dims.Dv)) > _MAX_HEAD_DIM:
             return f"head_dim is at most {_MAX_HEAD_DIM}, not {widest}"
+        return None
+
+    def why_no_functions(self, call: Call) -> str | None:
+        problem, operands = call.problem, call.operands
+        if problem.score_mod is not None or operands.blocks is None:
+            return f"does not support {problem.names_of_functions}: xla does"
+        if len(problem.mask_mods) > 1:
+            return (
+                "takes one BlockMask and no other function of a pair beside it: make it of f(...) & g(...), or leave "
+                "implementation at None, which takes xla"
+            )
+        if operands.block_pairs is None:
+            return (
+                "takes a BlockMask of known values, and of up to 128 MiB of pairs in blocks that are masked in part: xla serves "
+                "those of traced arrays, and larger ones"
+            )
         return None
 
     def why_no_sinks(self, call: Call, what: str) -> str | None:
@@ -162,7 +178,7 @@ def _arrays(operands: Operands) -> tuple[int, list[Any]]:
     """Which operands are given, as a bit mask in field order, and their arrays."""
     present, arrays = 0, []
     for bit, (name, x) in enumerate(operands.items()):
-        if x is None:
+        if x is None or name in OF_FUNCTIONS:  # the kernels read `block_pairs`
             continue
         present |= 1 << bit
         if name == "alibi_slopes" or (name == "bias" and x.dtype not in _DTYPES):

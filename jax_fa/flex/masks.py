@@ -1,21 +1,20 @@
 """Masks that are functions of one pair, and which blocks of pairs they leave visible."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fa import compat
+from jax_fa import compat, indices
 from jax_fa.arguments import integer, shown
+from jax_fa.flex.pairs import CHUNK, FULL, HIDDEN, PARTIAL, pairs_of
 from jax_fa.flex.programs import Program, traced
-from jax_fa.masks.base import Mask, Rows, Terms, broadcasts
-
-HIDDEN, PARTIAL, FULL = 0, 1, 2
-_CHUNK = 2**20  # pairs that are evaluated at a time
+from jax_fa.masks.base import Mask, Rows, Terms, broadcasts, lead
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,22 @@ class BlockMask(Function):
     """A `mask_mod` and, for blocks of rows and columns, whether it hides all, some or no pairs of each.
 
     Made by `create_block_mask`; a mask for `mask=`, also joined with others by `&`. It is a pytree whose leaves are the
-    states of the blocks and what the function closes over.
+    arrays below and what the function closes over.
 
     Attributes:
       states: uint8 `*#B #N blocks of rows, blocks of columns`: 0 where all pairs are masked, 1 where some are, 2 where none is.
       block_size: rows and columns of a block.
       lengths: rows and columns of the call.
+      table: int32 like states: 0 where all pairs are masked, 1 where none is, 2 + i where those of `pairs[..., i, :, :]` are
+        visible. None: not known, as of a mask that is made of traced arrays.
+      pairs: bool `*#B #N P rows columns`; None likewise.
     """
 
     states: Any
     block_size: tuple[int, int]
     lengths: tuple[int, int]
+    table: Any = None
+    pairs: Any = None
 
     @property
     def sparsity(self) -> Any:
@@ -83,6 +87,10 @@ def create_block_mask(
     block is kept. Blocks that it masks whole are then skipped in the forward and in every derivative. Make the mask once,
     outside of the loop over layers or steps, or inside `jax.jit`, where it may depend on data.
 
+    If all arrays that it closes over are known, so is the mask, inside of `jax.jit` too: it is made when that traces, and keeps
+    the pairs of blocks that are masked in part, one byte each, unless those that differ take more than 128 MiB. The CPU kernels
+    take such masks alone.
+
     Args:
       mask_mod: `mask_mod(batch, head, row, column) -> bool`, of int32 scalars that are traced; True = visible. It may close
         over arrays, traced ones too: `document[batch, row] == document[batch, column]`.
@@ -103,7 +111,7 @@ def create_block_mask(
     Source: Dong et al. 2024, arXiv:2412.05496.
     """
     found = traced("mask_mod", mask_mod)
-    lead = (
+    entries = (
         (() if batch is None else tuple(batch))
         if isinstance(batch, (tuple, list)) or batch is None
         else (batch,)
@@ -113,7 +121,7 @@ def create_block_mask(
         raise ValueError(
             f"block_size must be one number or two, of rows and of columns; got {shown(block_size)}."
         )
-    named = {"rows": (rows,), "columns": (columns,), "block_size": sizes, "batch": lead}
+    named = {"rows": (rows,), "columns": (columns,), "block_size": sizes, "batch": entries}
     named["heads"] = () if heads is None else (heads,)
     for name, values in named.items():
         for value in values:
@@ -129,11 +137,15 @@ def create_block_mask(
             )
     block = (int(sizes[0]), int(sizes[1]))
     of_heads = 1 if heads is None else int(heads)
-    with compat.allow_promotion():
+    lengths = (int(rows), int(columns))
+    known = all(indices.known(x) is not None for x in found.arrays)
+    at_once = jax.ensure_compile_time_eval() if known else contextlib.nullcontext()
+    with compat.allow_promotion(), at_once:
         _, words = found.program.packed(found.arrays, jnp.float32)
         packed = jnp.concatenate([jnp.zeros(0, jnp.uint32), *words])
-        states = _states(found.program, (*map(int, lead), of_heads), (int(rows), int(columns)), block, packed)
-    return BlockMask(found.program, found.arrays, states, block, (int(rows), int(columns)))
+        states = _states(found.program, (*map(int, entries), of_heads), lengths, block, packed)
+        table, pairs = pairs_of(found.program, packed, lengths, block, states) if known else (None, None)
+    return BlockMask(found.program, found.arrays, states, block, lengths, table, pairs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -144,7 +156,7 @@ def _states(program: Program, lead: tuple[int, ...], lengths, block, words):
         entries *= size
     heads = lead[-1]
     blocks = [-(-length // size) for length, size in zip(lengths, block, strict=True)]
-    chunk = max(1, min(blocks[1], _CHUNK // (entries * block[0] * block[1])))
+    chunk = max(1, min(blocks[1], CHUNK // (entries * block[0] * block[1])))
     chunks = -(-blocks[1] // chunk)
     entry = jnp.arange(entries, dtype=jnp.int32)[:, None, None]
     batch, head = entry // heads, entry % heads
@@ -177,8 +189,16 @@ def functions_of(members: Sequence[Mask]) -> list[Function]:
     return [member for member in members if isinstance(member, Function)]
 
 
-def blocks_of(functions: Sequence[Function], rank: int) -> tuple[Any, tuple[int, int] | None]:
-    """The states of blocks, `*#B #N R C` of this rank, and the size of a block; None for both where no mask has blocks."""
+class Blocks(NamedTuple):
+    """Those of a call, of which `Operands` says more."""
+
+    size: tuple[int, int] | None = None  # None: there are none
+    blocks: Any = None  # `*#B #N R C`: 0 where all pairs are masked; with pairs it is the table
+    pairs: Any = None  # `*#B #N P rows columns`; None: not known
+
+
+def blocks_of(functions: Sequence[Function], rank: int) -> Blocks:
+    """Of the masks of a call with so many dims `*B N`."""
     found: Any = None
     size = None
     for mask in functions:
@@ -189,6 +209,19 @@ def blocks_of(functions: Sequence[Function], rank: int) -> tuple[Any, tuple[int,
                 f"BlockMasks that are joined must have the same block_size; got {size} and {mask.block_size}."
             )
         size = mask.block_size
-        states = mask.states.reshape((1,) * (rank - mask.states.ndim) + mask.states.shape)
+        states = lead(mask.states, rank + 2)
         found = states if found is None else jnp.minimum(found, states)
-    return found, size
+    if len(functions) == 1 and isinstance(mask := functions[0], BlockMask) and _has_pairs(mask):
+        # (A state of 0 counts, whatever the table has.)
+        table = jnp.where(found == HIDDEN, 0, lead(mask.table, rank + 2))
+        return Blocks(size, table, lead(mask.pairs, rank + 3))
+    return Blocks(size, found)
+
+
+def _has_pairs(mask: BlockMask) -> bool:
+    """Whether its pairs are known and still belong to its states, whatever was done to the leaves."""
+    if mask.table is None or mask.pairs is None:
+        return False
+    shape = mask.states.shape
+    whole = (*shape[:-2], *mask.block_size)
+    return mask.table.shape == shape and (*mask.pairs.shape[:-3], *mask.pairs.shape[-2:]) == whole
