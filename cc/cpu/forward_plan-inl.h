@@ -65,10 +65,10 @@ struct ForwardPlan {
         task_rows /= 2;
     }
     blocks = (rows + task_rows - 1) / task_rows;
-    if (blocks > 1) task_rows = RoundUp((rows + blocks - 1) / blocks, kRows);
+    if (blocks > 1 && !c.blocks) task_rows = RoundUp((rows + blocks - 1) / blocks, kRows);
     shared = !direct && blocks > 1 && heads * key_blocks * BlockSize() <= kSharedFloats;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
-    const int64_t tasks = heads / task_heads * blocks;
+    const int64_t tasks = heads / task_heads;
     splits = tasks == 0 || tasks >= kEnoughTasks || (rows > kSplitRows && !paged) ? 1 : (kFewTasks + tasks - 1) / tasks;
     if (paged) splits = PagedSplits(c, splits);
     const int64_t most = c.Skv / kSplitKeys;
