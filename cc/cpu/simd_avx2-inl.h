@@ -52,12 +52,11 @@ inline F LoadF8E5M2(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_slli_epi16(x, 8));
 }
 inline F LoadF8E4M3(const uint8_t* p) {
-  const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  const __m128i magnitude = _mm_and_si128(x, _mm_set1_epi16(0x7f));
-  const __m128i sign = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x80)), 8);
-  const __m128i half = _mm_or_si128(sign, _mm_slli_epi16(magnitude, 7));
-  const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
-  return _mm256_cvtph_ps(_mm_blendv_epi8(half, _mm_set1_epi16(0x7e00), nan)) * Set(256.0f);
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m128i nan = _mm_cvtepi8_epi16(_mm_cmpeq_epi8(_mm_add_epi8(x, x), _mm_set1_epi8(-2)));  // of all ones
+  const __m128i twice = _mm_slli_epi16(_mm_cvtepi8_epi16(x), 7);                                 // the sign
+  const __m128i half = _mm_and_si128(twice, _mm_set1_epi16(-0x4001));
+  return _mm256_cvtph_ps(_mm_or_si128(nan, half)) * Set(256.0f);
 }
 // The first n < kLanes elements, then zeros; nothing behind them is read. `inside`: p + n is at least kLanes elements into its array.
 inline __m128i LoadFirst16(const uint16_t* p, int n, bool inside) {

@@ -41,12 +41,11 @@ inline F LoadF8E5M2(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_slli_epi16(x, 8));
 }
 inline F LoadF8E4M3(const uint8_t* p) {
-  const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
-  const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7));
-  const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7f));
-  return _mm512_cvtph_ps(_mm256_mask_blend_epi16(nan, half, _mm256_set1_epi16(0x7e00))) * Set(256.0f);
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __mmask16 finite = _mm_cmpneq_epi8_mask(_mm_add_epi8(x, x), _mm_set1_epi8(-2));
+  const __m256i twice = _mm256_slli_epi16(_mm256_cvtepi8_epi16(x), 7);  // the sign
+  const __m256i half = _mm256_and_si256(twice, _mm256_set1_epi16(-0x4001));
+  return _mm512_cvtph_ps(_mm256_mask_blend_epi16(finite, _mm256_set1_epi16(0x7e00), half)) * Set(256.0f);
 }
 // The first n < kLanes elements, then zeros; nothing behind them is read. `inside`: p + n is at least kLanes elements into its array.
 inline F LoadFirstBF16(const uint16_t* p, int n, bool) {
