@@ -262,3 +262,27 @@ def test_over_devices(how):
     program = jax.jit(run).lower(mask, placed).compile()
     _close(program(mask, placed), want, 1e-5)
     assert "all-gather" not in program.as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_made_inside(kind):
+    """Of known arrays a mask is known wherever it is made: under jit, in shard_map, with explicit mesh axes."""
+    ids = jnp.asarray(IDS[0, :64])
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((B, 64, N, D)), jnp.float32)
+    want = jax_fa.flash_attention(q, q, q, mask=_masked(ids))
+
+    def attend(q):
+        mask = _masked(ids)
+        assert not isinstance(mask.pairs, jax.core.Tracer)
+        return jax_fa.flash_attention(q, q, q, mask=mask, implementation="cpu")
+
+    mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2)
+    spec = P("b", None, "h", None)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(q, NamedSharding(mesh, spec))
+        for run in (attend, jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)):
+            _close(jax.jit(run)(placed), want, 1e-6)
+        mask = _masked(ids)
+        given = jax.jit(lambda mask, q: jax_fa.flash_attention(q, q, q, mask=mask, implementation="cpu"))
+        _close(given(mask, placed), want, 1e-6)

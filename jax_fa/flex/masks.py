@@ -1,6 +1,5 @@
 """Masks that are functions of one pair, and which blocks of pairs they leave visible."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_fa import compat, indices
@@ -138,13 +138,15 @@ def create_block_mask(
     block = (int(sizes[0]), int(sizes[1]))
     of_heads = 1 if heads is None else int(heads)
     lengths = (int(rows), int(columns))
-    known = all(indices.known(x) is not None for x in found.arrays)
-    at_once = jax.ensure_compile_time_eval() if known else contextlib.nullcontext()
-    with compat.allow_promotion(), at_once:
-        _, words = found.program.packed(found.arrays, jnp.float32)
+    arrays = [indices.known(x) for x in found.arrays]
+    known = all(x is not None for x in arrays)
+    with compat.eager() if known else compat.allow_promotion():
+        _, words = found.program.packed(arrays if known else found.arrays, jnp.float32)
         packed = jnp.concatenate([jnp.zeros(0, jnp.uint32), *words])
         states = _states(found.program, (*map(int, entries), of_heads), lengths, block, packed)
         table, pairs = pairs_of(found.program, packed, lengths, block, states) if known else (None, None)
+    if known and compat.explicit_mesh(states) is not None:  # no `shard_map` may close over such arrays
+        states, table, pairs = (None if x is None else np.asarray(x) for x in (states, table, pairs))
     return BlockMask(found.program, found.arrays, states, block, lengths, table, pairs)
 
 
