@@ -88,8 +88,8 @@ struct Problem {
 struct Quantity {
   static constexpr uint8_t kCertain = 1, kPossible = 2;
   std::vector<double> value, error;
-  std::vector<double> terms;  // the sum of the magnitudes of its weighted terms
-  std::vector<double> moved;  // what may be put on another key where weights are rounded to 16 bits
+  std::vector<double> terms;     // the sum of the magnitudes of its weighted terms
+  std::vector<double> moved;     // what may be put on another key where weights are rounded to 16 bits
   std::vector<uint8_t> tainted;  // kCertain: it reaches the row by a pair that has weight, and not only kPossible
   void Resize(size_t n) {
     value.assign(n, 0.0);

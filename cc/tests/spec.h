@@ -50,9 +50,9 @@ struct Spec {
         Int(B1), Int(B2), Int(Sq), Int(Skv), Int(N), Int(K), Int(D), Int(Dv), kDTypes[static_cast<int>(dtype)],
         kBounds[static_cast<int>(bounds)], bound_axes, mask, bias, infinite_bias ? "(-inf)" : "", scale, amplitude,
         query_amplitude, common_key, common_logit, cap, static_cast<int>(alibi), slope_axes, position, indexed,
-        apart ? "(apart)" : "", segments, scales, caps, rates, sinks, partial ? "(partial)" : "", philox ? "philox " : "", bits ? "bits " : "", keep,
-        dlogsumexp, layout, garbage, seen_garbage ? "(seen)" : "", tangents, cotangents,
-        static_cast<unsigned long long>(seed));
+        apart ? "(apart)" : "", segments, scales, caps, rates, sinks, partial ? "(partial)" : "",
+        philox ? "philox " : "", bits ? "bits " : "", keep, dlogsumexp, layout, garbage, seen_garbage ? "(seen)" : "",
+        tangents, cotangents, static_cast<unsigned long long>(seed));
     return text;
   }
 
