@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_fa import masks
+from jax_fa.backends.xla import tiling
 from jax_fa.testing import oracle
 from jax_fa.testing.fuzz import __main__ as fuzz
 from jax_fa.testing.fuzz import inputs, reference, shrink, worker
@@ -173,3 +174,50 @@ def test_many_programs_draw():
         assert Program.from_dict(json.loads(json.dumps(program.as_dict()))) == program
         inputs.draw(program, draw_data(program, 0)).arguments()
     assert worker.LEAST >= 1
+
+
+# What runs have found, made small: each was a bound without an argument, or a fault that is mended.
+MISSES: dict[str, tuple[dict, dict]] = {
+    "parts of a gradient that overflow to both sides": (
+        dict(backend="xla", B=(2, 2), Sq=3, N=9, K=3, D=17, Dv=3, dtype="float16", layout="BNSD", Skv=5)
+        | dict(mask=("cumulative_causal",), slopes="N", sinks="N", cap="traced", dropout="known")
+        | dict(derivative="second", mapped=("alibi_slopes", "mask", "dropout_key"), vmap_outside=False)
+        | dict(seed=2252000047),
+        dict(seed=35, spread=400.0, size=1000.0),
+    ),
+    "weights rounded before they are divided by the probability to be kept": (
+        dict(backend="xla", B=(), Sq=191, Skv=15, N=1, D=1, Dv=1, dtype="float16", dropout="known")
+        | dict(seed=2252000071),
+        dict(seed=15, spread=8.0),
+    ),
+    "second derivatives with sinks in 16 bits": (
+        dict(backend="cpu", B=(), Skv=5, N=15, K=3, D=3, Dv=3, dtype="float16", layout="SND", sinks="BN")
+        | dict(mask=("cumulative_self",), known_mask=True, scale="traced", dropout="traced")
+        | dict(derivative="second", mapped=("value", "sinks", "scale", "dropout_key"), seed=2252000256),
+        dict(seed=58, size=1000.0),
+    ),
+    "products below the normal numbers": (
+        dict(entry="dot_product_attention", backend="xla", B=(3,), Sq=15, Skv=47, N=1, D=31, Dv=31)
+        | dict(bias="1", scale="known", derivative="second", seed=2252000253),
+        dict(seed=8, spread=400.0, size=1e-4),
+    ),
+    "a sink with nearly all of the weight": (
+        dict(backend="cpu", B=(2, 2), Sq=3, Skv=3, N=15, K=3, D=65, Dv=65, dtype="bfloat16", slopes="BN")
+        | dict(sinks="N", scale="known", derivative="forward", seed=2252000288),
+        dict(seed=0, spread=60.0),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISSES)
+def test_misses_of_the_past(name, monkeypatch):
+    for size, value in worker.SMALL_TILES.items():
+        monkeypatch.setattr(tiling, size, value)
+    program, data = MISSES[name]
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            verdict = Runner(Program(**program))(Data(**data))
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    assert verdict.faults == ()

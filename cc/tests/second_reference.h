@@ -67,9 +67,11 @@ class SecondReference : public Reference {
     for (int64_t d = 0; d < n; ++d) sum.value += x[d] * y[d], size += std::fabs(x[d] * y[d]);
     return sum.Summed(Growth(n), size);
   }
-  uint8_t Taint(bool tainted) const {
-    return !tainted ? 0 : certain_ ? Quantity::kCertain : Quantity::kPossible;
+  bool LogitsMove() const {  // else the weights stay
+    return p_.query_tangent || p_.key_tangent || p_.bias_tangent || p_.slopes_tangent || p_.scale_tangent ||
+           p_.cap_tangent;
   }
+  uint8_t Taint(bool tainted) const { return !tainted ? 0 : certain_ ? Quantity::kCertain : Quantity::kPossible; }
   static double FiniteSize(double x) { return std::isfinite(x) ? std::fabs(x) : 0.0; }
 
   void FirstPass(int64_t b, int64_t n, int64_t i) {
@@ -129,7 +131,7 @@ class SecondReference : public Reference {
     Bounded sigma;
     for (size_t at = 0; at < seen_.size(); ++at) {
       Pair& y = pairs_[at];
-      y.inner = y.inner - delta;
+      y.inner = LogitsMove() ? y.inner - delta : Bounded{};  // else nothing asks for it, and it may be anything
       y.inner.error += 4 * Bounded::kEps * off;
       if (seen_[at].p == 0.0) continue;
       const Bounded terms = y.p * y.inner * (y.t - tau_) + y.p * y.u;
@@ -140,7 +142,8 @@ class SecondReference : public Reference {
     sigma_ = (sigma - Bounded{dlse_tangent, 0.0}).Summed(per_row_, ds_size + u_size);
     both_tainted_ = tainted_ || gradients_tainted;
     if (seen_.empty()) tainted_ = both_tainted_ = false;
-    certain_ = (certain_ || gradients_tainted) && row_.l != 0.0;  // else no key has weight, by a bias of -inf
+    // Without weight, by a bias of -inf, or where logits do not move, less is computed.
+    certain_ = (certain_ || gradients_tainted) && row_.l != 0.0 && LogitsMove();
     const size_t stat = p_.logsumexp_tangent.Index(b, n, i);
     logsumexp_tangent.value[stat] = row_.l == 0.0 ? 0.0 : tau_.value;
     logsumexp_tangent.error[stat] = tau_.error;
@@ -173,8 +176,7 @@ class SecondReference : public Reference {
     const Bounded g = nothing ? Bounded{} : ds * from_mean + y.p * (y.u - sigma_);
     const Bounded gx = nothing ? Bounded{} : g * y.by_x + ds * y.curve, dx = nothing ? Bounded{} : ds * y.by_x;
     const Bounded kept = nothing || x.keep == 0.0 ? Bounded{} : y.p * x.keep;
-    const bool logits = p_.query_tangent || p_.key_tangent || p_.bias_tangent || p_.slopes_tangent ||
-                        p_.scale_tangent || p_.cap_tangent;  // else the weights stay
+    const bool logits = LogitsMove();
     const Bounded weight = nothing || x.keep == 0.0 || !logits ? Bounded{} : kept * from_mean;
     const Bounded of_key = gx * scale + dx * scale_tangent, of_tangent = dx * scale;
 
@@ -220,7 +222,7 @@ class SecondReference : public Reference {
 
   std::vector<Pair> pairs_;  // those of seen_
   Bounded tau_, sigma_;
-  bool certain_ = false;  // see Quantity::tainted
+  bool certain_ = false;                         // see Quantity::tainted
   bool tainted_ = false, both_tainted_ = false;  // what the weights' tangents give, and the gradients by products too
   double per_row_ = 0.0, per_key_ = 0.0, per_all_ = 0.0;
 };
