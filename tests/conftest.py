@@ -11,6 +11,8 @@ _FLAGS = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
+    # Tests of memory put it back (`testing.programs.temporary_bytes`).
+    "--xla_disable_hlo_passes=while-loop-invariant-code-motion",
 ]
 # The older of XLA's two ways of compiling loops takes a third of the time. Newer releases know no such flag.
 if metadata.version("jaxlib").startswith("0.10."):

@@ -6,6 +6,7 @@ import pytest
 
 import jax_fa
 from jax_fa.masks import Causal, SegmentIds
+from jax_fa.testing.programs import temporary_bytes
 
 pytestmark = pytest.mark.usefixtures("real_tiles")
 N, K, D = 4, 2, 32
@@ -43,11 +44,10 @@ def _temporary(backend, gradient: bool, q, kv, extras) -> int:
         return jnp.sum(attend(*floats["qkv"], floats["extras"] | others) ** 2)
 
     if not gradient:
-        return jax.jit(attend).lower(q, kv, kv, extras).compile().memory_analysis().temp_size_in_bytes
+        return temporary_bytes(jax.jit(attend).lower(q, kv, kv, extras))
     floats = {n: x for n, x in extras.items() if n in ("bias", "alibi_slopes")}
     others = {n: x for n, x in extras.items() if n not in floats}
-    lowered = jax.jit(jax.grad(loss)).lower({"qkv": (q, kv, kv), "extras": floats}, others)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    return temporary_bytes(jax.jit(jax.grad(loss)).lower({"qkv": (q, kv, kv), "extras": floats}, others))
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])

@@ -22,6 +22,7 @@ from jax_fa.sequence_parallel import position_ids, reorder, restore, visited_til
 from jax_fa.sequence_parallel.schedule import Schedule
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, CASES, Case, check
+from jax_fa.testing.programs import temporary_bytes
 
 # Of out and log-sum-exp, and of gradients, in float32: relative to one device, in the 2-norm.
 CLOSE, CLOSE_GRADIENTS = 1e-6, 2e-6
@@ -478,7 +479,7 @@ def test_other_axes_may_be_automatic(strategy):
 
 
 @cache
-def _compiled(
+def _lowered(
     devices: int, mask, *, length: int = 1024, gradient: bool = False, backend: str | None = CPU, **options
 ):
     spec = NamedSharding(_mesh(devices), P(None, "x"))
@@ -495,7 +496,11 @@ def _compiled(
     def run(query, key, value):
         return jax.vjp(attend, query, key, value)[1](query) if gradient else attend(query, key, value)
 
-    return jax.jit(run).lower(*x).compile()
+    return jax.jit(run).lower(*x)
+
+
+def _compiled(*args: Any, **options: Any):
+    return _lowered(*args, **options).compile()
 
 
 def _collectives(program) -> Counter:
@@ -594,8 +599,7 @@ def test_other_strategies_communicate_once(strategy, expected):
 
 
 def _temporary(devices: int, length: int, mask, backend: str) -> int:
-    program = _compiled(devices, mask, length=length, gradient=True, backend=backend)
-    return program.memory_analysis().temp_size_in_bytes
+    return temporary_bytes(_lowered(devices, mask, length=length, gradient=True, backend=backend))
 
 
 @pytest.mark.usefixtures("real_tiles")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_fa.call import Size, is_symbolic
@@ -47,8 +48,9 @@ class Axis:
         last = self.size - self.tile
         if jnp.ndim(t):
             return jnp.minimum(t * self.tile, last)
-        # Every cut asks for it: `jnp` would take three times as long to trace.
-        return lax.min(lax.mul(t, t.dtype.type(self.tile)), t.dtype.type(last))
+        # Every cut asks for it: `jnp` would take three times as long to trace. (With x64 the turns of a loop are int64.)
+        t = lax.convert_element_type(t, np.int32)
+        return lax.min(lax.mul(t, np.int32(self.tile)), np.int32(last))
 
     def positions(self, t):
         return self.start(t) + jnp.arange(self.tile, dtype=jnp.int32)
