@@ -48,7 +48,9 @@ struct DirectBlock {
   int64_t b, n, j0, width, first, last;
   int64_t dv = Panels(c.Dv) * kPanel, kb = RoundUp(kDirectKeys, kPanel);
 
+  // Where keys and values lie, and their scales.
   void Find() const {
+    if (!c.pages) return;
     const int64_t from = first / kPer * kPer;  // of values, pairs
     FindRows(c, c.key, b, j0, j0 + first, j0 + last, s.key_at);
     FindRows(c, c.value, b, j0, j0 + from, j0 + last, s.value_at);
@@ -85,14 +87,15 @@ struct DirectBlock {
     const bool in_place = c.key.col == 1;
     const int64_t size = ItemSize(c.key.dtype), bytes = kDirectTile * c.D * size;
     const int64_t head = c.key.head * size, ld = RoundUp(Units<kPairs>(c.D), kLanes);
-    const char* const keys = c.key.Bytes(b, 0);
+    const char* const keys = c.key.Bytes(b, 0, c.pages ? 0 : j0);
+    const int64_t row = c.key.row * size;
     DueKeys<kPairs> due(in_place ? c.key.dtype : DType::kF32, n, s.q_row, c.D, s.s_row);
     ReadInOrder(c, c.key, first, last, 1, kDirectTile, together, [&](int64_t k, int64_t j, int64_t count) {
       if (c.key_scale) __builtin_prefetch(scales.Next(count * kScale));
       const float* q = s.q + k * n * s.q_row;
       float* to = s.logits + k * n * s.s_row;
       for (int64_t i = j; i < j + count; ++i) {
-        const char* key = keys + k * head + s.key_at[i];
+        const char* key = keys + k * head + (c.pages ? s.key_at[i] : i * row);
         if (!in_place) {
           float* own = s.stage + due.count() * ld;
           CopyRow<kPairs>(c.key, b, k, j0 + i, c.D, own);
@@ -110,8 +113,9 @@ struct DirectBlock {
     Asked asked(c, b);
     asked.Then(c.value, c.Dv, j0 + first + AskedRows(c.value, c.Dv, together), end);
     asked.Then(c.key, c.D, end, Least(end + AskedRows(c.key, c.D, KeyNeighbours(kDirectTile)), c.Keys(b)));
-    const char* const values = c.value.Bytes(b, 0);
-    const int64_t head = c.value.head * ItemSize(c.value.dtype);
+    const char* const values = c.value.Bytes(b, 0, c.pages ? 0 : j0);
+    const int64_t size = ItemSize(c.value.dtype), head = c.value.head * size, row = c.value.row * size;
+    const int64_t* const at = c.pages ? s.value_at : nullptr;
     Fill(s.sums, 0, n * c.K * dv, 0.0f);
     Asked scales = NextScales(c.value_scale);
     if (AreBytes<kPairs>(c.value))
@@ -123,8 +127,8 @@ struct DirectBlock {
     ReadInOrder(c, c.value, first / kPer * kPer, last, kPer, together / kPer, together,
                 [&](int64_t k, int64_t j, int64_t count) {
                   if (c.value_scale) __builtin_prefetch(scales.Next(count * kPer * kScale));
-                  DirectValues<kPairs>(c.value.dtype, c.Dv, {values + k * head, s.value_at, !c.pages}, n, j, count,
-                                       last, s.zeros, s.logits + k * n * s.s_row, s.s_row, s.sums + k * n * dv, dv,
+                  DirectValues<kPairs>(c.value.dtype, c.Dv, {values + k * head, at, row}, n, j, count, last, s.zeros,
+                                       s.logits + k * n * s.s_row, s.s_row, s.sums + k * n * dv, dv,
                                        asked.Next(count * bytes));
                 });
   }

@@ -101,23 +101,25 @@ inline void AddRows(DType type, const ValueRows& x, int64_t columns, int64_t n, 
   });
 }
 
-// Values of a head: that of key j lies `at[j]` bytes behind `first`.
+// Values of a head: that of key j lies `at[j]` bytes behind `first`, or, without `at`, j rows.
 struct ValuesAt {
   const char* first;
   const int64_t* at;
-  bool even;  // one after the other, all at equal steps
+  int64_t row;  // bytes
 
-  // How many of `count` units from key j on are at equal steps; their `step` is set.
+  JAX_FA_INLINE const char* Of(int64_t j) const { return first + (at == nullptr ? j * row : at[j]); }
+
+  // Of `count` units from key j on those at equal steps.
   template <bool kPairs>
-  JAX_FA_INLINE int64_t Run(int64_t j, int64_t count, int64_t* step) const {
+  JAX_FA_INLINE ValueRows Run(int64_t j, int64_t count) const {
     constexpr int64_t kPer = Unit<kPairs>::kElements;
-    *step = count > 1 ? at[j + kPer] - at[j] : 0;
-    if (even) return count;
-    const int64_t apart = kPairs ? at[j + kPer - 1] - at[j] : 0;
+    const char *p = Of(j), *second = kPairs ? Of(j + kPer - 1) : p;
+    if (at == nullptr) return {count, kPer * row, 1, p, second};
+    const int64_t step = count > 1 ? at[j + kPer] - at[j] : 0;
     int64_t n = 1;
     for (int64_t i = j + kPer; n < count; ++n, i += kPer)
-      if (at[i] - at[i - kPer] != *step || (kPairs && at[i + kPer - 1] - at[i] != apart)) break;
-    return n;
+      if (at[i] - at[i - kPer] != step || (kPairs && at[i + kPer - 1] - at[i] != second - p)) break;
+    return {n, step, 1, p, second};
   }
 };
 
@@ -131,15 +133,13 @@ inline void DirectValues(DType type, int64_t columns, const ValuesAt& values, in
   weights += j / kPer;
   const bool half = kPairs && j + (count - 1) * kPer + 1 == end;
   for (int64_t left = half ? count - 1 : count; left > 0;) {
-    const char* first = values.first + values.at[j];
-    ValueRows x{0, 0, 1, first, kPairs ? values.first + values.at[j + kPer - 1] : first};
-    x.count = values.Run<kPairs>(j, left, &x.step);
+    const ValueRows x = values.template Run<kPairs>(j, left);
     AddRows<kPairs>(type, x, columns, n, weights, s_row, sums, dv, ask);
     ask += x.count * kPer * columns * ItemSize(type);
     left -= x.count, j += x.count * kPer, weights += x.count;
   }
   if (!half) return;
-  const ValueRows x{1, 0, 0, values.first + values.at[j], reinterpret_cast<const char*>(zeros)};
+  const ValueRows x{1, 0, 0, values.Of(j), reinterpret_cast<const char*>(zeros)};
   AddRows<kPairs>(type, x, columns, n, weights, s_row, sums, dv, x.first);
 }
 

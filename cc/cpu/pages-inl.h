@@ -20,15 +20,12 @@ inline void EachPage(const Pages& pages, int64_t b, int64_t from, int64_t to, co
   }
 }
 
-// at[j - j0]: how many bytes key or value j in [from, to) lies behind row 0 of the array.
+// at[j - j0]: how many bytes key or value j in [from, to) lies behind row 0 of the pool.
 inline void FindRows(const Call& c, const View& x, int64_t b, int64_t j0, int64_t from, int64_t to, int64_t* at) {
   const int64_t bytes = x.row * ItemSize(x.dtype);
-  const auto put = [&](int64_t j, int64_t row, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) at[j - j0 + i] = (row + i) * bytes;
-  };
-  if (!c.pages) return put(from, from, to - from);
-  EachPage(c.pages, b, from, to,
-           [&](int64_t j, int64_t page, int64_t row, int64_t n) { put(j, page * c.pages.size + row, n); });
+  EachPage(c.pages, b, from, to, [&](int64_t j, int64_t page, int64_t row, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) at[j - j0 + i] = (page * c.pages.size + row + i) * bytes;
+  });
 }
 
 // The scales of keys [from, end) for up to kLanes heads that lie side by side, transposed as so many keys.
