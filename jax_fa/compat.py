@@ -81,8 +81,7 @@ def explicit_axes(x) -> tuple[Any, ...]:
 
 def gathered(x):
     """x whole on every device, where its type says that explicit mesh axes cut it."""
-    cut = any(axis is not None for axis in explicit_axes(x))
-    return jax.reshard(x, PartitionSpec(*(None,) * x.ndim)) if cut else x
+    return x if explicit_mesh(x) is None else jax.reshard(x, PartitionSpec(*(None,) * x.ndim))
 
 
 def automatic(fn: Callable, arrays, specs: Callable):

@@ -263,7 +263,7 @@ class _Functions(NamedTuple):
             return cls(None, (), None, {})
         rank = len(d.B) + 2
         blocks = functions.blocks_of(members, rank - 1)
-        packed = [program.packed(arrays, acc) for program, arrays in every]
+        packed = [program.packed(programs.whole(arrays), acc) for program, arrays in every]
         floats, words = ([x for vectors in packed for x in vectors[i]] for i in range(2))
         operands = {
             "function_floats": _vector(floats, rank),

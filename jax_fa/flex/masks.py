@@ -13,7 +13,7 @@ from jax import lax
 from jax_fa import compat, indices
 from jax_fa.arguments import integer, shown
 from jax_fa.flex.pairs import CHUNK, FULL, HIDDEN, PARTIAL, pairs_of
-from jax_fa.flex.programs import Program, traced
+from jax_fa.flex.programs import Program, traced, whole
 from jax_fa.masks.base import Mask, Rows, Terms, broadcasts, lead
 
 
@@ -141,7 +141,7 @@ def create_block_mask(
     arrays = [indices.known(x) for x in found.arrays]
     known = all(x is not None for x in arrays)
     with compat.eager() if known else compat.allow_promotion():
-        _, words = found.program.packed(arrays if known else found.arrays, jnp.float32)
+        _, words = found.program.packed(arrays if known else whole(found.arrays), jnp.float32)
         packed = jnp.concatenate([jnp.zeros(0, jnp.uint32), *words])
         states = _states(found.program, (*map(int, entries), of_heads), lengths, block, packed)
         table, pairs = pairs_of(found.program, packed, lengths, block, states) if known else (None, None)
@@ -225,5 +225,5 @@ def _has_pairs(mask: BlockMask) -> bool:
     if mask.table is None or mask.pairs is None:
         return False
     shape = mask.states.shape
-    whole = (*shape[:-2], *mask.block_size)
-    return mask.table.shape == shape and (*mask.pairs.shape[:-3], *mask.pairs.shape[-2:]) == whole
+    wanted = (*shape[:-2], *mask.block_size)
+    return mask.table.shape == shape and (*mask.pairs.shape[:-3], *mask.pairs.shape[-2:]) == wanted

@@ -111,16 +111,21 @@ class Program:
         return found.reshape([1 if size == 1 else next(sizes) for size in full])
 
     def packed(self, arrays: Sequence[Any], dtype) -> tuple[list[Any], list[Any]]:
-        """Its arrays as vectors: floats of this dtype, and words."""
+        """Its arrays, whole on every device (see `whole`), as vectors: floats of this dtype, and words."""
         floats: list[Any] = []
         words: list[Any] = []
         for x, kind in zip(arrays, self.arrays, strict=True):
-            x = compat.gathered(jnp.asarray(x))
+            x = jnp.asarray(x)
             if kind.float:
                 floats.append(x.reshape(-1).astype(dtype))
             else:
                 words.append(_words(jax.lax.stop_gradient(x)))
         return floats, words
+
+
+def whole(arrays: Sequence[Any]) -> list[Any]:
+    """Those that a function closes over, where mesh axes may cut them."""
+    return [compat.gathered(jnp.asarray(x)) for x in arrays]
 
 
 def _words(x):
