@@ -45,6 +45,7 @@ def _build(directory: Path, **options: str) -> Path:
         "-B",
         directory,
         f"-DJAX_FA_EMULATE_AMX={'OFF' if HAS_AMX else 'ON'}",
+        f"-DJAX_FA_XLA_INCLUDE={jax.ffi.include_dir() if 'JAX_FA_SANITIZE' in options else ''}",
         *(f"-D{name}={value}" for name, value in options.items()),
     )
     _run("cmake", "--build", directory, "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "4"))
@@ -137,6 +138,7 @@ def test_address_and_undefined_sanitizers(tmp_path):
     program = _build(tmp_path, JAX_FA_SANITIZE="address,undefined")
     options = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
     print(_run(program, "sanitized", **options))
+    print(_run(tmp_path / "ffi_test", "20000", **options))
     print(_run_cann(tmp_path, "quick", **options))
 
 

@@ -46,86 +46,98 @@ def fitted(program: Program) -> Program:
     return dataclasses.replace(program, how="sharded", **sizes)
 
 
-def attend(program: Program, operands: Arrays, made: list[Any], options: Arrays) -> Arrays:
-    p = program
-    devices, how, order = strategy(p)
-    devices = min(devices, len(jax.devices()))
-    sequence, _ = axes_of(p)
-    mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,))
-    rows_stay = how == "all_reduce"
+@dataclasses.dataclass(frozen=True)
+class _Lying:
+    """How the arrays of a call lie on the devices."""
 
-    def axis_of(name: str, x: Any) -> int | None:
+    program: Program
+    devices: int
+    order: sequence_parallel.Order
+    rows_stay: bool  # on every device
+
+    def axis_of(self, name: str, x: Any) -> int | None:
         """The axis that is sharded, from the end."""
+        p, (sequence, _) = self.program, axes_of(self.program)
         at = sequence - x.ndim if sequence >= 0 else sequence
         if name == "query":
-            return None if rows_stay else at
+            return None if self.rows_stay else at
         if name in ("key", "value"):
             return at
         rows = name in ("bias", "dense") and x.ndim > 1 and x.shape[-2] == p.Sq and p.Sq > 1
-        return -2 if rows and not rows_stay else None
+        return -2 if rows and not self.rows_stay else None
 
+    @staticmethod
     def spec(at: int | None, rank: int) -> PartitionSpec:
         return (
             PartitionSpec()
             if at is None
-            else PartitionSpec(*[AXIS if i - rank == at else None for i in range(rank)])
+            else PartitionSpec(*(AXIS if i - rank == at else None for i in range(rank)))
         )
 
-    def spread(name: str, x: Any) -> tuple[Any, PartitionSpec]:
-        x = jnp.asarray(x)
-        at = axis_of(name, x)
-        return (
-            x if at is None else sequence_parallel.reorder(x, devices=devices, axis=at, order=order)
-        ), spec(at, x.ndim)
+    def spread(
+        self, arrays: dict[Any, Any], name: str | None = None
+    ) -> tuple[dict[Any, Any], dict[Any, PartitionSpec]]:
+        """The arrays in the order of the devices, and where they lie."""
+        moved, specs = {}, {}
+        for key, given in arrays.items():
+            x = jnp.asarray(given)
+            at = self.axis_of(name or key, x)
+            specs[key] = self.spec(at, x.ndim)
+            moved[key] = (
+                x
+                if at is None
+                else sequence_parallel.reorder(x, devices=self.devices, axis=at, order=self.order)
+            )
+        return moved, specs
 
-    given = {name: spread(name, x) for name, x in operands.items()}
-    dense = {i: spread("dense", mask.array) for i, mask in enumerate(made) if isinstance(mask, masks.Dense)}
+    def whole(self, x: Any, at: int | None) -> Any:
+        return (
+            x if at is None else sequence_parallel.restore(x, devices=self.devices, axis=at, order=self.order)
+        )
+
+
+def attend(program: Program, operands: Arrays, made: list[Any], options: Arrays) -> Arrays:
+    p = program
+    devices, how, order = strategy(p)
+    lying = _Lying(p, min(devices, len(jax.devices())), order, rows_stay=how == "all_reduce")
+    at_of = {
+        "out": lying.axis_of("query", operands["query"]),
+        "lse": None if lying.rows_stay else -1,
+        "max": None,
+    }
+    rank = {"out": len(p.B) + 3, "lse": len(p.B) + 2, "max": len(p.B) + 1}
+    results = ("out", "lse", "max") if p.max_logits else ("out", "lse")
+    arrays, specs = lying.spread(operands)
+    dense, dense_specs = lying.spread(
+        {i: mask.array for i, mask in enumerate(made) if isinstance(mask, masks.Dense)}, "dense"
+    )
     others = [mask for i, mask in enumerate(made) if i not in dense]
     traced = {name: x for name, x in options.items() if name == "dropout_key" or isinstance(x, jax.Array)}
     static = {name: x for name, x in options.items() if name not in traced}
 
     def run(operands, dense, others, traced):
         rest = iter(others)
-        joined = [masks.Dense(dense[i]) if i in dense else next(rest) for i in range(len(made))]
-        out, *more = as_tuple(
-            sequence_parallel.sequence_parallel_attention(
-                **operands,
-                **static,
-                **traced,
-                mask=kinds.joined(p.joined, joined),
-                axis_name=AXIS,
-                layout=p.layout,
-                implementation=p.backend,
-                strategy=how,
-                order=order,
-                return_logsumexp=True,
-                return_max_logits=p.max_logits,
-            )
+        found = sequence_parallel.sequence_parallel_attention(
+            **operands,
+            **static,
+            **traced,
+            mask=kinds.joined(
+                p.joined, [masks.Dense(dense[i]) if i in dense else next(rest) for i in range(len(made))]
+            ),
+            axis_name=AXIS,
+            layout=p.layout,
+            implementation=p.backend,
+            strategy=how,
+            order=order,
+            return_logsumexp=True,
+            return_max_logits=p.max_logits,
         )
-        return {"out": out, "lse": more[0]} | ({"max": more[1]} if p.max_logits else {})
+        return dict(zip(results, as_tuple(found), strict=True))
 
-    rank = len(p.B) + 3
-    at_of = {"out": axis_of("query", operands["query"]), "lse": None if rows_stay else -1}
-    specs = {name: spec(at, rank if name == "out" else rank - 1) for name, at in at_of.items()}
     found = jax.shard_map(
         run,
-        mesh=mesh,
-        in_specs=(
-            {name: where for name, (_, where) in given.items()},
-            {i: where for i, (_, where) in dense.items()},
-            PartitionSpec(),
-            PartitionSpec(),
-        ),
-        out_specs=specs | ({"max": PartitionSpec()} if p.max_logits else {}),
-    )(
-        {name: x for name, (x, _) in given.items()},
-        {i: x for i, (x, _) in dense.items()},
-        others,
-        traced,
-    )
-
-    def whole(name: str, x: Any) -> Any:
-        at = at_of.get(name)
-        return x if at is None else sequence_parallel.restore(x, devices=devices, axis=at, order=order)
-
-    return {name: whole(name, x) for name, x in found.items()}
+        mesh=Mesh(np.array(jax.devices()[: lying.devices]), (AXIS,)),
+        in_specs=(specs, dense_specs, PartitionSpec(), PartitionSpec()),
+        out_specs={name: lying.spec(at_of[name], rank[name]) for name in results},
+    )(arrays, dense, others, traced)
+    return {name: lying.whole(x, at_of[name]) for name, x in found.items()}
