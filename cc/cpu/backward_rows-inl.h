@@ -16,9 +16,9 @@ namespace {
 
 constexpr int kDeltas = kLanes >= 8 ? 4 : 2;  // rows together: two of each lie in the stage
 
-// delta = dout.out - dlogsumexp of rows [r, r + n), with what rounding took from out where that is known. Summed in the
-// order of the products dout.v, so that for a row with one visible key, where out is v, the two cancel exactly. `stage` is
-// that of StageSize, `rest_stage` holds a row.
+// delta = dout.out - dlogsumexp of rows [r, r + n), with what rounding took from out where that is known. Not summed as the
+// products dout.v are, from which it differs in the last bits where out is v (see DsAlone). `stage` is that of StageSize,
+// `rest_stage` holds a row.
 template <int kMost>
 inline void Deltas(const Call& c, int64_t b, int64_t k, int64_t r, int64_t n, float* stage, float* rest_stage,
                    float* delta) {
@@ -32,7 +32,7 @@ inline void Deltas(const Call& c, int64_t b, int64_t k, int64_t r, int64_t n, fl
   }
   for (int64_t d = 0; d < c.Dv; ++d)
 #pragma GCC unroll 4
-    for (int i = 0; i < kMost; ++i) sum[i] = Rounded(sum[i] + dout[i][d] * out[i][d]);  // vectors would round twice
+    for (int i = 0; i < kMost; ++i) sum[i] += dout[i][d] * out[i][d];
   for (int64_t i = 0; i < n; ++i) {
     const Row row = RowAt(c, b, k, r + i);
     delta[i] = c.dlogsumexp ? sum[i] - *c.dlogsumexp.At<float>(b, row.n, row.i) : sum[i];
