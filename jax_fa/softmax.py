@@ -182,3 +182,9 @@ def with_sink(m, l, sink):
     """
     m_new = jax.lax.stop_gradient(jnp.maximum(m, sink))
     return m_new, l * jnp.exp(m - m_new) + jnp.exp(sink - m_new)
+
+
+def shares(apart) -> tuple[Any, Any]:
+    """Those of two parts in their sum, from the difference of their log-sum-exps."""
+    # (The derivative of jax.nn.sigmoid at 1 - 1e-9 is 0 in float32.)
+    return jnp.exp(jax.nn.log_sigmoid(apart)), jnp.exp(jax.nn.log_sigmoid(-apart))

@@ -281,6 +281,23 @@ def test_sinks_and_the_largest_logits(name, strategy, devices):
     np.testing.assert_allclose(jax.jit(run)(*given), most, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    ["all_reduce", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ring", "all_gather", "ulysses"))],
+)
+def test_cotangents_of_masked_rows_reach_no_sink(strategy):
+    case = _split(BY_NAME["mask-nothing"], 2)
+    program = Program(case, 2, strategy, "contiguous", CPU)
+    x = case.stored_operands() | {"sinks": np.full(case.N, 0.5, np.float32)}
+    dout, dlse = case.cotangents()
+    _, found = program.gradient(x, jnp.full_like(case.stored(dout), jnp.nan), jnp.asarray(dlse))
+    want = np.sum(
+        dlse, axis=tuple(i for i in range(dlse.ndim) if i != dlse.ndim - 2)
+    )  # of the log-sum-exp, which is the sink
+    np.testing.assert_allclose(found.pop("sinks"), want, rtol=1e-5)
+    assert not any(np.asarray(g).any() for g in found.values())
+
+
 # --- derivatives
 
 

@@ -16,7 +16,6 @@ Second derivatives do not have this form, since sums of weights enter them: `att
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jax_fa import softmax
@@ -104,9 +103,7 @@ def joined(call: Call, out, m, l, rounding=None) -> tuple[Any, ...]:
 
 def shares(m, l, sinks) -> tuple[Any, Any]:
     """Those of the keys and of the sink in each row's sum, with sinks that broadcast to it."""
-    apart = softmax.logsumexp(m, l) - sinks
-    # (The derivative of jax.nn.sigmoid at 1 - 1e-9 is 0 in float32.)
-    return jnp.exp(jax.nn.log_sigmoid(apart)), jnp.exp(jax.nn.log_sigmoid(-apart))
+    return softmax.shares(softmax.logsumexp(m, l) - sinks)
 
 
 def _weight(call: Call, saved: Saved):

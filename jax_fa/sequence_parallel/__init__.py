@@ -9,7 +9,7 @@ from jax_fa import api, arguments, backends, entry, masks
 from jax_fa.call import STORED
 from jax_fa.flex.masks import functions_of
 from jax_fa.masks import Mask
-from jax_fa.sequence_parallel.exchange import all_reduced, on_one_device, ulysses, with_largest
+from jax_fa.sequence_parallel.exchange import all_reduced, ulysses, with_largest
 from jax_fa.sequence_parallel.local import Local, check_varying
 from jax_fa.sequence_parallel.order import ORDERS, Order, Spread, devices_of, position_ids, reorder, restore
 from jax_fa.sequence_parallel.visibility import visited_tiles
@@ -134,9 +134,8 @@ def sequence_parallel_attention(
     if strategy == "ulysses":
         return ulysses(local, operands, options)
     local.check_chunks()
-    if strategy == "all_reduce" and options["sinks"] is not None:
-        options["sinks"] = on_one_device(options["sinks"], axis_name)
-        request = entry.request_of(api.flash_attention, **operands, **options)
+    if strategy == "all_reduce" and options["sinks"] is not None:  # which every row has once
+        request = entry.request_of(api.flash_attention, **operands, **options | {"sinks": None})
     request = replace(request, call=local.call(_STRATEGIES[strategy]))
     if strategy != "all_reduce":
         return replace(

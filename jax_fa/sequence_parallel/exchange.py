@@ -134,14 +134,19 @@ def all_reduced(
     else:
         most = lax.pmax(lax.stop_gradient(logsumexp), axis)
         found = softmax.merged_parts([(out.astype(acc), logsumexp)], axes, most, lambda x: lax.psum(x, axis))
+    if options["sinks"] is not None:
+        found = _with_sinks(*found, options["sinks"], axes)
     if largest is not None:
         largest = _largest(largest, axis)
     return _given(found[0].astype(out.dtype), found[1] if return_logsumexp else None, largest)
 
 
-def on_one_device(sinks, axis: str):
-    """The sinks on one device and none (-inf) on the others: merged over devices, every row has one."""
-    return jnp.where(lax.axis_index(axis) == 0, sinks, -jnp.inf)
+def _with_sinks(out, logsumexp, sinks, axes) -> tuple[Any, Any]:
+    """The results over keys and sinks, from those over keys. No cotangent of a fully masked row's output reaches a sink."""
+    sinks, empty = sinks.astype(logsumexp.dtype)[..., None], logsumexp <= -softmax.FLT_MAX
+    share = softmax.rows_as_stored(softmax.shares(logsumexp - sinks)[0], axes)
+    m, l = softmax.with_sink(logsumexp, jnp.where(empty, 0.0, 1.0), sinks)
+    return jnp.where(softmax.rows_as_stored(empty, axes), 0, out * share), softmax.logsumexp(m, l)
 
 
 def with_largest(found: Any, options: dict[str, Any], axis: str) -> Any:

@@ -43,7 +43,9 @@ def fitted(program: Program) -> Program:
     sizes = {n: max(chunk, -(-getattr(program, n) // chunk) * chunk) for n in ("Sq", "Skv")}
     if name == "all_reduce" and program.Sq != program.Skv:
         sizes.pop("Sq")
-    return dataclasses.replace(program, how="sharded", **sizes)
+    # (The gradient of a bias in a smaller dtype is rounded to it on each device, before it is added to those of others.)
+    bias = "float64" if program.dtype == "float64" else "float32"
+    return dataclasses.replace(program, how="sharded", bias_dtype=bias, **sizes)
 
 
 @dataclasses.dataclass(frozen=True)
