@@ -96,7 +96,9 @@ inline void PrepareRows(const Call& c, const BackwardScratch<kPairs>& s, int64_t
 inline bool MayBeAlone(float inverse) { return inverse == 1.0f; }
 
 // ds with that of such a key, `alone`: the row's dlogsumexp. What is not finite stays so.
-JAX_FA_INLINE F DsAlone(F weight, F ds, F alone) { return Select(Equal(weight, Set(1.0f)), (ds - ds) + alone, ds); }
+JAX_FA_INLINE F DsAlone(F weight, F ds, F alone) {
+  return Select(Equal(weight, Set(1.0f)), Fma(ds, Set(0.0f), alone), ds);
+}
 
 inline F DlogsumexpOf(const Call& c, const Row& row) {
   return Set(c.dlogsumexp ? *c.dlogsumexp.At<float>(row.b, row.n, row.i) : 0.0f);

@@ -23,8 +23,6 @@ struct MagnitudeBytes {
     if (kType == DType::kI8) high[0] = static_cast<uint8_t>(MagnitudeBF16(kType, 128) >> 8);  // see Widen
   }
 };
-template <DType kType>
-constexpr MagnitudeBytes<kType> kMagnitudeBytes;
 
 template <>
 struct Unit<true> {
@@ -114,9 +112,10 @@ struct Unit<true> {
       units[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high));
     }
 
+    static constexpr MagnitudeBytes<kType> kTable{};
     static __m512i Half(const uint8_t* p) { return _mm512_load_si512(p); }
-    const __m512i low_[2] = {Half(kMagnitudeBytes<kType>.low), Half(kMagnitudeBytes<kType>.low + 64)};
-    const __m512i high_[2] = {Half(kMagnitudeBytes<kType>.high), Half(kMagnitudeBytes<kType>.high + 64)};
+    const __m512i low_[2] = {Half(kTable.low), Half(kTable.low + 64)};
+    const __m512i high_[2] = {Half(kTable.high), Half(kTable.high + 64)};
   };
 };
 
