@@ -16,9 +16,9 @@ namespace {
 
 constexpr int kDeltas = kLanes >= 8 ? 4 : 2;  // rows together: two of each lie in the stage
 
-// delta = dout.out - dlogsumexp of rows [r, r + n), with what rounding took from out where that is known. Not summed as the
-// products dout.v are, from which it differs in the last bits where out is v (see DsAlone). `stage` is that of StageSize,
-// `rest_stage` holds a row.
+// delta = dout.out - dlogsumexp of rows [r, r + n), with what rounding took from out where that is known. Summed in the
+// order of the products dout.v, so that for a row with one visible key, where out is v, the two cancel exactly. `stage` is
+// that of StageSize, `rest_stage` holds a row.
 template <int kMost>
 inline void Deltas(const Call& c, int64_t b, int64_t k, int64_t r, int64_t n, float* stage, float* rest_stage,
                    float* delta) {
@@ -91,24 +91,11 @@ inline void PrepareRows(const Call& c, const BackwardScratch<kPairs>& s, int64_t
   }
 }
 
-// A key may have all the weight of a row, which then has the sum 1: its dp is the row's dout.out but for how they are
-// rounded, which queries of 1e18 make a gradient of 1e12.
-inline bool MayBeAlone(float inverse) { return inverse == 1.0f; }
-
-// ds with that of such a key, `alone`: the row's dlogsumexp. What is not finite stays so.
-JAX_FA_INLINE F DsAlone(F weight, F ds, F alone) {
-  return Select(Equal(weight, Set(1.0f)), Fma(ds, Set(0.0f), alone), ds);
-}
-
-inline F DlogsumexpOf(const Call& c, const Row& row) {
-  return Set(c.dlogsumexp ? *c.dlogsumexp.At<float>(row.b, row.n, row.i) : 0.0f);
-}
-
 // Turns n logits but for a scale into weights p, and dout.v into ds. `keep`: 1 / keep_prob or 0; `flags`: whether a key is
-// visible, else both are 0, whatever the products are. kMayBeAlone: see DsAlone.
-template <bool kDrops, bool kMasks, bool kMayBeAlone>
-inline void ToGradients(int64_t n, F scale, F m, F inverse, F delta, F alone, const float* keep, const uint8_t* flags,
-                        float* p, float* ds) {
+// visible, else both are 0, whatever the products are.
+template <bool kDrops, bool kMasks>
+inline void ToGradients(int64_t n, F scale, F m, F inverse, F delta, const float* keep, const uint8_t* flags, float* p,
+                        float* ds) {
   const F none = Set(0.0f);
   EachVector(n, [&](int64_t j, auto lanes) {
     const F w = Weight(lanes.Get(p + j), scale, m) * inverse;
@@ -120,7 +107,6 @@ inline void ToGradients(int64_t n, F scale, F m, F inverse, F delta, F alone, co
       dp = Select(dropped, none, dp * kept);
     }
     F by_logit = w * (dp - delta);
-    if constexpr (kMayBeAlone) by_logit = DsAlone(w, by_logit, alone);
     if constexpr (kMasks) {
       const Mask visible = lanes.Flags(flags + j);
       weight = Select(visible, weight, none);
@@ -129,11 +115,6 @@ inline void ToGradients(int64_t n, F scale, F m, F inverse, F delta, F alone, co
     lanes.Put(p + j, weight);
     lanes.Put(ds + j, by_logit);
   });
-}
-
-template <bool kDrops, bool kMasks>
-inline auto* ToGradientsOf(bool may_be_alone) {
-  return may_be_alone ? ToGradients<kDrops, kMasks, true> : ToGradients<kDrops, kMasks, false>;
 }
 
 // Turns a row of products q.k and dout.v with keys j0 + [c0, c1), of which v are visible, into weights p and ds,
@@ -155,23 +136,18 @@ inline void RowGradients(const Call& c, const GradientRows& s, const Row& row, i
   Flags own;
   const uint8_t* flags = slope == nullptr ? FlagsOf(c, row, j0, v.lo, v.hi, &own) : nullptr;
   const int64_t first = flags != nullptr ? v.lo : c0, n = (flags != nullptr ? v.hi : c1) - first;
-  const bool may_be_alone = MayBeAlone(s.inverse[r]);
-  const F alone = DlogsumexpOf(c, row);
   const auto to_gradients = [&](auto* run, const float* keep) {
-    run(n, scale, m, inverse, delta, alone, keep, flags, p + first, ds + first);
+    run(n, scale, m, inverse, delta, keep, flags, p + first, ds + first);
   };
   if (!c.seed && !c.drop_bits) {
-    to_gradients(
-        flags != nullptr ? ToGradientsOf<false, true>(may_be_alone) : ToGradientsOf<false, false>(may_be_alone),
-        nullptr);
+    to_gradients(flags != nullptr ? ToGradients<false, true> : ToGradients<false, false>, nullptr);
   } else {
     float* keep = s.tmp;
     Fill(keep, c0, v.lo, 0.0f);
     Fill(keep, v.lo, v.hi, 1.0f / KeepProbOf(c, row));
     Fill(keep, v.hi, c1, 0.0f);
     Drop(c, row, j0, v.lo, v.hi, keep);
-    to_gradients(flags != nullptr ? ToGradientsOf<true, true>(may_be_alone) : ToGradientsOf<true, false>(may_be_alone),
-                 keep + first);
+    to_gradients(flags != nullptr ? ToGradients<true, true> : ToGradients<true, false>, keep + first);
   }
   if (by_cap != nullptr && !v.Empty()) {
     Combine(v.hi - v.lo, by_cap + v.lo, ds + v.lo, [](F by, F x) { return x * by; });

@@ -80,8 +80,6 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
   }
   const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
   const F none = Set(0.0f), minus_inf = Set(-__builtin_inff());
-  const bool may_be_alone = terms.dp && MayBeAlone(s.inverse[r]);
-  const F alone = DlogsumexpOf(c, row);
   F tau = none, by_ds = none, by_p = none, sum = none;
   for (int64_t j = c0; j < c1; j += kLanes) {
     const F logit = Load(p + j), w = Weight(logit, scale, m) * inverse;
@@ -98,8 +96,7 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
       dp_tangent = Select(dropped, none, dp_tangent * kept);
       Store(keep + j, Select(dropped, none, w * kept));
     }
-    F d = w * (dp - delta);
-    if (may_be_alone) d = DsAlone(w, d, alone);
+    const F d = w * (dp - delta);
     Store(p + j, w);
     Store(ds + j, d);
     Store(t + j, along);

@@ -249,15 +249,10 @@ class Reference {
         const double *key = p_.key.value.data() + at_k, *value = p_.value.value.data() + at_v;
         double dp = 0.0, dp_size = 0.0;
         for (int64_t d = 0; d < p_.Dv; ++d) dp += dout[d] * value[d], dp_size += std::fabs(dout[d] * value[d]);
-        // Of a key that has all the weight only dlogsumexp is left, however out was rounded; of one that nearly has, perhaps.
-        const double from_mean = (x.keep == 0.0 ? 0.0 : x.keep * dp) - delta;
-        const double alone = p_.dlogsumexp ? p_.dlogsumexp.at(b, n, i) : 0.0;
-        const bool is_alone = x.p >= 1.0 - 0x1p-25, may_be_alone = !is_alone && x.p > 1.0 - 0x1p-21;
-        const double inner = is_alone ? alone : from_mean;
-        const double either = may_be_alone ? std::fabs(from_mean - alone) : 0.0;
+        const double inner = (x.keep == 0.0 ? 0.0 : x.keep * dp) - delta;
         const double ds = x.p * inner * x.slope;
         const double ds_error =
-            x.p * either * x.slope + (x.p * x.error + kTiny) * std::fabs(inner) * x.slope +
+            (x.p * x.error + kTiny) * std::fabs(inner) * x.slope +
             x.p * kEps *
                 (x.slope * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner)) +
                  x.slope_error * std::fabs(inner));
@@ -303,7 +298,7 @@ class Reference {
           const double before = x.p * inner, by_cap = ByCap(x.u);
           const double by_error = ByCapError(x, cap, by_cap);
           const double before_error =
-              x.p * either + (x.p * x.error + kTiny) * std::fabs(inner) +
+              (x.p * x.error + kTiny) * std::fabs(inner) +
               x.p * kEps * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner));
           dcap.Add(at, before * by_cap, before_error * std::fabs(by_cap) + by_error * std::fabs(before));
           dcap.tainted[at] |= tainted;

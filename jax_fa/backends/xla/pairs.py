@@ -32,7 +32,6 @@ class Row(NamedTuple):
     m: Any
     inverse: Any  # 1 / l, NaN for a row with a cotangent (or a tangent of one) that is not finite
     delta: Any  # rowsum(dout out) - dlogsumexp; None without cotangents
-    dlogsumexp: Any  # None: 0
     fresh: Any  # which rows no earlier tile has; None: all
 
 
@@ -68,10 +67,10 @@ class Tiles:
         )
         given = Vectors(q, self.like_out("dout", t), q_tangent, self.like_out("dout_tangent", t))
         inverse = softmax.inverse(self.statistics("l", t))
-        delta, dlogsumexp = None, self.statistics("dlogsumexp", t)
+        delta = None
         if given.dout is not None:
             delta = jnp.sum(out * given.dout.astype(call.acc), axis=-1)
-            if dlogsumexp is not None:
+            if (dlogsumexp := self.statistics("dlogsumexp", t)) is not None:
                 delta = delta - dlogsumexp
         if self.masked:
             for x in (given.dout, given.dout_tangent):
@@ -85,7 +84,6 @@ class Tiles:
             m=self.statistics("m", t),
             inverse=inverse,
             delta=delta,
-            dlogsumexp=dlogsumexp,
             fresh=None if fresh is None else fresh[:, None],
         )
 
@@ -152,17 +150,7 @@ class Pairs:
     @cached_property
     def ds(self):
         """The cotangent of the logits."""
-        return self.counted(self.weighted(self.dp - self.row.delta[..., None], self.row.dlogsumexp))
-
-    def weighted(self, x, of_row=None):
-        """p x, of x a difference from its mean over the row (by p) less `of_row` (None: 0).
-
-        Of a key that has all the weight only `of_row` is left: the mean is a sum in another order, and where that differs in
-        its last bit, queries of 1e18 make a gradient of 1e12. (0 x: what is not finite gives NaN.)
-        """
-        alone = self.p == 1
-        weighted = jnp.where(alone, 0, self.p) * x
-        return weighted if of_row is None else weighted + jnp.where(alone, of_row[..., None], 0)
+        return self.counted(self.p * (self.dp - self.row.delta[..., None]))
 
     @cached_property
     def dy(self):

@@ -42,8 +42,7 @@ class _RowSums(NamedTuple):
     """Sums over all keys of a row; None: 0."""
 
     tau: Any  # of p T
-    mean: Any  # of p U
-    rest: Any  # what the tangent of delta has beside it
+    sigma: Any  # the tangent of delta
 
 
 class _Sums:
@@ -88,33 +87,32 @@ class _Sums:
         """What all pairs of a row have in common, with a loop of its own if it takes tangents of operands."""
         call, saved = self.call, self.tiles.saved
         by_logits = self.moved.move_logits
-        of_logits = bool(call.wanted - {"value"})  # what else is wanted takes neither
+        of_logits = bool(call.wanted - {"value"})  # what else is wanted does not take sigma
         by_value = of_logits and self.moved.value is not None
         zeros = jnp.zeros((*call.B, call.dims.K, call.dims.G, self.tiles.rows.tile), call.acc)
-        tau = mean = rest = None
+        tau = sigma = None
 
         def add(pairs: _Pairs, carry):
-            tau, mean, rest = carry
+            tau, sigma = carry
             if by_logits:
                 tau = tau + jnp.sum(pairs.p * pairs.tangent.s, axis=-1)
             if by_logits and of_logits:
-                rest = rest + jnp.sum(pairs.ds * pairs.tangent.s, axis=-1)
+                sigma = sigma + jnp.sum(pairs.ds * pairs.tangent.s, axis=-1)
             if by_value:
-                mean = mean + jnp.sum(pairs.shown(pairs.p * pairs.dp_by_value), axis=-1)
-            return tau, mean, rest
+                sigma = sigma + jnp.sum(pairs.shown(pairs.p * pairs.dp_by_value), axis=-1)
+            return tau, sigma
 
         if by_logits or by_value:
-            which = (by_logits, by_value, by_logits and of_logits)
-            tau, mean, rest = each(add, tuple(zeros if x else None for x in which))
+            tau, sigma = each(add, (zeros if by_logits else None, zeros))
         if not of_logits:
-            return _RowSums(tau, None, None)
-        if saved.dout_tangent is not None:
-            mean = _plus(mean, jnp.sum(row.given.dout_tangent.astype(call.acc) * row.out, axis=-1))
-        if tau is not None and row.dlogsumexp is not None:
-            rest = rest - tau * row.dlogsumexp
+            return _RowSums(tau, None)
+        if saved.dout_tangent is not None:  # the sum of p times what it adds to U
+            sigma = _plus(sigma, jnp.sum(row.given.dout_tangent.astype(call.acc) * row.out, axis=-1))
+        if tau is not None and saved.dlogsumexp is not None:
+            sigma = sigma - tau * self.tiles.statistics("dlogsumexp", row.t)
         if saved.dlogsumexp_tangent is not None:
-            rest = _plus(rest, -self.tiles.statistics("dlogsumexp_tangent", row.t))
-        return _RowSums(tau, mean, rest)
+            sigma = _plus(sigma, -self.tiles.statistics("dlogsumexp_tangent", row.t))
+        return _RowSums(tau, sigma)
 
     def _add(self, pairs: "_Pairs", by_row: _RowSums, dq, out, gradients: Operands):
         """The sums by row and the gradients with those of a tile."""
@@ -201,10 +199,10 @@ class _Pairs(Pairs):
         """The tangents of ds, dy and dx: G, that before the soft cap, and GX."""
         moving = self.tiles.tangents.move_logits
         u, g = self._dp_tangent(), None
+        if by_row.sigma is not None:
+            u = _plus(u, -by_row.sigma[..., None])
         if u is not None:
-            g = self.weighted(u - by_row.mean[..., None])
-        if by_row.rest is not None:
-            g = _plus(g, -self.p * by_row.rest[..., None])
+            g = self.p * u
         if moving:
             g = _plus(g, self.ds * (self.tangent.s - by_row.tau[..., None]))
         gy = gx = g = self.counted(g)

@@ -49,15 +49,12 @@ class _Tangent:
         call, rows, d = self.call, self.tiles.rows, self.call.dims
         row = self.tiles.row(t)
         part = (*call.B, d.K, d.G, rows.tile)
-        sums = jnp.zeros((*part, d.Dv), call.acc)
-        by_value = None if self.tiles.tangents.value is None else sums
-        start = (sums, by_value, jnp.zeros(part, call.acc))
-        acc, by_value, tau = loop(key_range, lambda u, carry: self._key_tile(row, u, *carry), start)
-        moved = _less(acc, tau[..., None] * row.out, row.inverse[..., None] == 1)
-        moved = moved if by_value is None else moved + by_value
+        start = (jnp.zeros((*part, d.Dv), call.acc), jnp.zeros(part, call.acc))
+        acc, tau = loop(key_range, lambda u, carry: self._key_tile(row, u, *carry), start)
+        moved = acc - tau[..., None] * row.out
         return call.put_rows(out, moved, call.problem.out_axes, rows, t), rows.put(tau_all, tau, -1, t)
 
-    def _key_tile(self, row: Row, u, acc, by_value, tau):
+    def _key_tile(self, row: Row, u, acc, tau):
         call, tiles = self.call, self.tiles
         pairs = Pairs(tiles, row, u)
         if tiles.tangents.move_logits:
@@ -65,20 +62,10 @@ class _Tangent:
             tau = tau + jnp.sum(moved, axis=-1)
             acc = acc + wide_product(call, "kgij,kjd->kgid", pairs.kept(moved), tiles.clean(pairs.v))
         if pairs.v_tangent is not None:
-            by_value = by_value + call.product(
+            acc = acc + call.product(
                 "kgij,kjd->kgid", pairs.moved.astype(call.dtype), tiles.clean(pairs.v_tangent)
             )
-        return acc, by_value, tau
-
-
-def _less(x, y, alone):
-    """x - y, and 0 where that is no more than rounding: in the rows of which one key has all the weight.
-
-    Keys of 1e18 have tangents of the logits as large, which move nothing there.
-    """
-    difference = x - y
-    rounding = jnp.abs(difference) < 4 * jnp.finfo(y.dtype).eps * jnp.abs(y)
-    return jnp.where(alone & rounding, 0, difference)
+        return acc, tau
 
 
 def jvp(call: Canonical, tangents: Operands) -> tuple[Any, ...]:
