@@ -130,7 +130,7 @@ def levanter_block(size: int) -> Model:
     library = importlib.import_module("levanter.layers.attention")
     hax = importlib.import_module("haliax")
     axes = hax.make_axes(Batch=2, Pos=size, KeyPos=size, Heads=2, Group=2, Size=32, Embed=64)
-    Batch, Pos, KeyPos, Heads, Group, Size, Embed = axes  # noqa: N806
+    Batch, Pos, KeyPos, Heads, Group, Size, Embed = axes  # noqa: N806 (names of axes)
 
     def loss(parameters, batch):
         x, ids = batch

@@ -326,7 +326,7 @@ def log_sum_exp(library) -> str:
         differentiable = library.gradient(
             lambda q: library.attend(q, k, v, lse=True)[1], q
         ).any()
-    except Exception:
+    except Exception:  # whatever a library raises: it has no such gradient
         differentiable = False
     return "yes, differentiable" if differentiable else "yes, without gradient"
 
@@ -445,7 +445,7 @@ def tried(title: str) -> dict[str, Any]:
             cells[name] = probe(library)
         except Unavailable:
             cells[name] = "no"
-        except Exception as error:
+        except Exception as error:  # each library has its own; the cell names it
             cells[name] = f"no ({type(error).__name__})"
     package = importlib.import_module(library.package)
     return {"version": package.__version__, "cells": cells}

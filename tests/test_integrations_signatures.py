@@ -556,7 +556,7 @@ def test_refused(module, given, error, message):
 
 def test_levanter_axes():
     q, k, v = (_named(x, "batch", n, "kv", "size") for x, n in zip(_qkv()[:1] * 3, "pkk", strict=True))
-    for QPos, KPos, args, message in (  # noqa: N806
+    for QPos, KPos, args, message in (  # noqa: N806 (names of axes)
         ("p", "p", (q, k, v), "QPos and KPos must have different names; got 'p'"),
         ("p", "x", (q, k, v), r"key must have the axes \('x', 'size'\)"),
         (

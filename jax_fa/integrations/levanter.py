@@ -19,8 +19,8 @@ _BACKENDS = ("default", "nvte", "splash", "jax_flash", "vanilla")
 
 def dot_product_attention(
     QPos,  # noqa: N803 (levanter's name)
-    KPos,  # noqa: N803
-    Key,  # noqa: N803
+    KPos,  # noqa: N803 (likewise)
+    Key,  # noqa: N803 (likewise)
     query,
     key,
     value,
@@ -106,7 +106,7 @@ class _Axes:
     sizes: dict[str, int]
 
     @classmethod
-    def of(cls, QPos, KPos, Key, query, key, value) -> "_Axes":  # noqa: N803
+    def of(cls, QPos, KPos, Key, query, key, value) -> "_Axes":  # noqa: N803 (levanter's names)
         for name, x in (("query", query), ("key", key), ("value", value)):
             _check_named(name, x)
         q, k, contracted = _name("QPos", QPos), _name("KPos", KPos), _name("Key", Key)
