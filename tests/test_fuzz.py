@@ -206,6 +206,13 @@ MISSES: dict[str, tuple[dict, dict]] = {
         | dict(sinks="N", scale="known", derivative="forward", seed=2252000288),
         dict(seed=0, spread=60.0),
     ),
+    "the share of a sink in merged parts": (
+        dict(
+            backend="cpu", Sq=6, Skv=6, K=2, D=1, Dv=1, mask=("dense_QK",), bias="bNQK", slopes="N", sinks="N"
+        )
+        | dict(derivative="reverse", how="sharded", seed=156000005),
+        dict(seed=626, spread=60.0),
+    ),
 }
 
 

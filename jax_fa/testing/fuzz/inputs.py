@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa.testing import oracle
-from jax_fa.testing.fuzz import garbage, kinds, paged, score
+from jax_fa.testing.fuzz import garbage, kinds, paged, score, ways
 from jax_fa.testing.fuzz.kinds import Random, Sizes
 from jax_fa.testing.fuzz.program import Data, Program
 from jax_fa.testing.fuzz.reference import Attention
@@ -171,6 +171,7 @@ class Inputs:
             narrow=_UNIT[p.dtype] if half else 0.0,
             loose_delta=half and (p.backend == "ascend" or p.how == "npu_grad"),
             scales_out=half and p.backend == "ascend" and p.dropout == "traced",
+            merged=ways.merges(p),
             tangents={n: self._lead(n, x) for n, x in self.tangents.items()}
             if p.derivative in ("forward", "second")
             else {},
@@ -280,7 +281,8 @@ def draw(program: Program, data: Data) -> Inputs:
     values = draw_masks(p, mask_seed)
     if "mask" in p.mapped:
         parts = [
-            _visible(p, {n: {k: x[v] for k, x in vs.items()} for n, vs in values.items()}) for v in range(2)
+            _visible(p, {n: {k: np.asarray(x[v]) for k, x in vs.items()} for n, vs in values.items()})
+            for v in range(2)
         ]
         shape = np.broadcast_shapes(*(part[0].shape for part in parts))
         visible = np.stack([np.broadcast_to(part[0], shape) for part in parts])

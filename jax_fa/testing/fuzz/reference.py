@@ -44,6 +44,7 @@ class Attention:
     narrow: float = 0.0
     loose_delta: bool = False  # the backward takes delta from the rounded output
     scales_out: bool = False  # the output is rounded, multiplied and rounded again, and so is its cotangent
+    merged: bool = False  # from outputs and log-sum-exps of parts of the keys
     tangents: dict[str, np.ndarray] = field(default_factory=dict)
     cotangents: Any = None  # of out and of the log-sum-exp, which may be None
     cotangent_tangents: Any = (None, None)
@@ -194,7 +195,7 @@ class Attention:
             out = out._new(
                 out.value, out.error + self.narrow * np.abs(out.value) + self._least(), out.tangent
             )
-        self.out = out
+        self.out = out = self._merged(out)
         lse = self._with_error_of_sum(top + safe.log(), p, x, top)
         lse = lse._new(
             np.where(self.empty, -FLT_MAX, lse.value), np.where(self.empty, 0, lse.error), lse.tangent
@@ -254,6 +255,37 @@ class Attention:
         more = self.narrow * size + self._least() * (2 + factor)
         return x._new(x.value, x.error, x._new(tangent.value, tangent.error + more))
 
+    # Parts of the keys: each has a weight of its own, from a log-sum-exp that is off by its rounding, and an output that is
+    # rounded to the dtype. Neither cancels against what is computed of the keys.
+
+    def _part_error(self) -> Any:
+        """The relative error of a part's weight or output, `*B K G Sq 1`."""
+        size = np.abs(self.s.value).max(axis=-1, keepdims=True, where=self.seen, initial=0.0)
+        if self.sink_weight is not None:
+            size = np.maximum(size, np.abs(self.sinks.value))
+        return self.narrow + self.eps * (8 + 2 * size)
+
+    def _largest_values(self) -> Any:
+        """No output of a part is beyond, `*B K 1 1 Dv`."""
+        kept = 1.0 if self.keep is None else float(np.max(self.keep, initial=0.0))
+        return np.abs(self.v.value).max(axis=-2, keepdims=True, initial=0.0) * kept
+
+    def _merged(self, out: Number) -> Number:
+        moved, tangent = self.weights.tangent, out.tangent
+        if not self.merged or moved is None or tangent is None:
+            return out
+        size = np.abs(moved.value).sum(axis=-1, keepdims=True) * self._largest_values()
+        error = tangent.error + self._part_error() * size + self._least()
+        return out._new(out.value, out.error, out._new(tangent.value, error))
+
+    def _merged_delta(self, delta: Number, dout: Number, dlse: Number | None) -> Number:
+        """... with all that a part's cotangents are off by."""
+        if not self.merged:
+            return delta
+        size = (np.abs(dout.value) * self._largest_values()).sum(axis=-1, keepdims=True)
+        size = size + np.abs(delta.value) + (0.0 if dlse is None else np.abs(dlse.value)[..., None])
+        return delta._new(delta.value, delta.error + self._part_error() * size, delta.tangent)
+
     def _narrowed(self, p: Number) -> Number:
         """Weights that are kept, rounded before they are divided by the probability of that, or after."""
         rounded = p.rounded(self.narrow, self._least())
@@ -308,6 +340,7 @@ class Attention:
         delta = self._as_computed(delta, dout, terms)
         if dlse is not None:
             delta = delta - dlse.map(lambda a: a[..., None])
+        delta = self._merged_delta(delta, dout, dlse)
         dx = self._flushed_first((self.p * (dw - delta)).where(self.seen))
         ds = dx if self.by_x is None else (dx * self.by_x).where(self.seen)
         narrow_ds = ds.rounded(narrow, least)

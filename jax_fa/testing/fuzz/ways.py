@@ -139,6 +139,13 @@ HOW: dict[str, Callable[[Program], bool]] = {
 }
 
 
+def merges(program: Program) -> bool:
+    """Whether the results are merged from those of parts of the keys."""
+    return program.how == "split" or (
+        program.how == "sharded" and sharded.strategy(program)[1] == "all_reduce"
+    )
+
+
 def _placed(program: Program) -> bool:
     return any(name in kinds.PLACING and name != "causal" for name in program.mask)
 
