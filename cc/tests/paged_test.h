@@ -1,6 +1,8 @@
 // Keys and values in pages: the bits of the same call with contiguous keys, whatever lies where nobody may read.
 #pragma once
 
+#include <algorithm>
+
 #include "check.h"
 #include "cpu/tuning.h"
 #include "paged_shapes.h"
@@ -48,6 +50,7 @@ PagedSpec RandomPagedSpec(uint64_t seed) {
   Random random(seed * 2 + 1);
   PagedSpec s;
   s.B = 1 + random.Below(3), s.Sq = random.Pick(kRows), s.K = 1 + random.Below(4), s.N = s.K * random.Pick(kGroups);
+  if (s.N / s.K * s.Sq > jax_fa::kSplitRows) s.N = s.K;  // else keys in pages are cut, and contiguous ones are not
   s.D = 1 + random.Below(150), s.Dv = 1 + random.Below(150);
   s.size = random.Pick(kSizes), s.each = 1 + random.Below(1 + 600 / s.size);
   s.query = random.Pick(kQueries), s.pages = random.OneIn(3) ? s.query : random.Pick(kBytes);
@@ -76,6 +79,7 @@ class PagedTest {
       : s_(s),
         random_(s.seed + 77),
         Skv_(s.size * s.each),
+        wide_Skv_(std::max<int64_t>(Skv_, 65)),
         count_(s.B * s.each + 2),
         wide_(Wide(s)),
         zeros_(static_cast<size_t>(s.B), 0) {
@@ -140,7 +144,7 @@ class PagedTest {
     pool->width = contiguous->width = width;
     pool->memory = New(count_ * s_.size * heads * width * item);
     pool->scales = New(count_ * s_.size * heads * 4);
-    contiguous->memory = New(s_.B * Skv_ * heads * width * jax_fa::ItemSize(wide_));
+    contiguous->memory = New(s_.B * wide_Skv_ * heads * width * jax_fa::ItemSize(wide_));
     for (int64_t b = 0; b < s_.B; ++b)
       for (int64_t j = 0; j < lengths_[static_cast<size_t>(b)]; ++j)
         for (int64_t k = 0; k < heads; ++k) {
@@ -150,7 +154,7 @@ class PagedTest {
           std::memcpy(pool->scales->data() + row * 4, &scale, 4);
           for (int64_t d = 0; d < width; ++d)
             Put(pool->memory->data() + (row * width + d) * item,
-                contiguous->memory->data() + (((b * Skv_ + j) * heads + k) * width + d) * jax_fa::ItemSize(wide_),
+                contiguous->memory->data() + (((b * wide_Skv_ + j) * heads + k) * width + d) * jax_fa::ItemSize(wide_),
                 s_.scales ? scale : 1.0f);
         }
     for (Memory* m : {&pool->memory, &pool->scales, &contiguous->memory}) (*m)->Protect(PROT_READ);
@@ -193,7 +197,7 @@ class PagedTest {
     offsets_.reserve(8);
     query_at_ = offsets(s_.Sq * s_.N * s_.D), out_at_ = offsets(s_.Sq * s_.N * s_.Dv);
     row_at_ = offsets(s_.N * s_.Sq), bound_at_ = offsets(s_.Sq);
-    key_at_ = offsets(Skv_ * s_.K * s_.D), value_at_ = offsets(Skv_ * s_.K * (s_.partial ? s_.D : s_.Dv));
+    key_at_ = offsets(wide_Skv_ * s_.K * s_.D), value_at_ = offsets(wide_Skv_ * s_.K * (s_.partial ? s_.D : s_.Dv));
   }
 
   static View Of(const Memory& memory, DType t, const int64_t* batch, int64_t head, int64_t row, int64_t col) {
@@ -223,6 +227,7 @@ class PagedTest {
 
   Call Contiguous() const {
     Call c = Common();
+    c.Skv = wide_Skv_;
     c.key = Of(keys_.memory, wide_, key_at_, s_.D, s_.K * s_.D, 1);
     const Pool& values = s_.partial ? keys_ : values_;
     c.value = Of(values.memory, wide_, value_at_, values.width, s_.K * values.width, 1);
@@ -255,7 +260,8 @@ class PagedTest {
 
   const PagedSpec s_;
   Random random_;
-  const int64_t Skv_, count_;
+  // Contiguous keys are so many, of which more are masked: calls of fewer have kernels of their own, which have no pages.
+  const int64_t Skv_, wide_Skv_, count_;
   const DType wide_;
   const std::vector<int64_t> zeros_;
   std::vector<int32_t> lengths_, table_, lower_, upper_;

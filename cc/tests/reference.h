@@ -149,6 +149,7 @@ class Reference {
     const double growth = kEps * Growth(p_.Skv), u = HalfUlp(p_.out.dtype);
     // What rounding took from the stored `out`, relative to it; a forward of bfloat16 may have rounded its weights, too.
     const double rounded = fused ? kEps : p_.rounding ? u * u : u;
+    const double lost = !fused && p_.out.dtype == DType::kF16 ? 0x1p-25 : 0.0;
     const double weights_rounded = !fused && p_.out.dtype == DType::kBF16 ? 0x1.02p-8 : 0.0;
     std::vector<Moved> moved;
     ForEachRow([&](int64_t b, int64_t n, int64_t i) {
@@ -184,7 +185,7 @@ class Reference {
         const size_t at = first + static_cast<size_t>(d);
         out_tangent.tainted[at] = tainted;
         out_tangent.error[at] = tau_error * std::fabs(out.value[at]) +
-                                furthest * (out.error[at] + (rounded + 8 * kEps) * std::fabs(out.value[at]) +
+                                furthest * (out.error[at] + lost + (rounded + 8 * kEps) * std::fabs(out.value[at]) +
                                             weights_rounded * out.terms[at]);
       }
       for (size_t at = 0; at < seen_.size(); ++at) {
