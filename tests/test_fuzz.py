@@ -14,6 +14,7 @@ from jax_fa.backends.xla import tiling
 from jax_fa.testing import oracle
 from jax_fa.testing.fuzz import __main__ as fuzz
 from jax_fa.testing.fuzz import inputs, reference, shrink, worker
+from jax_fa.testing.fuzz.campaign import Campaign, Options
 from jax_fa.testing.fuzz.drawing import draw_program
 from jax_fa.testing.fuzz.program import Data, Program, draw_data
 from jax_fa.testing.fuzz.trial import Runner
@@ -145,6 +146,19 @@ def test_a_run(crash, tmp_path, capsys, monkeypatch):
     assert fuzz.main([*options, "--resume", "--count", str(first["calls"] + 1)]) == 0
     second = json.loads(out.read_text().splitlines()[-1])["state"]
     assert second["rounds"] == first["rounds"] + 1 and second["calls"] > first["calls"]
+
+
+@pytest.mark.parametrize("ratio, near", [(1.5, True), (2.5, False), (float("inf"), False), (None, False)])
+def test_near_misses_are_no_failures(ratio, near, tmp_path, capsys):
+    """... where they are asked to be none; they are told and written all the same."""
+    out = tmp_path / "found.jsonl"
+    run = Campaign(Options(seed=0, near=2.0, out=out))
+    line = {"failure": 3, "result": "out", "text": "is 1, expected 2"}
+    run._note(line | ({} if ratio is None else {"ratio": ratio}), {}, run._given(0, (0, 1)))
+    assert (run.totals.near, run.totals.failures) == (int(near), int(not near))
+    written = json.loads(out.read_text())
+    assert written["near" if near else "failure"] == "out" and written["script"]
+    assert ("NEAR MISS" if near else "FAILURE") in capsys.readouterr().out
 
 
 def _broken_python(directory, code: str) -> str:

@@ -27,6 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--shrink", type=float, default=60.0, help="seconds to make a failure small (default: %(default)s)"
     )
     parser.add_argument(
+        "--near",
+        type=float,
+        default=1.0,
+        help="misses by up to so many bounds are told and written, and are no failures: bounds are estimates "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--backends", default="", help="names, separated by commas (default: all that are present)"
     )
     parser.add_argument(
@@ -48,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         draws=given.draws,
         program_seconds=given.program_time,
         shrink=given.shrink,
+        near=given.near,
         backends=tuple(filter(None, given.backends.split(","))),
         instruction_sets=tuple(filter(None, given.isa.split(","))),
         out=given.out,

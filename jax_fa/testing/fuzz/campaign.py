@@ -43,6 +43,7 @@ class Options:
     draws: int = 100
     program_seconds: float = 4.0
     shrink: float = 60.0
+    near: float = 1.0
     backends: tuple[str, ...] = ()
     instruction_sets: tuple[str, ...] = ()
     out: Path | None = None
@@ -56,17 +57,19 @@ class Totals:
     calls: int = 0
     refused: int = 0
     failures: int = 0
+    near: int = 0  # misses that are no failures
     reached: int = 0
     seconds: float = 0.0
     worst: dict[str, float] = field(default_factory=dict)
     sets: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
+        near = f" and {self.near} near misses" if self.near else ""
         per_minute = 60 * self.calls / max(self.seconds, 1e-9)
         sets = ", ".join(f"{name} {count}" for name, count in sorted(self.sets.items()))
         return (
             f"{self.calls} calls of {self.programs} programs in {self.seconds:.0f} s ({per_minute:.0f} a minute), "
-            f"{self.refused} programs refused, {self.failures} failures; calls by instruction set: {sets}"
+            f"{self.refused} programs refused, {self.failures} failures{near}; calls by instruction set: {sets}"
         )
 
 
@@ -279,11 +282,15 @@ class Campaign:
         text: str,
         found: dict[str, Any],
     ) -> None:
-        self.totals.failures += 1
+        near = found.get("ratio", np.inf) <= self.options.near
+        if near:
+            self.totals.near += 1
+        else:
+            self.totals.failures += 1
         small, data = found.get("small_program"), found.get("small_data")
         source = script.reproducing(variables, given["small_tiles"], small, data, seed, given["backends"])
         self._write(
-            failure=result,
+            **{"near" if near else "failure": result},
             text=text,
             seed=seed,
             environment=variables,
@@ -295,7 +302,7 @@ class Campaign:
             },
             script=source,
         )
-        print(f"FAILURE {result} {text}\n{source}", flush=True)
+        print(f"{'NEAR MISS' if near else 'FAILURE'} {result} {text}\n{source}", flush=True)
 
 
 def _lines(

@@ -64,6 +64,7 @@ def _report(program: Program, data: Data, faults: Any, shrink: float) -> None:
         failure=program.seed,
         result=first.result,
         text=first.text,
+        ratio=max(fault.ratio for fault in faults),
         others=[fault.result for fault in faults[1:]],
         program=program.as_dict(),
         data=data.as_dict(),
