@@ -180,6 +180,12 @@ def test_a_script_reproduces(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("mask, has", [("causal_bottom", False), ("dense_QK", True), ("key_lengths", True)])
+def test_vmap_maps_an_array(mask, has):
+    program = Program(backend="xla", mask=(mask,), mapped=("mask",))
+    assert inputs.maps_an_array(program) is has
+
+
 @pytest.mark.slow
 def test_many_programs_draw():
     """Every program can be made into JSON and back, and its inputs drawn."""
@@ -187,6 +193,7 @@ def test_many_programs_draw():
         program = draw_program(seed, ("cpu", "xla", "ascend"))
         assert Program.from_dict(json.loads(json.dumps(program.as_dict()))) == program
         inputs.draw(program, draw_data(program, 0)).arguments()
+        assert inputs.maps_an_array(program)
     assert worker.LEAST >= 1
 
 

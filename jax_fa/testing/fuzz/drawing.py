@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_fa.testing.fuzz import kinds, npu, paged, score, sharded, ways
+from jax_fa.testing.fuzz import inputs, kinds, npu, paged, score, sharded, ways
 from jax_fa.testing.fuzz.program import Program
 
 LENGTHS = (
@@ -181,13 +181,14 @@ def _mapped(random: np.random.Generator, program: Program) -> Program:
     if program.dropout:
         can.append("dropout_key")
     chosen = tuple(name for name in can if random.random() < 0.5) or ("query",)
-    return dataclasses.replace(
+    drawn = dataclasses.replace(
         program,
         mapped=chosen,
         mapped_last=bool(random.random() < 0.5),
         vmap_outside=bool(random.random() < 0.5),
         max_logits=False,
     )
+    return drawn if inputs.maps_an_array(drawn) else dataclasses.replace(drawn, mapped=("query", "mask"))
 
 
 def _called(random: np.random.Generator, program: Program) -> Program:

@@ -235,6 +235,16 @@ def kind_of(name: str) -> kinds.Kind:
     return next(table[name] for table in (kinds.KINDS, score.SCORE_KINDS, paged.KINDS) if name in table)
 
 
+def maps_an_array(program: Program) -> bool:
+    """Whether vmap has something to map: masks may be without arrays."""
+    p = program
+    if not p.mapped or set(p.mapped) != {"mask"}:
+        return True
+    still = np.random.default_rng(0)
+    sizes = Sizes((), 1, 1, 1, 1, 1, 1)
+    return any(kind_of(name).draw(Random(still, still), sizes) for name in p.mask)
+
+
 def draw_masks(program: Program, seed: int) -> dict[str, dict[str, np.ndarray]]:
     p = program
     sizes = Sizes(p.B, p.N, p.Sq, p.Skv, p.Sq, p.Skv, p.K)

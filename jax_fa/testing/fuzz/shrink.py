@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jax_fa.testing.fuzz import kinds, paged, score, sharded
+from jax_fa.testing.fuzz import inputs, kinds, paged, score, sharded
 from jax_fa.testing.fuzz.program import Data, Program, draw_data
 from jax_fa.testing.fuzz.trial import Runner
 
@@ -123,6 +123,7 @@ def _fits(p: Program) -> bool:
         and p.Skv % paged.page_size(p) == 0
     )
     lengths = p.how != "sharded" or sharded.fitted(p) == p
+    mapped = mapped and inputs.maps_an_array(p)
     return batches and mapped and square and doubles and joined and paged_alike and lengths and p.N % p.K == 0
 
 
