@@ -62,6 +62,24 @@ constexpr size_t kPagedResultCount = sizeof(kPagedResults) / sizeof(kPagedResult
 
 struct PagedSizes {
   int64_t B = 0, Sq = 0, N = 0, K = 0, D = 0, Dv = 0, count = 0, size = 0, each = 0;
+
+  int64_t Of(char letter) const {  // of PagedForm
+    switch (letter) {
+      case 'B':
+      case 'b': return B;
+      case 'S': return Sq;
+      case 'N': return N;
+      case 'K':
+      case 'k': return K;
+      case 'D': return D;
+      case 'V': return Dv;
+      case 'P':
+      case 'p': return count;
+      case 'T':
+      case 't': return size;
+      default: return each;
+    }
+  }
 };
 
 class PagedCheck {
@@ -109,30 +127,12 @@ class PagedCheck {
       throw BadCall("there are " + std::to_string(got) + " " + what + "; expected " + std::to_string(want));
   }
 
-  static int64_t Size(const PagedSizes& s, char letter) {
-    switch (letter) {
-      case 'B':
-      case 'b': return s.B;
-      case 'S': return s.Sq;
-      case 'N': return s.N;
-      case 'K':
-      case 'k': return s.K;
-      case 'D': return s.D;
-      case 'V': return s.Dv;
-      case 'P':
-      case 'p': return s.count;
-      case 'T':
-      case 't': return s.size;
-      default: return s.each;
-    }
-  }
-
   static void Check(const PagedForm& form, const PagedSizes& s, const Shape& x) {
     bool fits = (form.elements & Bit(x.element)) != 0 && x.rank == std::string(form.sizes).size();
     std::vector<std::string> dims;
     for (size_t i = 0; form.sizes[i] != 0; ++i) {
       const char letter = form.sizes[i];
-      const int64_t size = Size(s, letter);
+      const int64_t size = s.Of(letter);
       const bool may_be_one = letter >= 'a';
       dims.push_back(std::to_string(size) + (may_be_one && size != 1 ? " or 1" : ""));
       fits = fits && (x.dims[i] == size || (may_be_one && x.dims[i] == 1));

@@ -130,6 +130,28 @@ struct Sizes {
   std::vector<int64_t> B;
   int64_t Sq = 0, Skv = 0, N = 0, K = 0, D = 0, Dv = 0;
   int64_t row_blocks = 0, key_blocks = 0;  // of a mask by blocks
+
+  int64_t Of(char letter) const {  // of Form
+    switch (letter) {
+      case 'N':
+      case 'n': return N;
+      case 'K': return K;
+      case 'S':
+      case 's': return Sq;
+      case 'T':
+      case 't': return Skv;
+      case 'D': return D;
+      case 'V': return Dv;
+      case 'R': return row_blocks;
+      case 'C': return key_blocks;
+      default: return letter - '0';
+    }
+  }
+
+  void CutIntoBlocks(int64_t rows, int64_t keys) {
+    row_blocks = Sq / rows + (Sq % rows != 0);
+    key_blocks = Skv / keys + (Skv % keys != 0);
+  }
 };
 
 class ShapeCheck {
@@ -229,8 +251,7 @@ class ShapeCheck {
     const int64_t rows = pairs.dims[lead + 2], keys = pairs.dims[lead + 3];
     if (rows < 1 || keys < 1)
       throw BadCall("block_pairs is " + ShapeText(pairs) + "; expected blocks of at least one row and key");
-    sizes_.row_blocks = sizes_.Sq / rows + (sizes_.Sq % rows != 0);
-    sizes_.key_blocks = sizes_.Skv / keys + (sizes_.Skv % keys != 0);
+    sizes_.CutIntoBlocks(rows, keys);
   }
 
   void Rank(const Label& label, const Shape& x, size_t rank) {
@@ -306,7 +327,7 @@ class ShapeCheck {
       const char letter = i < lead ? 0 : sizes[i - lead];
       if (letter == 'e') return Expected{kAny, kAny};
       const bool one = i < lead ? !full : letter >= 'a' && letter <= 'z';
-      const int64_t size = i < lead ? sizes_.B[i] : SizeOf(letter);
+      const int64_t size = i < lead ? sizes_.B[i] : sizes_.Of(letter);
       return Expected{one ? 1 : size, size};
     });
   }
@@ -334,23 +355,6 @@ class ShapeCheck {
           e.size == kAny ? "any" : (e.other == e.size ? "" : std::to_string(e.other) + " or ") + std::to_string(e.size);
     }
     Differs(label, x, elements, dims);
-  }
-
-  int64_t SizeOf(char letter) const {
-    switch (letter) {
-      case 'N':
-      case 'n': return sizes_.N;
-      case 'K': return sizes_.K;
-      case 'S':
-      case 's': return sizes_.Sq;
-      case 'T':
-      case 't': return sizes_.Skv;
-      case 'D': return sizes_.D;
-      case 'R': return sizes_.row_blocks;
-      case 'C': return sizes_.key_blocks;
-      case 'V': return sizes_.Dv;
-      default: return letter - '0';
-    }
   }
 
   const CallShapes& call_;

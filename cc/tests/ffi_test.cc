@@ -29,30 +29,11 @@ using jax_fa::CallShapes;
 using jax_fa::Element;
 using jax_fa::OtherArray;
 using jax_fa::Pass;
+using jax_fa::Sizes;
 
 int g_failures = 0;
 
 // The sizes of a call, and its batch.
-struct Sizes {
-  std::vector<int64_t> B;
-  int64_t Sq = 0, Skv = 0, N = 0, K = 0, D = 0, Dv = 0;
-
-  int64_t Of(char letter) const {
-    switch (letter) {
-      case 'N':
-      case 'n': return N;
-      case 'K': return K;
-      case 'S':
-      case 's': return Sq;
-      case 'T':
-      case 't': return Skv;
-      case 'D': return D;
-      case 'V': return Dv;
-      default: return letter - '0';
-    }
-  }
-};
-
 XLA_FFI_DataType TypeOf(Element e) {
   switch (e) {
     case Element::kF32: return XLA_FFI_DataType_F32;
@@ -139,6 +120,8 @@ class Calls {
     s.K = 1 + random_.Below(3), s.N = s.K * (1 + random_.Below(3));
     s.Sq = random_.OneIn(10) ? 0 : 1 + random_.Below(40), s.Skv = random_.OneIn(10) ? 0 : 1 + random_.Below(70);
     s.D = 1 + random_.Below(40), s.Dv = random_.OneIn(10) ? 0 : 1 + random_.Below(40);
+    const int64_t block_rows = 1 + random_.Below(20), block_keys = 1 + random_.Below(20);
+    s.CutIntoBlocks(block_rows, block_keys);
     CallShapes call;
     call.pass = pass;
     call.present = Present();
@@ -152,6 +135,7 @@ class Calls {
       if (!call.Has(form.operand)) continue;
       const jax_fa::Form& actual = call.FormOf(form.operand);
       std::vector<int64_t>& dims = canonical[form.operand] = Dims(s, actual.sizes, false);
+      if (form.operand == jax_fa::kBlockPairs) dims.end()[-2] = block_rows, dims.end()[-1] = block_keys;
       const bool stored = form.operand <= jax_fa::kValue;
       frame.Add(frame.args, actual.name, TypeOf(stored ? own : OneOf(actual.elements)),
                 stored ? Stored(dims, axes[form.operand]) : dims);
@@ -196,6 +180,7 @@ class Calls {
     together(jax_fa::kSeed, jax_fa::kStream);
     together(jax_fa::kDropBits, jax_fa::kDropOffset);
     together(jax_fa::kSegmentRow, jax_fa::kSegmentKey);
+    together(jax_fa::kBlocks, jax_fa::kBlockPairs);
     if ((present >> jax_fa::kBiasOffset & 1) != 0) present |= uint32_t{1} << jax_fa::kBias;
     if ((present >> jax_fa::kSeed & 1) == 0) present &= ~(uint32_t{1} << jax_fa::kDropoutStart);
     return present;
@@ -215,27 +200,10 @@ class Calls {
     s.each = 1 + random_.Below(4);
     const auto present = static_cast<uint32_t>(random_.Below(32));
     s.Dv = (present & jax_fa::kPagedValue) != 0 ? random_.Below(40) : 1 + random_.Below(s.D);
-    const auto size = [&](char letter) -> int64_t {
-      switch (letter) {
-        case 'B':
-        case 'b': return s.B;
-        case 'S': return s.Sq;
-        case 'N': return s.N;
-        case 'K':
-        case 'k': return s.K;
-        case 'D': return s.D;
-        case 'V': return s.Dv;
-        case 'P':
-        case 'p': return s.count;
-        case 'T':
-        case 't': return s.size;
-        default: return s.each;
-      }
-    };
     const Element pages = OneOf(jax_fa::kPageElements);
     const auto add = [&](std::vector<FrameArray>& list, const jax_fa::PagedForm& form) {
       std::vector<int64_t> dims;
-      for (const char* c = form.sizes; *c != 0; ++c) dims.push_back(*c >= 'a' && random_.OneIn(2) ? 1 : size(*c));
+      for (const char* c = form.sizes; *c != 0; ++c) dims.push_back(*c >= 'a' && random_.OneIn(2) ? 1 : s.Of(*c));
       const bool of_pages = form.elements == jax_fa::kPageElements;
       frame.Add(list, form.name, TypeOf(of_pages ? pages : OneOf(form.elements)), dims);
     };
