@@ -234,6 +234,40 @@ MISSES: dict[str, tuple[dict, dict]] = {
         | dict(derivative="reverse", how="sharded", seed=156000005),
         dict(seed=626, spread=60.0),
     ),
+    "a sink whose tangent cancels those of the keys": (
+        dict(
+            backend="cpu",
+            B=(1,),
+            Sq=8,
+            Skv=8,
+            N=9,
+            K=3,
+            D=15,
+            Dv=80,
+            dtype="float16",
+            layout="SBND",
+            bias="BNQ1",
+        )
+        | dict(mask=("dense_bNQK", "cumulative_window", "window_bottom"), sinks="N", cap="known")
+        | dict(derivative="forward", how="sharded", seed=5224000003),
+        dict(seed=2, spread=0.01),
+    ),
+    "a dropped key in merged parts": (
+        dict(backend="cpu", B=(3,), Skv=5, D=100, Dv=100, mask=("window",), joined="not all", bias="BNQK")
+        | dict(sinks="BN", scale="known", dropout="known", derivative="reverse", seed=5224000010),
+        dict(seed=232, spread=60.0),
+    ),
+    "weights of 16 bits times the scale of a value": (
+        dict(entry="paged_attention", backend="xla", B=(3,), Sq=3, Skv=16, K=2, D=1, Dv=40, dtype="float16")
+        | dict(mask=("pages_16", "key_lengths", "causal_bottom"), pages="int8", page_scales=True)
+        | dict(seed=5224000014),
+        dict(seed=11, spread=60.0, size=1000.0),
+    ),
+    "an infinite cotangent of a masked row": (
+        dict(entry="flash_attention_score", backend="cpu", B=(1,), Sq=1, Skv=1, N=1, D=1, Dv=1, sinks="N")
+        | dict(mask=("sparse_0", "dense_B1QK"), derivative="reverse", how="npu_grad", seed=5222000009),
+        dict(seed=1, garbage="-inf"),
+    ),
 }
 
 

@@ -888,6 +888,28 @@ def test_gradients_of_a_sink_by_blocks_add_up(on):
 
 
 @pytest.mark.parametrize("on", BACKENDS)
+def test_cotangents_of_masked_rows_do_not_leak(on):
+    """A fully masked row has no output: whatever its cotangent holds, no gradient has it."""
+    q, k, v, dy = _arrays(2)
+    mask = np.zeros((S, S), bool)
+    mask[:3] = True
+    given = {"atten_mask": mask, "sink": np.linspace(-1, 2, N, dtype=np.float32), "implementation": on}
+    out, m, l, *_ = jax_fa.npu_fusion_attention(q, k, v, N, "BNSD", scale=0.25, **given)
+
+    def gradients(filling):
+        found = jax_fa.npu_fusion_attention_grad(
+            q, k, v, np.where(mask[:, :1], np.float32(filling), dy), N, "BNSD", softmax_max=m, softmax_sum=l,
+            attention_in=out, scale_value=0.25, **given,
+        )  # fmt: skip
+        return found.dq, found.dk, found.dv, found.dsink
+
+    clean = gradients(0)
+    assert np.all(clean[3] != 0)
+    for filling in (np.nan, -np.inf):
+        jax.tree.map(np.testing.assert_array_equal, gradients(filling), clean)
+
+
+@pytest.mark.parametrize("on", BACKENDS)
 def test_a_block_without_visible_keys_adds_nothing(on):
     """Whatever the merged statistics are; and rows that no block sees have gradients 0."""
     q, k, v, dy = _arrays(2)

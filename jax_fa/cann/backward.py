@@ -88,7 +88,10 @@ def _weighted_cotangents(call: Call, m, l, dout):
     """sum_j p_j dp_j of each row, over the keys of this call: those of other blocks have theirs."""
     own = attention(call.replace(problem=replace(call.problem, logsumexp=True, gradients=None)))
     products = dout.astype(jnp.float32) * own.out.astype(jnp.float32)
-    return _share(l, m, own.logsumexp) * softmax.row_sums(products, call.problem.out_axes)
+    summed = softmax.row_sums(products, call.problem.out_axes)
+    # A fully masked row has no output, and whatever its cotangent is, none of it reaches the sink.
+    masked = jax.lax.stop_gradient(own.logsumexp) == -softmax.FLT_MAX
+    return _share(l, m, own.logsumexp) * jnp.where(masked, 0, summed)
 
 
 def _share(l, m, lse):

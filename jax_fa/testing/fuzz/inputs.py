@@ -167,6 +167,7 @@ class Inputs:
             keep=self._keep(seed_words),
             unit=_UNIT[p.dtype],
             smallest=_SMALLEST[p.dtype],
+            least_value=paged.least_value(p),
             eps=eps,
             narrow=_UNIT[p.dtype] if half else 0.0,
             loose_delta=half and (p.backend == "ascend" or p.how == "npu_grad"),

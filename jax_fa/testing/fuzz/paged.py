@@ -20,6 +20,7 @@ SIZES = (1, 2, 3, 8, 16, 40)  # of a page
 SPARE = 3  # pages of the pool that no sequence has
 STORED = ("key", "value")
 UNIT = 2.0**-5  # what an int8 of 1 stands for
+SCALES = (0.25, 1.0, 1.3)  # of a page, head and token
 
 
 def page_size(program: Program) -> int:
@@ -29,6 +30,14 @@ def page_size(program: Program) -> int:
 def are_data(program: Program) -> bool:
     """Whether the pages are 8 bits wide, or have scales: then they have no gradients here."""
     return program.page_scales or "8" in (program.pages or "")
+
+
+def least_value(program: Program) -> float:
+    """What a stored value of 1 stands for, at least."""
+    p = program
+    if p.entry != ENTRY:
+        return 1.0
+    return (UNIT if p.pages == "int8" else 1.0) * (min(SCALES) if p.page_scales else 1.0)
 
 
 # --- which pages
@@ -44,7 +53,7 @@ def _pages(size: int) -> Kind:
         scales = {}
         for name in STORED:
             shape = tuple(n if random.shape.random() < 0.5 else 1 for n in (pages, size, s.K))
-            scales[f"{name}_scale"] = np.asarray(random.value.choice([0.25, 1.0, 1.3], shape), np.float32)
+            scales[f"{name}_scale"] = np.asarray(random.value.choice(SCALES, shape), np.float32)
         return {"table": order.reshape(sequences, each), **scales}
 
     return Kind(draw, lambda v: v, lambda s, v: np.ones((1, 1), bool))

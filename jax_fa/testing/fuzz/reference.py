@@ -40,6 +40,9 @@ class Attention:
     cap: float | None = None
     unit: float = 2.0**-24
     smallest: float = 0.0
+    least_value: float = (
+        1.0  # what a stored value of 1 stands for, at least: weights are multiplied by it and rounded
+    )
     eps: float = 2.0**-24
     narrow: float = 0.0
     loose_delta: bool = False  # the backward takes delta from the rounded output
@@ -239,11 +242,14 @@ class Attention:
         return bool(self.narrow) and weight is not None and None not in (weight.tangent, x.tangent)
 
     def _share_factor(self) -> Any:
-        """How fast the keys' share in the sum moves, relative to it."""
+        """How fast the keys' share in the sum moves, relative to it: by their tangents and by the sink's, which may cancel."""
         # (Not 1 - the weight of the sink, which may be 1.)
-        share, moved = self.weights.value.sum(-1, keepdims=True), self.weights.tangent
-        assert moved is not None
-        return np.abs(moved.value.sum(-1, keepdims=True)) / np.maximum(share, TINY)
+        p, moved, rest = self.weights.value, self.s.tangent, self.sink_weight
+        assert rest is not None
+        by_keys = 0.0 if moved is None else (p * np.where(self.seen, moved.value, 0.0)).sum(-1, keepdims=True)
+        by_sink = 0.0 if self.sinks.tangent is None else self.sinks.tangent.value
+        share = np.maximum(p.sum(-1, keepdims=True), TINY)
+        return rest.value * (np.abs(by_keys) / share + np.abs(by_sink))
 
     def _with_sink_rounded(self, x: Number) -> Number:
         """The tangent of what is the product of a 16-bit array and of the keys' share in the sum, by its two terms."""
@@ -288,7 +294,7 @@ class Attention:
 
     def _narrowed(self, p: Number) -> Number:
         """Weights that are kept, rounded before they are divided by the probability of that, or after."""
-        rounded = p.rounded(self.narrow, self._least())
+        rounded = p.rounded(self.narrow, self._least() / self.least_value)
         return rounded if self.keep is None else rounded * self._grouped(self.keep)
 
     def _least(self) -> float:

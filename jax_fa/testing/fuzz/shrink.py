@@ -120,6 +120,7 @@ def _fits(p: Program) -> bool:
         len(p.B) == 1
         and p.layout == "BSND"
         and p.mask[0].startswith("pages")
+        and p.mask[1:3] == ("key_lengths", "causal_bottom")
         and p.Skv % paged.page_size(p) == 0
     )
     lengths = p.how != "sharded" or sharded.fitted(p) == p

@@ -141,9 +141,9 @@ HOW: dict[str, Callable[[Program], bool]] = {
 
 def merges(program: Program) -> bool:
     """Whether the results are merged from those of parts of the keys."""
-    return program.how == "split" or (
-        program.how == "sharded" and sharded.strategy(program)[1] == "all_reduce"
-    )
+    p = program
+    by_devices = p.how == "sharded" and sharded.strategy(p)[1] == "all_reduce"
+    return p.how == "split" or p.joined != "all" or by_devices
 
 
 def _placed(program: Program) -> bool:
