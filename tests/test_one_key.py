@@ -1,7 +1,8 @@
 """Rows of which one key has all the weight: exactly nothing moves them, whatever multiplies the rounding of a zero.
 
 The logits of such a row have the gradient p (dp - sum p dp) with p = 1, so that the gradients of query, key, bias and so on
-are 0. With queries of 1e18 a last bit that is wrong in dp is a gradient of 1e12.
+are 0. With queries of 1e18 a last bit that is wrong in dp is a gradient of 1e12. Where other keys have weights too small for
+the sum, but far larger dp, it is no rounding, and is there.
 """
 
 from typing import Any
@@ -149,3 +150,61 @@ def test_other_derivatives(case, backend, monkeypatch):
             second = () if backend == "cpu" and case in OTHER_PRODUCTS else (dq, dk)
             for x in (*tangents_of_out, *second):
                 assert not np.asarray(x, np.float32).any(), (isa, factor)
+
+
+def _small_weights(option: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Rows of which a key has all the weight but 1e-7 to 1e-12, and others dp of up to 1e6; and which pairs dropout keeps.
+
+    Logits are those of the bias.
+    """
+    normal, uniform = (lambda r: (r.standard_normal, r.uniform))(np.random.default_rng(4))
+    rows, keys = 40, 70
+    bias = -uniform(18, 28, (1, 2, rows, 1)) - np.abs(normal((1, 2, rows, keys)))
+    np.put_along_axis(bias, np.arange(rows)[:, None] % 30 + np.zeros((1, 2, 1, 1), int), 0.5, axis=-1)
+    value = normal((1, keys, 2, D))
+    value[:, 30:] *= 10 ** uniform(2, 6, (1, keys - 30, 1, 1))
+    arrays = {"bias": bias, "value": value, "key": normal((1, keys, 2, D)), "dout": normal((1, rows, 2, D))}
+    kept = np.ones((1, 2, rows, keys))
+    if option == "dropout":
+        bits = jax_fa.dropout_mask(jax.random.key(0), 0.5, kept.shape)
+        kept = 2.0 * np.unpackbits(np.asarray(bits), bitorder="little")[: kept.size].reshape(kept.shape)
+    return {name: x.astype(np.float32) for name, x in arrays.items()}, kept
+
+
+@pytest.mark.parametrize(
+    "option", ["dropout", *(pytest.param(x, marks=pytest.mark.slow) for x in ("", "sinks"))]
+)
+def test_small_weights_count(option, backend, monkeypatch):
+    """The gradient of the logits is within the rounding of its own sums, also that of the key with p = 1."""
+    x, kept = _small_weights(option)
+    given: dict[str, Any] = {}
+    if option == "dropout":
+        given = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    elif option == "sinks":
+        given = {"sinks": np.array([-20, -30], np.float32)}
+
+    @jax.jit
+    def gradient(bias, key, value, dout):
+        def attend(bias):
+            return jax_fa.flash_attention(
+                jnp.zeros_like(dout), key, value, bias=bias, implementation=backend, **given
+            )
+
+        return jax.vjp(attend, bias)[1](dout)[0]
+
+    wide = {name: a.astype(np.float64) for name, a in x.items()}
+    weights = np.exp(wide["bias"] - 0.5)
+    sink = np.exp(np.float64(given["sinks"]) - 0.5)[:, None, None] if option == "sinks" else 0.0
+    p = weights / (weights.sum(-1, keepdims=True) + sink)
+    dp = kept * np.einsum("bind,bjnd->bnij", wide["dout"], wide["value"])
+    size = kept * np.einsum("bind,bjnd->bnij", np.abs(wide["dout"]), np.abs(wide["value"]))
+    want = p * (dp - (p * dp).sum(-1, keepdims=True))
+    bound = (
+        2.0**-24 * p * (30 * size + 30 * (p * size).sum(-1, keepdims=True) + 200 * np.abs(want / p)) + 1e-30
+    )
+    alone = (p > 1 - 2.0**-24) & (np.abs(want) > 2 * bound)
+    assert alone.sum() > 10 and (option != "dropout" or (alone & (kept == 0)).any())
+    for isa in _instruction_sets(backend):
+        monkeypatch.setenv("JAX_FA_CPU_ISA", isa)
+        got = gradient(x["bias"], x["key"], x["value"], x["dout"])
+        assert (np.abs(got - want) <= bound).all(), isa
