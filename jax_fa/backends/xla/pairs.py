@@ -95,7 +95,8 @@ class Tiles:
         Dropout divides the value, so that out has been rounded several times, once to the dtype of the call.
         """
         call, several = self.call, 4 * float(jnp.finfo(self.call.acc).eps)
-        if not has_rounding(call.dtype) or (call.operands.dropout_seed is call.operands.drop_bits is None):
+        dropped = call.operands.dropout_seed is not None or call.operands.drop_bits is not None
+        if not (dropped and has_rounding(call.dtype)):
             return several
         unit = rounding_unit(call.dtype)
         return several + (unit if self.saved.rounding is None else unit * unit)
@@ -194,11 +195,13 @@ class Pairs:
         return self.counted(self.p * ds)
 
     def from_mean(self, x, mean, near):
-        """x less its mean over the row by p: 0 where a key has all the weight and their difference is no more than `near`.
+        """x less its mean over the row by p: in rows of which one key may have all the weight, 0 where that is no more than `near`.
 
-        The mean is a sum in another order than x. Where they differ in a last bit, queries of 1e18 make a gradient of 1e12.
+        The mean is a sum in another order than the x of such a key. Where they differ in a last bit, queries of 1e18 make a
+        gradient of 1e12. (By rows, as to ask each p takes longer; the other keys of such a row have hardly a weight.)
         """
-        return less(x, mean[..., None], jnp.where(self.p == 1, near[..., None], -1))
+        near = jnp.where(self.row.inverse == 1, near, -1)
+        return less(x, mean[..., None], near[..., None])
 
     @cached_property
     def dy(self):
