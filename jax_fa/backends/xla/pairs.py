@@ -195,7 +195,7 @@ class Pairs:
         return self.counted(self.p * ds)
 
     def from_mean(self, x, mean, near):
-        """x less its mean over the row by p: in rows of which one key may have all the weight, 0 where that is no more than `near`.
+        """x less its mean by p: in rows of which one key may have all the weight, 0 where that is no more than `near`.
 
         The mean is a sum in another order than the x of such a key. Where they differ in a last bit, queries of 1e18 make a
         gradient of 1e12. (By rows, as to ask each p takes longer; the other keys of such a row have hardly a weight.)
