@@ -69,6 +69,7 @@ inline int64_t PartSize(const BackwardPlan& plan) {
 struct GradientRows {
   float *slope, *by_cap, *products;  // of one row: derivatives of the soft cap, products q.k
   float* tmp;                        // ... of keep factors or bias
+  float* stage;                      // rows on their way
   float *m, *inverse, *delta;        // of all rows: see PrepareRows
   bool writes_all_bias;
 };
@@ -81,7 +82,6 @@ struct BackwardScratch : GradientRows {
   float *p, *ds, *ds_rows;                 // rows of logits, then weights, and of ds; ds_rows: those of ds as pairs
   float *keys_t, *values_t, *keys;         // a block of keys and values, packed
   float *dk, *dv;                          // ... and its gradients
-  float* stage;                            // rows on their way into panels
   float* dq;                               // of all rows, and their Balance
   int32_t *lo, *hi, *block_lo, *block_hi;  // visible keys of all rows, and of blocks of rows
   int64_t q_row, dout_row, s_row, half_row, dv_row;

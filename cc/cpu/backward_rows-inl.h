@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.h"
+#include "cpu/alone-inl.h"
 #include "cpu/arrays-inl.h"
 #include "cpu/backward_plan-inl.h"
 #include "cpu/backward_sums-inl.h"
@@ -139,15 +140,21 @@ inline void RowGradients(const Call& c, const GradientRows& s, const Row& row, i
   const auto to_gradients = [&](auto* run, const float* keep) {
     run(n, scale, m, inverse, delta, keep, flags, p + first, ds + first);
   };
+  float kept = 1.0f;
   if (!c.seed && !c.drop_bits) {
     to_gradients(flags != nullptr ? ToGradients<false, true> : ToGradients<false, false>, nullptr);
   } else {
     float* keep = s.tmp;
+    kept = 1.0f / KeepProbOf(c, row);
     Fill(keep, c0, v.lo, 0.0f);
-    Fill(keep, v.lo, v.hi, 1.0f / KeepProbOf(c, row));
+    Fill(keep, v.lo, v.hi, kept);
     Fill(keep, v.hi, c1, 0.0f);
     Drop(c, row, j0, v.lo, v.hi, keep);
     to_gradients(flags != nullptr ? ToGradients<true, true> : ToGradients<true, false>, keep + first);
+  }
+  if (MayBeAlone(s.inverse[r])) {
+    const int64_t j = v.lo + FindWeight(p + v.lo, v.hi - v.lo, kept);
+    if (j >= v.lo) SetAloneDs(c, row, j0 + j, kept, s.stage, ds + j);
   }
   if (by_cap != nullptr && !v.Empty()) {
     Combine(v.hi - v.lo, by_cap + v.lo, ds + v.lo, [](F by, F x) { return x * by; });

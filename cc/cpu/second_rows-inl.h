@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.h"
+#include "cpu/alone-inl.h"
 #include "cpu/arrays-inl.h"
 #include "cpu/backward_rows-inl.h"
 #include "cpu/backward_sums-inl.h"
@@ -80,7 +81,6 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
   }
   const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
   const F none = Set(0.0f), minus_inf = Set(-__builtin_inff());
-  F tau = none, by_ds = none, by_p = none, sum = none;
   for (int64_t j = c0; j < c1; j += kLanes) {
     const F logit = Load(p + j), w = Weight(logit, scale, m) * inverse;
     F dp = Load(ds + j), dp_tangent = Load(u + j), along = Load(t + j) * t_scale;
@@ -96,17 +96,25 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
       dp_tangent = Select(dropped, none, dp_tangent * kept);
       Store(keep + j, Select(dropped, none, w * kept));
     }
-    const F d = w * (dp - delta);
     Store(p + j, w);
-    Store(ds + j, d);
+    Store(ds + j, w * (dp - delta));
     Store(t + j, along);
     Store(u + j, dp_tangent);
+  }
+  if (terms.dp && MayBeAlone(s.inverse[r])) {
+    const int64_t k = v.lo + FindWeight(p + v.lo, v.hi - v.lo, 1.0f);
+    const float kept = k < v.lo ? 0.0f : keep != nullptr ? keep[k] : 1.0f;
+    if (kept != 0.0f) SetAloneDs(c, row, j0 + k, kept, s.stage, ds + k);
+  }
+  if (!adds || empty) return;
+  F tau = none, by_ds = none, by_p = none, sum = none;
+  for (int64_t j = c0; j < c1; j += kLanes) {
+    const F w = Load(p + j), d = Load(ds + j), along = Load(t + j);
     tau = Fma(w, along, tau);
     sum = sum + d;
     by_ds = Fma(d, along, by_ds);
-    by_p = Fma(w, dp_tangent, by_p);
+    by_p = Fma(w, Load(u + j), by_p);
   }
-  if (!adds || empty) return;
   s.tau_sum[r] += Sum(tau);
   s.ds_sum[r] += Sum(sum);
   s.sigma_sum[r] += Sum(by_ds) + Sum(by_p);

@@ -61,6 +61,7 @@ struct SmallScratch : GradientRows {
           by_cap = arena.Take(keys_up);
           products = arena.Take(keys_up);
           tmp = arena.Take(keys_up);
+          stage = arena.Take(3 * row);
           key_marks = arena.Take(keys_up);
           m = arena.Take(n_up);
           l = arena.Take(n_up);

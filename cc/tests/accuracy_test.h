@@ -25,6 +25,18 @@ double RelativeError(const std::vector<double>& got, const std::vector<double>& 
   return std::sqrt(off / size);
 }
 
+// The gradients, from what the forward saves.
+Values Gradients(const Kernels& kernels, Problem& p, Values* saved) {
+  const std::vector<Result> forward = ForwardResults(p);
+  *saved = Run(kernels.forward, CallOf(p), Serial(false), forward);
+  for (size_t r = 0; r < forward.size(); ++r) {
+    if (!*forward[r].array) continue;
+    forward[r].array->value = (*saved)[r];
+    forward[r].array->Write();
+  }
+  return Run(kernels.backward, BackwardCallOf(p), Serial(false), BackwardResults(p));
+}
+
 void CheckAccuracy(const Accuracy& a) {
   for (const Kernels* kernels : Supported()) {
     Problem p;
@@ -32,14 +44,8 @@ void CheckAccuracy(const Accuracy& a) {
     Reference reference(p);
     Doing(kernels->name, a.name, a.spec.Text());
     ++g_cases;
-    const std::vector<Result> forward = ForwardResults(p);
-    const Values saved = Run(kernels->forward, CallOf(p), Serial(false), forward);
-    for (size_t r = 0; r < forward.size(); ++r) {
-      if (!*forward[r].array) continue;
-      forward[r].array->value = saved[r];
-      forward[r].array->Write();
-    }
-    const Values got = Run(kernels->backward, BackwardCallOf(p), Serial(false), BackwardResults(p));
+    Values saved;
+    const Values got = Gradients(*kernels, p, &saved);
     reference.Forward();
     p.out.value = reference.out.value;  // from here on in real numbers
     for (double& x : p.rounding.value) x = 0.0;
@@ -74,6 +80,22 @@ void CheckTangentAccuracy(const Spec& spec, double bound) {
       for (Array* x : {&p.out, &p.m, &p.l, &p.rounding})
         if (fused && *x) x->Write();
     }
+  }
+}
+
+// Queries so large that one key takes it all: nothing moves that, and the gradients of queries and keys are 0.
+void CheckOneKey(const Spec& spec) {
+  for (const Kernels* kernels : Supported()) {
+    Problem p;
+    Maker(spec, p).Make();
+    Doing(kernels->name, "one key", spec.Text());
+    ++g_cases;
+    Values saved;
+    const Values got = Gradients(*kernels, p, &saved);
+    const char* const names[] = {"dquery", "dkey"};
+    for (size_t i = 0; i < 2; ++i)
+      for (double x : got[i])
+        if (x != 0.0) return Fail("%s has %.2g, which is to be 0", names[i], x);
   }
 }
 
@@ -118,9 +140,23 @@ void CheckAccuracy() {
     check("common key", common(DType::kF16, x), 6e-4, 6e-4, 6e-4, 6e-4);
   }
   check("common key", common(DType::kF32, 300.0), 1e-4, 1e-3, 1e-4, 1e-4);
-  // Queries so large that one key takes it all, which leaves dquery and dkey nothing but rounding.
-  for (double x : {1e4, 1e6, 1e18})
+  for (double x : {1e4, 1e6, 1e18}) {
     check("large queries", [=](Spec& s) { s.query_amplitude = x, s.Skv = 50; }, 1e-4, kAnything, kAnything, 1e-4);
+    for (DType t : {DType::kF32, DType::kBF16}) {
+      Spec s = base;
+      s.dtype = t, s.query_amplitude = x, s.Skv = 50;
+      if (x == 1e4) continue;  // some rows have two keys
+      CheckOneKey(s);
+      s.Skv = 300, s.K = 1;
+      CheckOneKey(s);
+      s.Sq = s.Skv = 8;
+      CheckOneKey(s);
+      s.Sq = s.Skv = 70, s.bounds = Bounds::kCausal;
+      CheckOneKey(s);
+      s.keep = 0.75, s.philox = true;
+      CheckOneKey(s);
+    }
+  }
 }
 
 }  // namespace

@@ -227,6 +227,8 @@ class Reference {
         const double term = dout[d] * p_.Exact(o + static_cast<size_t>(d));
         delta += term, delta_size += std::fabs(term);
       }
+      // What storing `out` rounded.
+      const double unit = HalfUlp(p_.out.dtype), stored = p_.rounding ? unit * unit : unit;
       const bool weights_tainted = row_.tainted || !AllFinite(dout, p_.Dv);
       const double scale = p_.Scale(b, n), cap = p_.Cap(b, n);
       const bool tainted = !seen_.empty() && (weights_tainted || !std::isfinite(delta));
@@ -252,11 +254,12 @@ class Reference {
         for (int64_t d = 0; d < p_.Dv; ++d) dp += dout[d] * value[d], dp_size += std::fabs(dout[d] * value[d]);
         const double inner = (x.keep == 0.0 ? 0.0 : x.keep * dp) - delta;
         const double ds = x.p * inner * x.slope;
-        const double ds_error =
-            (x.p * x.error + kTiny) * std::fabs(inner) * x.slope +
-            x.p * kEps *
-                (x.slope * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner)) +
-                 x.slope_error * std::fabs(inner));
+        // Of a key with nearly all the weight that dropout multiplies, out shows no more than its digits hold.
+        const double by_out = x.p > 1.0 - 0x1p-20 && x.keep > 1.0 ? stored * delta_size : 0.0;
+        const double inner_error =
+            kEps * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner)) + by_out;
+        const double ds_error = (x.p * x.error + kTiny) * std::fabs(inner) * x.slope +
+                                x.p * (x.slope * inner_error + kEps * x.slope_error * std::fabs(inner));
         missing -= ds, ds_size += std::fabs(ds), ds_errors += ds_error;
         for (size_t d = 0; d < largest_key.size() && ds != 0.0; ++d)
           largest_key[d] = std::max(largest_key[d], std::fabs(key[d]));
@@ -298,9 +301,7 @@ class Reference {
           const size_t at = p_.dcap.Index(b, n);
           const double before = x.p * inner, by_cap = ByCap(x.u);
           const double by_error = ByCapError(x, cap, by_cap);
-          const double before_error =
-              (x.p * x.error + kTiny) * std::fabs(inner) +
-              x.p * kEps * (Growth(p_.Dv) * x.keep * dp_size + 4 * delta_size + 4 * std::fabs(inner));
+          const double before_error = (x.p * x.error + kTiny) * std::fabs(inner) + x.p * inner_error;
           dcap.Add(at, before * by_cap, before_error * std::fabs(by_cap) + by_error * std::fabs(before));
           dcap.tainted[at] |= tainted;
         }

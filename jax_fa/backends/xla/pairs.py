@@ -3,6 +3,7 @@
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jax_fa import softmax
@@ -10,7 +11,7 @@ from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.backends.xla.logits import Logits, Tile, every, finite, nan_unless_finite
 from jax_fa.backends.xla.tangents import LogitTangent, Tangents
 from jax_fa.backends.xla.tiling import tiling
-from jax_fa.call import Operands, Saved, widened
+from jax_fa.call import Operands, Saved, has_rounding, rounding_unit, widened
 
 
 class Vectors(NamedTuple):
@@ -31,7 +32,9 @@ class Row(NamedTuple):
     out: Any  # as it was before rounding
     m: Any
     inverse: Any  # 1 / l, NaN for a row with a cotangent (or a tangent of one) that is not finite
-    delta: Any  # rowsum(dout out) - dlogsumexp; None without cotangents
+    mean: Any  # rowsum(dout out), the mean of dp by p; None without cotangents
+    near: Any  # ... from which a dp that is the same sum may be as far away by rounding
+    dlogsumexp: Any  # None: 0
     fresh: Any  # which rows no earlier tile has; None: all
 
 
@@ -67,11 +70,7 @@ class Tiles:
         )
         given = Vectors(q, self.like_out("dout", t), q_tangent, self.like_out("dout_tangent", t))
         inverse = softmax.inverse(self.statistics("l", t))
-        delta = None
-        if given.dout is not None:
-            delta = jnp.sum(out * given.dout.astype(call.acc), axis=-1)
-            if (dlogsumexp := self.statistics("dlogsumexp", t)) is not None:
-                delta = delta - dlogsumexp
+        mean, near = (None, None) if given.dout is None else self.mean(given.dout, out)
         if self.masked:
             for x in (given.dout, given.dout_tangent):
                 inverse = inverse if x is None else inverse + nan_unless_finite(x).astype(call.acc)
@@ -83,9 +82,49 @@ class Tiles:
             out=out,
             m=self.statistics("m", t),
             inverse=inverse,
-            delta=delta,
+            mean=mean,
+            near=near,
+            dlogsumexp=self.statistics("dlogsumexp", t),
             fresh=None if fresh is None else fresh[:, None],
         )
+
+    @property
+    def rounding_of_out(self) -> float:
+        """How far out may be from the value of a key that has all the weight, relative to it.
+
+        Dropout divides the value, so that out has been rounded several times, once to the dtype of the call.
+        """
+        call, several = self.call, 4 * float(jnp.finfo(self.call.acc).eps)
+        dropped = call.operands.dropout_seed is not None or call.operands.drop_bits is not None
+        if not (dropped and has_rounding(call.dtype)):
+            return several
+        unit = rounding_unit(call.dtype)
+        return several + (unit if self.saved.rounding is None else unit * unit)
+
+    def mean(self, x, out) -> tuple[Any, Any]:
+        """rowsum(x out), and how far by rounding x v may be from it where out is v.
+
+        Each is a sum of Dv terms in an order of its own, which is off by about the root of Dv units in the last place of the
+        sum of their magnitudes: a third of that if all have one sign.
+        """
+        terms = x.astype(self.call.acc) * out
+        unit = float(jnp.finfo(terms.dtype).eps) * self.call.dims.Dv**0.5 + self.rounding_of_out
+        mean = jnp.sum(terms, axis=-1)
+        # (NaN where the mean is not finite.)
+        return mean, jnp.sum(jnp.abs(terms * unit), axis=-1) + 0 * mean
+
+
+@jax.custom_jvp
+def less(x, y, near):
+    """x - y, and 0 where that is no more than `near`, by which both may be off."""
+    difference = x - y
+    return jnp.where(jnp.abs(difference) <= near, 0, difference)
+
+
+@less.defjvp
+def _less_jvp(primals, tangents):
+    """That of the difference: what rounding hides may move."""
+    return less(*primals), tangents[0] - tangents[1]
 
 
 class Pairs:
@@ -150,7 +189,19 @@ class Pairs:
     @cached_property
     def ds(self):
         """The cotangent of the logits."""
-        return self.counted(self.p * (self.dp - self.row.delta[..., None]))
+        ds = self.from_mean(self.dp, self.row.mean, self.row.near)
+        if self.row.dlogsumexp is not None:
+            ds = ds + self.row.dlogsumexp[..., None]
+        return self.counted(self.p * ds)
+
+    def from_mean(self, x, mean, near):
+        """x less its mean by p: in rows of which one key may have all the weight, 0 where that is no more than `near`.
+
+        The mean is a sum in another order than the x of such a key. Where they differ in a last bit, queries of 1e18 make a
+        gradient of 1e12. (By rows, as to ask each p takes longer; the other keys of such a row have hardly a weight.)
+        """
+        near = jnp.where(self.row.inverse == 1, near, -1)
+        return less(x, mean[..., None], near[..., None])
 
     @cached_property
     def dy(self):

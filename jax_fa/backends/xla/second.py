@@ -42,7 +42,9 @@ class _RowSums(NamedTuple):
     """Sums over all keys of a row; None: 0."""
 
     tau: Any  # of p T
-    sigma: Any  # the tangent of delta
+    mean: Any  # of p U
+    near: Any  # ... from which a U that is the same may be as far away by rounding
+    rest: Any  # what the tangent of delta has beside it
 
 
 class _Sums:
@@ -87,32 +89,35 @@ class _Sums:
         """What all pairs of a row have in common, with a loop of its own if it takes tangents of operands."""
         call, saved = self.call, self.tiles.saved
         by_logits = self.moved.move_logits
-        of_logits = bool(call.wanted - {"value"})  # what else is wanted does not take sigma
+        of_logits = bool(call.wanted - {"value"})  # what else is wanted takes neither
         by_value = of_logits and self.moved.value is not None
         zeros = jnp.zeros((*call.B, call.dims.K, call.dims.G, self.tiles.rows.tile), call.acc)
-        tau = sigma = None
+        tau = mean = rest = None
 
         def add(pairs: _Pairs, carry):
-            tau, sigma = carry
+            tau, mean, rest = carry
             if by_logits:
                 tau = tau + jnp.sum(pairs.p * pairs.tangent.s, axis=-1)
             if by_logits and of_logits:
-                sigma = sigma + jnp.sum(pairs.ds * pairs.tangent.s, axis=-1)
+                rest = rest + jnp.sum(pairs.ds * pairs.tangent.s, axis=-1)
             if by_value:
-                sigma = sigma + jnp.sum(pairs.shown(pairs.p * pairs.dp_by_value), axis=-1)
-            return tau, sigma
+                mean = mean + jnp.sum(pairs.shown(pairs.p * pairs.dp_by_value), axis=-1)
+            return tau, mean, rest
 
         if by_logits or by_value:
-            tau, sigma = each(add, (zeros if by_logits else None, zeros))
+            which = (by_logits, by_value, by_logits and of_logits)
+            tau, mean, rest = each(add, tuple(zeros if x else None for x in which))
         if not of_logits:
-            return _RowSums(tau, None)
-        if saved.dout_tangent is not None:  # the sum of p times what it adds to U
-            sigma = _plus(sigma, jnp.sum(row.given.dout_tangent.astype(call.acc) * row.out, axis=-1))
-        if tau is not None and saved.dlogsumexp is not None:
-            sigma = sigma - tau * self.tiles.statistics("dlogsumexp", row.t)
+            return _RowSums(tau, None, None, None)
+        near = None if mean is None else jnp.abs(mean) * self.tiles.rounding_of_out
+        if saved.dout_tangent is not None:
+            found = self.tiles.mean(row.given.dout_tangent, row.out)
+            mean, near = _plus(mean, found[0]), _plus(near, found[1])
+        if tau is not None and row.dlogsumexp is not None:
+            rest = rest - tau * row.dlogsumexp
         if saved.dlogsumexp_tangent is not None:
-            sigma = _plus(sigma, -self.tiles.statistics("dlogsumexp_tangent", row.t))
-        return _RowSums(tau, sigma)
+            rest = _plus(rest, -self.tiles.statistics("dlogsumexp_tangent", row.t))
+        return _RowSums(tau, mean, near, rest)
 
     def _add(self, pairs: "_Pairs", by_row: _RowSums, dq, out, gradients: Operands):
         """The sums by row and the gradients with those of a tile."""
@@ -199,10 +204,12 @@ class _Pairs(Pairs):
         """The tangents of ds, dy and dx: G, that before the soft cap, and GX."""
         moving = self.tiles.tangents.move_logits
         u, g = self._dp_tangent(), None
-        if by_row.sigma is not None:
-            u = _plus(u, -by_row.sigma[..., None])
         if u is not None:
-            g = self.p * u
+            g = self.from_mean(u, by_row.mean, by_row.near)
+        if by_row.rest is not None:
+            g = _plus(g, -by_row.rest[..., None])
+        if g is not None:
+            g = self.p * g
         if moving:
             g = _plus(g, self.ds * (self.tangent.s - by_row.tau[..., None]))
         gy = gx = g = self.counted(g)

@@ -11,7 +11,7 @@ from jax_fa.backends.xla.canonical import Canonical
 from jax_fa.backends.xla.forward import normalized, put
 from jax_fa.backends.xla.forward import start as forward_start
 from jax_fa.backends.xla.logits import Tile, finite, nan_unless_finite
-from jax_fa.backends.xla.pairs import Pairs, Row, Tiles, nan_marker
+from jax_fa.backends.xla.pairs import Pairs, Row, Tiles, less, nan_marker
 from jax_fa.backends.xla.products import wide_product
 from jax_fa.backends.xla.tangents import Tangents
 from jax_fa.backends.xla.tiling import key_ranges, loop, tiling
@@ -49,12 +49,15 @@ class _Tangent:
         call, rows, d = self.call, self.tiles.rows, self.call.dims
         row = self.tiles.row(t)
         part = (*call.B, d.K, d.G, rows.tile)
-        start = (jnp.zeros((*part, d.Dv), call.acc), jnp.zeros(part, call.acc))
-        acc, tau = loop(key_range, lambda u, carry: self._key_tile(row, u, *carry), start)
-        moved = acc - tau[..., None] * row.out
+        sums = jnp.zeros((*part, d.Dv), call.acc)
+        by_value = None if self.tiles.tangents.value is None else sums
+        start = (sums, by_value, jnp.zeros(part, call.acc))
+        acc, by_value, tau = loop(key_range, lambda u, carry: self._key_tile(row, u, *carry), start)
+        moved = less(acc, common := tau[..., None] * row.out, self._near(row, common))
+        moved = moved if by_value is None else moved + by_value
         return call.put_rows(out, moved, call.problem.out_axes, rows, t), rows.put(tau_all, tau, -1, t)
 
-    def _key_tile(self, row: Row, u, acc, tau):
+    def _key_tile(self, row: Row, u, acc, by_value, tau):
         call, tiles = self.call, self.tiles
         pairs = Pairs(tiles, row, u)
         if tiles.tangents.move_logits:
@@ -62,10 +65,17 @@ class _Tangent:
             tau = tau + jnp.sum(moved, axis=-1)
             acc = acc + wide_product(call, "kgij,kjd->kgid", pairs.kept(moved), tiles.clean(pairs.v))
         if pairs.v_tangent is not None:
-            acc = acc + call.product(
+            by_value = by_value + call.product(
                 "kgij,kjd->kgid", pairs.moved.astype(call.dtype), tiles.clean(pairs.v_tangent)
             )
-        return acc, tau
+        return acc, by_value, tau
+
+    def _near(self, row: Row, common):
+        """How far the tangent may be by rounding from `common`, which is subtracted, where one key has all the weight.
+
+        Keys of 1e18 have tangents of the logits as large, which move nothing there.
+        """
+        return jnp.where(row.inverse[..., None] == 1, jnp.abs(common) * self.tiles.rounding_of_out, -1)
 
 
 def jvp(call: Canonical, tangents: Operands) -> tuple[Any, ...]:
