@@ -84,7 +84,7 @@ struct Ask {
   int64_t step;  // bytes
 
   JAX_FA_INLINE void Some() {
-    for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(at + line);
+    for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(at + line, 0, 2);
     at += step;
   }
 };
