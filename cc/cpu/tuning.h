@@ -180,10 +180,14 @@ JAX_FA_INLINE int64_t DirectNeighbours(int64_t rows) { return rows <= 4 ? 16 : 3
 // ... and values of 8 bits, which are widened in registers, so many of a head in turn.
 constexpr int64_t kByteNeighbours = 32;
 
-// ... and how many bytes before it is read the memory is asked for, in its order, a few lines at a time, for the second
-// cache: in the first one there is no room for as much as memory takes. (Two cores of Zen 4, 4 rows for each of 8 heads: asked
-// for by the first cache 8 KiB ahead, decoding took 1.4 times as long, at 61 % to 68 % of the rate of reading alone.)
+// ... and how many bytes before it is read the memory is asked for, in its order, a few lines at a time.
 constexpr int64_t kAskedBytes = 16384;
+
+// ... by the second cache where products wait for memory, as the first one has no room for as much as that takes; where memory
+// waits for products, of several tiles of rows (`parts`) or floats that are widened, by the first. (Two cores of Zen 4, 8
+// heads of 128: 4 rows of each took 1.4 times as long with the first cache and 8 KiB, at 60 % to 68 % of the rate of
+// reading alone; 16 rows of float16 a sixth longer with the second one.)
+JAX_FA_INLINE bool AsksFar(int64_t parts, int64_t unit_bytes) { return parts <= (unit_bytes >= 4 ? 2 : 1); }
 
 // ... of a paged cache, also the first lines of every page of the machine, so much further ahead: their address is translated
 // by then, and the processor has begun to prefetch what follows. In an order without neighbours nothing else tells it where
