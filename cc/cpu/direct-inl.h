@@ -151,9 +151,7 @@ struct DirectBlock {
                          s.sums + k * n * dv, dv, ask);
   }
 
-  int64_t Neighbours() const {
-    return AreBytes<kPairs>(c.value) ? kByteNeighbours : DirectNeighbours(c.value.dtype, n);
-  }
+  int64_t Neighbours() const { return AreBytes<kPairs>(c.value) ? kByteNeighbours : DirectNeighbours(n); }
   // Bytes are asked for as far ahead as values: for these, while keys are read, and the other way round.
   int64_t KeyNeighbours(int64_t otherwise) const { return AreBytes<kPairs>(c.key) ? kByteNeighbours : otherwise; }
   static int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -75,15 +75,17 @@ inline void ByteDots(DType type, const char* const* keys, int64_t n, const float
   static_assert(kDirectTile == 4, "sums of lanes are taken four at a time");
   WithWiden<kPairs>(type, [&](auto widen) {
     using Widen = decltype(widen);
-    const int64_t parts = RowTiles(n), step = kDirectTile * kBytesAtOnce / parts;
+    const int64_t parts = RowTiles(n);
+    const int64_t step = kDirectTile * kBytesAtOnce / parts;
+    const bool far = AsksFar(parts, 1);
     for (int64_t r = 0, done; r < n; r += done, ask += kDirectTile * D / parts) {
       done = n - r >= 4 ? 4 : n - r >= 2 ? 2 : 1;
       const float* x = q + r * q_row;
       float* at = to + r * s_row;
       switch (done) {
-        case 4: ByteDotTile<kPairs, 4, Widen>(keys, x, q_row, D, at, s_row, {ask, step}); break;
-        case 2: ByteDotTile<kPairs, 2, Widen>(keys, x, q_row, D, at, s_row, {ask, step}); break;
-        default: ByteDotTile<kPairs, 1, Widen>(keys, x, q_row, D, at, s_row, {ask, step});
+        case 4: ByteDotTile<kPairs, 4, Widen>(keys, x, q_row, D, at, s_row, {ask, step, far}); break;
+        case 2: ByteDotTile<kPairs, 2, Widen>(keys, x, q_row, D, at, s_row, {ask, step, far}); break;
+        default: ByteDotTile<kPairs, 1, Widen>(keys, x, q_row, D, at, s_row, {ask, step, far});
       }
     }
   });
@@ -134,7 +136,7 @@ inline void ByteValues(DType type, const char* first, const int64_t* at, int64_t
           constexpr int kR = sizeof(rows);
           const auto run = all ? AddBytes<kPairs, kR, true, Widen> : AddBytes<kPairs, kR, false, Widen>;
           run(first + d, at, count, columns - d, zeros, weights + r * s_row, s_row, sums + r * dv + d, dv,
-              {ask, all ? step : 0});
+              {ask, all ? step : 0, AsksFar(parts, 1)});
         };
         done = n - r >= 4 ? 4 : n - r >= 2 ? 2 : 1;
         switch (done) {

@@ -82,9 +82,14 @@ struct DueKey {
 struct Ask {
   const char* at;
   int64_t step;  // bytes
+  bool far;      // for the second cache
 
   JAX_FA_INLINE void Some() {
-    for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(at + line);
+    if (far) {
+      for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(at + line, 0, 2);
+    } else {
+      for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(at + line);
+    }
     at += step;
   }
 };
@@ -154,7 +159,7 @@ JAX_FA_INLINE void DotTiles(const DueKey* due, int64_t r, int64_t q_row, int64_t
   constexpr int64_t kBytes = BytesOf<kPairs, kType>();
   const int64_t step = kKeys * kLanes * kBytes / parts, bytes = kKeys * Units<kPairs>(D) * kBytes / parts;
   for (int i = 0; i < kDirectTile; i += kKeys, ask += bytes)
-    DotTile<kPairs, kType, kR, kKeys, kOneHead>(due + i, r, q_row, D, s_row, {ask, step});
+    DotTile<kPairs, kType, kR, kKeys, kOneHead>(due + i, r, q_row, D, s_row, {ask, step, AsksFar(parts, kBytes)});
 }
 
 // Tiles of 4, 2 or 1 rows that n rows take.

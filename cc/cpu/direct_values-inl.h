@@ -70,13 +70,14 @@ inline void AddColumns(const ValueRows& x, int64_t d, int64_t columns, const flo
                        int64_t dv, const char* ask, int64_t parts) {
   constexpr int kLeast = kPairs ? 2 : 1;
   const int64_t step = kV * kLanes * BytesOf<kPairs, kType>() / parts;
+  const bool far = AsksFar(parts, BytesOf<kPairs, kType>());
   for (; d + kV * kLanes <= columns; d += kV * kLanes, ask += x.count * step)
-    AddValues<kPairs, kType, kR, kV, false>(x, d, 0, weights, s_row, sums + d, dv, {ask, step});
+    AddValues<kPairs, kType, kR, kV, false>(x, d, 0, weights, s_row, sums + d, dv, {ask, step, far});
   if constexpr (kV > kLeast) {
     AddColumns<kPairs, kType, kR, kV / 2>(x, d, columns, weights, s_row, sums, dv, ask, parts);
   } else if (d < columns) {
     AddValues<kPairs, kType, kR, kLeast, true>(x, d, static_cast<int>(columns - d), weights, s_row, sums + d, dv,
-                                               {ask, 0});
+                                               {ask, 0, far});
   }
 }
 
