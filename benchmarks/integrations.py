@@ -94,7 +94,7 @@ def gemma_own(size: int) -> Model:
     make = importlib.import_module("gemma.gm.nn").Transformer
     model = make(config=config, dtype=jnp.float32, tokens="tokens")
 
-    class Attention(library.Attention):
+    class Attention(library.Attention):  # type: ignore[name-defined]  # of a module that is found at run time
         """The layer's own, without a cache, with our attention between its projections."""
 
         def __call__(self, x, segment_pos, cache, attn_mask):
@@ -227,7 +227,7 @@ def maxtext_block(size: int) -> Model:
     """An `AttentionOp` of MaxText with its settings: a window and a soft cap, over packed sequences."""
     library = importlib.import_module("maxtext.layers.attention_op")
     settings = importlib.import_module("maxtext.configs.pyconfig")
-    base = Path(settings.__file__).parent / "base.yml"
+    base = Path(str(settings.__file__)).parent / "base.yml"
     config = settings.initialize(
         ["", str(base)],
         run_name="small",
