@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa.integrations import gemma, levanter, tokamax
+from jax_fa.integrations import gemma, levanter, maxtext, tokamax
 
 
 class Model(NamedTuple):
@@ -71,6 +72,76 @@ def alphafold(size: int) -> Model:
     return Model(loss, parameters, (pair, mask), ours, 0.5)
 
 
+def gemma_own(size: int) -> Model:
+    """The transformer of gemma: two layers, local and global, with a soft cap and shared key heads."""
+    library = importlib.import_module("gemma.gm.nn._modules")
+    rope = importlib.import_module("gemma.gm.math._positional_embeddings").apply_rope
+    config = importlib.import_module("gemma.gm.nn.config").TransformerConfig(
+        num_embed=64,
+        embed_dim=64,
+        hidden_dim=64,
+        num_heads=4,
+        head_dim=32,
+        num_kv_heads=2,
+        final_logit_softcap=30.0,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        attention_types=(library.AttentionType.LOCAL_SLIDING, library.AttentionType.GLOBAL),
+        attn_logits_soft_cap=50.0,
+        sliding_window_size=max(2, size // 8),
+        use_qk_norm=True,
+    )
+    make = importlib.import_module("gemma.gm.nn").Transformer
+    model = make(config=config, dtype=jnp.float32, tokens="tokens")
+
+    class Attention(library.Attention):  # type: ignore[name-defined]  # of a module that is found at run time
+        """The layer's own, without a cache, with our attention between its projections."""
+
+        def __call__(self, x, segment_pos, cache, attn_mask):
+            query = self._query_norm(self.q_einsum("BTD,NDH->BTNH", x))
+            key, value = self.kv_einsum("BSD,CKDH->CBSKH", x)
+            turns = {"base_frequency": self.rope_base_frequency, "scale_factor": self.rope_scale_factor}
+            local = self.attn_type == library.AttentionType.LOCAL_SLIDING
+            encoded = gemma.attention(
+                rope(query, segment_pos, **turns) * self.query_pre_attn_scalar,
+                rope(self._key_norm(key), segment_pos, **turns),
+                value,
+                attn_mask,
+                attn_logits_soft_cap=self.attn_logits_soft_cap,
+                sliding_window_size=self.sliding_window_size if local else None,
+            )
+            return cache, self.attn_vec_einsum("BTNH,NHD->BTD", encoded)
+
+    def logits(variables, tokens, positions, mask):
+        return model.apply(variables, tokens, positions=positions, attention_mask=mask).logits
+
+    @contextlib.contextmanager
+    def ours():
+        with mock.patch.object(library, "Attention", Attention):
+            jax.clear_caches()  # the model is jitted, and its own trace would be used again
+            yield
+        jax.clear_caches()
+
+    batch = _sorted_tokens(size)
+    parameters = model.init(jax.random.key(0), batch[0], positions=batch[1], attention_mask=batch[2])
+    return Model(_of_next_token(logits), parameters, batch, ours(), 0.05)
+
+
+def _sorted_tokens(size: int) -> tuple[Any, Any, Any]:
+    """Tokens, in an order that can be learned, their positions and the causal mask."""
+    tokens = jnp.sort(jax.random.randint(jax.random.key(1), (2, size), 0, 64), axis=1)
+    positions = jnp.broadcast_to(jnp.arange(size), (2, size))
+    return tokens, positions, jnp.broadcast_to(jnp.tri(size, dtype=bool), (2, size, size))
+
+
+def _of_next_token(logits: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    def loss(parameters, batch):
+        found = jax.nn.log_softmax(logits(parameters, *batch)[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(found, batch[0][:, 1:, None], axis=-1))
+
+    return loss
+
+
 def gemma2(size: int) -> Model:
     """The Gemma 2 of tunix: two layers, local and global, with a soft cap and shared key heads."""
     library = importlib.import_module("tunix.models.gemma.model")
@@ -111,18 +182,11 @@ def gemma2(size: int) -> Model:
         )
         return cache, self.attn_vec_einsum(encoded)
 
-    def loss(parameters, batch):
-        tokens, positions, mask = batch
-        logits, _ = nnx.merge(graph, parameters)(tokens, positions, None, mask)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
-        return -jnp.mean(chosen)
+    def logits(parameters, tokens, positions, mask):
+        return nnx.merge(graph, parameters)(tokens, positions, None, mask)[0]
 
-    tokens = jax.random.randint(jax.random.key(1), (2, size), 0, 64)
-    tokens = jnp.sort(tokens, axis=1)  # which can be learned
-    positions = jnp.broadcast_to(jnp.arange(size), (2, size))
-    mask = jnp.broadcast_to(jnp.tri(size, dtype=bool), (2, size, size))
     ours = mock.patch.object(library.Attention, "block", block)
-    return Model(loss, parameters, (tokens, positions, mask), ours, 0.05)
+    return Model(_of_next_token(logits), parameters, _sorted_tokens(size), ours, 0.05)
 
 
 def levanter_block(size: int) -> Model:
@@ -159,11 +223,59 @@ def levanter_block(size: int) -> Model:
     return Model(loss, parameters, (x, ids), ours, 0.1)
 
 
+def maxtext_block(size: int) -> Model:
+    """An `AttentionOp` of MaxText with its settings: a window and a soft cap, over packed sequences."""
+    library = importlib.import_module("maxtext.layers.attention_op")
+    settings = importlib.import_module("maxtext.configs.pyconfig")
+    base = Path(str(settings.__file__)).parent / "base.yml"
+    config = settings.initialize(
+        ["", str(base)],
+        run_name="small",
+        attention="dot_product",
+        enable_checkpointing=False,
+        log_config=False,
+        skip_jax_distributed_system=True,
+    )
+    names = config.mesh_axes
+    op = library.AttentionOp(
+        config=config,
+        mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(names)), names),
+        attention_kernel="dot_product",
+        max_target_length=size,
+        num_query_heads=4,
+        num_kv_heads=2,
+        attention_type=library.AttentionType.LOCAL_SLIDING,
+        attn_logits_soft_cap=50.0,
+        sliding_window_size=max(2, size // 4),
+    )
+
+    def loss(parameters, batch):
+        x, ids = batch
+        query = jnp.einsum("bse,enh->bsnh", x, parameters["q"])
+        key, value = jnp.einsum("bse,aekh->abskh", x, parameters["kv"])
+        out = op(query, key, value, ids, None, "train")
+        y = x + jnp.einsum("bsnh,nhe->bse", out, parameters["out"])
+        return jnp.mean((y[:, :-1] - x[:, 1:]) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    parameters = {
+        "q": jax.random.normal(keys[0], (64, 4, 32)) / 8 / 32**0.5,  # whose initializer scales the logits
+        "kv": jax.random.normal(keys[1], (2, 64, 2, 32)) / 8,
+        "out": jax.random.normal(keys[2], (4, 32, 64)) / 11,
+    }
+    x = jnp.cumsum(jax.random.normal(keys[3], (2, size, 64)), axis=1) / size**0.5
+    ids = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32) // (size // 2) + 1, (2, size))
+    ours = mock.patch.object(library.AttentionOp, "apply_attention", maxtext.apply_attention)
+    return Model(loss, parameters, (x, ids), ours, 0.1)
+
+
 # What makes a model, the module that it needs, and a size for a benchmark.
 MODELS: dict[str, tuple[Callable[[int], Model], str, int]] = {
     "alphafold": (alphafold, "tokamax", 128),
+    "gemma": (gemma_own, "gemma.gm.nn", 1024),
     "gemma2": (gemma2, "tunix.models.gemma.model", 1024),
     "levanter": (levanter_block, "levanter.layers.attention", 1024),
+    "maxtext": (maxtext_block, "maxtext.layers.attention_op", 1024),
 }
 
 

@@ -517,7 +517,13 @@ REFUSED = [
         maxtext,
         {"op": _op(context_parallel_size=2)},
         NotImplementedError,
-        "context_parallel_size must be 1; got 2",
+        "size of context parallelism must be 1; got 2",
+    ),
+    (
+        maxtext,
+        {"op": _op(_context_parallel_size=lambda: 4)},
+        NotImplementedError,
+        "size of context parallelism must be 1; got 4",
     ),
     (
         maxtext,

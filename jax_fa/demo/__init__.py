@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jax_fa",
         description="Checks jax_fa against float64 and jax.nn.dot_product_attention, then trains a small GPT "
         "on Python's own documentation, once with each, and compares losses, step times and memory.",
-        epilog="Exit codes: 0 all values agree, 1 some do not, 2 bad arguments, 3 the plot could not be written.",
+        epilog="`python -m jax_fa doctor` reports what is installed and which backends can be used here. "
+        "Exit codes: 0 all values agree, 1 some do not, 2 bad arguments, 3 the plot could not be written.",
     )
     parser.add_argument(
         "--versions",

@@ -67,7 +67,7 @@ def comparison_header(config: Config) -> None:
 
 
 def progress(steps: int) -> Callable[[int, dict[str, Run]], None]:
-    """A bar on stderr where that is a terminal; elsewhere a line on stdout about every tenth of the way."""
+    """A bar on stderr where that is a terminal; elsewhere a line on stdout at each of few steps, or every tenth of the way."""
     began = time.monotonic()
 
     def update(done: int, runs: dict[str, Run]) -> None:
@@ -79,7 +79,7 @@ def progress(steps: int) -> Callable[[int, dict[str, Run]], None]:
             line = f"  [{bar:{width}}] {done}/{steps}  loss: {losses}  {left:.0f} s left"
             line = line[: shutil.get_terminal_size().columns - 1]
             print(f"\r{line}\x1b[K", end="\n" if done == steps else "", file=sys.stderr, flush=True)
-        elif done == 1 or done * 10 // steps != (done - 1) * 10 // steps:
+        elif done == 1 or steps <= 20 or done * 10 // steps != (done - 1) * 10 // steps:
             print(f"  step {done:4}  loss: {losses}", flush=True)
 
     return update

@@ -129,10 +129,12 @@ def _check_einsum(**given) -> None:
 
 
 def _check_parallelism(op) -> None:
-    size = getattr(op.config, "context_parallel_size", 1)
+    # Newer releases derive it from the mesh and the rules of its axes, and older ones have it among their settings.
+    derived = getattr(op, "_context_parallel_size", None)
+    size = getattr(op.config, "context_parallel_size", 1) if derived is None else derived()
     if size > 1:
         raise NotImplementedError(
-            f"config.context_parallel_size must be 1; got {size}. A sequence over several devices: "
+            f"The size of context parallelism must be 1; got {size}. A sequence over several devices: "
             "jax_fa.sequence_parallel_attention."
         )
     if getattr(op.config, "moba", False):
