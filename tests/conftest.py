@@ -27,6 +27,7 @@ import annotations
 import jax
 import jaxtyping
 import pytest
+import tables
 from hypothesis import HealthCheck, settings
 
 annotations.install()  # before what it checks is imported
@@ -79,6 +80,7 @@ def pytest_generate_tests(metafunc) -> None:
         metafunc.parametrize("backend", serving)
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are looked at
 def pytest_collection_modifyitems(config, items) -> None:
     """Leaves out a case for a backend that refuses its dtype (test_native.py holds it to the refusal)."""
     kept, dropped = [], []
@@ -88,6 +90,7 @@ def pytest_collection_modifyitems(config, items) -> None:
         (dropped if (params.get("backend"), dtype) == ("cpu", "float64") else kept).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+    tables.take_turns(items)
 
 
 def pytest_report_header() -> str:

@@ -54,6 +54,7 @@ _TANGENT = (
 )
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("case", _by_default(*_TANGENT, of=CASES), ids=str)
 def test_tangent(case, backend):
     """jax.jvp of the output and the log-sum-exp."""
@@ -74,6 +75,7 @@ def _check_masked_rows(case: Case, found) -> None:
         assert not np.asarray(found[1])[masked].any()
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize("case", _by_default(*FEATURES), ids=str)
 def test_double_backward(case, backend):
     """The gradient of <x', gradients>, by the operands and by the cotangents."""
@@ -325,6 +327,7 @@ def _arguments(place: str):
     return X | {"kv": X["kv"][0]}, T | {"q": T["q"][0]}
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("place", _PLACES)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transformation(name, place, backend):
@@ -335,6 +338,7 @@ def test_transformation(name, place, backend):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), found, _by_jax_nn(place)[name])
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("length", [1, 100, 1024, pytest.param(4096, marks=pytest.mark.slow)])
 def test_lengths(length, backend, real_tiles):
     """Jvp, hvp and double backward of short and long sequences."""
@@ -359,6 +363,7 @@ _DROP_IN = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", _DROP_IN)
 def test_drop_in(name, backend):
     """jax.jvp of jax.nn.dot_product_attention in float64 is the oracle, in float32 the measure."""

@@ -170,6 +170,7 @@ def test_parity(call, backend):
         close(f"gradient of {name}", *three)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("window", [(2, 9), (-2, 9), (5, -1), (0, 0), (40, 40)], ids=str)
 @pytest.mark.parametrize("form", ["pair", "numpy pair", "array", "one"])
 def test_windows_as_data(window, form, backend):

@@ -98,6 +98,7 @@ def _some(rows, columns, every: int = 3):
     ]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(("mask", "mesh"), _some(MASKS, MESHES))
 def test_masks(mask, mesh, backend):
     """Output and gradients where the mask's arrays are sharded like the batch."""
@@ -113,6 +114,7 @@ def test_masks(mask, mesh, backend):
     _same(_on(mesh, run, (QKV, MASKS[mask]), ((_SPEC,) * 3, _SPEC)), want)
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_without_jit(mask, backend):
     mesh = _mesh("explicit")
@@ -160,6 +162,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(("derivative", "mesh"), _some(DERIVATIVES, MESHES))
 def test_derivatives(derivative, mesh, backend):
     """Over several tiles of rows and keys."""

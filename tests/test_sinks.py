@@ -93,6 +93,7 @@ _FAST |= {
 }
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize(
     "case",
     [case if case in _FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
@@ -511,6 +512,7 @@ def test_the_attention_of_gpt_oss(window, backend):
 # --- the largest logit of every head
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     "name", ["mqa", "mask-lengths", "soft-cap", "mask-nothing", "everything", "everything-BNSD", "two-batch-dims",
              "no-batch", "bfloat16-causal", "float64-plain", "empty-Sq", "empty-Skv", "bias-causal"]
