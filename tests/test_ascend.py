@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import test_cann as cann
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tables import some_pairs
 
 import jax_fa
 from jax_fa import ascend, flash_attention, flash_attention_score, masks
@@ -693,8 +694,11 @@ def test_statistics_have_eight_lanes():
 # --- drawn keep bits
 
 
-@pytest.mark.parametrize("at_once", [1, 400, 1000])
-@pytest.mark.parametrize("shape", [(2, 3, 37, 45), (1, 5, 16, 64), (2, 4, 33, 41)])
+@pytest.mark.parametrize(
+    ("shape", "at_once"),
+    some_pairs([(2, 3, 37, 45), (1, 5, 16, 64), (2, 4, 33, 41)], [1, 400, 1000], every=3),
+    ids=str,
+)
 def test_bits_drawn_some_rows_at_a_time(shape, at_once, monkeypatch):
     """Whether heads end within a byte or not, of a whole call and of a part of it."""
     B, N, Sq, Skv = shape

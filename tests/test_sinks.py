@@ -164,6 +164,7 @@ _SECOND = [
 ]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("case", _SECOND, ids=str)
 def test_derivatives_of_every_order(case, backend):
     """jvp, jvp of grad, grad of grad, and grad of jvp, against a dense attention in float64."""
