@@ -74,7 +74,14 @@ _INDEPENDENT = {
         "test_native_tangent",
         "test_properties",
     ),
-    *("test_ascend_operands", "test_ascend_packed", "test_ascend_sinks", "test_cann", "test_torch_npu"),
+    *(
+        "test_ascend",
+        "test_ascend_operands",
+        "test_ascend_packed",
+        "test_ascend_sinks",
+        "test_cann",
+        "test_torch_npu",
+    ),
     *(
         "test_bench",
         "test_cpu_benchmark",
@@ -83,7 +90,14 @@ _INDEPENDENT = {
         "test_gpu_benchmark",
         "test_scaling",
     ),
-    *("test_comparison", "test_floors", "test_mosaic_parts", "test_quoted_errors", "test_sizes"),
+    *(
+        "test_comparison",
+        "test_floors",
+        "test_masks",
+        "test_mosaic_parts",
+        "test_quoted_errors",
+        "test_sizes",
+    ),
 }
 
 
