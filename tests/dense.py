@@ -95,7 +95,7 @@ def of_form(form: Form, constants: dict[str, Any], x: dict[str, Any]) -> tuple[A
         l = l + jnp.exp(x["sinks"][..., None, None] - m)
     empty = l == 0
     l = jnp.where(empty, 1, l)
-    w = p / l * keep.astype(acc)
+    w = p / l * constants["keep"].astype(acc)
     out = jnp.einsum("...kgij,...jkd->...ikgd", w.reshape(*w.shape[:-3], d.K, d.G, d.Sq, d.Skv), v)
     lse = jnp.where(empty, -oracle.FLT_MAX, m + jnp.log(l))[..., 0]
     return out.reshape(*out.shape[:-3], d.N, d.Dv).transpose(np.argsort(form.out_axes)), lse
