@@ -27,6 +27,7 @@ import annotations
 import jax
 import jaxtyping
 import pytest
+import tables
 from hypothesis import HealthCheck, settings
 
 annotations.install()  # before what it checks is imported
@@ -63,6 +64,43 @@ _SMALL = {"MIN_TILE": cases.ROWS, "MAX_ROWS": cases.ROWS, "MAX_KEYS": cases.KEYS
 _REAL = {name: getattr(tiling, name) for name in _SMALL}
 
 
+# Files of which no version of Python or JAX changes a result: the arithmetic of kernels, of masks and of the operator that
+# CANN is asked for, models of machines, and text. All else traces, transforms, lowers or shards, which JAX does.
+_INDEPENDENT = {
+    *(
+        "test_accuracy",
+        "test_native_operands",
+        "test_native_second",
+        "test_native_tangent",
+        "test_properties",
+    ),
+    *(
+        "test_ascend",
+        "test_ascend_operands",
+        "test_ascend_packed",
+        "test_ascend_sinks",
+        "test_cann",
+        "test_torch_npu",
+    ),
+    *(
+        "test_bench",
+        "test_cpu_benchmark",
+        "test_flops",
+        "test_gpu_assembly",
+        "test_gpu_benchmark",
+        "test_scaling",
+    ),
+    *(
+        "test_comparison",
+        "test_floors",
+        "test_masks",
+        "test_mosaic_parts",
+        "test_quoted_errors",
+        "test_sizes",
+    ),
+}
+
+
 # Modules, cases and caches of JAX live as long as the tests do: the garbage collector, which would go through them
 # again and again, is told so once they are there, and is called less often.
 gc.set_threshold(50_000, 20, 20)
@@ -79,6 +117,7 @@ def pytest_generate_tests(metafunc) -> None:
         metafunc.parametrize("backend", serving)
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are looked at
 def pytest_collection_modifyitems(config, items) -> None:
     """Leaves out a case for a backend that refuses its dtype (test_native.py holds it to the refusal)."""
     kept, dropped = [], []
@@ -88,6 +127,10 @@ def pytest_collection_modifyitems(config, items) -> None:
         (dropped if (params.get("backend"), dtype) == ("cpu", "float64") else kept).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+    tables.take_turns(items)
+    for item in items:
+        if item.path.stem in _INDEPENDENT:
+            item.add_marker(pytest.mark.independent)
 
 
 def pytest_report_header() -> str:

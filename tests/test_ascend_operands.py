@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_traced as traced
 import test_vmap_subsets as subsets
+from tables import some_pairs
 
 import jax_fa
 from jax_fa import flash_attention, flash_attention_score, primitives
@@ -94,10 +95,13 @@ def test_cotangents_of_packed_sequences_and_dropout():
 # --- scalars that are data
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "value"), [c for c in traced.CASES if c[0] != "logits_soft_cap"])
-def test_traced_is_static(name, value, dtype):
-    traced.test_traced_is_static(name, value, dtype, "ascend")
+@pytest.mark.parametrize(
+    ("scalar", "dtype"),
+    some_pairs([c for c in traced.CASES if c[0] != "logits_soft_cap"], DTYPES, every=2),
+    ids=str,
+)
+def test_traced_is_static(scalar, dtype):
+    traced.test_traced_is_static(*scalar, dtype, "ascend")
 
 
 @pytest.mark.parametrize(
@@ -119,8 +123,7 @@ def test_mapped_scalars():
     traced.test_gradient_of_mapped_scales("ascend")
 
 
-@pytest.mark.parametrize("layout", ["BSND", "BNSD", "SBND"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layout", "dtype"), some_pairs(["BSND", "BNSD", "SBND"], DTYPES, every=2))
 def test_scalars_in_every_layout(layout, dtype):
     case = common.Case(name=f"scalars-{layout}", layout=layout, dtype=dtype, mask="causal")
     key = jax.random.key(0)

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from tables import some_pairs
 
 import jax_fa
 from jax_fa.backends.ascend import installation
@@ -451,8 +452,7 @@ def _plugin(tmp_path: Path, comes: str, handler: str) -> tuple[str, str]:
     return before, after
 
 
-@pytest.mark.parametrize("handler", ["good", "older"])
-@pytest.mark.parametrize("comes", _COMES)
+@pytest.mark.parametrize(("comes", "handler"), some_pairs(_COMES, ["good", "older"], every=2))
 def test_a_plugin_gets_the_custom_calls(tmp_path, comes, handler):
     before, after = _plugin(tmp_path, comes, handler)
     steps = (before, "import jax_fa", after, "assert seen == ours('ASCEND'), seen", "lower('ascend')")

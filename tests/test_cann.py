@@ -395,7 +395,7 @@ def _features(case: Case) -> dict[str, Any]:
 _PORTABLE = covering([_features(case) for case in CASES])
 
 
-def _portable():
+def pairwise_rows():
     """By default every two features of the table meet, and all that have drop bits; the rest is slow."""
     seen: list[dict[str, Any]] = []
     for case in CASES:
@@ -406,7 +406,7 @@ def _portable():
 
 
 @pytest.mark.skipif(native.missing is not None, reason="the table above ran on the portable backend")
-@pytest.mark.parametrize("case", list(_portable()))
+@pytest.mark.parametrize("case", list(pairwise_rows()))
 def test_the_portable_backend(case):
     check(case, run(case, implementation="xla"))
 

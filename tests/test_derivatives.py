@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from tables import mostly_slow
 
 import jax_fa
 from jax_fa.testing import derivatives, oracle, programs
@@ -21,11 +22,6 @@ from jax_fa.testing.cases import BY_NAME, CASES, FEATURES, REAL_TILES, Case, exp
 
 # A tangent of logits of some hundreds exceeds 16 bits: the naive implementation, which is the measure, overflows.
 _SECOND = tuple(case for case in CASES if not (case.spread >= 500 and case.dtype in ("bfloat16", "float16")))
-
-
-def _by_default(*cases: Case, of: tuple[Case, ...] = _SECOND) -> list:
-    """All cases `of` a tuple; those not named are slow, as each compiles for a second and more."""
-    return [case if case in cases else pytest.param(case, marks=pytest.mark.slow) for case in of]
 
 
 def _directions(case: Case) -> dict[str, Any]:
@@ -54,7 +50,8 @@ _TANGENT = (
 )
 
 
-@pytest.mark.parametrize("case", _by_default(*_TANGENT, of=CASES), ids=str)
+@pytest.mark.in_turn
+@pytest.mark.parametrize("case", mostly_slow(_TANGENT, of=CASES), ids=str)
 def test_tangent(case, backend):
     """jax.jvp of the output and the log-sum-exp."""
     attend = partial(case.flash_attention, implementation=backend)
@@ -74,7 +71,8 @@ def _check_masked_rows(case: Case, found) -> None:
         assert not np.asarray(found[1])[masked].any()
 
 
-@pytest.mark.parametrize("case", _by_default(*FEATURES), ids=str)
+@pytest.mark.in_turn(1)
+@pytest.mark.parametrize("case", mostly_slow(FEATURES, of=_SECOND), ids=str)
 def test_double_backward(case, backend):
     """The gradient of <x', gradients>, by the operands and by the cotangents."""
     gradients = partial(_gradients, partial(case.flash_attention, implementation=backend))
@@ -87,7 +85,9 @@ def test_double_backward(case, backend):
 
 
 @pytest.mark.parametrize(
-    "case", _by_default(*(BY_NAME[n] for n in ("mqa", "everything", "bfloat16-bias"))), ids=str
+    "case",
+    mostly_slow([BY_NAME[n] for n in ("mqa", "everything", "bfloat16-bias")], of=_SECOND),
+    ids=str,
 )
 def test_every_second_order(case, backend):
     """Forward over reverse, reverse over forward, and forward over forward."""
@@ -303,10 +303,9 @@ PLACES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "shard_map-shared": (_shared_keys, jax.jit),
 }
 # By default those that the others do not have.
-_PLACES = [
-    pytest.param(place, marks=pytest.mark.slow) if place in ("eager", "vmap", "remat", "shard_map") else place
-    for place in PLACES
-]
+_PLACES = mostly_slow(
+    [place for place in PLACES if place not in ("eager", "vmap", "remat", "shard_map")], of=PLACES
+)
 
 
 @cache
@@ -325,6 +324,7 @@ def _arguments(place: str):
     return X | {"kv": X["kv"][0]}, T | {"q": T["q"][0]}
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("place", _PLACES)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transformation(name, place, backend):
@@ -335,6 +335,7 @@ def test_transformation(name, place, backend):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), found, _by_jax_nn(place)[name])
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("length", [1, 100, 1024, pytest.param(4096, marks=pytest.mark.slow)])
 def test_lengths(length, backend, real_tiles):
     """Jvp, hvp and double backward of short and long sequences."""
@@ -359,6 +360,7 @@ _DROP_IN = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", _DROP_IN)
 def test_drop_in(name, backend):
     """jax.jvp of jax.nn.dot_product_attention in float64 is the oracle, in float32 the measure."""

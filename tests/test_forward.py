@@ -68,6 +68,7 @@ def test_the_tiles_of_the_library_make_other_programs(request):
     assert text() != small
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize("case", REAL_TILES, ids=str)
 def test_output_with_the_tiles_of_the_library(case, backend, real_tiles):
     check(case, *_run(case, backend))

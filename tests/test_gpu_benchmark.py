@@ -308,6 +308,7 @@ def test_without_a_cuda_device_it_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path):
     arguments = ("--checks", "6", "--rounds", "2", "--jobs", "2", "--tune", "--out", str(tmp_path))
     done = _script("--rehearse", *arguments)

@@ -27,6 +27,7 @@ def test_gradients(case, backend):
     assert not case.canonical(out)[unseen].any()
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("case", REAL_TILES, ids=str)
 def test_gradients_with_the_tiles_of_the_library(case, backend, real_tiles):
     check(case, *_run(case, backend))

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+pytestmark = pytest.mark.cpp
 CC = Path(__file__).parent.parent / "cc"
 COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")
 HEADERS = sorted(str(path.relative_to(CC)) for path in CC.rglob("*.h"))

@@ -213,10 +213,10 @@ def child_soak(calls: int, python_threads: int) -> None:
 @pytest.mark.parametrize(
     ("cpus", "calls", "python_threads"),
     [
-        pytest.param(1, 20, 1, id="one-processor"),
+        pytest.param(1, 20, 1, id="one-processor", marks=pytest.mark.slow),
         pytest.param(2, 20, 1, id="two-processors"),
         pytest.param(1, 10, 4, id="one-processor-four-callers"),
-        pytest.param(2, 10, 4, id="two-processors-four-callers"),
+        pytest.param(2, 10, 4, id="two-processors-four-callers", marks=pytest.mark.slow),
     ],
 )
 def test_many_calls_at_once(cpus, calls, python_threads):

@@ -28,9 +28,10 @@ ALL = (*PLAIN_DIFFERENTIABLE, "dout", "dlogsumexp")  # what may move, and what h
 # --- the reference
 
 
-def _second(call: Call, visible, keep, x, cotangents, dx, dcotangents) -> dict[str, Any]:
+@partial(jax.jit, static_argnums=0)
+def _second(form: dense.Form, constants, x, cotangents, dx, dcotangents) -> dict[str, Any]:
     """The derivative of the gradients along (dx, dcotangents); and the tangents of out and log-sum-exp."""
-    function = partial(dense.attention, call, visible, keep)
+    function = partial(dense.of_form, form, constants)
 
     def gradients(x, cotangents):
         return jax.vjp(function, x)[1](cotangents)[0]
@@ -84,8 +85,8 @@ class Setting:
             tangents = wide(self.tangents, zero=True)
             dcotangents = tuple(tangents.pop(name) for name in names)
             cotangents = tuple(wide(self.cotangents)[name] for name in names)
-            run = jax.jit(partial(_second, self.call, self.visible, self.keep))
-            return jax.tree.map(np.asarray, run(wide(self.x), cotangents, tangents, dcotangents))
+            given = dense.Form.of(self.call), dense.constants(self.call, self.visible, self.keep)
+            return jax.tree.map(np.asarray, _second(*given, wide(self.x), cotangents, tangents, dcotangents))
 
     def native(self, moving=ALL, wanted=None, **changes: Any) -> dict[str, np.ndarray]:
         """`changes`: other operands, cotangents ("dout"), or tangents ("query_tangent")."""

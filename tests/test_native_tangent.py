@@ -29,6 +29,11 @@ BLOCKS = Case(
 DECODE = Case(name="native-tangent-decode", Sq=1, Skv=2100, slopes="N")
 
 
+@partial(jax.jit, static_argnums=0)
+def _reference(form: dense.Form, constants, x, along):
+    return jax.jvp(partial(dense.of_form, form, constants), (x,), (along,))
+
+
 class Setting:
     """A call, and tangents of all its operands."""
 
@@ -51,8 +56,8 @@ class Setting:
         with jax.enable_x64(True):
             x = {name: np.asarray(a).astype(dtype) for name, a in self.x.items()}
             along = {name: np.asarray(self.tangents[name]).astype(dtype) * (name in moving) for name in x}
-            run = partial(dense.attention, self.call, self.visible, self.keep)
-            (out, lse), (dout, dlse) = jax.jit(partial(jax.jvp, run))((x,), (along,))
+            given = dense.Form.of(self.call), dense.constants(self.call, self.visible, self.keep)
+            (out, lse), (dout, dlse) = _reference(*given, x, along)
         return {name: np.asarray(a) for name, a in zip(_RESULTS, (out, lse, dout, dlse), strict=True)}
 
     def along(self, moving=PLAIN_DIFFERENTIABLE) -> Operands:

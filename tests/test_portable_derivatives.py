@@ -330,31 +330,30 @@ def test_tangents_alone_add_up():
         _close(sum(x[name] for x in alone), want, want, name, 1e-12)
 
 
+@cache
+def _of_wanted(wanted: tuple[str, ...] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the second derivative and of the backward, the gradients of these operands alone."""
+    subject = _arrays(*SMALL)
+    with subject.context():
+        run, args = _second(subject, (*PLAIN_DIFFERENTIABLE, *COTANGENTS), wanted)
+        operands, cotangents = jax.tree.map(
+            jnp.asarray, (subject.call.operands, subject.cotangents("cotangents"))
+        )
+        call = Call.of(replace(subject.call.problem, gradients=wanted), operands)
+        backward = backend.backward(call, _saved(call, cotangents)[1])
+        return run(*jax.tree.map(jnp.asarray, args)), backward.present()
+
+
 @pytest.mark.parametrize(
     "wanted", [*((n,) for n in (*PLAIN_DIFFERENTIABLE, *COTANGENTS)), ("key", "dout"), ()]
 )
 def test_wanted_gradients(wanted):
     """Those that are wanted are as ever, the others absent; so in the backward."""
-    subject = _arrays(*SMALL)
-    every, some = (_second(subject, (*PLAIN_DIFFERENTIABLE, *COTANGENTS), w) for w in (None, wanted))
-
-    def backward(problem):
-        operands, cotangents = jax.tree.map(
-            jnp.asarray, (subject.call.operands, subject.cotangents("cotangents"))
-        )
-        call = Call.of(problem, operands)
-        return backend.backward(call, _saved(call, cotangents)[1])
-
-    with subject.context():
-        pairs = (
-            [run(*jax.tree.map(jnp.asarray, args)) for run, args in (every, some)],
-            [backward(replace(subject.call.problem, gradients=w)).present() for w in (None, wanted)],
-        )
-        for all_, few in pairs:
-            given = {n: x for n, x in few.items() if x is not None}
-            assert set(given) == set(wanted) & set(all_)
-            for name, x in given.items():
-                np.testing.assert_array_equal(x, all_[name], err_msg=name)
+    for all_, few in zip(_of_wanted(None), _of_wanted(wanted), strict=True):
+        given = {n: x for n, x in few.items() if x is not None}
+        assert set(given) == set(wanted) & set(all_)
+        for name, x in given.items():
+            np.testing.assert_array_equal(x, all_[name], err_msg=name)
 
 
 # Matrix products of a tile, by which tangents are given: of tangent, jvp and second, and by which gradients are wanted.

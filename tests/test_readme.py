@@ -11,6 +11,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from tables import mostly_slow
 
 from jax_fa import bench, demo, doctor
 from jax_fa.backends import native
@@ -58,7 +59,11 @@ def _runs_here(block: str) -> bool:
 WITH_EXAMPLES = [path for path in DOCUMENTS if _blocks("python", path)]
 
 
-@pytest.mark.parametrize("document", WITH_EXAMPLES, ids=lambda path: path.name)
+# A process for each page: of most, slow tests, which CI runs with the documentation.
+_FIRST = [README, *(path for path in WITH_EXAMPLES if path.name == "index.md")]
+
+
+@pytest.mark.parametrize("document", mostly_slow(_FIRST, of=WITH_EXAMPLES), ids=lambda path: path.name)
 def test_examples_run(document, tmp_path):
     """One after another in a fresh process, with the defaults a reader has, warnings as errors."""
     program = ""

@@ -20,7 +20,11 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "mesh"),
     [
-        ("--order zigzag", "1 processes, 4 devices: data 1, heads 1, sequence 4; ring, zigzag"),
+        pytest.param(
+            "--order zigzag",
+            "1 processes, 4 devices: data 1, heads 1, sequence 4; ring, zigzag",
+            marks=pytest.mark.slow,
+        ),
         (
             "--processes 2 --devices 4 --data 2 --heads 2",
             "2 processes, 8 devices: data 2, heads 2, sequence 2; ring, contiguous",

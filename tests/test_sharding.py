@@ -114,6 +114,7 @@ def _operands(layout: Layout):
     return x, {name: layout.spec(name) for name in x}
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_forward(layout, backend):
     """Right numbers, results where the query lies, and no communication."""
@@ -130,6 +131,7 @@ def test_forward(layout, backend):
     assert "all-" not in program.as_text()
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_gradient(layout, backend):
     """Right numbers; only the gradients of what all devices share are summed over them."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tables import some_pairs
 
 import jax_fa
 from jax_fa.masks import (
@@ -89,16 +90,8 @@ def _same(found, want, tolerance=2e-5):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance * max(1, np.max(np.abs(b))))
 
 
-def _some(rows, columns, every: int = 3):
-    """All pairs, of which a part is taken by default, such that each row and each column is among it."""
-    return [
-        pytest.param(a, b, marks=[] if (i + j) % every == 0 else pytest.mark.slow)
-        for i, a in enumerate(rows)
-        for j, b in enumerate(columns)
-    ]
-
-
-@pytest.mark.parametrize(("mask", "mesh"), _some(MASKS, MESHES))
+@pytest.mark.in_turn
+@pytest.mark.parametrize(("mask", "mesh"), some_pairs(MASKS, MESHES, every=3))
 def test_masks(mask, mesh, backend):
     """Output and gradients where the mask's arrays are sharded like the batch."""
 
@@ -113,6 +106,7 @@ def test_masks(mask, mesh, backend):
     _same(_on(mesh, run, (QKV, MASKS[mask]), ((_SPEC,) * 3, _SPEC)), want)
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_without_jit(mask, backend):
     mesh = _mesh("explicit")
@@ -160,7 +154,8 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize(("derivative", "mesh"), _some(DERIVATIVES, MESHES))
+@pytest.mark.in_turn
+@pytest.mark.parametrize(("derivative", "mesh"), some_pairs(DERIVATIVES, MESHES, every=3))
 def test_derivatives(derivative, mesh, backend):
     """Over several tiles of rows and keys."""
     third = derivative.startswith(("third", "tangent-of"))

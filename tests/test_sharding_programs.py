@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tables import some_pairs
 from test_sharding import _SMALL, LAYOUTS, Layout, _compiled, _derivatives, _mesh, _operands, _same
 
 import jax_fa
@@ -24,6 +25,7 @@ from jax_fa.testing.cases import check
 
 DEVICES = jax.devices("cpu")
 pytestmark = pytest.mark.skipif(len(DEVICES) < 8, reason="needs eight CPU devices")
+PARTITIONERS = ("shardy", "gspmd")
 RULES = ("CustomSPMDPartitioning", sharding.TARGET)
 
 
@@ -64,7 +66,8 @@ ROWS = (
 )
 
 
-@pytest.mark.parametrize("partitioner", ["shardy", "gspmd"])
+@pytest.mark.in_turn
+@pytest.mark.parametrize("partitioner", PARTITIONERS)
 @pytest.mark.parametrize("layout", ROWS, ids=str)
 def test_rows_and_heads_beyond_the_key_heads(layout, partitioner, backend):
     """No communication but the sums of gradients of what devices share."""
@@ -93,8 +96,11 @@ def test_rows_and_heads_beyond_the_key_heads(layout, partitioner, backend):
 ALONE = ("batch-dropout", "batch-and-heads-BNSD", "heads-of-one-key", "batch-shared-bias")
 
 
-@pytest.mark.parametrize("partitioner", ["shardy", "gspmd"])
-@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.name in ALONE], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "partitioner"),
+    some_pairs([x for x in LAYOUTS if x.name in ALONE], PARTITIONERS, every=2),
+    ids=str,
+)
 def test_plain_code_splits_by_itself(layout, partitioner, real_tiles):
     """The portable backend without loops needs no rule, and communicates nothing but sums that any gradient has."""
     case = (
@@ -115,8 +121,7 @@ def test_plain_code_splits_by_itself(layout, partitioner, real_tiles):
     _same(along(*args), jax.jit(derivatives)(x))
 
 
-@pytest.mark.parametrize("partitioner", ["shardy", "gspmd"])
-@pytest.mark.parametrize("layout", ROWS, ids=str)
+@pytest.mark.parametrize(("layout", "partitioner"), some_pairs(ROWS, PARTITIONERS, every=2), ids=str)
 def test_plain_code_splits_rows_and_heads(layout, partitioner, real_tiles):
     with _partitioner(partitioner):
         program, args = _compiled(
@@ -127,8 +132,11 @@ def test_plain_code_splits_rows_and_heads(layout, partitioner, real_tiles):
     assert "all-" not in program.as_text()
 
 
-@pytest.mark.parametrize("derivative", ["forward", "derivatives"])
-@pytest.mark.parametrize("layout", [x for x in LAYOUTS + ROWS if x.case.dtype == "float32"], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "derivative"),
+    some_pairs([x for x in LAYOUTS + ROWS if x.case.dtype == "float32"], ["forward", "derivatives"], every=2),
+    ids=str,
+)
 def test_programs_for_tpu_have_no_rule(layout, derivative):
     """Also where there are loops: that platform implements none."""
     mesh = _mesh(**layout.mesh)
@@ -198,10 +206,7 @@ def test_a_backend_that_reads_masks_has_all_rows():
 
 
 def _child(code: str, *args) -> str:
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # XLA's flags are those of all tests
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-c", code, *map(str, args)],
@@ -266,6 +271,7 @@ _UNIONS = """[{"mask": mask} for m in [jax_fa.masks] for mask in (
 )]"""
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("stripped", "calls"),
     [
@@ -338,6 +344,7 @@ GATHERED = [
 ]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(("query", "key", "options", "text"), GATHERED)
 def test_what_is_gathered_is_said(query, key, options, text, kind, backend, untold):

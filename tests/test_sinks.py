@@ -93,6 +93,7 @@ _FAST |= {
 }
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize(
     "case",
     [case if case in _FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
@@ -163,6 +164,7 @@ _SECOND = [
 ]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("case", _SECOND, ids=str)
 def test_derivatives_of_every_order(case, backend):
     """jvp, jvp of grad, grad of grad, and grad of jvp, against a dense attention in float64."""
@@ -511,6 +513,7 @@ def test_the_attention_of_gpt_oss(window, backend):
 # --- the largest logit of every head
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     "name", ["mqa", "mask-lengths", "soft-cap", "mask-nothing", "everything", "everything-BNSD", "two-batch-dims",
              "no-batch", "bfloat16-causal", "float64-plain", "empty-Sq", "empty-Skv", "bias-causal"]

@@ -38,6 +38,7 @@ def _gradients(arrays, backend, dtype, **options):
     return out, pullback(jnp.asarray(DOUT).astype(dtype))[0]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("name", "value"), CASES)
 def test_traced_is_static(name, value, dtype, backend):
@@ -86,6 +87,7 @@ def test_gradient(name, value, backend):
     np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize("name", list(VALUES))
 def test_mapped(name, backend):
     """A value per element of a batch, the arrays shared: as in a loop."""

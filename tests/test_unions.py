@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tables import mostly_slow
 
 import jax_fa
 from jax_fa import masks
@@ -120,16 +120,11 @@ def test_too_many_parts():
 # --- calls
 
 
-def _mostly_slow(*default: Any, of: Any = UNIONS) -> list:
-    """All, of which those not named are slow: each compiles for seconds."""
-    return [x if x in default else pytest.param(x, marks=pytest.mark.slow) for x in of]
-
-
 def _case(kind: str, **options) -> Case:
     return Case(name=f"union-{kind}", mask=kind, **options)
 
 
-@pytest.mark.parametrize("kind", _mostly_slow("sinks_window", "lengths_segments"))
+@pytest.mark.parametrize("kind", mostly_slow(["sinks_window", "lengths_segments"], of=UNIONS))
 def test_forward_and_gradient(kind, backend):
     case = _case(kind)
     run = jax.jit(partial(case.gradient, implementation=backend))
@@ -138,7 +133,7 @@ def test_forward_and_gradient(kind, backend):
 
 
 @pytest.mark.skipif(installation.absence() is not None, reason="needs the CANN adapter")
-@pytest.mark.parametrize("kind", _mostly_slow("sinks_window"))
+@pytest.mark.parametrize("kind", mostly_slow(["sinks_window"], of=UNIONS))
 def test_ascend(kind):
     case = _case(kind)
     (out, lse), gradients = case.gradient(case.operands(), *case.cotangents(), implementation="ascend")
@@ -226,7 +221,7 @@ def test_vmap(backend):
                 np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("explicit", _mostly_slow(True, of=[False, True]))
+@pytest.mark.parametrize("explicit", mostly_slow([True], of=[False, True]))
 def test_sharded(explicit, backend):
     axis = AxisType.Explicit if explicit else AxisType.Auto
     mesh = jax.make_mesh((2, 2), ("b", "n"), (axis, axis), devices=jax.devices("cpu")[:4])
@@ -295,7 +290,7 @@ def test_second_order_of_several_tiles_in_shard_map(data, shared, backend):
         oracle.assert_close_to_oracle(a, b, b, "second", 4 * oracle.FLOOR["float32"])
 
 
-@pytest.mark.parametrize("strategy", _mostly_slow("all_gather", of=["ring", "ulysses", "all_gather"]))
+@pytest.mark.parametrize("strategy", mostly_slow(["all_gather"], of=["ring", "ulysses", "all_gather"]))
 def test_sequence_parallel(strategy):
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
     mask = Causal() & (Lengths(key=3) | SlidingWindow(5) | SegmentIds(np.array([1, 2] * 8)))

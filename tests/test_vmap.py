@@ -20,6 +20,7 @@ FLOATS = ("query", "key", "value", "bias", "alibi_slopes")
 # --- the table: two different calls of a kind at once
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 def test_two_calls_at_once(case, backend):
     """Every operand mapped, masks and dropout keys too: results and gradients are those of each call."""
@@ -116,6 +117,7 @@ SUBSETS = [
 ]
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize("mapped", SUBSETS, ids="+".join)
 def test_subsets_of_arguments(mapped, backend):
     """vmap(grad): an argument that is not mapped has a gradient per element all the same."""
@@ -165,6 +167,7 @@ def test_nested(backend):
 POSITIONS = [(0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 0, 1), (-2, -3, None)]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("axes", POSITIONS, ids=str)
 def test_positions(axes, backend):
     """The mapped axis may stand anywhere, also next to the heads, and leave from anywhere."""

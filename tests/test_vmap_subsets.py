@@ -186,11 +186,13 @@ def _label(mapped) -> str:
     return "+".join(sorted(mapped))
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("mapped", list(dict.fromkeys([*SUBSETS, *ALONE])), ids=_label)
 def test_subsets(mapped, backend):
     _run(backend, mapped)
 
 
+@pytest.mark.in_turn(1)
 @pytest.mark.parametrize("mapped", ALL_BUT_ONE, ids=_label)
 def test_subsets_mapped_anywhere(mapped, backend):
     _run(backend, mapped, front=False)
@@ -202,11 +204,13 @@ DATA = (
 )
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", DATA)
 def test_data_alone(name, backend):
     _run(backend, frozenset({name}), made=_data_inputs)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("count", [0, 4, 9, 13])
 def test_data_mapped_anywhere(count, backend):
     """All inputs but a random few."""
@@ -228,6 +232,7 @@ ALONG = (
 )
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("mapped", ALONG)
 def test_derivatives_along_tangents(mapped, backend):
     """Also where only tangents are mapped (`jax.jacfwd`) or only what they are tangents of."""
