@@ -72,6 +72,11 @@ inline void LoadRow(const void* src, DType dtype, int64_t stride, int64_t n, flo
   }
 }
 
+// The product, with no sign of a zero: where a sum is flushed to zero, that is one of the masked keys behind it, and how many
+// there are depends on the tiles, and these on the number of threads.
+JAX_FA_INLINE F Scaled(F x, F factor) { return Rounded(x * factor) + Set(0.0f); }
+JAX_FA_INLINE float Scaled(float x, float factor) { return Rounded(x * factor) + 0.0f; }
+
 // `n` floats, times `factor`, to where and as what they are stored.
 inline void StoreRow(const float* src, float factor, void* dst, DType dtype, int64_t stride, int64_t n) {
   const F f = Set(factor);
@@ -79,16 +84,16 @@ inline void StoreRow(const float* src, float factor, void* dst, DType dtype, int
   uint16_t* h = static_cast<uint16_t*>(dst);
   if (dtype == DType::kF32) {
     EachElement(
-        n, stride, [&](int64_t i) { Store(d + i, Load(src + i) * f); },
-        [&](int64_t i) { d[i * stride] = src[i] * factor; });
+        n, stride, [&](int64_t i) { Store(d + i, Scaled(Load(src + i), f)); },
+        [&](int64_t i) { d[i * stride] = Scaled(src[i], factor); });
   } else if (dtype == DType::kBF16) {
     EachElement(
-        n, stride, [&](int64_t i) { StoreBF16(h + i, Load(src + i) * f); },
-        [&](int64_t i) { h[i * stride] = FromFloatBF16(src[i] * factor); });
+        n, stride, [&](int64_t i) { StoreBF16(h + i, Scaled(Load(src + i), f)); },
+        [&](int64_t i) { h[i * stride] = FromFloatBF16(Scaled(src[i], factor)); });
   } else {
     EachElement(
-        n, stride, [&](int64_t i) { StoreF16(h + i, Load(src + i) * f); },
-        [&](int64_t i) { h[i * stride] = FromFloatF16(src[i] * factor); });
+        n, stride, [&](int64_t i) { StoreF16(h + i, Scaled(Load(src + i), f)); },
+        [&](int64_t i) { h[i * stride] = FromFloatF16(Scaled(src[i], factor)); });
   }
 }
 
@@ -105,7 +110,7 @@ inline void StoreRounded(const float* src, float factor, void* dst, int64_t stri
     uint16_t kept[kLanes], lost[kLanes];
     const bool whole = i + kLanes <= n && stride == 1 && rounding_stride == 1;
     uint16_t *to = whole ? d + i : kept, *rest = whole ? e + i : lost;
-    const F x = Rounded(Load(src + i) * Set(factor));
+    const F x = Scaled(Load(src + i), Set(factor));
     store(to, x);
     store(rest, (x - (kBF16 ? LoadBF16(to) : LoadF16(to))) * Set(kUnits));
     if (whole) continue;
