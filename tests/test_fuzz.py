@@ -257,6 +257,11 @@ MISSES: dict[str, tuple[dict, dict]] = {
         | dict(sinks="BN", scale="known", dropout="known", derivative="reverse", seed=5224000010),
         dict(seed=232, spread=60.0),
     ),
+    "the cotangent of a part's output, below the normal numbers": (
+        dict(backend="cpu", B=(), Sq=14, Skv=129, N=1, D=18, Dv=2, dtype="float16", bias_dtype="float16")
+        | dict(mask=("window_bottom",), joined="not all", derivative="reverse", seed=148530000010),
+        dict(seed=19, spread=8.0, size=1e-4),
+    ),
     "weights of 16 bits times the scale of a value": (
         dict(entry="paged_attention", backend="xla", B=(3,), Sq=3, Skv=16, K=2, D=1, Dv=40, dtype="float16")
         | dict(mask=("pages_16", "key_lengths", "causal_bottom"), pages="int8", page_scales=True)

@@ -292,6 +292,12 @@ class Attention:
         size = size + np.abs(delta.value) + (0.0 if dlse is None else np.abs(dlse.value)[..., None])
         return delta._new(delta.value, delta.error + self._part_error() * size, delta.tangent)
 
+    def _lost_by_parts(self, x: Number, size: Any) -> Number:
+        """The cotangent of a part's output is rounded once more, and may be small: then its weights among its keys are not."""
+        if not self.merged:
+            return x
+        return x._new(x.value, x.error + self._least() * size, x.tangent)
+
     def _narrowed(self, p: Number) -> Number:
         """Weights that are kept, rounded before they are divided by the probability of that, or after."""
         rounded = p.rounded(self.narrow, self._least() / self.least_value)
@@ -348,11 +354,15 @@ class Attention:
             delta = delta - dlse.map(lambda a: a[..., None])
         delta = self._merged_delta(delta, dout, dlse)
         dx = self._flushed_first((self.p * (dw - delta)).where(self.seen))
+        dx = self._lost_by_parts(
+            dx, np.where(self.seen, self._largest_values().sum(axis=-1, keepdims=True), 0.0)
+        )
         ds = dx if self.by_x is None else (dx * self.by_x).where(self.seen)
         narrow_ds = ds.rounded(narrow, least)
         dq = (narrow_ds @ self.k) * self.scale_number
         dk = (narrow_ds.map(_turned) @ self.q) * self.scale_number
         dv = self._narrowed(self.weights).map(_turned) @ dout
+        dv = self._lost_by_parts(dv, _turned(self.seen).sum(axis=-1, keepdims=True))
         dq = self._moved(dq, ds)
         found = {"query": dq, "key": dk, "value": dv}
         if "bias" in self.given:
