@@ -148,11 +148,24 @@ def test_a_run(crash, tmp_path, capsys, monkeypatch):
     assert second["rounds"] == first["rounds"] + 1 and second["calls"] > first["calls"]
 
 
-@pytest.mark.parametrize("ratio, near", [(1.5, True), (2.5, False), (float("inf"), False), (None, False)])
-def test_near_misses_are_no_failures(ratio, near, tmp_path, capsys):
-    """... where they are asked to be none; they are told and written all the same."""
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    "ratio, most, near",
+    [
+        (1.5, 2.0, True),
+        (2.5, 2.0, False),
+        (INF, 2.0, False),
+        (None, 2.0, False),
+        (INF, INF, True),
+        (None, INF, False),
+    ],
+)
+def test_near_misses_are_no_failures(ratio, most, near, tmp_path, capsys):
+    """... where they are asked to be none; they are told and written all the same. (Of a process that ends there is no ratio.)"""
     out = tmp_path / "found.jsonl"
-    run = Campaign(Options(seed=0, near=2.0, out=out))
+    run = Campaign(Options(seed=0, near=most, out=out))
     line = {"failure": 3, "result": "out", "text": "is 1, expected 2"}
     run._note(line | ({} if ratio is None else {"ratio": ratio}), {}, run._given(0, (0, 1)))
     assert (run.totals.near, run.totals.failures) == (int(near), int(not near))

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--near",
         type=float,
         default=1.0,
-        help="misses by up to so many bounds are told and written, and are no failures: bounds are estimates "
+        help="misses by up to so many bounds are told and written, and are no failures: bounds are estimates; inf: no miss is "
         "(default: %(default)s)",
     )
     parser.add_argument(

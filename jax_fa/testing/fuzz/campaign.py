@@ -282,7 +282,7 @@ class Campaign:
         text: str,
         found: dict[str, Any],
     ) -> None:
-        near = found.get("ratio", np.inf) <= self.options.near
+        near = "ratio" in found and found["ratio"] <= self.options.near
         if near:
             self.totals.near += 1
         else:
