@@ -64,40 +64,28 @@ _SMALL = {"MIN_TILE": cases.ROWS, "MAX_ROWS": cases.ROWS, "MAX_KEYS": cases.KEYS
 _REAL = {name: getattr(tiling, name) for name in _SMALL}
 
 
-# Files of which no version of Python or JAX changes a result: the arithmetic of kernels, of masks and of the operator that
-# CANN is asked for, models of machines, and text. All else traces, transforms, lowers or shards, which JAX does.
+# Files of which no version of Python or JAX changes a result: the arithmetic of kernels and of the operator that CANN is asked
+# for, models of machines, and text. All else traces, transforms, lowers or shards, which JAX does.
 _INDEPENDENT = {
-    *(
-        "test_accuracy",
-        "test_native_operands",
-        "test_native_second",
-        "test_native_tangent",
-        "test_properties",
-    ),
-    *(
-        "test_ascend",
-        "test_ascend_operands",
-        "test_ascend_packed",
-        "test_ascend_sinks",
-        "test_cann",
-        "test_torch_npu",
-    ),
-    *(
-        "test_bench",
-        "test_cpu_benchmark",
-        "test_flops",
-        "test_gpu_assembly",
-        "test_gpu_benchmark",
-        "test_scaling",
-    ),
-    *(
-        "test_comparison",
-        "test_floors",
-        "test_masks",
-        "test_mosaic_parts",
-        "test_quoted_errors",
-        "test_sizes",
-    ),
+    "test_accuracy",
+    "test_ascend_operands",
+    "test_ascend_packed",
+    "test_ascend_sinks",
+    "test_bench",
+    "test_comparison",
+    "test_cpu_benchmark",
+    "test_floors",
+    "test_flops",
+    "test_gpu_assembly",
+    "test_gpu_benchmark",
+    "test_mosaic_parts",
+    "test_native_operands",
+    "test_native_second",
+    "test_native_tangent",
+    "test_properties",
+    "test_quoted_errors",
+    "test_scaling",
+    "test_sizes",
 }
 
 

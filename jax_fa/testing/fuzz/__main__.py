@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--near",
         type=float,
         default=1.0,
-        help="misses by up to so many bounds are told and written, and are no failures: bounds are estimates; inf: no miss is "
-        "(default: %(default)s)",
+        help="misses by up to so many bounds are told and written, and are no failures: bounds are estimates; inf: "
+        "none is (default: %(default)s)",
     )
     parser.add_argument(
         "--backends", default="", help="names, separated by commas (default: all that are present)"

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from jax_fa.testing.fuzz.numbers import TINY, Number, growth
+from jax_fa.testing.fuzz.taint import OPERANDS, Taint, turned
 
 FLT_MAX = float(np.finfo(np.float32).max)
-OPERANDS = ("query", "key", "value", "bias", "alibi_slopes", "sinks", "scale", "logits_soft_cap")
-_HUGE = 1e37  # beyond it, float32 may overflow on the way
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Attention:
     unit: float = 2.0**-24
     smallest: float = 0.0
     least_value: float = (
-        1.0  # what a stored value of 1 stands for, at least: weights are multiplied by it and rounded
+        1.0  # the least scale of a value, which weights are multiplied by before they are rounded
     )
     eps: float = 2.0**-24
     narrow: float = 0.0
@@ -134,7 +133,7 @@ class Attention:
             self._forward()
             if self.cotangents is not None:
                 self._backward()
-            _Taint(self).find()
+            Taint(self).find()
 
     def _logits(self) -> Number:
         q, k, v = (self._number(name) for name in ("query", "key", "value"))
@@ -144,7 +143,7 @@ class Attention:
             else Number(np.asarray(self.scale), 0.0, None, self.eps)
         )
         self.q, self.k, self.v, self.scale_number = q, k, v, scale
-        self.dot = q @ k.map(_turned)
+        self.dot = q @ k.map(turned)
         x = self.dot * scale
         if "bias" in self.given:
             x = x + self._number("bias")
@@ -214,7 +213,7 @@ class Attention:
 
     def rows_that_see(self, arrays: dict[str, Any]) -> np.ndarray:
         """`*B K G Sq`: rows to which something is visible that is not finite in one of these."""
-        return _Taint(self).rows(arrays)
+        return Taint(self).rows(arrays)
 
     def _with_error_of_sum(self, lse: Number, p: Number, x: Number, top: Number) -> Number:
         """The log-sum-exp with its bound.
@@ -344,7 +343,7 @@ class Attention:
         narrow, least = self.narrow, self._least()
         if self.sink_weight is not None or self.scales_out:
             dout = self._with_sink_rounded(dout.rounded(narrow, least))
-        dw = dout @ self.v.map(_turned)
+        dw = dout @ self.v.map(turned)
         if self.keep is not None:
             dw = dw * self._grouped(self.keep)
         terms = self.p * dw
@@ -360,9 +359,9 @@ class Attention:
         ds = dx if self.by_x is None else (dx * self.by_x).where(self.seen)
         narrow_ds = ds.rounded(narrow, least)
         dq = (narrow_ds @ self.k) * self.scale_number
-        dk = (narrow_ds.map(_turned) @ self.q) * self.scale_number
-        dv = self._narrowed(self.weights).map(_turned) @ dout
-        dv = self._lost_by_parts(dv, _turned(self.seen).sum(axis=-1, keepdims=True))
+        dk = (narrow_ds.map(turned) @ self.q) * self.scale_number
+        dv = self._narrowed(self.weights).map(turned) @ dout
+        dv = self._lost_by_parts(dv, turned(self.seen).sum(axis=-1, keepdims=True))
         dq = self._moved(dq, ds)
         found = {"query": dq, "key": dk, "value": dv}
         if "bias" in self.given:
@@ -419,87 +418,6 @@ class Attention:
         largest = np.abs(self.k.value).max(axis=-2, keepdims=True, initial=0.0)
         more = size * largest * np.abs(self.scale_number.value)
         return dq._new(dq.value, dq.error + more, dq.tangent)
-
-
-class _Taint:
-    """Which results may be anything."""
-
-    def __init__(self, call: Attention) -> None:
-        self.call = call
-        self.shape = call.structural.shape
-
-    def _pairs(self, name: str, x: Any, moved: bool) -> np.ndarray:
-        """Which pairs of a row and a key a value that is not finite belongs to; `moved`: it is a tangent."""
-        x = self.call._arranged(name, np.asarray(x, np.float64))
-        bad = ~np.isfinite(x)
-        if name in ("bias", "sinks") and not moved:  # -inf is no key, and no sink
-            return bad & ~np.isneginf(x)
-        if name in ("query", "out"):
-            return bad.any(axis=-1, keepdims=True)
-        if name in ("key", "value"):
-            return np.swapaxes(bad.any(axis=-1, keepdims=True), -1, -2)
-        if name == "lse":
-            return bad[..., None]
-        return bad
-
-    def rows(self, arrays: dict[str, Any], moved: bool = False) -> np.ndarray:
-        """`*B K G Sq`: rows with a visible key that see such a value."""
-        c = self.call
-        found = np.zeros(self.shape[:-1], bool)
-        for name, x in arrays.items():
-            if x is None:
-                continue
-            pairs = self._pairs(name, x, moved)
-            if not pairs.any():
-                continue
-            found |= (c.structural & pairs).any(axis=-1)
-            if name in ("sinks", "lse") and "sinks" in c.given:  # which a fully masked row has, too
-                found |= np.broadcast_to(pairs[..., 0], found.shape)
-        return found
-
-    def find(self) -> None:
-        c = self.call
-        overflow = (np.abs(c.s.value) + c.s.error > _HUGE) & c.structural
-        overflow |= (np.abs(c.dot.value) + c.dot.error / c.eps > _HUGE) & c.structural
-        forward = self.rows(c.given) | overflow.any(axis=-1)
-        tangent = forward | self.rows(c.tangents, moved=True)
-        self.forward_rows = forward
-        self._mark(("out", "lse", "m", "l", "largest"), "", forward)
-        self._mark(("out", "lse"), "'", tangent)
-        if c.cotangents is None:
-            return
-        backward = forward | self.rows(dict(zip(("out", "lse"), c.cotangents, strict=True)))
-        second = backward | tangent | self.rows(dict(zip(("out", "lse"), c.cotangent_tangents, strict=True)))
-        for suffix, rows in (("", backward), ("'", second)):
-            pairs = c.structural & rows[..., None]
-            at = {
-                "query": rows[..., None],
-                "key": _turned(pairs.any(axis=-2, keepdims=True)),
-                "bias": pairs,
-            }
-            at["value"] = at["key"]
-            for name in OPERANDS:
-                if f"d{name}" not in c.results:
-                    continue
-                bad = at.get(name, rows[..., None])
-                if name in ("query", "key", "value"):
-                    width = np.asarray(c.given[name]).shape[-1]
-                    bad = np.broadcast_to(bad, (*bad.shape[:-1], width))
-                if name not in ("query", "key", "value", "bias"):
-                    bad = bad.any(axis=(-1, -2), keepdims=True)
-                counted = Number(bad.astype(np.float64))
-                c.tainted[f"d{name}{suffix}"] = c._given_back(name, counted).value > 0
-
-    def _mark(self, names: tuple[str, ...], suffix: str, rows: np.ndarray) -> None:
-        c, rank = self.call, len(self.call.batch)
-        flat = rows.reshape(*rows.shape[:rank], c.N, c.Sq)
-        for name in names:
-            wide = np.swapaxes(flat, -1, -2)[..., None] if name == "out" else flat
-            c.tainted[name + suffix] = np.broadcast_to(wide, c.results[name].value.shape)
-
-
-def _turned(x: np.ndarray) -> np.ndarray:
-    return np.swapaxes(x, -1, -2)
 
 
 def _clean(x: np.ndarray) -> np.ndarray:
