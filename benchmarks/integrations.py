@@ -72,24 +72,30 @@ def alphafold(size: int) -> Model:
     return Model(loss, parameters, (pair, mask), ours, 0.5)
 
 
+def _small_gemma(library: Any, size: int) -> dict[str, Any]:
+    """What both of its implementations call alike."""
+    return {
+        "num_embed": 64,
+        "embed_dim": 64,
+        "hidden_dim": 64,
+        "num_heads": 4,
+        "head_dim": 32,
+        "num_kv_heads": 2,
+        "final_logit_softcap": 30.0,
+        "use_post_attn_norm": True,
+        "use_post_ffw_norm": True,
+        "attention_types": (library.AttentionType.LOCAL_SLIDING, library.AttentionType.GLOBAL),
+        "attn_logits_soft_cap": 50.0,
+        "sliding_window_size": max(2, size // 8),
+    }
+
+
 def gemma_own(size: int) -> Model:
     """The transformer of gemma: two layers, local and global, with a soft cap and shared key heads."""
     library = importlib.import_module("gemma.gm.nn._modules")
     rope = importlib.import_module("gemma.gm.math._positional_embeddings").apply_rope
     config = importlib.import_module("gemma.gm.nn.config").TransformerConfig(
-        num_embed=64,
-        embed_dim=64,
-        hidden_dim=64,
-        num_heads=4,
-        head_dim=32,
-        num_kv_heads=2,
-        final_logit_softcap=30.0,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-        attention_types=(library.AttentionType.LOCAL_SLIDING, library.AttentionType.GLOBAL),
-        attn_logits_soft_cap=50.0,
-        sliding_window_size=max(2, size // 8),
-        use_qk_norm=True,
+        **_small_gemma(library, size), use_qk_norm=True
     )
     make = importlib.import_module("gemma.gm.nn").Transformer
     model = make(config=config, dtype=jnp.float32, tokens="tokens")
@@ -146,21 +152,7 @@ def gemma2(size: int) -> Model:
     """The Gemma 2 of tunix: two layers, local and global, with a soft cap and shared key heads."""
     library = importlib.import_module("tunix.models.gemma.model")
     nnx = importlib.import_module("flax.nnx")
-    config = library.ModelConfig(
-        num_layers=2,
-        num_embed=64,
-        embed_dim=64,
-        hidden_dim=64,
-        num_heads=4,
-        head_dim=32,
-        num_kv_heads=2,
-        final_logit_softcap=30.0,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-        attention_types=(library.AttentionType.LOCAL_SLIDING, library.AttentionType.GLOBAL),
-        attn_logits_soft_cap=50.0,
-        sliding_window_size=max(2, size // 8),
-    )
+    config = library.ModelConfig(num_layers=2, **_small_gemma(library, size))
     graph, parameters = nnx.split(library.Gemma(config, rngs=nnx.Rngs(0)))
     parameters = jax.tree.map(lambda x: x.astype(jnp.float32), parameters)
 
