@@ -124,10 +124,10 @@ JAX_FA_INLINE bool SharesBiasBatch(const Call& c) {
   return false;
 }
 
-// Whether each number of dbias is the ds of one visible pair, so that it is just written.
+// Whether each head has a ds for every number of dbias that it adds to, so that the first head just writes it.
 JAX_FA_INLINE bool WritesAllBias(const Call& c) {
   return !c.lower && !c.upper && !c.mask && !c.segment_row && !c.blocks && !c.bias_offset && c.dbias.col == 1 &&
-         (c.dbias.row != 0 || c.Sq == 1) && (c.dbias.head != 0 || c.N == 1) && !SharesBiasBatch(c);
+         (c.dbias.row != 0 || c.Sq == 1);
 }
 
 // Runs fn(context, 0), ..., fn(context, count - 1), possibly in parallel, and returns when all are done.

@@ -176,7 +176,7 @@ void BackwardAs(const Call& c, const Runner& runner) {
     for (int64_t i = plan.groups.Begin(group); i < plan.groups.End(group); ++i) {
       const int64_t head = plan.groups.Head(i), b = head / c.K, k = head % c.K, part = head * plan.splits + split;
       float* dq = plan.splits > 1 ? dq_parts.get() + part * head_size : large ? own_dq.get() : s.dq;
-      BackwardHead<kPairs>(c, plan, s, b, k, key0, key1, dq, sums.Of(head, split));
+      BackwardHead<kPairs>(c, plan, s, b, k, key0, key1, dq, sums.Of(head, split, i == plan.groups.Begin(group)));
       if (plan.splits > 1) continue;
       FinishQueries<kPairs>(c, plan, b, k, s.stage, dq);
     }

@@ -15,11 +15,9 @@ struct BackwardPlan {
   int64_t rows, block_rows, row_blocks, key_block, dq_row, splits, split_keys;
   int64_t dq_size;      // floats of the dq of a key head; 0 where it is not wanted
   int64_t kept_blocks;  // of rows of query and dout that there is room for in packed form
-  bool writes_all_bias;
   const HeadGroups groups;
 
   explicit BackwardPlan(const Call& c) : groups(c) {
-    writes_all_bias = c.dbias && WritesAllBias(c);
     const Tiles& tiles = TilesInUse();
     rows = c.G() * c.Sq;
     block_rows = AlignedRows(c, tiles.backward_rows);
@@ -71,7 +69,6 @@ struct GradientRows {
   float* tmp;                        // ... of keep factors or bias
   float* stage;                      // rows on their way
   float *m, *inverse, *delta;        // of all rows: see PrepareRows
-  bool writes_all_bias;
 };
 
 template <bool kPairs>
@@ -87,9 +84,7 @@ struct BackwardScratch : GradientRows {
   int64_t q_row, dout_row, s_row, half_row, dv_row;
 
   BackwardScratch(const Call& c, const BackwardPlan& plan, bool own_dq)
-      : memory([&](Arena& arena) { Place(c, plan, own_dq, arena); }) {
-    writes_all_bias = plan.writes_all_bias;
-  }
+      : memory([&](Arena& arena) { Place(c, plan, own_dq, arena); }) {}
 
  private:
   void Place(const Call& c, const BackwardPlan& plan, bool own_dq, Arena& arena) {

@@ -171,7 +171,7 @@ inline void RowGradients(const Call& c, const GradientRows& s, const Row& row, i
     if (!v.Empty() && flags == nullptr) MaskOut(c, row, j0, v.lo, v.hi, 0.0f, x);
   }
   if (v.Empty()) return;
-  if (c.dbias) AddToBias(c, s.writes_all_bias, row, j0, v.lo, v.hi, ds);
+  if (c.dbias) AddToBias(c, sums.writes_bias, row, j0, v.lo, v.hi, ds);
   if (sums.scale != nullptr) sums.scale[row.n % c.G()] += WeightedSum(s.products, v.lo, v.hi, ds);
   if (sums.slopes != nullptr)
     sums.slopes[row.n % c.G() * sums.slope_rows + row.i % sums.slope_rows] += SlopeGradient(c, row, j0, v.lo, v.hi, ds);

@@ -9,15 +9,15 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// The part of dbias that a row of ds adds.
-inline void AddToBias(const Call& c, bool alone, const Row& row, int64_t j0, int64_t from, int64_t to,
+// The part of dbias that a row of ds adds. `first`: this head is the first to come to its numbers (see WritesAllBias).
+inline void AddToBias(const Call& c, bool first, const Row& row, int64_t j0, int64_t from, int64_t to,
                       const float* ds) {
   float* db = nullptr;
   if (c.bias_offset) {
-    const int64_t first = BiasIndex(c, row, j0 + from);
-    const Range given = BiasElements(c, first, to - from);
+    const int64_t begin = BiasIndex(c, row, j0 + from);
+    const Range given = BiasElements(c, begin, to - from);
     if (given.Empty()) return;
-    db = c.dbias.At<float>(row.b, row.n, 0, first + given.lo);
+    db = c.dbias.At<float>(row.b, row.n, 0, begin + given.lo);
     to = from + given.hi, from += given.lo;
     if (c.bias_apart && (c.mask || c.segment_row || c.blocks)) {  // the element of a masked pair may be another head's
       for (int64_t j = from; j < to; ++j)
@@ -27,7 +27,7 @@ inline void AddToBias(const Call& c, bool alone, const Row& row, int64_t j0, int
   } else {
     db = c.dbias.At<float>(row.b, row.n, row.i, j0 + from);
   }
-  if (alone) {
+  if (first && (c.dbias.head != 0 || row.n % c.G() == 0)) {
     __builtin_memcpy(db, ds + from, sizeof(float) * static_cast<size_t>(to - from));
   } else if (c.dbias.col == 0) {
     float sum = 0.0f;
@@ -54,7 +54,8 @@ inline double SlopeGradient(const Call& c, const Row& row, int64_t j0, int64_t f
 // The sums of each query head of a key head, over its rows and a range of keys; null where not asked for.
 struct HeadSums {
   double *slopes = nullptr, *scale = nullptr, *soft_cap = nullptr;
-  int64_t slope_rows = 1;  // Sq where each row has a slope of its own
+  int64_t slope_rows = 1;    // Sq where each row has a slope of its own
+  bool writes_bias = false;  // the gradient of the bias has nothing yet where these heads add to it
 };
 
 // A row's part of the gradient of the scale or the soft cap: the sum of ds times, say, the product q.k, which may be
@@ -101,13 +102,16 @@ class AllSums {
         slopes_(c.dslopes ? c.G() * rows_ : 0),
         scale_(c.dscale ? c.G() : 0),
         soft_cap_(c.dsoft_cap ? c.G() : 0),
+        writes_all_bias_(c.dbias && WritesAllBias(c)),
         memory_(2 * c.B * c.K * splits_ * Size()) {
     for (int64_t i = 0; i < c.B * c.K * splits_ * Size(); ++i) memory_.doubles()[i] = 0.0;
   }
 
-  HeadSums Of(int64_t head, int64_t split) const {
+  // `first`: of the heads that share a bias.
+  HeadSums Of(int64_t head, int64_t split, bool first) const {
     double* p = memory_.doubles() + (head * splits_ + split) * Size();
-    return {slopes_ ? p : nullptr, scale_ ? p + slopes_ : nullptr, soft_cap_ ? p + slopes_ + scale_ : nullptr, rows_};
+    return {slopes_ ? p : nullptr, scale_ ? p + slopes_ : nullptr, soft_cap_ ? p + slopes_ + scale_ : nullptr, rows_,
+            writes_all_bias_ && first};
   }
 
   void Store() const {
@@ -130,6 +134,7 @@ class AllSums {
 
   const Call& c_;
   const int64_t splits_, rows_, slopes_, scale_, soft_cap_;
+  const bool writes_all_bias_;
   const Buffer memory_;
 };
 

@@ -77,7 +77,7 @@ inline void SecondAs(const Call& c, const Runner& runner) {
       PackedKeys::Forget(plan, s);
       Fill(dk, 0, plan.dk_size, 0.0f);
       Fill(dv, 0, plan.dv_size, 0.0f);
-      const HeadSums own_sums = sums.Of(head, split);
+      const HeadSums own_sums = sums.Of(head, split, i == plan.groups.Begin(group));
       if (plan.splits == 1) {
         SecondHead(c, plan, s, b, k, 0, plan.rows, dk, dv, own_sums);
         StoreKeys(c, plan, b, k, 0, c.Skv, dk, dv);

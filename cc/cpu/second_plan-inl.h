@@ -78,10 +78,8 @@ struct SecondPlan {
   int64_t dk_size, dv_size;         // floats of the gradients of a key head; 0 where not wanted
   int64_t splits, split_positions;  // parts of the rows of each query head
   int64_t key_slots;                // blocks of keys that stay packed: all of a key head's, or 1
-  bool writes_all_bias;
 
   explicit SecondPlan(const Call& c) : terms(c), groups(c) {
-    writes_all_bias = c.dbias && WritesAllBias(c);
     rows = c.G() * c.Sq;
     key_block = AlignedKeys(c, KeysOf(TilesInUse().second_keys, c.D > c.Dv ? c.D : c.Dv));
     q_row = Panels(c.D > c.Dv ? c.D : c.Dv) * kPanel;

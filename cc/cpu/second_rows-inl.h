@@ -160,7 +160,7 @@ inline void SecondPassRow(const Call& c, const SecondPlan& plan, const SecondScr
   if (!v.Empty()) {
     const int64_t g = row.n % c.G();
     if (cap && sums.soft_cap != nullptr) sums.soft_cap[g] += Sum(by_cap);
-    if (c.dbias) AddToBias(c, plan.writes_all_bias, row, j0, v.lo, v.hi, x[kGX]);
+    if (c.dbias) AddToBias(c, sums.writes_bias, row, j0, v.lo, v.hi, x[kGX]);
     if (sums.scale != nullptr) sums.scale[g] += WeightedSum(x[kDot], v.lo, v.hi, x[kGX]);
     if (x[kDotTangent] != nullptr) sums.scale[g] += WeightedSum(x[kDotTangent], v.lo, v.hi, x[kDX]);
     if (sums.slopes != nullptr)

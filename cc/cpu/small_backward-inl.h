@@ -93,12 +93,10 @@ inline void SmallBackwardHead(const Call& c, const SmallScratch& s, int64_t b, i
 inline void SmallBackward(const Call& c, const Runner& runner) {
   const HeadGroups groups(c);
   const AllSums sums(c, 1);
-  const bool writes_all_bias = c.dbias && WritesAllBias(c);
   RunSmall(c, runner, groups.count(), HeadsOfTask(c), [&](SmallScratch& s, int64_t group) {
-    s.writes_all_bias = writes_all_bias;
     for (int64_t i = groups.Begin(group); i < groups.End(group); ++i) {
       const int64_t head = groups.Head(i);
-      SmallBackwardHead(c, s, head / c.K, head % c.K, sums.Of(head, 0));
+      SmallBackwardHead(c, s, head / c.K, head % c.K, sums.Of(head, 0, i == groups.Begin(group)));
     }
   });
   sums.Store();
