@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #include "call.h"
 
@@ -42,9 +43,8 @@ class Pages {
   // Every byte, those around the data too, so that what nobody may read is NaN, and a write to it shows.
   void Fill() const { std::memset(first_, 0xFF, inner_); }
   bool IsFilled() const {
-    for (size_t i = 0; i < inner_; ++i)
-      if (static_cast<unsigned char>(first_[i]) != 0xFF) return false;
-    return true;
+    // (Each byte equals the one before it.)
+    return static_cast<unsigned char>(first_[0]) == 0xFF && std::memcmp(first_, first_ + 1, inner_ - 1) == 0;
   }
 
  private:
@@ -66,7 +66,8 @@ class KernelMemory {
   }
   static float* Allocate(int64_t floats) {
     Fail();
-    auto pages = std::make_unique<Pages>(Bytes(floats), true);
+    std::unique_ptr<Pages> pages = Freed(Bytes(floats));
+    if (!pages) pages = std::make_unique<Pages>(Bytes(floats), true);
     pages->Fill();
     float* p = reinterpret_cast<float*>(pages->data());
     const std::lock_guard<std::mutex> lock(Mutex());
@@ -76,7 +77,13 @@ class KernelMemory {
   static void Free(float* p) {
     if (p == nullptr) return;
     const std::lock_guard<std::mutex> lock(Mutex());
-    if (Live().erase(p) != 1) std::abort();
+    const auto at = Live().find(p);
+    if (at == Live().end()) std::abort();
+    at->second->Protect(PROT_NONE);
+    auto& freed = FreedPages();
+    if (freed.size() == kMostFreed) freed.erase(freed.begin());
+    freed.push_back(std::move(at->second));
+    Live().erase(at);
   }
   static size_t live() {
     const std::lock_guard<std::mutex> lock(Mutex());
@@ -95,6 +102,25 @@ class KernelMemory {
     if (Countdown() == 0) return;
     --Countdown();
     if (Countdown() == 0) throw std::bad_alloc();
+  }
+  // What was freed last may not be touched, until a request of its size takes it: most of the time of a test of small
+  // arrays would be new pages otherwise.
+  static constexpr size_t kMostFreed = 32;
+  static std::vector<std::unique_ptr<Pages>>& FreedPages() {
+    static std::vector<std::unique_ptr<Pages>> freed;
+    return freed;
+  }
+  static std::unique_ptr<Pages> Freed(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(Mutex());
+    auto& freed = FreedPages();
+    for (auto at = freed.begin(); at != freed.end(); ++at) {
+      if ((*at)->bytes() != bytes) continue;
+      std::unique_ptr<Pages> pages = std::move(*at);
+      freed.erase(at);
+      pages->Protect(PROT_READ | PROT_WRITE);
+      return pages;
+    }
+    return nullptr;
   }
   static int64_t& Countdown() {
     static int64_t n = 0;
