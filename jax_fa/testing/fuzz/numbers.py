@@ -35,6 +35,12 @@ class Number:
         return Number(self.value, self.error, None, self.eps)
 
     @property
+    def magnitude(self) -> "Number":
+        """Of the value and of the tangent: of products, the sums of the magnitudes of their terms."""
+        tangent = None if self.tangent is None else self.tangent.magnitude
+        return self._new(np.abs(self.value), 0.0, tangent)
+
+    @property
     def flushed(self) -> float:
         return FLUSHED if self.eps > 1e-10 else 0.0
 
@@ -132,6 +138,13 @@ class Number:
     def where(self, mask: np.ndarray) -> "Number":
         """Exactly 0 elsewhere."""
         return self.map(lambda x: np.where(mask, x, 0.0))
+
+    def off_by(self, unit: float, size: "Number") -> "Number":
+        """With more error: so much of a magnitude and of its tangent."""
+        tangent = self.tangent
+        if tangent is not None and size.tangent is not None:
+            tangent = tangent.off_by(unit, size.tangent)
+        return self._new(self.value, self.error + unit * size.value, tangent)
 
     def rounded(self, unit: float, smallest: float = 0.0) -> "Number":
         """Stored with this unit roundoff, and with numbers below `smallest` lost."""

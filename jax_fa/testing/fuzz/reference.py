@@ -59,6 +59,9 @@ class Attention:
         self.full = (*self.batch, self.N, self.Sq, self.Skv)
         self.results: dict[str, Number] = {}
         self._gradients: dict[str, Number] = {}  # before they are summed to the shapes of operands
+        self._sizes: dict[
+            str, Number
+        ] = {}  # ... and the magnitudes of their summands, where parts of the keys give these
         self.tainted: dict[str, np.ndarray] = {}
 
     # --- from how arrays are given to `*B K G rows columns`, and back
@@ -297,6 +300,15 @@ class Attention:
             return x
         return x._new(x.value, x.error + self._least() * size, x.tangent)
 
+    def _summed(self, name: str, a: Number, b: Number, scale: Number | None = None) -> Number:
+        """A gradient, `a b` times the scale. Each part of the keys gives a summand, which is rounded, and so are their sums."""
+        factors = [a, b] if scale is None else [a, b, scale]
+        x = _product(factors)
+        if not self.merged or not self.narrow:
+            return x
+        size = self._sizes[f"d{name}"] = _product([y.magnitude for y in factors])
+        return x.off_by(2 * self.narrow, size)
+
     def _narrowed(self, p: Number) -> Number:
         """Weights that are kept, rounded before they are divided by the probability of that, or after."""
         rounded = p.rounded(self.narrow, self._least() / self.least_value)
@@ -358,9 +370,9 @@ class Attention:
         )
         ds = dx if self.by_x is None else (dx * self.by_x).where(self.seen)
         narrow_ds = ds.rounded(narrow, least)
-        dq = (narrow_ds @ self.k) * self.scale_number
-        dk = (narrow_ds.map(turned) @ self.q) * self.scale_number
-        dv = self._narrowed(self.weights).map(turned) @ dout
+        dq = self._summed("query", narrow_ds, self.k, self.scale_number)
+        dk = self._summed("key", narrow_ds.map(turned), self.q, self.scale_number)
+        dv = self._summed("value", self._narrowed(self.weights).map(turned), dout)
         dv = self._lost_by_parts(dv, turned(self.seen).sum(axis=-1, keepdims=True))
         dq = self._moved(dq, ds)
         found = {"query": dq, "key": dk, "value": dv}
@@ -382,12 +394,19 @@ class Attention:
             self._gradients[f"d{name}"] = x
 
     def size_in_parts(self, name: str) -> Any:
-        """The sum of the magnitudes of what each entry of the first dim of the batch adds to a gradient, or its tangent."""
+        """The sum of the magnitudes of what adds up to a gradient, or its tangent, and is stored by itself.
+
+        That is what each entry of the first dim of the batch gives, or each part of the keys.
+        """
         base = name.removesuffix("'")
+        if base in self._sizes:
+            size = self._sizes[base]
+            size = size if name == base or size.tangent is None else size.tangent
+            return self._given_back(base[1:], size.still).value
         x = self._gradients.get(base)
         x = x.tangent if x is not None and name != base else x
         shape = np.shape(self.given.get(base[1:], 0.0))
-        if x is None or shape[0] != 1:  # it is no sum over them
+        if x is None or not self.batch or shape[:1] != (1,):  # it is no sum over them
             return 0.0
         parts = (self._given_back(base[1:], Number(x.value[i : i + 1])) for i in range(x.value.shape[0]))
         return sum(np.abs(part.value) for part in parts)
@@ -418,6 +437,11 @@ class Attention:
         largest = np.abs(self.k.value).max(axis=-2, keepdims=True, initial=0.0)
         more = size * largest * np.abs(self.scale_number.value)
         return dq._new(dq.value, dq.error + more, dq.tangent)
+
+
+def _product(factors: list[Number]) -> Number:
+    x = factors[0] @ factors[1]
+    return x if len(factors) == 2 else x * factors[2]
 
 
 def _clean(x: np.ndarray) -> np.ndarray:

@@ -140,9 +140,14 @@ HOW: dict[str, Callable[[Program], bool]] = {
 
 
 def merges(program: Program) -> bool:
-    """Whether the results are merged from those of parts of the keys."""
+    """Whether the results are merged from those of parts of the keys.
+
+    Devices that exchange keys add up sums; but a tangent is that of each part, moved by how far its output is from that of all
+    keys: outputs which both are rounded.
+    """
     p = program
-    by_devices = p.how == "sharded" and sharded.strategy(p)[1] == "all_reduce"
+    adds_outputs = p.derivative == "forward" or sharded.strategy(p)[1] == "all_reduce"
+    by_devices = p.how == "sharded" and adds_outputs
     return p.how == "split" or p.joined != "all" or by_devices
 
 
