@@ -99,14 +99,18 @@ def pytest_collection_finish(session) -> None:
     gc.freeze()
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of each test one in N of its cases")
+
+
 def pytest_generate_tests(metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         serving = [b.name for b in backends.every() if b.platforms is None or PLATFORM in b.platforms]
         metafunc.parametrize("backend", serving)
 
 
-@pytest.hookimpl(tryfirst=True)  # before marks are looked at
-def pytest_collection_modifyitems(config, items) -> None:
+@pytest.hookimpl(wrapper=True)  # before marks are looked at, and after
+def pytest_collection_modifyitems(config, items):
     """Leaves out a case for a backend that refuses its dtype (test_native.py holds it to the refusal)."""
     kept, dropped = [], []
     for item in items:
@@ -119,6 +123,9 @@ def pytest_collection_modifyitems(config, items) -> None:
     for item in items:
         if item.path.stem in _INDEPENDENT:
             item.add_marker(pytest.mark.independent)
+    yield
+    items[:], left_out = tables.one_in(config.getoption("one_in"), items)
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_report_header() -> str:

@@ -32,6 +32,17 @@ def _places(item: pytest.Item) -> tuple:
     return tuple(found)
 
 
+def one_in(every: int, items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """(kept, left out): of each test the first case, and one in `every` of those after it."""
+    seen: dict[str, int] = defaultdict(int)
+    kept, left_out = [], []
+    for item in items:
+        name = item.nodeid.split("[")[0]
+        (left_out if seen[name] % every else kept).append(item)
+        seen[name] += 1
+    return kept, left_out
+
+
 def take_turns(items: list[pytest.Item]) -> None:
     """Of a test marked `in_turn`, each row runs on one backend by default, the next row on the next one.
 
