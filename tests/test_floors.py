@@ -94,6 +94,7 @@ def test_the_core_is_small():
         "bench",
         "paged",
         "sequence_parallel",
+        "sharding",
         "explanation",
         "testing",
     )

@@ -21,6 +21,7 @@ from test_sharding import _SMALL, LAYOUTS, Layout, _compiled, _derivatives, _mes
 
 import jax_fa
 from jax_fa import backends, sharding
+from jax_fa.sharding import gathering
 from jax_fa.testing.cases import check
 
 DEVICES = jax.devices("cpu")
@@ -327,9 +328,9 @@ def test_exported_programs_split_in_other_processes(backend, tmp_path):
 
 @pytest.fixture
 def untold():
-    sharding._warned.clear()
+    gathering._warned.clear()
     yield
-    sharding._warned.clear()
+    gathering._warned.clear()
 
 
 GATHERED = [

@@ -34,7 +34,7 @@ class Backend(Protocol):
     * `paged(call)`: out, softmax max and softmax sum of a `PagedCall` (`paged/call.py`), which `why_not` then gets in place of a
       `Call` where `what` is "paged".
 
-    Calls on several devices carry a rule by which XLA splits batch and heads (`sharding.py`). A backend may say more:
+    Calls on several devices carry a rule by which XLA splits batch and heads (`sharding/`). A backend may say more:
 
     * `splits_rows = True`: query rows too. Then `problem.mask` says nothing, for it counts from the first row; the operands do.
     * `why_no_functions(call)`: why it cannot compute a call with `problem.functions`, or None; such a call goes to no backend
