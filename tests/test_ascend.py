@@ -439,7 +439,7 @@ def test_refusals(options, message):
 
 def test_the_gradient_of_the_logsumexp_takes_columns():
     x = jnp.ones((1, 8, 1, 768), jnp.float32)
-    run = lambda x: flash_attention(x, x, x, return_logsumexp=True, **ASCEND)[1].sum()  # noqa: E731
+    run = lambda x: flash_attention(x, x, x, return_logsumexp=True, **ASCEND)[1].sum()
     assert np.isfinite(run(x))
     with pytest.raises(NotImplementedError, match="takes 2 more columns than head_dim's 768"):
         jax.grad(run)(x)

@@ -132,8 +132,8 @@ def _dense(row: Row, visible, x):
 
 def _everything(attend, x, along):
     """Results, gradients, tangents, and the Hessian times a vector."""
-    wide = lambda y: y if y.dtype.itemsize > 2 else y.astype(jnp.float32)  # noqa: E731
-    loss = lambda x: sum(jnp.sum(jnp.sin(wide(y))) for y in attend(x))  # noqa: E731
+    wide = lambda y: y if y.dtype.itemsize > 2 else y.astype(jnp.float32)
+    loss = lambda x: sum(jnp.sum(jnp.sin(wide(y))) for y in attend(x))
     gradients, second = jax.jvp(jax.grad(loss), (x,), (along,))
     results, tangents = jax.jvp(attend, (x,), (along,))
     return {"results": results, "gradients": gradients, "tangents": tangents, "second": second}
@@ -205,7 +205,7 @@ def test_what_the_kernels_take(monkeypatch):
     assert seen[0] == ("cpu", None)
     assert seen[1][0] == "xla" and seen[1][1].startswith("takes a BlockMask of known values")
     q = np.zeros((B, 64, N, D), np.float32)
-    run = lambda ids: jax_fa.flash_attention(q, q, q, mask=_masked(ids), implementation="cpu")  # noqa: E731
+    run = lambda ids: jax_fa.flash_attention(q, q, q, mask=_masked(ids), implementation="cpu")
     with pytest.raises(NotImplementedError, match="cpu: takes a BlockMask of known values"):
         jax.jit(run)(ids)
     monkeypatch.setattr(pairs, "MOST_BYTES", 3 * 16 * 16)
@@ -221,7 +221,7 @@ def test_vmap_and_what_is_done_to_leaves():
     """Over queries, over masks, and masks whose batch is turned round."""
     row = Row(mask=lambda xp: lambda b, h, i, j: xp.asarray(IDS)[b, i] == xp.asarray(IDS)[b, j], batch=B)
     x, mask = jax.tree.map(jnp.asarray, _arrays(row)), row.blocks()
-    attend = lambda mask, query: _ours(row, mask, x | {"query": query})[0]  # noqa: E731
+    attend = lambda mask, query: _ours(row, mask, x | {"query": query})[0]
     run = jax.jit(attend)
     queries = jnp.stack([x["query"], -x["query"]])
     found = jax.jit(jax.vmap(attend, in_axes=(None, 0)))(mask, queries)

@@ -112,8 +112,8 @@ def _split(a):
 
 def _everything(attend, others, floats, along):
     """Results, gradients, tangents, and the Hessian times a vector."""
-    run = lambda x: attend(x | others)  # noqa: E731
-    loss = lambda x: sum(jnp.sum(jnp.sin(y)) for y in run(x))  # noqa: E731
+    run = lambda x: attend(x | others)
+    loss = lambda x: sum(jnp.sum(jnp.sin(y)) for y in run(x))
     gradients, second = jax.jvp(jax.grad(loss), (floats,), (along,))
     results, tangents = jax.jvp(run, (floats,), (along,))
     return {"results": results, "gradients": gradients, "tangents": tangents, "second": second}
@@ -274,7 +274,7 @@ def test_nothing_of_masked_pairs_propagates(order):
         def score(s, b, h, i, j):
             return s - x["slopes"][h] * jnp.sqrt((i - j).astype(jnp.float32))
 
-        mask = lambda b, h, i, j: (i > j) & (j < lengths[b])  # noqa: E731
+        mask = lambda b, h, i, j: (i > j) & (j < lengths[b])
         out, lse = jax_fa.flash_attention(
             x["query"], x["key"], x["value"], score_mod=score, mask_mod=mask, return_logsumexp=True
         )
@@ -304,7 +304,7 @@ def test_vmap(axes):
     mod, a = MODS["all"], jax.tree.map(jnp.asarray, _arrays(np.float32))
 
     def attend(query, table, ids):
-        loss = lambda q, t: jnp.sum(jnp.sin(_ours(mod, a | {"query": q, "table": t, "ids": ids})[0]))  # noqa: E731
+        loss = lambda q, t: jnp.sum(jnp.sin(_ours(mod, a | {"query": q, "table": t, "ids": ids})[0]))
         return jax.grad(loss, argnums=(0, 1))(query, table)
 
     stacked = [jnp.stack([a["query"], -a["query"]]), jnp.stack([a["table"], 2 * a["table"]], axis=1)]
@@ -471,7 +471,7 @@ def test_memory_is_linear_in_the_length(order):
             mask = jax_fa.create_block_mask(
                 lambda b, h, i, j: (ids[b, i] == ids[b, j]) & (i >= j), 1, None, s, s
             )
-            score = lambda v, b, h, i, j: v + x["table"][h, i - j + s]  # noqa: E731
+            score = lambda v, b, h, i, j: v + x["table"][h, i - j + s]
             out = jax_fa.flash_attention(x["query"], x["key"], x["value"], mask=mask, score_mod=score)
             return jnp.sum(out**2)
 
@@ -479,7 +479,7 @@ def test_memory_is_linear_in_the_length(order):
         if order:
             fn = jax.grad(loss)
         if order == 2:
-            fn = lambda x, ids: jax.jvp(lambda x: jax.grad(loss)(x, ids), (x,), (x,))  # noqa: E731
+            fn = lambda x, ids: jax.jvp(lambda x: jax.grad(loss)(x, ids), (x,), (x,))
         return temporary_bytes(jax.jit(fn).lower(x, ids))
 
     short, long = temporary(2048), temporary(4096)
@@ -538,7 +538,7 @@ def test_block_masks_that_are_refused(name, no_type_checker):
 
 
 def test_a_block_mask_fits_its_call():
-    causal = lambda b, h, i, j: i >= j  # noqa: E731
+    causal = lambda b, h, i, j: i >= j
     for arguments, text in (
         ((None, None, 5, 4), "must be made for the lengths of the call, Sq=4 and Skv=4"),
         ((3, None, 4, 4), r"must be made for the batch and heads of the call, \(\*B, N\)=\(1, 2\)"),

@@ -229,6 +229,12 @@ MISSES: dict[str, tuple[dict, dict]] = {
         | dict(derivative="reverse", seed=404000164),
         dict(seed=20, spread=60.0),
     ),
+    "the gradients of devices, each rounded": (
+        dict(backend="xla", B=(), Sq=64, Skv=64, N=1, D=2, Dv=80, dtype="bfloat16", mask=("prefix",))
+        | dict(bias="bNQK", slopes="BN", cap="traced", dropout="known", derivative="reverse", how="sharded")
+        | dict(seed=202000334),
+        dict(seed=122, spread=60.0, size=1000.0, infinite_bias=True),
+    ),
     "tangents of parts by the distance of rounded outputs": (
         dict(backend="cpu", B=(), Sq=48, Skv=18, K=2, D=64, Dv=80, dtype="bfloat16", how="sharded")
         | dict(derivative="forward", seed=202000164),

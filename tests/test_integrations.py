@@ -728,7 +728,7 @@ def test_nnx_decoding_with_is_causal(nnx, flax_ours):
 
 def test_flax_dropout_rate_as_data(flax_ours):
     key = jax.random.key(0)
-    run = lambda rate: flax_ours.attention_fn(_x(), _x(), _x(), dropout_rate=rate, dropout_rng=key)  # noqa: E731
+    run = lambda rate: flax_ours.attention_fn(_x(), _x(), _x(), dropout_rate=rate, dropout_rng=key)
     _close(jax.jit(run)(jnp.float32(0.25)), run(0.25), TOLERANCE["float32"])
     with pytest.raises(ValueError, match=r"dropout_rate must be in \[0, 1\); got -0.5"):
         run(-0.5)

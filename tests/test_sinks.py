@@ -364,7 +364,7 @@ def test_the_gradient_has_the_dtype_of_the_sinks(dtype, backend):
     """And is summed in float32."""
     case = Case(name="dtypes", Sq=300, Skv=8, N=2, K=1)
     x, sinks = case.stored_operands(), _sinks(case, dtype)
-    loss = lambda s: case.flash_attention(x, sinks=s, implementation=backend)[1].sum()  # noqa: E731
+    loss = lambda s: case.flash_attention(x, sinks=s, implementation=backend)[1].sum()
     found, want = (jax.jit(jax.grad(loss))(s) for s in (sinks, sinks.astype(np.float32)))
     assert found.dtype == sinks.dtype
     np.testing.assert_array_equal(found, want.astype(found.dtype))

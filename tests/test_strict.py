@@ -116,7 +116,7 @@ def test_what_raises_nothing(only_forward):
 
 def test_a_named_backend_that_lacks_a_derivative(only_forward):
     """xla supplies it, which is a fallback too."""
-    run = lambda x: jax.jvp(lambda y: attend(y, implementation="forward"), (x,), (x,))  # noqa: E731
+    run = lambda x: jax.jvp(lambda y: attend(y, implementation="forward"), (x,), (x,))
     _lower(run, X)
     with jax_fa.strict(), pytest.raises(NotImplementedError, match=r"forward: does not compute the tangent"):
         _lower(run, X)

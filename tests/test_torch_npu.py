@@ -1094,7 +1094,7 @@ def test_a_million_tokens_at_most():
 
 def test_the_operators_entry_says_once_what_it_applies():
     score._warned = False
-    run = lambda **more: jax_fa.flash_attention_score(Q, Q, Q, head_num=2, **more)  # noqa: E731
+    run = lambda **more: jax_fa.flash_attention_score(Q, Q, Q, head_num=2, **more)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         run()

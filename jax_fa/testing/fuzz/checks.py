@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa.testing.fuzz import ways
 from jax_fa.testing.fuzz.inputs import Inputs, from_stored, smallest_of, unit_of
 from jax_fa.testing.fuzz.numbers import Number
 from jax_fa.testing.fuzz.reference import FLT_MAX, Attention
@@ -40,7 +39,7 @@ def check(inputs: Inputs, found: dict[str, Any]) -> Verdict:
         by_elements = inputs.program.mapped and not inputs.program.vmap_outside
         if by_elements or inputs.program.how == "doubled":  # each part of a sum is stored
             number = number.rounded(2 * unit_of(dtype), 2 * smallest_of(dtype))
-        if by_elements or ways.merges(inputs.program):
+        if by_elements or wanted.added:
             # ... and may overflow, the one to infinity and the other to the other one.
             most = float(jnp.finfo(dtype).max)
             tainted = tainted | (wanted.size_in_parts(name) * (1 + 4 * unit_of(dtype)) >= most)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jax_fa.testing.fuzz.numbers import TINY, Number, growth
+from jax_fa.testing.fuzz.parts import Parts
 from jax_fa.testing.fuzz.taint import OPERANDS, Taint, turned
 
 FLT_MAX = float(np.finfo(np.float32).max)
@@ -47,6 +48,7 @@ class Attention:
     loose_delta: bool = False  # the backward takes delta from the rounded output
     scales_out: bool = False  # the output is rounded, multiplied and rounded again, and so is its cotangent
     merged: bool = False  # from outputs and log-sum-exps of parts of the keys
+    added: bool = False  # gradients are sums of some that are stored: of parts of the keys, or on devices
     tangents: dict[str, np.ndarray] = field(default_factory=dict)
     cotangents: Any = None  # of out and of the log-sum-exp, which may be None
     cotangent_tangents: Any = (None, None)
@@ -59,9 +61,7 @@ class Attention:
         self.full = (*self.batch, self.N, self.Sq, self.Skv)
         self.results: dict[str, Number] = {}
         self._gradients: dict[str, Number] = {}  # before they are summed to the shapes of operands
-        self._sizes: dict[
-            str, Number
-        ] = {}  # ... and the magnitudes of their summands, where parts of the keys give these
+        self.parts = Parts(self)
         self.tainted: dict[str, np.ndarray] = {}
 
     # --- from how arrays are given to `*B K G rows columns`, and back
@@ -197,10 +197,8 @@ class Attention:
         narrow = self._narrowed(p)
         out = self._with_sink_rounded(narrow @ self.v)
         if self.sink_weight is not None or self.scales_out:
-            out = out._new(
-                out.value, out.error + self.narrow * np.abs(out.value) + self._least(), out.tangent
-            )
-        self.out = out = self._merged(out)
+            out = out._new(out.value, out.error + self.narrow * np.abs(out.value) + self.least, out.tangent)
+        self.out = out = self.parts.output(out)
         lse = self._with_error_of_sum(top + safe.log(), p, x, top)
         lse = lse._new(
             np.where(self.empty, -FLT_MAX, lse.value), np.where(self.empty, 0, lse.error), lse.tangent
@@ -260,61 +258,16 @@ class Attention:
         tangent, factor = x.tangent, self._share_factor()
         assert tangent is not None
         size = np.abs(tangent.value) + 2 * np.abs(x.value) * factor
-        more = self.narrow * size + self._least() * (2 + factor)
+        more = self.narrow * size + self.least * (2 + factor)
         return x._new(x.value, x.error, x._new(tangent.value, tangent.error + more))
-
-    # Parts of the keys: each has a weight of its own, from a log-sum-exp that is off by its rounding, and an output that is
-    # rounded to the dtype. Neither cancels against what is computed of the keys.
-
-    def _part_error(self) -> Any:
-        """The relative error of a part's weight or output, `*B K G Sq 1`."""
-        size = np.abs(self.s.value).max(axis=-1, keepdims=True, where=self.seen, initial=0.0)
-        if self.sink_weight is not None:
-            size = np.maximum(size, np.abs(self.sinks.value))
-        return self.narrow + self.eps * (8 + 2 * size)
-
-    def _largest_values(self) -> Any:
-        """No output of a part is beyond, `*B K 1 1 Dv`."""
-        kept = 1.0 if self.keep is None else float(np.max(self.keep, initial=0.0))
-        return np.abs(self.v.value).max(axis=-2, keepdims=True, initial=0.0) * kept
-
-    def _merged(self, out: Number) -> Number:
-        moved, tangent = self.weights.tangent, out.tangent
-        if not self.merged or moved is None or tangent is None:
-            return out
-        size = np.abs(moved.value).sum(axis=-1, keepdims=True) * self._largest_values()
-        error = tangent.error + self._part_error() * size + self._least()
-        return out._new(out.value, out.error, out._new(tangent.value, error))
-
-    def _merged_delta(self, delta: Number, dout: Number, dlse: Number | None) -> Number:
-        """... with all that a part's cotangents are off by."""
-        if not self.merged:
-            return delta
-        size = (np.abs(dout.value) * self._largest_values()).sum(axis=-1, keepdims=True)
-        size = size + np.abs(delta.value) + (0.0 if dlse is None else np.abs(dlse.value)[..., None])
-        return delta._new(delta.value, delta.error + self._part_error() * size, delta.tangent)
-
-    def _lost_by_parts(self, x: Number, size: Any) -> Number:
-        """The cotangent of a part's output is rounded once more, and may be small: then its weights among its keys are not."""
-        if not self.merged:
-            return x
-        return x._new(x.value, x.error + self._least() * size, x.tangent)
-
-    def _summed(self, name: str, a: Number, b: Number, scale: Number | None = None) -> Number:
-        """A gradient, `a b` times the scale. Each part of the keys gives a summand, which is rounded, and so are their sums."""
-        factors = [a, b] if scale is None else [a, b, scale]
-        x = _product(factors)
-        if not self.merged or not self.narrow:
-            return x
-        size = self._sizes[f"d{name}"] = _product([y.magnitude for y in factors])
-        return x.off_by(2 * self.narrow, size)
 
     def _narrowed(self, p: Number) -> Number:
         """Weights that are kept, rounded before they are divided by the probability of that, or after."""
-        rounded = p.rounded(self.narrow, self._least() / self.least_value)
+        rounded = p.rounded(self.narrow, self.least / self.least_value)
         return rounded if self.keep is None else rounded * self._grouped(self.keep)
 
-    def _least(self) -> float:
+    @property
+    def least(self) -> float:
         return self.smallest if self.narrow else 0.0
 
     def _result(self, name: str, x: Number, heads: tuple[int, ...]) -> None:
@@ -352,7 +305,7 @@ class Attention:
     def _backward(self) -> None:
         dout, dlse = self._cotangent(0, "out"), self._cotangent(1, "lse")
         assert dout is not None
-        narrow, least = self.narrow, self._least()
+        narrow, least = self.narrow, self.least
         if self.sink_weight is not None or self.scales_out:
             dout = self._with_sink_rounded(dout.rounded(narrow, least))
         dw = dout @ self.v.map(turned)
@@ -363,17 +316,17 @@ class Attention:
         delta = self._as_computed(delta, dout, terms)
         if dlse is not None:
             delta = delta - dlse.map(lambda a: a[..., None])
-        delta = self._merged_delta(delta, dout, dlse)
+        delta = self.parts.delta(delta, dout, dlse)
         dx = self._flushed_first((self.p * (dw - delta)).where(self.seen))
-        dx = self._lost_by_parts(
-            dx, np.where(self.seen, self._largest_values().sum(axis=-1, keepdims=True), 0.0)
+        dx = self.parts.lost(
+            dx, np.where(self.seen, self.parts.largest_values().sum(axis=-1, keepdims=True), 0.0)
         )
         ds = dx if self.by_x is None else (dx * self.by_x).where(self.seen)
         narrow_ds = ds.rounded(narrow, least)
-        dq = self._summed("query", narrow_ds, self.k, self.scale_number)
-        dk = self._summed("key", narrow_ds.map(turned), self.q, self.scale_number)
-        dv = self._summed("value", self._narrowed(self.weights).map(turned), dout)
-        dv = self._lost_by_parts(dv, turned(self.seen).sum(axis=-1, keepdims=True))
+        dq = self.parts.gradient("query", narrow_ds, self.k, self.scale_number)
+        dk = self.parts.gradient("key", narrow_ds.map(turned), self.q, self.scale_number)
+        dv = self.parts.gradient("value", self._narrowed(self.weights).map(turned), dout)
+        dv = self.parts.lost(dv, turned(self.seen).sum(axis=-1, keepdims=True))
         dq = self._moved(dq, ds)
         found = {"query": dq, "key": dk, "value": dv}
         if "bias" in self.given:
@@ -399,8 +352,8 @@ class Attention:
         That is what each entry of the first dim of the batch gives, or each part of the keys.
         """
         base = name.removesuffix("'")
-        if base in self._sizes:
-            size = self._sizes[base]
+        if base in self.parts.sizes:
+            size = self.parts.sizes[base]
             size = size if name == base or size.tangent is None else size.tangent
             return self._given_back(base[1:], size.still).value
         x = self._gradients.get(base)
@@ -437,11 +390,6 @@ class Attention:
         largest = np.abs(self.k.value).max(axis=-2, keepdims=True, initial=0.0)
         more = size * largest * np.abs(self.scale_number.value)
         return dq._new(dq.value, dq.error + more, dq.tangent)
-
-
-def _product(factors: list[Number]) -> Number:
-    x = factors[0] @ factors[1]
-    return x if len(factors) == 2 else x * factors[2]
 
 
 def _clean(x: np.ndarray) -> np.ndarray:
