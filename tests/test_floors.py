@@ -83,25 +83,6 @@ def test_every_file_has_a_floor():
     assert [module for module in FILES if _floor(module) is None] == []
 
 
-def test_the_core_is_small():
-    rooms = (
-        "backends",
-        "cann",
-        "flex",
-        "integrations",
-        "demo",
-        "doctor",
-        "bench",
-        "paged",
-        "sequence_parallel",
-        "sharding",
-        "explanation",
-        "testing",
-    )
-    core = [module for module in FILES if module.split(".")[1:2] not in [[room] for room in rooms]]
-    assert len(core) <= 20, core
-
-
 def _ours(module: str) -> set[str]:
     return {name for name in _of(module) if name.split(".")[0] == "jax_fa"}
 

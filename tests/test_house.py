@@ -27,6 +27,7 @@ ROOMS = {
     "mosaic",
     "paged",
     "sequence_parallel",
+    "sharding",
     "testing",
 }
 LONG_SIGNATURE, SHARED = 10, 8  # parameters
