@@ -18,6 +18,19 @@ inline bool IsNarrow(const Call& c) {
          AreWeightsPlain(c) && c.key.col == 1 && c.value.col == 1;
 }
 
+// Whether rows see few of the keys, by some of them: a window, or documents. (Only how work is cut depends on it.)
+inline bool SeesFewKeys(const Call& c) {
+  if (!c.lower && !c.upper) return false;
+  constexpr int64_t kSamples = 64;
+  const int64_t all = c.B * c.N * c.Sq, step = all > kSamples ? all / kSamples : 1;
+  int64_t count = 0, keys = 0;
+  for (int64_t at = step / 2; at < all; at += step, ++count) {
+    const Range v = Visible(c, {at / (c.N * c.Sq), at / c.Sq % c.N, at % c.Sq});
+    keys += v.Empty() ? 0 : v.hi - v.lo;
+  }
+  return keys * kFewKeys <= count * c.Skv;
+}
+
 // Keys of a block whose keys and values of all heads stay in the second cache beside those of the next one.
 inline int64_t NarrowKeys(const Call& c) {
   int64_t keys = kDirectKeys;
@@ -56,7 +69,8 @@ struct ForwardPlan {
     values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
     const int64_t heads = c.B * c.K;
     task_heads = direct ? c.K : 1;
-    task_rows = direct ? kNarrowRows : TaskRows(c, group_rows);
+    const bool few_keys = !direct && !c.blocks && SeesFewKeys(c);
+    task_rows = direct ? kNarrowRows : few_keys ? kFewKeysTaskRows : TaskRows(c, group_rows);
     const bool paged = c.pages && rows <= kPagedSplitRows, whole = paged || direct;
     if (!whole && rows <= kWholeRows && heads >= kThreadHeads * threads) {
       task_rows = kWholeRows;
@@ -66,7 +80,7 @@ struct ForwardPlan {
     }
     blocks = (rows + task_rows - 1) / task_rows;
     if (blocks > 1 && !c.blocks) task_rows = RoundUp((rows + blocks - 1) / blocks, kRows);
-    shared = !direct && blocks > 1 && heads * key_blocks * BlockSize() <= kSharedFloats;
+    shared = !direct && !few_keys && blocks > 1 && heads * key_blocks * BlockSize() <= kSharedFloats;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
     const int64_t tasks = heads / task_heads;
     splits = tasks == 0 || tasks >= kEnoughTasks || (rows > kSplitRows && !paged) ? 1 : (kFewTasks + tasks - 1) / tasks;

@@ -225,6 +225,10 @@ JAX_FA_INLINE int64_t TaskRows(const Call& c, int64_t group_rows) {
 // thread waits for others that pack, which takes 15 us a call, as long as a tenth of 128 rows of 8 heads.
 constexpr int64_t kWholeRows = 512, kThreadHeads = 4;
 
+// ... or kFewKeysTaskRows, where rows see at most one in kFewKeys of the keys: then each task packs what its rows see, which
+// packing for all tasks would write to the memory and read again.
+constexpr int64_t kFewKeysTaskRows = 1024, kFewKeys = 8;
+
 // Forward of few rows (decoding): with fewer than kEnoughTasks tasks the keys are split so that there are about kFewTasks,
 // of at least kSplitKeys keys each, below which the merging costs more than it gains. Not for more than kSplitRows rows of
 // a key head.
