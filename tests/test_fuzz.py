@@ -235,6 +235,14 @@ MISSES: dict[str, tuple[dict, dict]] = {
         | dict(seed=202000334),
         dict(seed=122, spread=60.0, size=1000.0, infinite_bias=True),
     ),
+    "small outputs that are divided by the probability to be kept": (
+        dict(
+            entry="dot_product_attention", backend="ascend", Sq=64, Skv=64, N=1, D=32, Dv=32, dtype="float16"
+        )
+        | dict(mask=("dense_QK",), known_mask=True, bias="BNQK", bias_dtype="float16", scale="known")
+        | dict(dropout="traced", max_logits=True, seed=202000447),
+        dict(seed=1),
+    ),
     "tangents of parts by the distance of rounded outputs": (
         dict(backend="cpu", B=(), Sq=48, Skv=18, K=2, D=64, Dv=80, dtype="bfloat16", how="sharded")
         | dict(derivative="forward", seed=202000164),

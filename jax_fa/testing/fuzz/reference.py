@@ -197,7 +197,8 @@ class Attention:
         narrow = self._narrowed(p)
         out = self._with_sink_rounded(narrow @ self.v)
         if self.sink_weight is not None or self.scales_out:
-            out = out._new(out.value, out.error + self.narrow * np.abs(out.value) + self.least, out.tangent)
+            lost = self.least * (float(np.max(self.keep, initial=1.0)) if self.scales_out else 1.0)
+            out = out._new(out.value, out.error + self.narrow * np.abs(out.value) + lost, out.tangent)
         self.out = out = self.parts.output(out)
         lse = self._with_error_of_sum(top + safe.log(), p, x, top)
         lse = lse._new(
