@@ -184,7 +184,32 @@ def with_sink(m, l, sink):
     return m_new, l * jnp.exp(m - m_new) + jnp.exp(sink - m_new)
 
 
+@jax.custom_jvp
+def logsumexp_with_sink(lse, sink):
+    """The log-sum-exp with one more logit.
+
+    Its derivatives are made of the very `shares` that the output is multiplied by: what they are factors of may cancel.
+    """
+    m, l = with_sink(lse, jnp.ones_like(lse), sink)
+    return m + jnp.log(l)
+
+
+@logsumexp_with_sink.defjvp
+def _logsumexp_with_sink_jvp(primals, tangents):
+    lse, sink = primals
+    of_keys, of_sink = shares(lse - sink)
+    return logsumexp_with_sink(lse, sink), of_keys * tangents[0] + of_sink * tangents[1]
+
+
+@jax.custom_jvp
 def shares(apart) -> tuple[Any, Any]:
     """Those of two parts in their sum, from the difference of their log-sum-exps."""
-    # (The derivative of jax.nn.sigmoid at 1 - 1e-9 is 0 in float32.)
     return jnp.exp(jax.nn.log_sigmoid(apart)), jnp.exp(jax.nn.log_sigmoid(-apart))
+
+
+@shares.defjvp
+def _shares_jvp(primals, tangents):
+    # (The derivative of jax.nn.sigmoid at 1 - 1e-9 is 0 in float32, and that of log_sigmoid is off by the rounding of apart.)
+    one, other = shares(*primals)
+    moved = one * other * tangents[0]
+    return (one, other), (moved, -moved)
