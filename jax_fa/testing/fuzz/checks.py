@@ -43,8 +43,8 @@ def check(inputs: Inputs, found: dict[str, Any]) -> Verdict:
             # ... and may overflow, the one to infinity and the other to the other one.
             most = float(jnp.finfo(dtype).max)
             tainted = tainted | (wanted.size_in_parts(name) * (1 + 4 * unit_of(dtype)) >= most)
-        if inputs.program.how == "sharded" and name in ("dkey", "dvalue"):  # ... on each device
-            number = number.rounded(unit_of(dtype), smallest_of(dtype))
+        if wanted.added and name.removesuffix("'") in ("dquery", "dkey", "dvalue"):
+            number = number.rounded(unit_of(dtype), 4 * smallest_of(dtype))
         reached += int(np.count_nonzero(tainted))
         ratio, text = _compare(stored, number, tainted, dtype)
         worst[name] = ratio

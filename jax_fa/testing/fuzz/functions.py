@@ -20,7 +20,8 @@ def serves(program: Program) -> bool:
     p = program
     known = all(name in _MASKS or name.startswith("dense") for name in p.mask)
     something = p.mask or p.bias or p.slopes or p.cap
-    return bool(p.backend == "xla" and known and something and p.derivative != "second")
+    there = all((*p.B, p.Sq, p.Skv))  # an index into a dim of size 0 is an error
+    return bool(p.backend == "xla" and known and something and there and p.derivative != "second")
 
 
 def attend(program: Program, operands: Arrays, values: Arrays, options: Arrays) -> Arrays:
@@ -41,7 +42,7 @@ def attend(program: Program, operands: Arrays, values: Arrays, options: Arrays) 
 
 
 def _as_mask(p: Program, mask_mod: Visible) -> Arrays:
-    if p.seed % 2 or not all((*p.B, p.Sq, p.Skv)):
+    if p.seed % 2:
         return {"mask_mod": mask_mod}
     size = ((16, 16), 128, (7, 40))[p.seed % 3]
     return {"mask": jax_fa.create_block_mask(mask_mod, p.B or None, p.N, p.Sq, p.Skv, size)}

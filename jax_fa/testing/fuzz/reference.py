@@ -48,6 +48,7 @@ class Attention:
     loose_delta: bool = False  # the backward takes delta from the rounded output
     scales_out: bool = False  # the output is rounded, multiplied and rounded again, and so is its cotangent
     merged: bool = False  # from outputs and log-sum-exps of parts of the keys
+    composed: bool = False  # with sinks, from the results without
     added: bool = False  # gradients are sums of some that are stored: of parts of the keys, or on devices
     tangents: dict[str, np.ndarray] = field(default_factory=dict)
     cotangents: Any = None  # of out and of the log-sum-exp, which may be None
@@ -238,9 +239,9 @@ class Attention:
         )
 
     def _moves_sink(self, x: Number) -> bool:
-        """Whether arrays of 16 bits are multiplied by the share that the keys have in the sum, which moves."""
+        """Whether an array is multiplied by the share that the keys have in the sum, which moves."""
         weight = self.sink_weight
-        return bool(self.narrow) and weight is not None and None not in (weight.tangent, x.tangent)
+        return weight is not None and None not in (weight.tangent, x.tangent)
 
     def _share_factor(self) -> Any:
         """How fast the keys' share in the sum moves, relative to it: by their tangents and by the sink's, which may cancel."""
@@ -253,13 +254,13 @@ class Attention:
         return rest.value * (np.abs(by_keys) / share + np.abs(by_sink))
 
     def _with_sink_rounded(self, x: Number) -> Number:
-        """The tangent of what is the product of a 16-bit array and of the keys' share in the sum, by its two terms."""
+        """The tangent of what is the product of an array and of the keys' share in the sum, by its two terms."""
         if not self._moves_sink(x):
             return x
         tangent, factor = x.tangent, self._share_factor()
         assert tangent is not None
         size = np.abs(tangent.value) + 2 * np.abs(x.value) * factor
-        more = self.narrow * size + self.least * (2 + factor)
+        more = (self.narrow + 8 * self.eps) * size + self.least * (2 + factor)
         return x._new(x.value, x.error, x._new(tangent.value, tangent.error + more))
 
     def _narrowed(self, p: Number) -> Number:
@@ -319,15 +320,14 @@ class Attention:
             delta = delta - dlse.map(lambda a: a[..., None])
         delta = self.parts.delta(delta, dout, dlse)
         dx = self._flushed_first((self.p * (dw - delta)).where(self.seen))
-        dx = self.parts.lost(
-            dx, np.where(self.seen, self.parts.largest_values().sum(axis=-1, keepdims=True), 0.0)
-        )
+        largest = self.parts.largest_values().sum(axis=-1, keepdims=True)
+        dx = self.parts.lost(dx, lambda pairs: pairs * largest)
         ds = dx if self.by_x is None else (dx * self.by_x).where(self.seen)
         narrow_ds = ds.rounded(narrow, least)
         dq = self.parts.gradient("query", narrow_ds, self.k, self.scale_number)
         dk = self.parts.gradient("key", narrow_ds.map(turned), self.q, self.scale_number)
         dv = self.parts.gradient("value", self._narrowed(self.weights).map(turned), dout)
-        dv = self.parts.lost(dv, turned(self.seen).sum(axis=-1, keepdims=True))
+        dv = self.parts.lost(dv, lambda pairs: turned(pairs).sum(axis=-1, keepdims=True))
         dq = self._moved(dq, ds)
         found = {"query": dq, "key": dk, "value": dv}
         if "bias" in self.given:
