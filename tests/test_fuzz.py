@@ -354,6 +354,11 @@ MISSES: dict[str, tuple[dict, dict]] = {
         ),
         dict(seed=11, spread=60.0, size=0.0001, garbage="1e-40"),
     ),
+    "small outputs of parts": (
+        dict(backend="cpu", Sq=129, Skv=8, N=3, D=80, Dv=5, dtype="float16", scale="traced", dropout="known")
+        | dict(derivative="forward", how="sharded", seed=404001184),
+        dict(seed=27, spread=8.0, size=0.0001),
+    ),
     "outputs of parts, larger than that of all": (
         dict(
             backend="ascend",

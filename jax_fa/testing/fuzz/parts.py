@@ -40,7 +40,7 @@ class Parts:
         if not c.merged:
             return out
         kept = 1.0 if c.keep is None else np.abs(c._grouped(c.keep))
-        error = out.error + c.narrow * ((c.weights.value * kept) @ np.abs(c.v.value))
+        error = out.error + c.narrow * ((c.weights.value * kept) @ np.abs(c.v.value)) + c.least
         moved, tangent = c.weights.tangent, out.tangent
         if moved is not None and tangent is not None:
             size = np.abs(moved.value).sum(axis=-1, keepdims=True) * self.largest_values()
