@@ -190,6 +190,8 @@ CASES = (
         size=64, mla=True, dtype="bfloat16", N=16, K=1, D=48, Dv=32, lengths=(200, 65), capacity=256, seed=9
     ),
     Case(size=16, mla=True, pages="float8_e4m3fn", scales=(0, 1), N=40, K=1, D=48, Dv=32, scale=0.3, seed=10),
+    Case(size=1, lengths=(1, 0, 1), capacity=1, N=3, K=3, D=20, Dv=12, seed=12),  # room for one key
+    Case(size=1, dtype="bfloat16", pages="int8", scales=(0, 1, 2), lengths=(1, 1), capacity=1, K=4, seed=13),
     Case(size=5, dtype="bfloat16", Sq=33, N=2, K=1, lengths=(90, 33, 20), capacity=100, sinks=True, seed=11),
 )
 

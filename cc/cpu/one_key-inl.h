@@ -15,7 +15,7 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-inline bool TakesOneKey(const Call& c) { return c.Skv == 1 && c.G() * c.Sq == 1 && AreWeightsPlain(c); }
+inline bool TakesOneKey(const Call& c) { return c.Skv == 1 && c.G() * c.Sq == 1 && !c.pages && AreWeightsPlain(c); }
 
 // Up to kLanes heads, the first of them and those after it.
 class Heads {

@@ -40,6 +40,9 @@ constexpr PagedSpec kPagedSpecs[] = {
     {2, 2, 4, 2, 40, 24, 5, 60, DType::kBF16, DType::kBF16, true, false, 33, 17},
     {2, 20, 4, 2, 40, 24, 5, 60, DType::kBF16, DType::kI8, true, false, 0, 18},
     {2, 1, 2, 2, 1, 1, 3, 40, DType::kBF16, DType::kF8E4M3, true, false, 0, 19},
+    {3, 1, 2, 2, 40, 24, 1, 1, DType::kF32, DType::kF32, false, false, 0, 20},  // one key
+    {3, 1, 2, 2, 40, 24, 1, 1, DType::kBF16, DType::kI8, true, false, 0, 21},
+    {3, 1, 2, 1, 64, 64, 2, 1, DType::kF16, DType::kF16, false, false, 0, 22},
 };
 
 // Any of them.
