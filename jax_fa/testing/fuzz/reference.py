@@ -341,11 +341,17 @@ class Attention:
         if self.sink_weight is not None:
             found["sinks"] = -(self.sink_weight * delta)
         for name, x in found.items():
+            size = x.magnitude
             if name in ("alibi_slopes", "scale", "logits_soft_cap", "sinks"):
-                x = x.map(lambda a: np.broadcast_to(a, (*self.batch, self.K, self.G, *a.shape[-2:])))
-                x = x.sum(axis=(-1, -2), keepdims=True)
+                x, size = (self._of_heads(y) for y in (x, size))
             self.results[f"d{name}"] = self._given_back(name, x)
             self._gradients[f"d{name}"] = x
+            if self.added:
+                self.parts.sizes.setdefault(f"d{name}", size)
+
+    def _of_heads(self, x: Number) -> Number:
+        x = x.map(lambda a: np.broadcast_to(a, (*self.batch, self.K, self.G, *a.shape[-2:])))
+        return x.sum(axis=(-1, -2), keepdims=True)
 
     def size_in_parts(self, name: str) -> Any:
         """The sum of the magnitudes of what adds up to a gradient, or its tangent, and is stored by itself.
