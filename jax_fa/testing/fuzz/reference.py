@@ -327,7 +327,8 @@ class Attention:
         dq = self.parts.gradient("query", narrow_ds, self.k, self.scale_number)
         dk = self.parts.gradient("key", narrow_ds.map(turned), self.q, self.scale_number)
         dv = self.parts.gradient("value", self._narrowed(self.weights).map(turned), dout)
-        dv = self.parts.lost(dv, lambda pairs: turned(pairs).sum(axis=-1, keepdims=True))
+        kept = 1.0 if self.keep is None else self._grouped(self.keep)
+        dv = self.parts.lost(dv, lambda pairs: turned(pairs * kept).sum(axis=-1, keepdims=True))
         dq = self._moved(dq, ds)
         found = {"query": dq, "key": dk, "value": dv}
         if "bias" in self.given:
