@@ -88,8 +88,8 @@ inline void ForEachRow(const Call& c, const SecondRows& x, const SecondPairs& y,
 }
 
 // The rows of the second pass; what the products read is 0 where no key is visible.
-inline void SecondPassRows(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondRows& x,
-                           const SecondPairs& y, const HeadSums& sums) {
+inline void SecondPassRows(const Call& c, const SecondScratch& s, const SecondRows& x, const SecondPairs& y,
+                           const HeadSums& sums) {
   int64_t done = 0;
   const auto clear = [&](int64_t r, int64_t from, int64_t to) {
     float* const all[] = {y[kGX], y[kDX], y[kTangent], y[kKept]};
@@ -99,7 +99,7 @@ inline void SecondPassRows(const Call& c, const SecondPlan& plan, const SecondSc
   ForEachRow(c, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
     for (; done < r; ++done) clear(done, 0, keys);
     ++done;
-    SecondPassRow(c, plan, s, row, r, y.j0, v, c0, c1, y.Row(r), sums);
+    SecondPassRow(c, s, row, r, y.j0, v, c0, c1, y.Row(r), sums);
     clear(r, 0, c0);
     clear(r, c1, keys);
   });
@@ -226,7 +226,7 @@ inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScrat
   FinishSums(c, plan.terms, s, x);
   over_keys([&](const SecondPairs& y) {
     if (!kept) first_pass(y, false);
-    SecondPassRows(c, plan, s, x, y, sums);
+    SecondPassRows(c, s, x, y, sums);
     AddToRows(c, plan, s, PackedKeys(c, plan, s, x, y.j0, y.width, true), y, dk, dv);
     AddToKeys(c, plan, s, x.rows, y, dk, dv);
   });

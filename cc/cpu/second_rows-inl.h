@@ -122,8 +122,8 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
 
 // Turns them, tau and sigma being known, into what is multiplied with the operands (see SecondArray), 0 where masked, and
 // adds to the sums.
-inline void SecondPassRow(const Call& c, const SecondPlan& plan, const SecondScratch& s, const Row& row, int64_t r,
-                          int64_t j0, Range v, int64_t c0, int64_t c1, const SecondRow& x, const HeadSums& sums) {
+inline void SecondPassRow(const Call& c, const SecondScratch& s, const Row& row, int64_t r, int64_t j0, Range v,
+                          int64_t c0, int64_t c1, const SecondRow& x, const HeadSums& sums) {
   if (v.Empty()) v = {c0, c0};
   const bool cap = SoftCapOf(c, row) != 0.0f;
   const float* keep = x[kKeep] != nullptr ? x[kKeep] : x[kWeight];
