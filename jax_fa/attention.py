@@ -175,11 +175,8 @@ def _second_tangent_with_sinks(
 
 
 def _results(problem: Problem, operands: Operands) -> tuple[Any, Any]:
-    saved = primitives.forward_saved(problem, replace(operands, sinks=None))
-    call = Call.of(replace(problem, saves_rounding=False), operands)
-    out, *_ = joined(call, saved.out, saved.m, saved.l, saved.rounding)
-    logsumexp = softmax.logsumexp(saved.m, saved.l)
-    return out, softmax.logsumexp_with_sink(logsumexp, operands.sinks[..., None])
+    found = _composed(problem, operands)
+    return found.out, found.logsumexp
 
 
 def _alike(call: Call, *tangents: Operands) -> tuple[Any, ...]:

@@ -181,24 +181,21 @@ def with_sink(m, l, sink):
     The new m is a constant: the derivatives of the log-sum-exp are in l.
     """
     m_new = jax.lax.stop_gradient(jnp.maximum(m, sink))
-    return m_new, l * jnp.exp(m - m_new) + jnp.exp(sink - m_new)
+    return m_new, _sum_with_sink(m, l, sink, m_new)
 
 
 @jax.custom_jvp
-def logsumexp_with_sink(lse, sink):
-    """The log-sum-exp with one more logit.
-
-    Its derivatives are made of the very `shares` that the output is multiplied by: what they are factors of may cancel.
-    """
-    m, l = with_sink(lse, jnp.ones_like(lse), sink)
-    return m + jnp.log(l)
+def _sum_with_sink(m, l, sink, most):
+    return l * jnp.exp(m - most) + jnp.exp(sink - most)
 
 
-@logsumexp_with_sink.defjvp
-def _logsumexp_with_sink_jvp(primals, tangents):
-    lse, sink = primals
-    of_keys, of_sink = shares(lse - sink)
-    return logsumexp_with_sink(lse, sink), of_keys * tangents[0] + of_sink * tangents[1]
+@_sum_with_sink.defjvp
+def _sum_with_sink_jvp(primals, tangents):
+    # Made of the very shares that the output is multiplied by: what both are factors of may cancel.
+    m, l, sink, most = primals
+    of_keys, of_sink = shares(logsumexp(m, l) - sink)
+    total = _sum_with_sink(m, l, sink, most)
+    return total, total * (of_keys * (tangents[0] + inverse(l) * tangents[1]) + of_sink * tangents[2])
 
 
 @jax.custom_jvp
