@@ -111,7 +111,7 @@ def pytest_generate_tests(metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)  # before marks are looked at, and after
 def pytest_collection_modifyitems(config, items):
-    """Leaves out a case for a backend that refuses its dtype (test_native.py holds it to the refusal)."""
+    """Leaves out a case for a backend that refuses its dtype (test_native.py holds it to the refusal), and what --one-in does."""
     kept, dropped = [], []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}

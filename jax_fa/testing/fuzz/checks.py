@@ -43,6 +43,7 @@ def check(inputs: Inputs, found: dict[str, Any]) -> Verdict:
             # ... and may overflow, the one to infinity and the other to the other one.
             most = float(jnp.finfo(dtype).max)
             tainted = tainted | (wanted.size_in_parts(name) * (1 + 4 * unit_of(dtype)) >= most)
+        # ... and so is each part of a sum over the keys, or on each device.
         if wanted.added and name.removesuffix("'") in ("dquery", "dkey", "dvalue"):
             number = number.rounded(unit_of(dtype), 4 * smallest_of(dtype))
         reached += int(np.count_nonzero(tainted))
@@ -86,9 +87,7 @@ def _compare(x: Any, number: Number, tainted: Any, dtype: Any) -> tuple[float, s
     if x.size == 0:
         return 0.0, ""
     with np.errstate(all="ignore"):
-        unit = unit_of(dtype)
-        # (To first order; what is rounded twice or more to 16 bits is off by some 1 + unit more.)
-        bound = (number.error + unit * np.abs(r) + smallest_of(dtype)) * (1 + 4 * unit)
+        bound = number.error + unit_of(dtype) * np.abs(r) + smallest_of(dtype)
         off = np.abs(x - r)
         most = float(jnp.finfo(dtype).max)
         exact = np.abs(r) >= FLT_MAX  # the mark of fully masked rows
