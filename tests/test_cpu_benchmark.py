@@ -166,12 +166,15 @@ def test_caches_of_linux(tmp_path):
     assert machine.caches(tmp_path / "nowhere") == {}
 
 
-def test_a_file_is_of_a_processor_and_an_instruction_set():
+def test_a_file_is_of_a_processor_its_caches_and_an_instruction_set():
     found = machine.describe()
-    assert (
-        machine.file_name({"processor": "AMD EPYC 7543", "instruction_set": "avx2"})
-        == "amd-epyc-7543-avx2.json"
-    )
+    milan = {
+        "processor": "AMD EPYC 7543",
+        "caches": {"L1d": 32, "L2": 512, "L3": 32768},
+        "instruction_set": "avx2",
+    }
+    assert machine.file_name(milan) == "amd-epyc-7543-32k-512k-32768k-avx2.json"
+    assert machine.file_name(milan | {"caches": {}}) == "amd-epyc-7543-avx2.json"  # where they are not known
     assert found["tuning"] and found["instruction_set"] in native.extension.instruction_sets()
     assert os.uname().nodename not in json.dumps(found)
 

@@ -28,8 +28,9 @@ def describe() -> dict[str, Any]:
 
 
 def file_name(found: dict[str, Any]) -> str:
-    """Of the file of results of a machine and an instruction set."""
-    text = f"{found['processor']} {found['instruction_set']}".lower()
+    """Of the file of results of a machine and an instruction set. The caches tell processors apart that give the same name."""
+    caches = " ".join(f"{size}k" for size in found["caches"].values())
+    text = f"{found['processor']} {caches} {found['instruction_set']}".lower()
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-") + ".json"
 
 
