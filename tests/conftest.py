@@ -43,6 +43,8 @@ from jax_fa.testing import cases
 if installation.absence() is None:
     os.environ.setdefault(installation.EMULATOR, ascend.emulator_dir())
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# What JAX leaves out of the tracebacks of errors takes three quarters of the time of tests that ask for them.
+jax.config.update("jax_traceback_filtering", "off")
 # Nobody reads which line of Python made an operation of these programs.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 # Every example compiles: few of them, always the same, and without a clock.
@@ -120,6 +122,7 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
     tables.take_turns(items)
+    tables.leave_slow(items)
     for item in items:
         if item.path.stem in _INDEPENDENT:
             item.add_marker(pytest.mark.independent)

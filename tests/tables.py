@@ -32,15 +32,40 @@ def _places(item: pytest.Item) -> tuple:
     return tuple(found)
 
 
+class Sample:
+    """Of each test the first case, and one in some number of those after it. Backends take different cases."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple, int] = {}
+        self._backends: dict[str, int] = defaultdict(int)
+
+    def takes(self, item: pytest.Item, every: int) -> bool:
+        test = item.nodeid.split("[")[0]
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        key = test, params.get("backend")
+        if key not in self._seen:
+            self._seen[key] = self._backends[test]
+            self._backends[test] += 1
+        self._seen[key] += 1
+        return (self._seen[key] - 1) % every == 0
+
+
 def one_in(every: int, items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
-    """(kept, left out): of each test the first case, and one in `every` of those after it."""
-    seen: dict[str, int] = defaultdict(int)
+    """(kept, left out) of what --one-in asks for."""
+    sample = Sample()
     kept, left_out = [], []
     for item in items:
-        name = item.nodeid.split("[")[0]
-        (left_out if seen[name] % every else kept).append(item)
-        seen[name] += 1
+        (kept if sample.takes(item, every) else left_out).append(item)
     return kept, left_out
+
+
+def leave_slow(items: list[pytest.Item]) -> None:
+    """Of a test marked `one_in(N)`, one in N of its cases runs by default; the others are slow tests."""
+    sample = Sample()
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark and not item.get_closest_marker("slow") and not sample.takes(item, *mark.args):
+            item.add_marker(pytest.mark.slow)
 
 
 def take_turns(items: list[pytest.Item]) -> None:

@@ -82,6 +82,7 @@ def _check(case, out, lse, gradients) -> None:
 _ROWS = [c for c in common.CASES if c.feature or c.bias is not None or c.dtype != "float32" or 0 in c.full]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", mostly_slow(_ROWS, of=common.CASES), ids=str)
 def test_common_table(case):
     dout, dlse = case.cotangents()
@@ -99,6 +100,7 @@ def test_common_table(case):
     assert not case.canonical(out)[unseen].any()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", list(cann.pairwise_rows()))
 def test_cann_table(case):
     cann.check(case, cann.run(case, **ASCEND))
@@ -152,6 +154,7 @@ def _product():
         yield pytest.param(case, id=case.name, marks=[] if row in _PAIRWISE else pytest.mark.slow)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", list(_product()))
 def test_mode_layout_pse_dtype(case):
     cann.check(case, cann.run(case, **ASCEND))
@@ -221,6 +224,7 @@ def test_the_mode_asked_for_means_the_arguments(Sq, Skv):
             np.testing.assert_array_equal(part, wanted[first:], str((given, first)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["BSND-mode3", "BSH-mode4", "BNSD-mode6", "TND-mode2", "pse1-row"])
 def test_vmap_of_cann_calls(name):
     """Many calls of `flash_attention_score` at once are no call that it names: their mode comes from the mask."""
@@ -533,6 +537,7 @@ SPLITS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", SPLITS, ids=lambda o: "-".join(map(str, o.values())))
 def test_splitting(options):
     case = common.Case(name="split-" + "-".join(map(str, options.values())), **options)
@@ -551,6 +556,7 @@ def test_splitting(options):
     assert len(emulator.log()) == 2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "name", ["TND-mode2", "TND-mode3", "TND-mode7", "TND-mode8", "TND-mode6", "drop-BSH-bf16", "everything"]
 )

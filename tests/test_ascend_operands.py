@@ -54,6 +54,7 @@ def _close(found, want, dtype: str) -> None:
 # --- the backward under vmap: what was saved may have more batch entries than the operands
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "mapped", list(dict.fromkeys([*subsets.SUBSETS, *subsets.ALONE])), ids=subsets._label
 )
@@ -95,6 +96,7 @@ def test_cotangents_of_packed_sequences_and_dropout():
 # --- scalars that are data
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("scalar", "dtype"),
     some_pairs([c for c in traced.CASES if c[0] != "logits_soft_cap"], DTYPES, every=2),
@@ -123,6 +125,7 @@ def test_mapped_scalars():
     traced.test_gradient_of_mapped_scales("ascend")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("layout", "dtype"), some_pairs(["BSND", "BNSD", "SBND"], DTYPES, every=2))
 def test_scalars_in_every_layout(layout, dtype):
     case = common.Case(name=f"scalars-{layout}", layout=layout, dtype=dtype, mask="causal")
@@ -221,6 +224,7 @@ def _infinite():
         yield pytest.param(*pse, layout, dtype, marks=[] if row in _INFINITE else pytest.mark.slow)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("pse_type", "scale", "rows", "layout", "dtype"), list(_infinite()))
 def test_a_pse_of_minus_infinity_masks(pse_type, scale, rows, layout, dtype):
     rng = np.random.default_rng(0)
@@ -247,6 +251,7 @@ def test_a_pse_of_minus_infinity_masks(pse_type, scale, rows, layout, dtype):
     assert forward["inputLayout"] == {"BSH": "BSND"}.get(layout, layout)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("mask", [None, Causal()], ids=["whole", "causal"])
@@ -308,6 +313,7 @@ def test_slopes_at_other_positions(dtype):
     assert {call["pseType"] for call in emulator.log()} == {0}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("traced_scale", [False, True])
 @pytest.mark.parametrize("pse_type", [0, 1, 2, 3])
 def test_pse_of_packed_sequences_with_a_scale_that_is_data(pse_type, traced_scale):
@@ -418,6 +424,7 @@ def test_shapes_that_fit_pass(backward, packed):
     _bare_call(ARRAYS_TND if packed else ARRAYS, backward, packed)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("by", [-1, 1])
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_extent_is_checked(backward, by):

@@ -30,8 +30,11 @@ def nothing_leaks():
 
 
 def _gradients(run, *arrays):
-    out, pull = jax.vjp(run, *arrays)
-    return jax.block_until_ready([out, *pull(jnp.cos(out))])
+    def both(*arrays):
+        out, pull = jax.vjp(run, *arrays)
+        return [out, *pull(jnp.cos(out))]
+
+    return jax.block_until_ready(jax.jit(both)(*arrays))
 
 
 def _alike(run, *arrays) -> list[dict]:
@@ -146,6 +149,7 @@ def test_explain_says_the_bytes_of_bits(ends, options, note):
 # --- where positions start
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("pse_type", [2, 3])
 @pytest.mark.parametrize("layout", ["BSND", "TND"])
 def test_start_indices_are_the_operators_own(layout, pse_type):

@@ -452,6 +452,7 @@ def _plugin(tmp_path: Path, comes: str, handler: str) -> tuple[str, str]:
     return before, after
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("comes", "handler"), some_pairs(_COMES, ["good", "older"], every=2))
 def test_a_plugin_gets_the_custom_calls(tmp_path, comes, handler):
     before, after = _plugin(tmp_path, comes, handler)
@@ -459,6 +460,7 @@ def test_a_plugin_gets_the_custom_calls(tmp_path, comes, handler):
     _run("\n".join((_HANDLERS, *steps, "assert len(seen) == 2, seen")), str(tmp_path))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("comes", _COMES)
 def test_a_plugin_that_refuses_is_a_warning(tmp_path, comes):
     before, after = _plugin(tmp_path, comes, "odd")

@@ -75,6 +75,7 @@ def test_flops_are_those_of_the_visible_pairs(mask, Sq, Skv, direction):
 # --- the command
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("direction", shapes.DIRECTIONS)
 @pytest.mark.parametrize("dtype", shapes.DTYPES)
 def test_it_measures_all_that_is_here_and_they_agree(direction, dtype, capsys):

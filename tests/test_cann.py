@@ -372,6 +372,7 @@ def check(case: Case, found: dict[str, Any]) -> None:
     assert case.pse is not None or found.get("dpse") is None
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_statistics_and_gradients(case):
     check(case, run(case))
@@ -405,12 +406,14 @@ def pairwise_rows():
         yield pytest.param(case, marks=[] if chosen else pytest.mark.slow, id=case.name)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.skipif(native.missing is not None, reason="the table above ran on the portable backend")
 @pytest.mark.parametrize("case", list(pairwise_rows()))
 def test_the_portable_backend(case):
     check(case, run(case, implementation="xla"))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("form", "implementation"),
     [
@@ -502,6 +505,7 @@ def test_preconditions(name, form):
             call(convert(wrong))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("pse_type", "layout", "scale"),
     [

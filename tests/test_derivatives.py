@@ -50,6 +50,7 @@ _TANGENT = (
 )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.in_turn
 @pytest.mark.parametrize("case", mostly_slow(_TANGENT, of=CASES), ids=str)
 def test_tangent(case, backend):
@@ -71,6 +72,7 @@ def _check_masked_rows(case: Case, found) -> None:
         assert not np.asarray(found[1])[masked].any()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.in_turn(1)
 @pytest.mark.parametrize("case", mostly_slow(FEATURES, of=_SECOND), ids=str)
 def test_double_backward(case, backend):
@@ -84,6 +86,7 @@ def test_double_backward(case, backend):
     derivatives.check(case, "tangent", of_cotangents)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "case",
     mostly_slow([BY_NAME[n] for n in ("mqa", "everything", "bfloat16-bias")], of=_SECOND),
@@ -324,6 +327,7 @@ def _arguments(place: str):
     return X | {"kv": X["kv"][0]}, T | {"q": T["q"][0]}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.in_turn
 @pytest.mark.parametrize("place", _PLACES)
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -144,6 +144,7 @@ def _of_jax_nn(name: str):
     return _run(jax.nn.dot_product_attention, call, call.visible().any(axis=-1))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_parity(call, backend):
     visible = call.visible()
@@ -350,6 +351,7 @@ def _of_their_kinds(name: str, x64: bool) -> Any:
         return run() if name == "float16" else jax.jit(lambda: run())()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("no_type_checker")
 @pytest.mark.parametrize(
     ("x64", "promotion"), [(False, "standard"), (False, "strict"), (True, "strict")], ids=str

@@ -50,6 +50,7 @@ def _temporary(backend, gradient: bool, q, kv, extras) -> int:
     return temporary_bytes(jax.jit(jax.grad(loss)).lower({"qkv": (q, kv, kv), "extras": floats}, others))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.in_turn
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("kind", EXTRAS)

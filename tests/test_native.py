@@ -60,6 +60,7 @@ def _program(case: Case):
     return partial(run, case.stored_operands(), case.stored(dout), dlse)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("isa", native.extension.instruction_sets())
 @pytest.mark.parametrize("case", SPREAD, ids=str)
 def test_every_instruction_set(case, isa, monkeypatch):

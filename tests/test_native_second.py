@@ -152,6 +152,7 @@ def setting_of(case: Case) -> Setting:
     )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", [c for c in FEATURES if c.dtype != "float64"], ids=str)
 def test_every_tangent(case):
     check(setting_of(case))
@@ -269,6 +270,7 @@ SPREAD = (
 SETS = [isa for isa, there in native.extension.instruction_sets().items() if there]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("case", SPREAD, ids=str)
 def test_every_instruction_set(case, isa, monkeypatch):
@@ -276,6 +278,7 @@ def test_every_instruction_set(case, isa, monkeypatch):
     check(setting_of(case))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bias", ["1NQK", "11QK", "1N1K", "11Q1"])
 def test_blocks_with_a_bias(bias):
     """Its gradient is a sum over rows, keys or heads, which parts of the work share."""

@@ -200,6 +200,7 @@ def _id(case: Case) -> str:
     return str(case) or "plain"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", CASES, ids=_id)
 def test_forward(case, backend):
     case.check(*jax.jit(partial(case, implementation=backend))(case.arrays))

@@ -243,6 +243,7 @@ def _rows(cases, quick):
     return [pytest.param(c, marks=() if c.name in quick else pytest.mark.slow, id=c.name) for c in cases]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", _rows(CASES, QUICK))
 def test_derivatives(case):
     _check(_subject(case))
@@ -344,6 +345,7 @@ def _of_wanted(wanted: tuple[str, ...] | None) -> tuple[dict[str, Any], dict[str
         return run(*jax.tree.map(jnp.asarray, args)), backward.present()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "wanted", [*((n,) for n in (*PLAIN_DIFFERENTIABLE, *COTANGENTS)), ("key", "dout"), ()]
 )
@@ -433,6 +435,7 @@ def _every_method(problem: Problem, arrays):
     }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mapped", MAPPED, ids=",".join)
 def test_batch_dims_of_size_one(mapped):
     """A batch dim that vmap added has its full size in any of the arrays, and 1 in the others: as with all in full."""
@@ -511,6 +514,7 @@ def _garbled(mask: str):
     return subject, arrays, masked, visible, lambda x: jax.tree.map(np.asarray, results(x))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf], ids=str)
 @pytest.mark.parametrize("mask", GARBAGE_MASKS)
 def test_what_is_masked_does_not_leak(mask, garbage):
@@ -718,6 +722,7 @@ def test_the_tiles_of_the_library(name, real_tiles):
     _check(_subject(case))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", ["tangent", "jvp", "second", "second_tangent"])
 def test_memory_is_linear_in_the_length(method, real_tiles):
     """Twice the length needs at most about twice the memory."""

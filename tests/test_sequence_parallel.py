@@ -157,6 +157,7 @@ def _serves(case: Case, devices: int, strategy: str) -> bool:
     return strategy != "ulysses" or (case.N % devices == 0 and ratio == 0)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "way"), some_pairs(RING, [(8, "contiguous"), (4, "zigzag")], every=2), ids=str
 )
@@ -166,6 +167,7 @@ def test_ring(name, way):
     _assert_same(Program(_split(BY_NAME[name]), devices, "ring", order, CPU))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("strategy", ["all_gather", "ulysses", "all_reduce"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_strategies(name, strategy):

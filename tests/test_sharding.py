@@ -182,6 +182,7 @@ def _same(found, want) -> None:
 ALONG = ("batch-and-heads-BNSD", "heads-of-one-key", "batch-shared-bias")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.name in ALONG], ids=str)
 def test_derivatives_along_tangents(layout, backend):
     """The same values as on one device; only sums of what all devices share are communicated."""

@@ -90,6 +90,7 @@ def _same(found, want, tolerance=2e-5):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance * max(1, np.max(np.abs(b))))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.in_turn
 @pytest.mark.parametrize(("mask", "mesh"), some_pairs(MASKS, MESHES, every=3))
 def test_masks(mask, mesh, backend):

@@ -97,6 +97,7 @@ def test_rows_and_heads_beyond_the_key_heads(layout, partitioner, backend):
 ALONE = ("batch-dropout", "batch-and-heads-BNSD", "heads-of-one-key", "batch-shared-bias")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("layout", "partitioner"),
     some_pairs([x for x in LAYOUTS if x.name in ALONE], PARTITIONERS, every=2),

@@ -164,6 +164,7 @@ _SECOND = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.in_turn
 @pytest.mark.parametrize("case", _SECOND, ids=str)
 def test_derivatives_of_every_order(case, backend):

@@ -628,6 +628,7 @@ def check(row: Row, found: dict[str, Any]) -> None:
         )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("row", "on"), some_pairs(ROWS, BACKENDS, every=len(BACKENDS)), ids=str)
 def test_calls_of_public_code(row, on):
     """Results, jax.grad's gradients, and those of npu_fusion_attention_grad, all of one program."""

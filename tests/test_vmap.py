@@ -20,6 +20,7 @@ FLOATS = ("query", "key", "value", "bias", "alibi_slopes")
 # --- the table: two different calls of a kind at once
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.in_turn
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 def test_two_calls_at_once(case, backend):
