@@ -41,7 +41,6 @@ def _run(mask: str, backend):
     return lambda *args: {name: np.asarray(a) for name, a in run(*args).items()}
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 def test_what_is_masked_does_not_leak(mask, garbage, backend):

@@ -204,7 +204,6 @@ def test_every_message_in_the_documents_is_provoked():
     assert _quoted() == set(PROVOKED)
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize("message", PROVOKED)
 def test_a_message_in_the_documents(message, request, monkeypatch, tmp_path):
     if native.missing is not None and any(word in message for word in NATIVE):
