@@ -72,6 +72,32 @@ inline void LoadRow(const void* src, DType dtype, int64_t stride, int64_t n, flo
   }
 }
 
+// The same, filled up with zeros to whole vectors, for which `dst` has room.
+inline void LoadWholeRow(const void* src, DType dtype, int64_t stride, int64_t n, float* dst) {
+  const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;
+  if (stride == 1 && n > 0 && n < kLanes && !IsByte(dtype)) {
+    const uint16_t* h = static_cast<const uint16_t*>(src);
+    const int few = static_cast<int>(n);
+    Store(dst, dtype == DType::kF32    ? LoadFirst(static_cast<const float*>(src), few)
+               : dtype == DType::kBF16 ? LoadFirstBF16(h, few, false)
+                                       : LoadFirstF16(h, few, false));
+    return;
+  }
+  LoadRow(src, dtype, stride, n, dst);
+  for (int64_t i = n; i < whole; ++i) dst[i] = 0.0f;
+}
+
+// The first n < kLanes elements of a vector.
+template <typename T>
+JAX_FA_INLINE void CopyFew(const T* src, int64_t n, T* dst) {
+#pragma GCC unroll 3
+  for (int64_t size = 8, i = 0; size > 0; size /= 2) {
+    if ((n & size) == 0) continue;
+    for (int64_t j = 0; j < size; ++j) dst[i + j] = src[i + j];
+    i += size;
+  }
+}
+
 // The product, with no sign of a zero: where a sum is flushed to zero, that is one of the masked keys behind it, and how many
 // there are depends on the tiles, and these on the number of threads.
 JAX_FA_INLINE F Scaled(F x, F factor) { return Rounded(x * factor) + Set(0.0f); }
@@ -82,6 +108,17 @@ inline void StoreRow(const float* src, float factor, void* dst, DType dtype, int
   const F f = Set(factor);
   float* d = static_cast<float*>(dst);
   uint16_t* h = static_cast<uint16_t*>(dst);
+  if (stride == 1 && n < kLanes) {
+    const F x = Scaled(LoadFirst(src, static_cast<int>(n)), f);
+    float all[kLanes];
+    uint16_t halves[kLanes];
+    if (dtype == DType::kF32) {
+      Store(all, x);
+      return CopyFew(all, n, d);
+    }
+    dtype == DType::kBF16 ? StoreBF16(halves, x) : StoreF16(halves, x);
+    return CopyFew(halves, n, h);
+  }
   if (dtype == DType::kF32) {
     EachElement(
         n, stride, [&](int64_t i) { Store(d + i, Scaled(Load(src + i), f)); },

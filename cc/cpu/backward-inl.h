@@ -165,6 +165,7 @@ void BackwardAs(const Call& c, const Runner& runner) {
   const int64_t heads = c.B * c.K, head_size = PartSize<kPairs>(plan);
   const Buffer dq_parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
   const AllSums sums(c, plan.splits);
+  const BiasParts bias(c, runner, plan.groups);
 
   const bool large = head_size > kThreadFloats;
   Run(runner, plan.groups.count() * plan.splits, [&](int64_t task) {
@@ -173,10 +174,11 @@ void BackwardAs(const Call& c, const Runner& runner) {
     const int64_t key1 = key0 + plan.split_keys < c.Skv ? key0 + plan.split_keys : c.Skv;
     const BackwardScratch<kPairs> s(c, plan, plan.splits == 1 && !large);
     const Buffer own_dq(plan.splits == 1 && large ? head_size : 0);
+    const Call own = bias.Of(group);
     for (int64_t i = plan.groups.Begin(group); i < plan.groups.End(group); ++i) {
       const int64_t head = plan.groups.Head(i), b = head / c.K, k = head % c.K, part = head * plan.splits + split;
       float* dq = plan.splits > 1 ? dq_parts.get() + part * head_size : large ? own_dq.get() : s.dq;
-      BackwardHead<kPairs>(c, plan, s, b, k, key0, key1, dq, sums.Of(head, split, i == plan.groups.Begin(group)));
+      BackwardHead<kPairs>(own, plan, s, b, k, key0, key1, dq, sums.Of(head, split, i == plan.groups.Begin(group)));
       if (plan.splits > 1) continue;
       FinishQueries<kPairs>(c, plan, b, k, s.stage, dq);
     }
@@ -191,6 +193,7 @@ void BackwardAs(const Call& c, const Runner& runner) {
       FinishQueries<kPairs>(c, plan, head / c.K, head % c.K, stage, total);
     });
   }
+  bias.Add();
   sums.Store();
 }
 

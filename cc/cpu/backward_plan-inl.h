@@ -3,6 +3,7 @@
 
 #include "call.h"
 #include "cpu/arrays-inl.h"
+#include "cpu/bias_parts-inl.h"
 #include "cpu/groups-inl.h"
 #include "cpu/scratch-inl.h"
 #include "cpu/simd-inl.h"
@@ -15,7 +16,7 @@ struct BackwardPlan {
   int64_t rows, block_rows, row_blocks, key_block, dq_row, splits, split_keys;
   int64_t dq_size;      // floats of the dq of a key head; 0 where it is not wanted
   int64_t kept_blocks;  // of rows of query and dout that there is room for in packed form
-  const HeadGroups groups;
+  HeadGroups groups;
 
   explicit BackwardPlan(const Call& c) : groups(c) {
     const Tiles& tiles = TilesInUse();
@@ -42,6 +43,7 @@ struct BackwardPlan {
     split_keys = (key_blocks + splits - 1) / splits * key_block;
     splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
     splits = splits < 1 ? 1 : splits;
+    CutGroups(c, kBackwardTasks / splits, kLeastHeads, &groups);
   }
 };
 

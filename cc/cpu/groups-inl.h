@@ -26,7 +26,8 @@ inline int64_t Classes(const int64_t* offsets, int64_t count, int64_t* class_of)
   return classes;
 }
 
-// Heads that add to the same bias gradient form a group; without one, each head is its own.
+// Heads that add to the same bias gradient form a group; without one, each head is its own. Groups may be cut into parts
+// (see bias_parts-inl.h), which then count as groups.
 class HeadGroups {
  public:
   explicit HeadGroups(const Call& c)
@@ -34,15 +35,39 @@ class HeadGroups {
           if (!shared_) return;
           heads_ = arena.Take<int64_t>(c.B * c.K);
           starts_ = arena.Take<int64_t>(c.B * c.K + 1);
+          gradient_of_ = arena.Take<int64_t>(c.B);
         }) {
     if (shared_) Sort(c);
   }
 
-  int64_t count() const { return count_; }
+  bool shared() const { return shared_; }
+  int64_t count() const { return count_ * parts_; }
   // The places of a group's heads, and the key head b * K + k at a place.
-  int64_t Begin(int64_t group) const { return shared_ ? starts_[group] : group; }
+  int64_t Begin(int64_t group) const {
+    if (!shared_) return group;
+    const int64_t whole = group / parts_, part = group % parts_, first = starts_[whole];
+    return part == 0 ? first : first + (starts_[whole + 1] - first) * part / parts_;
+  }
   int64_t End(int64_t group) const { return Begin(group + 1); }
   int64_t Head(int64_t place) const { return shared_ ? heads_[place] : place; }
+
+  void Cut(int64_t parts) { parts_ = parts; }
+  int64_t parts() const { return parts_; }
+  int64_t PartOf(int64_t group) const { return group % parts_; }
+
+  // Heads of the smallest group.
+  int64_t Least() const {
+    int64_t least = INT64_MAX;
+    for (int64_t g = 0; g < count_; ++g) {
+      const int64_t n = starts_[g + 1] - starts_[g];
+      least = n < least ? n : least;
+    }
+    return least;
+  }
+
+  // Batch entries with the same number add to the same gradients.
+  int64_t gradients() const { return gradients_; }
+  int64_t GradientOf(int64_t b) const { return gradient_of_[b]; }
 
  private:
   void Sort(const Call& c) {
@@ -54,9 +79,11 @@ class HeadGroups {
     });
     const bool by_head = c.dbias.head == 0, by_batch = SharesBiasBatch(c);
     const int64_t groups_of_batch = by_head ? 1 : c.K;
-    count_ = (by_batch ? Classes(c.dbias.batch, c.B, next) : c.B) * groups_of_batch;
+    gradients_ = by_batch ? Classes(c.dbias.batch, c.B, gradient_of_) : c.B;
+    count_ = gradients_ * groups_of_batch;
     for (int64_t b = 0; b < c.B; ++b) {
-      const int64_t first = (by_batch ? next[b] : b) * groups_of_batch;
+      if (!by_batch) gradient_of_[b] = b;
+      const int64_t first = gradient_of_[b] * groups_of_batch;
       for (int64_t k = 0; k < c.K; ++k) group_of[b * c.K + k] = first + (by_head ? 0 : k);
     }
     for (int64_t g = 0; g <= count_; ++g) starts_[g] = 0;
@@ -67,7 +94,8 @@ class HeadGroups {
   }
 
   const bool shared_;
-  int64_t count_, *heads_ = nullptr, *starts_ = nullptr;
+  int64_t count_, parts_ = 1, gradients_ = 0;
+  int64_t *heads_ = nullptr, *starts_ = nullptr, *gradient_of_ = nullptr;
   const BufferParts memory_;  // the last member, as it fills in those above
 };
 

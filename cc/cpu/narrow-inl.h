@@ -81,10 +81,7 @@ struct NarrowBlock {
   Floats Read(const View& x, int64_t k, int64_t width, bool vectors, float* own) const {
     if (x.dtype == DType::kF32 && (!vectors || width % kLanes == 0)) return {x.At<float>(b, k, j0), x.row};
     const int64_t row = RoundUp(width, kLanes);
-    for (int64_t j = 0; j < count; ++j) {
-      LoadRow(x.Bytes(b, k, j0 + j), x.dtype, x.col, width, own + j * row);
-      Fill(own + j * row, width, row, 0.0f);
-    }
+    for (int64_t j = 0; j < count; ++j) LoadWholeRow(x.Bytes(b, k, j0 + j), x.dtype, x.col, width, own + j * row);
     return {own, row};
   }
 

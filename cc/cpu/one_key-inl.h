@@ -60,10 +60,8 @@ struct HeadRows {
     }
     for (int64_t i = 0; i < heads.count(); ++i) of[i] = own + i * stride;
     if (!AreVectors(x, width)) {
-      heads.Each(x, [&](int64_t i, const char* place) {
-        LoadRow(place, x.dtype, x.col, width, own + i * stride);
-        Fill(own + i * stride, width, stride, 0.0f);
-      });
+      heads.Each(x,
+                 [&](int64_t i, const char* place) { LoadWholeRow(place, x.dtype, x.col, width, own + i * stride); });
       return;
     }
     WithElements<false>(x.dtype, [&](auto elements) {

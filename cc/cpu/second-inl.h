@@ -66,10 +66,12 @@ inline void SecondAs(const Call& c, const Runner& runner) {
   const int64_t heads = c.B * c.K, head_size = plan.dk_size + plan.dv_size;
   const Buffer parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
   const AllSums sums(c, plan.splits);
+  const BiasParts bias(c, runner, plan.groups);
 
   Run(runner, plan.groups.count() * plan.splits, [&](int64_t task) {
     const int64_t group = task / plan.splits, split = task % plan.splits;
     const SecondScratch s(c, plan, plan.splits == 1);
+    const Call own = bias.Of(group);
     for (int64_t i = plan.groups.Begin(group); i < plan.groups.End(group); ++i) {
       const int64_t head = plan.groups.Head(i), b = head / c.K, k = head % c.K;
       float* part = plan.splits > 1 ? parts.get() + (head * plan.splits + split) * head_size : s.sums;
@@ -79,13 +81,13 @@ inline void SecondAs(const Call& c, const Runner& runner) {
       Fill(dv, 0, plan.dv_size, 0.0f);
       const HeadSums own_sums = sums.Of(head, split, i == plan.groups.Begin(group));
       if (plan.splits == 1) {
-        SecondHead(c, plan, s, b, k, 0, plan.rows, dk, dv, own_sums);
+        SecondHead(own, plan, s, b, k, 0, plan.rows, dk, dv, own_sums);
         StoreKeys(c, plan, b, k, 0, c.Skv, dk, dv);
         continue;
       }
       const int64_t from = split * plan.split_positions, to = from + plan.split_positions;
       for (int64_t g = 0; g < c.G(); ++g)
-        SecondHead(c, plan, s, b, k, g * c.Sq + from, g * c.Sq + (to < c.Sq ? to : c.Sq), dk, dv, own_sums);
+        SecondHead(own, plan, s, b, k, g * c.Sq + from, g * c.Sq + (to < c.Sq ? to : c.Sq), dk, dv, own_sums);
     }
   });
 
@@ -106,6 +108,7 @@ inline void SecondAs(const Call& c, const Runner& runner) {
       StoreKeys(c, plan, head / c.K, head % c.K, j0, j1, dk, dv);
     });
   }
+  bias.Add();
   sums.Store();
 }
 

@@ -3,6 +3,7 @@
 
 #include "call.h"
 #include "cpu/arrays-inl.h"
+#include "cpu/bias_parts-inl.h"
 #include "cpu/groups-inl.h"
 #include "cpu/scratch-inl.h"
 #include "cpu/simd-inl.h"
@@ -70,7 +71,7 @@ struct KeySizes {
 
 struct SecondPlan {
   const SecondTerms terms;
-  const HeadGroups groups;
+  HeadGroups groups;
   int64_t rows, block_rows;           // of a key head, and of a block
   int64_t key_block, kept_blocks;     // keys of a block, and how many blocks the arrays of a block of rows hold
   int64_t at[kSecondArrays], arrays;  // where each array is among them (-1: absent), and how many there are
@@ -140,6 +141,7 @@ struct SecondPlan {
     split_positions = (blocks + splits - 1) / splits * block_rows;
     splits = split_positions > 0 ? (c.Sq + split_positions - 1) / split_positions : 1;
     splits = splits < 1 ? 1 : splits;
+    CutGroups(c, kSecondTasks / splits, kLeastHeads, &groups);
   }
 };
 

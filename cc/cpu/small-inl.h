@@ -104,8 +104,7 @@ inline FloatRows ReadRows(const View& x, int64_t b, int64_t h, int64_t n, int64_
   }
   for (int64_t i = 0, at = 0; i < n; ++i, ++at) {
     if (at == length) at = 0, ++h;
-    LoadRow(x.Bytes(b, h, at), x.dtype, x.col, width, own + i * stride);
-    Fill(own + i * stride, width, stride, 0.0f);
+    LoadWholeRow(x.Bytes(b, h, at), x.dtype, x.col, width, own + i * stride);
   }
   const FloatRows rows{own, stride};
   if (marks == nullptr || finite(rows)) return rows;

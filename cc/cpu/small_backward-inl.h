@@ -5,6 +5,7 @@
 #include "cpu/backward-inl.h"
 #include "cpu/backward_rows-inl.h"
 #include "cpu/backward_sums-inl.h"
+#include "cpu/bias_parts-inl.h"
 #include "cpu/groups-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/small-inl.h"
@@ -91,14 +92,24 @@ inline void SmallBackwardHead(const Call& c, const SmallScratch& s, int64_t b, i
 }
 
 inline void SmallBackward(const Call& c, const Runner& runner) {
-  const HeadGroups groups(c);
+  HeadGroups groups(c);
   const AllSums sums(c, 1);
-  RunSmall(c, runner, groups.count(), HeadsOfTask(c), [&](SmallScratch& s, int64_t group) {
-    for (int64_t i = groups.Begin(group); i < groups.End(group); ++i) {
-      const int64_t head = groups.Head(i);
-      SmallBackwardHead(c, s, head / c.K, head % c.K, sums.Of(head, 0, i == groups.Begin(group)));
-    }
-  });
+  if (!groups.shared()) {
+    RunSmall(c, runner, groups.count(), HeadsOfTask(c), [&](SmallScratch& s, int64_t head) {
+      SmallBackwardHead(c, s, head / c.K, head % c.K, sums.Of(head, 0, true));
+    });
+  } else {
+    CutGroups(c, kSmallBiasTasks, HeadsOfTask(c) > kLeastHeads ? HeadsOfTask(c) : kLeastHeads, &groups);
+    const BiasParts bias(c, runner, groups);
+    RunSmall(c, runner, groups.count(), 1, [&](SmallScratch& s, int64_t group) {
+      const Call own = bias.Of(group);
+      for (int64_t i = groups.Begin(group); i < groups.End(group); ++i) {
+        const int64_t head = groups.Head(i);
+        SmallBackwardHead(own, s, head / c.K, head % c.K, sums.Of(head, 0, i == groups.Begin(group)));
+      }
+    });
+    bias.Add();
+  }
   sums.Store();
 }
 

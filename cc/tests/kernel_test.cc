@@ -236,6 +236,17 @@ void CheckTable(bool all, size_t stride) {
   add([&](Spec& s) {
     size(s, 64, 2060, 2, 2, 16, 40), s.B1 = 2, s.bounds = Bounds::kCausalEnd, s.dtype = DType::kF16;
   });
+  // One bias, or few, of many heads, whose gradients are added up in parts.
+  for (DType t : kDTypes) {
+    const auto many = [&](Spec& s) { s.B1 = 5, s.B2 = 3, s.dtype = t, s.garbage = kNaN; };
+    add([&](Spec& s) { size(s, 5, 7, 4, 2, 8, 8), many(s), s.bias = 24; });
+    add([&](Spec& s) {
+      size(s, 4, 6, 2, 2, 9, 3), many(s), s.bias = 28, s.bounds = Bounds::kAnything, s.bound_axes = 11;
+    });
+    add([&](Spec& s) { size(s, 70, 90, 2, 1, 20, 20), many(s), s.bias = 24, s.mask = 31; });
+    add([&](Spec& s) { size(s, 40, 80, 2, 2, 7, 7), many(s), s.bias = 4, s.indexed = 12; });
+    add([&](Spec& s) { size(s, 34, 66, 1, 1, 16, 16), many(s), s.bias = 17, s.infinite_bias = true; });
+  }
   const bool full = false;  // not in the quick table
   add([&](Spec& s) { size(s, 3, 3001, 8, 2, 16, 16), s.mask = 31, s.garbage = kNaN, s.seen_garbage = true; }, full);
   add([&](Spec& s) { size(s, 1, 5000, 4, 2, 256, 130), s.philox = true, s.keep = 0.9, s.bias = 16; }, full);
@@ -371,6 +382,7 @@ int Main(const std::vector<std::string>& args) {
     if (!sample) CheckStaticAndGiven();
     if (!emulated) CheckFarApart();
     if (mode != "sanitized") CheckPlanning();
+    CheckTasksOfOneBias();
     CheckConversions(quick ? 100000 : full ? 20000000 : 1000000);
     CheckEveryNumber();
     CheckFunctions();

@@ -111,6 +111,30 @@ void CheckPlanning() {
   g_real_memory = false;
 }
 
+// Where all heads add to one bias gradient there are many tasks too.
+void CheckTasksOfOneBias() {
+  constexpr int64_t kEntries = int64_t{1} << 17;
+  struct Counting : Runner {
+    Counting() : Runner{&Counting::Count} {}
+    static void Count(const Runner* self, int64_t count, Task, void*) {
+      int64_t& most = static_cast<const Counting*>(self)->most;
+      most = std::max(most, count);
+    }
+    mutable int64_t most = 0;
+  };
+  for (const Kernels* kernels : Supported()) {
+    ManyEntries entries(kEntries, [](int64_t) { return int64_t{0}; });
+    for (int64_t keys : {entries.call.Skv, int64_t{2}}) {
+      entries.call.Skv = keys;
+      Doing(kernels->name, "backward", keys == 2 ? "one bias of small heads" : "one bias");
+      const Counting runner;
+      kernels->backward(entries.call, runner);
+      if (runner.most < 16)
+        Fail("%lld tasks for %lld heads", static_cast<long long>(runner.most), static_cast<long long>(kEntries));
+    }
+  }
+}
+
 // ---- indices beyond 2^31 ----
 
 // Address space for so many bytes, of which hardly any are touched.
