@@ -6,8 +6,8 @@
 // A gradient that is not wanted has no array, and its products and sums are left out.
 //
 // Key blocks are the outer loop: dk and dv of a block stay in L2 while all query rows pass; dq lies in a float
-// buffer. A task is a range of keys of all the key heads that share one bias gradient (without bias: of one
-// head), so every sum has one owner and a fixed order, whatever the number of threads.
+// buffer. A task is a range of keys, and of rows where there are few such, of all the key heads that share one bias gradient
+// (without bias: of one head), so every sum has one owner and a fixed order, whatever the number of threads.
 #pragma once
 
 #include "call.h"
@@ -35,11 +35,11 @@ inline bool HaveOneScale(const Call& c, int64_t b, int64_t k) {
 // some are there for the next one; else one, which stays in the cache.
 template <bool kPairs>
 inline int64_t PlacesForRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
-                             int64_t k, int64_t key0, int64_t key1) {
-  for (int64_t j0 = key0; j0 < key1 && plan.kept_blocks < plan.row_blocks; j0 += plan.key_block) {
-    int64_t first = plan.row_blocks, last = 0;
-    for (int64_t block = 0; block < plan.row_blocks; ++block) {
-      const int64_t end = j0 + plan.key_block < key1 ? j0 + plan.key_block : key1;
+                             int64_t k, const HeadPart& part) {
+  for (int64_t j0 = part.key0; j0 < part.key1 && plan.kept_blocks < plan.row_blocks; j0 += plan.key_block) {
+    int64_t first = part.block1, last = 0;
+    for (int64_t block = part.block0; block < part.block1; ++block) {
+      const int64_t end = j0 + plan.key_block < part.key1 ? j0 + plan.key_block : part.key1;
       if (!SeesAny<kPairs>(c, plan, s, b, k, block, j0, end)) continue;
       first = block < first ? block : first;
       last = block;
@@ -49,42 +49,57 @@ inline int64_t PlacesForRows(const Call& c, const BackwardPlan& plan, const Back
   return plan.kept_blocks;
 }
 
-// Rows, their parts of dq and packed places, before keys [key0, key1) pass. Returns how many of these places there are.
+// Rows, their parts of dq and packed places, before the keys pass. Returns how many of these places there are.
 template <bool kPairs>
 inline int64_t StartHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
-                         int64_t k, int64_t key0, int64_t key1, float* dq) {
+                         int64_t k, const HeadPart& part, float* dq) {
   RangesOfRows<kPairs>(c, plan, s, b, k);
-  const bool sinks = kPairs && c.sinks && !SumIsUnknown(c) && key0 == 0;  // counted once, by the first range of keys
+  const bool sinks = kPairs && c.sinks && !SumIsUnknown(c) && part.key0 == 0;  // counted once, by the first keys
   int32_t* const given = BlocksGiven<kPairs>(plan, dq);
-  for (int64_t block = 0; block < plan.row_blocks; ++block) {
+  for (int64_t block = part.block0; block < part.block1; ++block) {
     const int64_t g0 = block * plan.block_rows;
     const int64_t rows = g0 + plan.block_rows < plan.rows ? plan.block_rows : plan.rows - g0;
-    given[block] = SeesAny<kPairs>(c, plan, s, b, k, block, key0, key1);
+    given[block] = SeesAny<kPairs>(c, plan, s, b, k, block, part.key0, part.key1);
     if (given[block] || sinks) PrepareRows<kPairs>(c, s, b, k, g0, rows);
     if (c.dquery && (given[block] || plan.splits == 1)) ClearRows(dq + g0 * plan.dq_row, rows, plan.dq_row, c.D);
-  }
-  Fill(dq + plan.dq_size, 0, BalanceSize<kPairs>(plan), 0.0f);
-  if constexpr (kPairs) {
-    if (sinks) BalanceSinks(c, s, b, k, plan.rows, BalanceOf(plan, dq));
+    if constexpr (kPairs) ClearBalance(BalanceOf(plan, dq), g0, rows);
+    if constexpr (kPairs) {
+      if (sinks) BalanceSinks(c, s, b, k, g0, rows, BalanceOf(plan, dq));
+    }
   }
   for (int64_t place = 0; place < plan.kept_blocks; ++place) s.holds[place] = -1;
-  return PlacesForRows<kPairs>(c, plan, s, b, k, key0, key1);
+  return PlacesForRows<kPairs>(c, plan, s, b, k, part);
+}
+
+// dk and dv of keys j0 + [0, width), which then are complete.
+inline void StoreKeyGradients(const Call& c, const BackwardPlan& plan, int64_t b, int64_t k, int64_t j0, int64_t width,
+                              const float* dk, const float* dv) {
+  const float scale = HaveOneScale(c, b, k) ? ScaleOf(c, b, k * c.G()) : 1.0f;
+  for (int64_t j = 0; c.dkey && j < width; ++j)
+    StoreRow(dk + j * plan.dq_row, scale, c.dkey.Bytes(b, k, j0 + j), c.dkey.dtype, c.dkey.col, c.D);
+  for (int64_t j = 0; c.dvalue && j < width; ++j)
+    StoreRow(dv + j * plan.dv_row, 1.0f, c.dvalue.Bytes(b, k, j0 + j), c.dvalue.dtype, c.dvalue.col, c.Dv);
+}
+
+// Adds rows, of which whole vectors are read.
+inline void AddRowsOf(int64_t rows, int64_t row, int64_t columns, const float* more, float* total) {
+  for (int64_t i = 0; i < rows * row; i += row)
+    for (int64_t d = 0; d < columns; d += kLanes) Store(total + i + d, Load(total + i + d) + Load(more + i + d));
 }
 
 template <bool kPairs>
 inline void BackwardHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
-                         int64_t k, int64_t key0, int64_t key1, float* dq, const HeadSums& sums) {
+                         int64_t k, const HeadPart& part, float* dq, const HeadSums& sums) {
   const bool one_scale = HaveOneScale(c, b, k);
-  const float key_scale = one_scale ? ScaleOf(c, b, k * c.G()) : 1.0f;
   RowTile tiles[kMostRows];
   int32_t lo[kMostRows], hi[kMostRows];
-  const int64_t places = StartHead<kPairs>(c, plan, s, b, k, key0, key1, dq);
-  for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
-    const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
+  const int64_t places = StartHead<kPairs>(c, plan, s, b, k, part, dq);
+  for (int64_t j0 = part.key0; j0 < part.key1; j0 += plan.key_block) {
+    const int64_t width = j0 + plan.key_block < part.key1 ? plan.key_block : part.key1 - j0;
     ClearRows(s.dk, width, plan.dq_row, c.D);
     ClearRows(s.dv, width, s.dv_row, c.Dv);
     bool packed = false;
-    for (int64_t block = 0; block < plan.row_blocks; ++block) {
+    for (int64_t block = part.block0; block < part.block1; ++block) {
       if (!SeesAny<kPairs>(c, plan, s, b, k, block, j0, j0 + width)) continue;
       if (!packed) {
         if (!IsDirect(c)) PackTransposed<kPairs>(c.key, c.D, b, k, j0, width, s.stage, s.keys_t);
@@ -102,22 +117,45 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
                           width, ranges, count, tiles, PackedRowsOf<kPairs>(plan, s, block, places)};
       if (count > 0) BackwardBlock<kPairs>(c, plan, s, x, dq, one_scale, sums);
     }
-    for (int64_t j = 0; c.dkey && j < width; ++j)
-      StoreRow(s.dk + j * plan.dq_row, key_scale, c.dkey.Bytes(b, k, j0 + j), c.dkey.dtype, c.dkey.col, c.D);
-    for (int64_t j = 0; c.dvalue && j < width; ++j)
-      StoreRow(s.dv + j * s.dv_row, 1.0f, c.dvalue.Bytes(b, k, j0 + j), c.dvalue.dtype, c.dvalue.col, c.Dv);
+    if (part.keys == nullptr) {
+      StoreKeyGradients(c, plan, b, k, j0, width, s.dk, s.dv);
+      continue;
+    }
+    const auto keep = [&](const float* from, int64_t row, float* to) {
+      __builtin_memcpy(to + j0 * row, from, sizeof(float) * static_cast<size_t>(width * row));
+    };
+    keep(s.dk, plan.dq_row, part.keys);
+    keep(s.dv, plan.dv_row, part.keys + c.Skv * plan.dq_row);
   }
 }
 
-// The rows of dq of a key head, which then are complete.
+// The rows [r0, r1) of dq of a key head, which then are complete.
 template <bool kPairs>
-inline void FinishQueries(const Call& c, const BackwardPlan& plan, int64_t b, int64_t k, float* stage, float* dq) {
-  if (!c.dquery) return;
-  Row row{b, k * c.G(), 0};  // not RowAt, which divides by Sq: it may be 0
-  for (int64_t r = 0; r < plan.rows; ++r, row = After(c, row), dq += plan.dq_row) {
-    if constexpr (kPairs) AddMissing(c, row, k, BalanceOf(plan, dq - r * plan.dq_row), r, stage, dq);
-    StoreRow(dq, ScaleOf(c, row), c.dquery.Bytes(b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
+inline void FinishQueries(const Call& c, const BackwardPlan& plan, int64_t b, int64_t k, int64_t r0, int64_t r1,
+                          float* stage, float* dq) {
+  if (!c.dquery || r0 >= r1) return;
+  Row row = RowAt(c, b, k, r0);
+  for (int64_t r = r0; r < r1; ++r, row = After(c, row)) {
+    float* const of_row = dq + r * plan.dq_row;
+    if constexpr (kPairs) AddMissing(c, row, k, BalanceOf(plan, dq), r, stage, of_row);
+    StoreRow(of_row, ScaleOf(c, row), c.dquery.Bytes(b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
   }
+}
+
+// The sums of the dk and dv of all ranges of rows, in the place of the first, to the results.
+inline void FinishKeys(const Call& c, const BackwardPlan& plan, const Runner& runner, float* parts) {
+  const int64_t blocks = (c.Skv + plan.key_block - 1) / plan.key_block, size = plan.KeySize(c);
+  Run(runner, c.B * c.K * blocks, [&](int64_t task) {
+    const int64_t head = task / blocks, j0 = task % blocks * plan.key_block;
+    const int64_t width = j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0;
+    float *dk = parts + head * plan.row_splits * size + j0 * plan.dq_row,
+          *dv = parts + head * plan.row_splits * size + c.Skv * plan.dq_row + j0 * plan.dv_row;
+    for (int64_t split = 1; split < plan.row_splits; ++split) {
+      if (c.dkey) AddRowsOf(width, plan.dq_row, c.D, dk + split * size, dk);
+      if (c.dvalue) AddRowsOf(width, plan.dv_row, c.Dv, dv + split * size, dv);
+    }
+    StoreKeyGradients(c, plan, head / c.K, head % c.K, j0, width, dk, dv);
+  });
 }
 
 // Adds the dq of another range of keys. Rows that neither has are left as they are.
@@ -162,25 +200,31 @@ inline void AddParts(const Call& c, const BackwardPlan& plan, float* total) {
 template <bool kPairs>
 void BackwardAs(const Call& c, const Runner& runner) {
   const BackwardPlan plan(c);
-  const int64_t heads = c.B * c.K, head_size = PartSize<kPairs>(plan);
-  const Buffer dq_parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
-  const AllSums sums(c, plan.splits);
+  const int64_t heads = c.B * c.K, head_size = PartSize<kPairs>(plan), parts = plan.splits * plan.row_splits;
+  const Buffer dq_parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and range of keys
+  const Buffer key_parts(plan.row_splits > 1 ? heads * plan.row_splits * plan.KeySize(c) : 0);
+  const AllSums sums(c, parts);
   const BiasParts bias(c, runner, plan.groups);
 
   const bool large = head_size > kThreadFloats;
-  Run(runner, plan.groups.count() * plan.splits, [&](int64_t task) {
-    const int64_t group = task / plan.splits, split = task % plan.splits;
-    const int64_t key0 = split * plan.split_keys;
-    const int64_t key1 = key0 + plan.split_keys < c.Skv ? key0 + plan.split_keys : c.Skv;
+  Run(runner, plan.groups.count() * parts, [&](int64_t task) {
+    const int64_t group = task / parts, split = task % parts / plan.row_splits, row_split = task % plan.row_splits;
+    const auto end = [](int64_t i, int64_t size, int64_t all) { return (i + 1) * size < all ? (i + 1) * size : all; };
+    HeadPart part = {split * plan.split_keys, end(split, plan.split_keys, c.Skv), row_split * plan.split_blocks,
+                     end(row_split, plan.split_blocks, plan.row_blocks), nullptr};
     const BackwardScratch<kPairs> s(c, plan, plan.splits == 1 && !large);
     const Buffer own_dq(plan.splits == 1 && large ? head_size : 0);
     const Call own = bias.Of(group);
     for (int64_t i = plan.groups.Begin(group); i < plan.groups.End(group); ++i) {
-      const int64_t head = plan.groups.Head(i), b = head / c.K, k = head % c.K, part = head * plan.splits + split;
-      float* dq = plan.splits > 1 ? dq_parts.get() + part * head_size : large ? own_dq.get() : s.dq;
-      BackwardHead<kPairs>(own, plan, s, b, k, key0, key1, dq, sums.Of(head, split, i == plan.groups.Begin(group)));
+      const int64_t head = plan.groups.Head(i), b = head / c.K, k = head % c.K;
+      float* dq = plan.splits > 1 ? dq_parts.get() + (head * plan.splits + split) * head_size
+                  : large         ? own_dq.get()
+                                  : s.dq;
+      if (plan.row_splits > 1) part.keys = key_parts.get() + (head * plan.row_splits + row_split) * plan.KeySize(c);
+      BackwardHead<kPairs>(own, plan, s, b, k, part, dq, sums.Of(head, task % parts, i == plan.groups.Begin(group)));
       if (plan.splits > 1) continue;
-      FinishQueries<kPairs>(c, plan, b, k, s.stage, dq);
+      FinishQueries<kPairs>(c, plan, b, k, part.block0 * plan.block_rows,
+                            end(part.block1 - 1, plan.block_rows, plan.rows), s.stage, dq);
     }
   });
 
@@ -190,9 +234,10 @@ void BackwardAs(const Call& c, const Runner& runner) {
       AddParts<kPairs>(c, plan, total);
       float* stage = nullptr;
       const ThreadParts scratch([&](Arena& arena) { stage = arena.Take(StageSize(c)); });
-      FinishQueries<kPairs>(c, plan, head / c.K, head % c.K, stage, total);
+      FinishQueries<kPairs>(c, plan, head / c.K, head % c.K, 0, plan.rows, stage, total);
     });
   }
+  if (plan.row_splits > 1) FinishKeys(c, plan, runner, key_parts.get());
   bias.Add();
   sums.Store();
 }

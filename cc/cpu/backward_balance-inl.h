@@ -30,12 +30,16 @@ inline Balance BalanceOf(const BackwardPlan& plan, float* dq) {
   return {total, largest, largest + plan.rows};
 }
 
-// Takes the ds of sinks, -w delta, into the sums of rows.
+inline void ClearBalance(const Balance& balance, int64_t r, int64_t n) {
+  for (int64_t end = r + n; r < end; ++r) balance.total[r] = 0.0f, balance.largest[r] = 0, balance.key[r] = 0;
+}
+
+// Takes the ds of sinks, -w delta, into the sums of rows [r, r + n).
 template <bool kPairs>
-inline void BalanceSinks(const Call& c, const BackwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t rows,
+inline void BalanceSinks(const Call& c, const BackwardScratch<kPairs>& s, int64_t b, int64_t k, int64_t r, int64_t n,
                          const Balance& balance) {
-  Row row{b, k * c.G(), 0};
-  for (int64_t r = 0; r < rows; ++r, row = After(c, row))
+  Row row = RowAt(c, b, k, r);
+  for (const int64_t end = r + n; r < end; ++r, row = After(c, row))
     balance.total[r] = -(__builtin_expf(*c.sinks.At<float>(row.b, row.n) - s.m[r]) * s.inverse[r] * s.delta[r]);
 }
 

@@ -13,9 +13,11 @@ namespace jax_fa::JAX_FA_ISA {
 namespace {
 
 struct BackwardPlan {
-  int64_t rows, block_rows, row_blocks, key_block, dq_row, splits, split_keys;
-  int64_t dq_size;      // floats of the dq of a key head; 0 where it is not wanted
-  int64_t kept_blocks;  // of rows of query and dout that there is room for in packed form
+  int64_t rows, block_rows, row_blocks, key_block, dq_row, dv_row;
+  int64_t splits, split_keys;        // ranges of keys
+  int64_t row_splits, split_blocks;  // ... and of blocks of rows, each with a dk and a dv of its own
+  int64_t dq_size;                   // floats of the dq of a key head; 0 where it is not wanted
+  int64_t kept_blocks;               // of rows of query and dout that there is room for in packed form
   HeadGroups groups;
 
   explicit BackwardPlan(const Call& c) : groups(c) {
@@ -25,6 +27,7 @@ struct BackwardPlan {
     const int64_t wide = c.D > c.Dv ? c.D : c.Dv;
     key_block = AlignedKeys(c, KeysOf(tiles.backward_keys, wide));
     dq_row = Panels(c.D) * kPanel;
+    dv_row = Panels(c.Dv) * kPanel;
     dq_size = c.dquery ? rows * dq_row : 0;
     row_blocks = (rows + block_rows - 1) / block_rows;
     kept_blocks = kKeptRowFloats / (block_rows * 4 * RoundUp(wide, kPanel));
@@ -44,7 +47,20 @@ struct BackwardPlan {
     splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
     splits = splits < 1 ? 1 : splits;
     CutGroups(c, kBackwardTasks / splits, kLeastHeads, &groups);
+    const int64_t tasks = count * splits, wanted = c.dbias || tasks == 0 ? 1 : kFewBackwardTasks / tasks;
+    split_blocks = wanted > 1 ? (row_blocks + wanted - 1) / wanted : row_blocks;
+    row_splits = split_blocks > 0 ? (row_blocks + split_blocks - 1) / split_blocks : 1;
   }
+
+  // Floats of the dk and dv of a range of rows.
+  int64_t KeySize(const Call& c) const { return c.Skv * (dq_row + dv_row); }
+};
+
+// The part of a key head that is a task's: keys [key0, key1) and blocks of rows [block0, block1). `keys`: where dk and dv go,
+// or null, straight to the results.
+struct HeadPart {
+  int64_t key0, key1, block0, block1;
+  float* keys;
 };
 
 // Floats behind the dq of a key head (see Balance).
@@ -93,7 +109,7 @@ struct BackwardScratch : GradientRows {
     const int64_t kb = RoundUp(plan.key_block, kPanel), n = plan.block_rows, row_units = Units<kPairs>(n);
     q_row = RoundUp(Units<kPairs>(c.D), kLanes);
     dout_row = RoundUp(Units<kPairs>(c.Dv), kLanes);
-    dv_row = Panels(c.Dv) * kPanel;
+    dv_row = plan.dv_row;
     s_row = kb + kLanes;
     half_row = kb / 2 + kLanes;
     const int64_t kept = plan.kept_blocks;

@@ -274,6 +274,8 @@ constexpr int64_t kTangentSharedFloats = int64_t{12} << 20;
 // Backward: with fewer tasks than kBackwardTasks the keys are split, which takes a dq per part: up to kSplitBytes of them
 // or, however large they are, as many as give kLeastBackwardTasks tasks.
 constexpr int64_t kBackwardTasks = 16, kLeastBackwardTasks = 4, kSplitBytes = int64_t{64} << 20;
+// Where even so there are at most half of kFewBackwardTasks, of few key heads and keys, the rows are split too.
+constexpr int64_t kFewBackwardTasks = 8;
 // Where fewer groups of heads than that add to one bias gradient each, they are cut into parts of at least kLeastHeads heads,
 // whose gradients of their own take up to kSplitBytes too. Of small heads, for which a task is short, into kSmallBiasTasks.
 constexpr int64_t kLeastHeads = 2, kSmallBiasTasks = 64;

@@ -247,6 +247,16 @@ void CheckTable(bool all, size_t stride) {
     add([&](Spec& s) { size(s, 40, 80, 2, 2, 7, 7), many(s), s.bias = 4, s.indexed = 12; });
     add([&](Spec& s) { size(s, 34, 66, 1, 1, 16, 16), many(s), s.bias = 17, s.infinite_bias = true; });
   }
+  // Few heads and keys: the rows are split.
+  for (DType t : kDTypes) {
+    add([&](Spec& s) { size(s, 700, 100, 1, 1, 20, 9), s.dtype = t, s.dlogsumexp = true, s.sinks = 0; });
+    add([&](Spec& s) { size(s, 300, 70, 6, 2, 9, 20), s.dtype = t, s.bounds = Bounds::kAnything, s.garbage = kNaN; });
+    add([&](Spec& s) { size(s, 410, 600, 3, 1, 8, 8), s.dtype = t, s.bounds = Bounds::kCausalEnd, s.partial = true; });
+    add([&](Spec& s) {
+      size(s, 500, 90, 2, 1, 16, 16), s.dtype = t, s.alibi = Alibi::kLinear, s.cap = 3.0, s.sinks = 4;
+    });
+    add([&](Spec& s) { size(s, 600, 80, 1, 1, 33, 33), s.dtype = t, s.philox = true, s.keep = 0.8, s.scales = 4; });
+  }
   const bool full = false;  // not in the quick table
   add([&](Spec& s) { size(s, 3, 3001, 8, 2, 16, 16), s.mask = 31, s.garbage = kNaN, s.seen_garbage = true; }, full);
   add([&](Spec& s) { size(s, 1, 5000, 4, 2, 256, 130), s.philox = true, s.keep = 0.9, s.bias = 16; }, full);
@@ -382,7 +392,7 @@ int Main(const std::vector<std::string>& args) {
     if (!sample) CheckStaticAndGiven();
     if (!emulated) CheckFarApart();
     if (mode != "sanitized") CheckPlanning();
-    CheckTasksOfOneBias();
+    CheckTaskCounts();
     CheckConversions(quick ? 100000 : full ? 20000000 : 1000000);
     CheckEveryNumber();
     CheckFunctions();

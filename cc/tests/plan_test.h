@@ -111,8 +111,8 @@ void CheckPlanning() {
   g_real_memory = false;
 }
 
-// Where all heads add to one bias gradient there are many tasks too.
-void CheckTasksOfOneBias() {
+// There are several tasks too where all heads add to one bias gradient, and of one head with few keys.
+void CheckTaskCounts() {
   constexpr int64_t kEntries = int64_t{1} << 17;
   struct Counting : Runner {
     Counting() : Runner{&Counting::Count} {}
@@ -132,6 +132,12 @@ void CheckTasksOfOneBias() {
       if (runner.most < 16)
         Fail("%lld tasks for %lld heads", static_cast<long long>(runner.most), static_cast<long long>(kEntries));
     }
+    Doing(kernels->name, "backward", "one head with few keys");
+    ManyEntries one(1, [](int64_t) { return int64_t{0}; });
+    one.call.Sq = 10000, one.call.bias = one.call.dbias = {};
+    const Counting runner;
+    kernels->backward(one.call, runner);
+    if (runner.most < 8) Fail("%lld tasks", static_cast<long long>(runner.most));
   }
 }
 
