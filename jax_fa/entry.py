@@ -257,7 +257,7 @@ class _Functions(NamedTuple):
     @classmethod
     def of(cls, score_mod: Callable | None, mask: masks.Mask | None, d: Dims, acc) -> "_Functions":
         score = [] if score_mod is None else [programs.traced("score_mod", score_mod, acc)]
-        members = functions.functions_of(() if mask is None else masks.members(mask))
+        members = functions.functions_of(mask)
         every = [*score, *(programs.Traced(member.program, member.arrays) for member in members)]
         if not every:
             return cls(None, (), None, {})

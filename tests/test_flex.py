@@ -565,8 +565,28 @@ def test_block_masks_that_are_refused(name, no_type_checker):
         jax_fa.create_block_mask(*arguments)
 
 
+_CAUSAL = lambda b, h, i, j: i >= j
+_ELSEWHERE = {
+    "union": lambda x: x | Lengths(key=1),
+    "right": lambda x: Causal() | x,
+    "complement": lambda x: ~x,
+    "inside": lambda x: Causal() & ~(x & Causal()),
+}
+
+
+@pytest.mark.parametrize("name", _ELSEWHERE)
+def test_block_masks_join_by_and_alone(name):
+    mask = _ELSEWHERE[name](jax_fa.create_block_mask(_CAUSAL, None, None, 4, 4, 2))
+    for run in (
+        lambda: jax_fa.flash_attention(_Q, _Q, _Q, mask=mask),
+        lambda: jax_fa.sequence_parallel.visited_tiles(mask, 4, 4, devices=2),
+    ):
+        with pytest.raises(NotImplementedError, match=r"~ and \| cannot take a BlockMask.*in the function"):
+            run()
+
+
 def test_a_block_mask_fits_its_call():
-    causal = lambda b, h, i, j: i >= j
+    causal = _CAUSAL
     for arguments, text in (
         ((None, None, 5, 4), "must be made for the lengths of the call, Sq=4 and Skv=4"),
         ((3, None, 4, 4), r"must be made for the batch and heads of the call, \(\*B, N\)=\(1, 2\)"),
