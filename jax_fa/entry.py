@@ -404,9 +404,10 @@ def _soft_cap(cap, d: Dims) -> float | jax.Array | None:
 
 
 def _positive(cap) -> float | jax.Array:
+    values = indices.known(cap)
+    if values is not None and not np.all((values > 0) & np.isfinite(values)):
+        raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")
     if isinstance(cap, float):
-        if not (cap > 0 and math.isfinite(cap)):
-            raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")
         return cap
     cap = cap.astype(jnp.float64 if cap.dtype == jnp.float64 else jnp.float32)
     return jnp.where((cap > 0) & (cap < jnp.inf), cap, jnp.nan)
