@@ -4,6 +4,8 @@ The well-known ones are written once, for scalars or arrays of NumPy, JAX and Py
 indices at once; plain JAX in float64 for derivatives, and for the forward `flex_attention` of PyTorch.
 """
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -583,6 +585,14 @@ def test_block_masks_join_by_and_alone(name):
     ):
         with pytest.raises(NotImplementedError, match=r"~ and \| cannot take a BlockMask.*in the function"):
             run()
+
+
+def test_copies_of_a_block_mask():
+    mask = jax_fa.create_block_mask(_CAUSAL, None, None, 4, 4, 2)
+    for again in (copy.copy(mask), copy.deepcopy(mask & Causal()).masks[0]):
+        assert again == mask
+    with pytest.raises(TypeError, match=r"cannot be pickled.*create_block_mask"):
+        pickle.dumps(mask)
 
 
 def test_a_block_mask_fits_its_call():

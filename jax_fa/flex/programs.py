@@ -57,6 +57,15 @@ class Program:
     def __repr__(self) -> str:
         return f"<{self.name}>"
 
+    def __deepcopy__(self, memo) -> "Program":
+        return self  # nothing in it changes
+
+    def __reduce__(self):
+        raise TypeError(
+            f"a {self.name} and the BlockMask that is made of it cannot be pickled, since they hold a traced program. Make it "
+            "anew by create_block_mask."
+        )
+
     @property
     def floats(self) -> int:
         """How many it takes of the vector of floats."""
