@@ -326,8 +326,9 @@ def flash_attention(
       value: shape `(*B, Skv, K, Dv)`, query's dtype; Dv may differ from D.
       bias: added to the scaled logits; broadcastable to `(*B, N, Sq, Skv)`. Differentiable.
       mask: a mask of `jax_fa.masks` (`Causal`, `SlidingWindow`, `Band`, `Prefix`, `Lengths`,
-        `CumulativeLengths`, `SegmentIds`, `Dense`, a `jax_fa.BlockMask`, or several joined by `&`, `|` and `~`), or a boolean
-        array broadcastable to `(*B, N, Sq, Skv)` with True = visible. Structured masks skip fully masked tiles.
+        `CumulativeLengths`, `SegmentIds`, `Dense`, or several joined by `&`, `|` and `~`; a `jax_fa.BlockMask`, joined by `&`
+        alone), or a boolean array broadcastable to `(*B, N, Sq, Skv)` with True = visible. Structured masks skip fully masked
+        tiles.
       alibi_slopes: ALiBi slopes of shape `(N,)` or `(*B, N)` (arXiv:2108.12409); evaluated in the kernel.
         Differentiable. The distance of key j to row i is `|p - j|` with p the key position at which the mask places
         the row: i without a mask or with top-left alignment, `i + Skv - Sq` with bottom-right alignment (as in

@@ -257,7 +257,7 @@ class _Functions(NamedTuple):
     @classmethod
     def of(cls, score_mod: Callable | None, mask: masks.Mask | None, d: Dims, acc) -> "_Functions":
         score = [] if score_mod is None else [programs.traced("score_mod", score_mod, acc)]
-        members = functions.functions_of(() if mask is None else masks.members(mask))
+        members = functions.functions_of(mask)
         every = [*score, *(programs.Traced(member.program, member.arrays) for member in members)]
         if not every:
             return cls(None, (), None, {})
@@ -404,9 +404,10 @@ def _soft_cap(cap, d: Dims) -> float | jax.Array | None:
 
 
 def _positive(cap) -> float | jax.Array:
+    values = indices.known(cap)
+    if values is not None and not np.all((values > 0) & np.isfinite(values)):
+        raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")
     if isinstance(cap, float):
-        if not (cap > 0 and math.isfinite(cap)):
-            raise ValueError(f"logits_soft_cap must be positive and finite, or None for no cap; got {cap}.")
         return cap
     cap = cap.astype(jnp.float64 if cap.dtype == jnp.float64 else jnp.float32)
     return jnp.where((cap > 0) & (cap < jnp.inf), cap, jnp.nan)

@@ -151,6 +151,27 @@ def test_tangents_of_large_queries(rows, factor, dtype, backend):
     np.testing.assert_allclose(ours, tangent(jax.nn.dot_product_attention), rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [1e6, 1e18])
+@pytest.mark.parametrize("rows", [1, 8, 70])
+def test_second_derivatives_of_large_queries(rows, factor, dtype, backend):
+    """A gradient beside its tangent, and the gradient of one: max and sum are given to passes over other products."""
+    q, k, v, moved = (jnp.asarray(x, dtype) for x in _arrays(rows, keys=300 if rows == 1 else rows))
+    q, moved = (factor * q).astype(dtype), moved[:1, :1]
+
+    def found(attention):
+        def gradient(v):
+            return jax.grad(lambda v: jnp.sum(jnp.square(attention(q, k, v, scale=0.3))))(v)
+
+        with jax.numpy_dtype_promotion("standard"):  # which jax.nn needs
+            both = jax.jit(lambda v, t: (*jax.jvp(gradient, (v,), (t,)), jax.vjp(gradient, v)[1](t)[0]))
+            return [np.asarray(x, np.float32) for x in both(v, jnp.broadcast_to(moved, v.shape))]
+
+    ours = found(partial(jax_fa.dot_product_attention, implementation=backend))
+    for x, want in zip(ours, found(jax.nn.dot_product_attention), strict=True):
+        np.testing.assert_allclose(x, want, rtol=2e-2, atol=1e-5)
+
+
 def test_one_query_of_many_keys(backend):
     """Sums over many keys are made of sums over tiles."""
     normal = np.random.default_rng(0).standard_normal

@@ -156,6 +156,12 @@ SHARED = [
         r"logits_soft_cap must be positive .*; got inf\.",
     ),
     (
+        "cap-of-a-head",
+        {"logits_soft_cap": np.full((1, 1, 1), -2.0, np.float32)},
+        ValueError,
+        r"(?s)logits_soft_cap must be positive .*; got .*-2\.",
+    ),
+    (
         "rate-one",
         {"dropout_rate": 1.0},
         ValueError,

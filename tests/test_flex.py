@@ -4,6 +4,8 @@ The well-known ones are written once, for scalars or arrays of NumPy, JAX and Py
 indices at once; plain JAX in float64 for derivatives, and for the forward `flex_attention` of PyTorch.
 """
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +46,7 @@ def _natten(xp, a):
 MODS = {
     "alibi": Mod(lambda xp, a: lambda s, b, h, i, j: s - a["slopes"][h] * xp.abs(j - i)),
     "relative": Mod(lambda xp, a: lambda s, b, h, i, j: s + a["table"][h, i - j + S]),
+    "positions": Mod(lambda xp, a: lambda s, b, h, i, j: a["table"][h, i - j + S]),  # whatever the score is
     "soft-cap": Mod(lambda xp, a: lambda s, b, h, i, j: 2 * xp.tanh(s / 2)),
     "causal": Mod(mask=lambda xp, a: lambda b, h, i, j: i >= j),
     "window": Mod(mask=lambda xp, a: lambda b, h, i, j: (i >= j) & (i - j < 9)),
@@ -79,7 +82,7 @@ def _dense(mod: Mod, a, xp=jnp):
     k, v = (xp.repeat(a[name], N // K, axis=2) for name in ("key", "value"))
     s = xp.einsum("bind,bjnd->bnij", a["query"], k) * D**-0.5
     if mod.score is not None:
-        s = mod.score(xp, a)(s, *_indices(xp))
+        s = xp.broadcast_to(mod.score(xp, a)(s, *_indices(xp)), s.shape)
     visible = xp.broadcast_to(True if mod.mask is None else mod.mask(xp, a)(*_indices(xp)), s.shape)
     some = visible.any(axis=-1, keepdims=True)
     m = xp.where(some, xp.where(visible, s, -1e30).max(axis=-1, keepdims=True), 0)
@@ -134,9 +137,10 @@ def _along(floats):
     return {name: random.standard_normal(x.shape) for name, x in floats.items()}
 
 
-# In one row what all the others have.
+# In one row what all the others have, but a function that does not read the score.
 @pytest.mark.parametrize(
-    "name", [name if name == "all" else pytest.param(name, marks=pytest.mark.slow) for name in MODS]
+    "name",
+    [name if name in ("all", "positions") else pytest.param(name, marks=pytest.mark.slow) for name in MODS],
 )
 def test_derivatives(name):
     """Every derivative up to the second, by all that the functions close over, against plain JAX in float64."""
@@ -171,6 +175,31 @@ def test_forward(name):
         assert max(oracle.errors(out.astype(jnp.float32), want)) < tolerance
         assert max(oracle.errors(lse, want_lse)) < 2e-6
         assert out.dtype == jnp.dtype(dtype)
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [
+        dict(score_mod=lambda *_: 0.5),
+        dict(score_mod=lambda *_: np.float32(0.5)),
+        dict(score_mod=lambda s, b, *_: b * 0.5),
+        dict(mask_mod=lambda *_: True, scale=0.0),
+        dict(mask_mod=lambda *_: False),
+        dict(score_mod=lambda *_: -np.inf),
+    ],
+    ids=["score", "numpy", "batch", "visible", "masked", "masked-score"],
+)
+def test_constants(functions):
+    """Functions whose result is a number, or the same in every pair: the mean of all values, or 0."""
+    a = _arrays(np.float32)
+    given = {n: jnp.asarray(a[n]) for n in ("query", "key", "value")}
+    run = lambda value: jax_fa.flash_attention(**given | {"value": value}, **functions)
+    visible = functions.get("mask_mod") is None or functions["mask_mod"]()
+    visible &= functions.get("score_mod", lambda *_: 0)(0.0, 0) != -np.inf
+    mean = np.repeat(a["value"].mean(axis=1, keepdims=True), N // K, axis=2) * visible
+    out, gradient = jax.jit(lambda x: (run(x), jax.grad(lambda x: jnp.sum(run(x)))(x)))(given["value"])
+    np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), atol=1e-6)
+    np.testing.assert_allclose(gradient, np.full_like(gradient, N // K * visible), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -500,6 +529,7 @@ _REFUSED = {
     "several": (dict(score_mod=lambda s, *_: (s, s)), TypeError, "score_mod must return one scalar"),
     "nothing": (dict(score_mod=lambda s, *_: None), TypeError, "score_mod must return one scalar.*nothing"),
     "bool": (dict(score_mod=lambda s, *_: s > 0), TypeError, "score_mod must return .*To mask pairs pass mask_mod"),
+    "string": (dict(mask_mod=lambda *_: "causal"), TypeError, "mask_mod must return one scalar; it returns 'causal'"),
     "float": (dict(mask_mod=lambda b, h, i, j: i * 1.0), TypeError, "mask_mod must return one scalar of boolean dtype"),
     "branch": (dict(mask_mod=lambda b, h, i, j: bool(i >= j)), TypeError, "mask_mod must be a function that JAX can trace"),
     "numpy": (dict(score_mod=lambda s, b, h, i, j: s + np.ones(4)[i]), TypeError, "index no NumPy array"),
@@ -537,8 +567,36 @@ def test_block_masks_that_are_refused(name, no_type_checker):
         jax_fa.create_block_mask(*arguments)
 
 
+_CAUSAL = lambda b, h, i, j: i >= j
+_ELSEWHERE = {
+    "union": lambda x: x | Lengths(key=1),
+    "right": lambda x: Causal() | x,
+    "complement": lambda x: ~x,
+    "inside": lambda x: Causal() & ~(x & Causal()),
+}
+
+
+@pytest.mark.parametrize("name", _ELSEWHERE)
+def test_block_masks_join_by_and_alone(name):
+    mask = _ELSEWHERE[name](jax_fa.create_block_mask(_CAUSAL, None, None, 4, 4, 2))
+    for run in (
+        lambda: jax_fa.flash_attention(_Q, _Q, _Q, mask=mask),
+        lambda: jax_fa.sequence_parallel.visited_tiles(mask, 4, 4, devices=2),
+    ):
+        with pytest.raises(NotImplementedError, match=r"~ and \| cannot take a BlockMask.*in the function"):
+            run()
+
+
+def test_copies_of_a_block_mask():
+    mask = jax_fa.create_block_mask(_CAUSAL, None, None, 4, 4, 2)
+    for again in (copy.copy(mask), copy.deepcopy(mask & Causal()).masks[0]):
+        assert again == mask
+    with pytest.raises(TypeError, match=r"cannot be pickled.*create_block_mask"):
+        pickle.dumps(mask)
+
+
 def test_a_block_mask_fits_its_call():
-    causal = lambda b, h, i, j: i >= j
+    causal = _CAUSAL
     for arguments, text in (
         ((None, None, 5, 4), "must be made for the lengths of the call, Sq=4 and Skv=4"),
         ((3, None, 4, 4), r"must be made for the batch and heads of the call, \(\*B, N\)=\(1, 2\)"),

@@ -523,6 +523,16 @@ ERRORS = [
         r"but for zeros after the last one; got \(3, 2\)\.",
     ),
     (
+        lambda: CumulativeLengths(np.int32(4)),
+        ValueError,
+        r"cumulative query lengths must have shape \(sequences,\) or .*: the end of each sequence; got int32 of shape \(\)",
+    ),
+    (
+        lambda: CumulativeLengths((4,), 4),
+        ValueError,
+        r"cumulative key lengths must have shape \(sequences,\) or .*; got 4\.",
+    ),
+    (
         lambda: CumulativeLengths((1, 2), (1, 2, 3)),
         ValueError,
         r"must name the same sequences; got shapes \(2,\) and \(3,\)\.",

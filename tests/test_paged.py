@@ -393,11 +393,12 @@ def test_explained():
         assert found.backward["cpu"] == found.chosen["cpu"]
         assert found.reasons["cuda"]["mosaic"] == "does not compute paged attention: xla does"
         assert (found.dims.Sq, found.dims.Skv, found.dims.K) == (1, 64, 2) and "B=(4,)" in str(found)
-    with (
-        jax_fa.strict(),
-        pytest.raises(NotImplementedError, match="would fall back to xla on platform 'cpu'"),
-    ):
-        jax_fa.paged_attention(*first, **x, implementation="ascend")
+    for name in ("mosaic", "ascend"):
+        why = f"{name}: does not compute paged attention: xla does"
+        with pytest.raises(
+            NotImplementedError, match=rf"implementation='{name}' cannot serve paged .* {why}"
+        ):
+            jax_fa.paged_attention(*first, **x, implementation=name)
 
 
 # --- devices

@@ -7,6 +7,7 @@
 #include "cpu/backward-inl.h"
 #include "cpu/forward-inl.h"
 #include "cpu/one_key-inl.h"
+#include "cpu/packed_forward-inl.h"
 #include "cpu/second-inl.h"
 #include "cpu/simd-inl.h"
 #include "cpu/small_backward-inl.h"
@@ -63,7 +64,14 @@ void RunBackward(const Call& c, const Runner& runner) {
 }
 // Derivatives along tangents are computed in floats for every dtype: a tangent of the logits, rounded to 16 bits, would
 // lose what its difference from the row's mean has left.
-void RunTangent(const Call& c, const Runner& runner) { TangentAs(c, runner); }
+void RunTangent(const Call& c, const Runner& runner) {
+  if (!c.with_forward || IsForwardPacked(c)) return TangentAs(c, runner);
+  // A backward takes max and sum as those of its own products, which are the forward's.
+  RunForward(c, runner);
+  Call rest = c;
+  rest.with_forward = false;
+  TangentAs(rest, runner);
+}
 void RunSecond(const Call& c, const Runner& runner) { SecondAs(c, runner); }
 
 }  // namespace jax_fa::JAX_FA_ISA

@@ -5,6 +5,7 @@
 #include "cpu/arrays-inl.h"
 #include "cpu/backward_sums-inl.h"
 #include "cpu/gemm-inl.h"
+#include "cpu/packed_forward-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/second_pack-inl.h"
 #include "cpu/second_plan-inl.h"
@@ -31,9 +32,9 @@ struct SecondPairs {
 };
 
 // The products of the first pass: x gets rows times transposed keys, for tiles and the panels that are visible to them.
-// Meanwhile asks for the panel of the next product.
+// Meanwhile asks for the panel of the next product. `all`: not those of the logits alone.
 inline void FirstPassProducts(const Call& c, const SecondPlan& plan, const SecondScratch& s, const PackedKeys& of,
-                              const SecondPairs& x) {
+                              const SecondPairs& x, bool all) {
   struct Product {
     bool wanted, first;  // first: nothing has been stored in x yet
     const float *rows, *keys;
@@ -53,7 +54,7 @@ inline void FirstPassProducts(const Call& c, const SecondPlan& plan, const Secon
   const Product* wanted[6];
   int64_t count = 0;
   for (const Product& y : products)
-    if (y.wanted) wanted[count++] = &y;
+    if (y.wanted && (all || count == 0)) wanted[count++] = &y;
   for (int64_t panel = 0; panel < Panels(x.width); ++panel) {
     for (int64_t i = 0; i < count; ++i) {
       const Product &y = *wanted[i], &next = *wanted[i + 1 < count ? i + 1 : 0];
@@ -195,6 +196,15 @@ inline void FinishSums(const Call& c, const SecondTerms& terms, const SecondScra
   }
 }
 
+// Takes the products of a row's logits into its max and sum.
+inline void StatisticsRow(const Call& c, const SecondScratch& s, const Row& row, int64_t r, int64_t j0, Range v,
+                          int64_t c0, int64_t c1, float* x) {
+  if (v.Empty() || !(s.inverse[r] * 0.0f == 0.0f)) return;
+  const float scale = RowLogits(c, row, j0, v, c0, c1, nullptr, {}, s.tmp, x);
+  s.tau_sum[r] *= RaiseMax(x, c0, c1, scale, s.m + r);
+  s.tau_sum[r] += RowExp<false>(x, c0, c1, scale, s.m[r]);
+}
+
 // A block of rows over all keys that are visible to any of them. The first pass finds tau and sigma of each row, and keeps
 // what the second reads if it fits; else that computes it again. dk, dv: sums of the key head.
 inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScratch& s, const SecondRows& x, float* dk,
@@ -217,11 +227,25 @@ inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScrat
   };
   const auto first_pass = [&](const SecondPairs& y, bool adds) {
     const PackedKeys of(c, plan, s, x, y.j0, y.width, false);
-    FirstPassProducts(c, plan, s, of, y);
+    FirstPassProducts(c, plan, s, of, y, true);
     ForEachRow(c, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
       FirstPassRow(c, plan, s, row, r, y.j0, v, c0, c1, of.nan_marker, y.Row(r), adds);
     });
   };
+  if (!c.partial && !IsForwardPacked(c)) {  // max and sum of the products here; the sum is in tau_sum meanwhile
+    for (int64_t r = 0; r < x.rows; ++r)
+      if (s.m[r] == s.m[r]) s.m[r] = -kFloatMax;
+    over_keys([&](const SecondPairs& y) {
+      FirstPassProducts(c, plan, s, PackedKeys(c, plan, s, x, y.j0, y.width, false), y, false);
+      ForEachRow(c, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
+        StatisticsRow(c, s, row, r, y.j0, v, c0, c1, y.Row(r)[kWeight]);
+      });
+    });
+    for (int64_t r = 0; r < x.rows; ++r) {
+      if (s.tau_sum[r] != 0.0) s.inverse[r] = static_cast<float>(1.0 / s.tau_sum[r]);
+      s.tau_sum[r] = 0.0;
+    }
+  }
   over_keys([&](const SecondPairs& y) { first_pass(y, true); });
   FinishSums(c, plan.terms, s, x);
   over_keys([&](const SecondPairs& y) {

@@ -228,8 +228,8 @@ def _refuse_fallback(platform: str, call: AnyCall, what: str, found: dict[str, s
 def best(found: dict[str, str | None], call: AnyCall, what: str) -> str | None:
     """Of the `reasons`, the name of the backend that runs; None: none does."""
     asked = call.problem.implementation
-    if asked is not None and not hasattr(named(asked), what):
-        asked = xla.backend.name  # which supplies what others lack
+    if asked is not None and what != "paged" and not hasattr(named(asked), what):
+        asked = xla.backend.name  # which supplies the derivatives that others lack
     return next((name for name, why in found.items() if why is None and asked in (None, name)), None)
 
 

@@ -14,7 +14,7 @@ from jax_fa import compat, indices
 from jax_fa.arguments import integer, shown
 from jax_fa.flex.pairs import CHUNK, FULL, HIDDEN, PARTIAL, pairs_of
 from jax_fa.flex.programs import Program, traced, whole
-from jax_fa.masks.base import Mask, Rows, Terms, broadcasts, lead
+from jax_fa.masks.base import Mask, Rows, Terms, broadcasts, kinds, lead, members
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,19 @@ def _states(program: Program, lead: tuple[int, ...], lengths, block, words):
 # --- of a call
 
 
-def functions_of(members: Sequence[Mask]) -> list[Function]:
-    return [member for member in members if isinstance(member, Function)]
+def functions_of(mask: Mask | None) -> list[Function]:
+    """Those that a mask joins by &. Elsewhere in it there may be none: `|` and `~` work on intervals of keys, of which they
+    say nothing.
+    """
+    if mask is None:
+        return []
+    found = [member for member in members(mask) if isinstance(member, Function)]
+    if len(found) < sum(isinstance(kind, Function) for kind in kinds(mask)):
+        raise NotImplementedError(
+            "~ and | cannot take a BlockMask, which is no number of intervals of keys. Write ~f(...), or f(...) | g(...), in "
+            "the function that it is made of."
+        )
+    return found
 
 
 class Blocks(NamedTuple):

@@ -57,6 +57,15 @@ class Program:
     def __repr__(self) -> str:
         return f"<{self.name}>"
 
+    def __deepcopy__(self, memo) -> "Program":
+        return self  # nothing in it changes
+
+    def __reduce__(self):
+        raise TypeError(
+            f"a {self.name} and the BlockMask that is made of it cannot be pickled, since they hold a traced program. Make it "
+            "anew by create_block_mask."
+        )
+
     @property
     def floats(self) -> int:
         """How many it takes of the vector of floats."""
@@ -84,7 +93,8 @@ class Program:
             arrays.append(_unpacked(vector[at[x.float] : at[x.float] + x.size], x))
             at[x.float] += x.size
         (result,) = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, arrays))(*given)
-        return result
+        aval: Any = self.jaxpr.outvars[0].aval
+        return jnp.asarray(result, aval.dtype)  # a program that is a constant gives a Python number
 
     def over(self, floats, words, *given):
         """The results for arrays of one rank that broadcast; the vectors have one dim more.
@@ -201,10 +211,20 @@ def _check_signature(name: str, function: Callable, count: int, wanted: str) -> 
 
 
 def _jaxpr(name: str, function: Callable, given: list[Any]) -> ClosedJaxpr:
+    def array(x):
+        try:
+            return jnp.asarray(x)
+        except TypeError as error:
+            raise TypeError(f"{name} must return one scalar; it returns {shown(x)}.") from error
+
+    def called(*args):
+        # Python numbers, which are constants of a program, as arrays.
+        return jax.tree.map(array, function(*args))
+
     try:
         # (A function of its own each time: JAX keeps the program of one that it has seen.)
         with compat.untyped():
-            return jax.make_jaxpr(lambda *args: function(*args))(*given)
+            return jax.make_jaxpr(called)(*given)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         raise TypeError(
             f"{name} must be a function that JAX can trace: its arguments are traced scalars, which have no truth value and "

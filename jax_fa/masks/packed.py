@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import indices
+from jax_fa.arguments import shown
 from jax_fa.call import Shape, Size
 from jax_fa.indices import is_int, is_static, known, search_last
 from jax_fa.masks import segments
@@ -95,6 +96,11 @@ class CumulativeLengths(_Packed):
             value = getattr(self, name)
             if value is not None:
                 indices.check_dtype(f"cumulative {name} lengths", value)
+                if not np.shape(value):
+                    raise ValueError(
+                        f"cumulative {name} lengths must have shape (sequences,) or (*B, sequences): the end of each sequence; "
+                        f"got {shown(value)}."
+                    )
                 object.__setattr__(self, name, indices.tidy_ends(f"cumulative {name} lengths", value))
         if self.key is not None and np.shape(self.query)[-1:] != np.shape(self.key)[-1:]:
             raise ValueError(

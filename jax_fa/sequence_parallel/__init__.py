@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import api, arguments, backends, entry, masks
+from jax_fa import api, arguments, backends, entry
 from jax_fa.call import STORED
 from jax_fa.flex.masks import functions_of
 from jax_fa.masks import Mask
@@ -148,7 +148,7 @@ def sequence_parallel_attention(
 
 def _mask(mask) -> Mask | None:
     found = None if mask is None else api.one_mask(mask)
-    if found is not None and functions_of(masks.members(found)):
+    if functions_of(found):
         raise NotImplementedError(
             "sequence_parallel_attention does not support a BlockMask: shards of a sequence are told apart by intervals, segment "
             "IDs or a boolean array."

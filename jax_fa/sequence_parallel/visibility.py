@@ -62,7 +62,7 @@ def visited_tiles(
     for name, length in (("sq", sq), ("skv", skv)):
         if length % (devices * spread.chunks):
             raise ValueError(f"{name} must be a multiple of {devices * spread.chunks}; got {length}.")
-    if mask is not None and functions_of(masks.members(mask)):
+    if functions_of(mask):
         raise ValueError("mask must be a structured one; a BlockMask says nothing of whole shards.")
     parts = masks.parts(mask, (), 1, sq, skv)
     if any(rules.dense is not None for rules in parts):

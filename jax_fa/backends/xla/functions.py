@@ -77,7 +77,9 @@ class Score:
 
     def _of(self, x, floats, indices=None):
         found = self.functions.score_mod.over(floats, self.words, x, *(indices or self.indices))
-        return found.astype(self.functions.call.acc)
+        # (It lacks the dims of x where the function does not read the score.)
+        shape = jnp.broadcast_shapes(found.shape, x.shape)
+        return jnp.broadcast_to(found, shape).astype(self.functions.call.acc)
 
     def _slope(self, x, floats):
         shape = jnp.broadcast_shapes(x.shape, floats.shape[:-1])
