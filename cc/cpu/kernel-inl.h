@@ -65,12 +65,9 @@ void RunBackward(const Call& c, const Runner& runner) {
 // Derivatives along tangents are computed in floats for every dtype: a tangent of the logits, rounded to 16 bits, would
 // lose what its difference from the row's mean has left.
 void RunTangent(const Call& c, const Runner& runner) {
-  if (!c.with_forward || IsForwardPacked(c)) return TangentAs(c, runner);
+  TangentAs(c, runner);
   // A backward takes max and sum as those of its own products, which are the forward's.
-  RunForward(c, runner);
-  Call rest = c;
-  rest.with_forward = false;
-  TangentAs(rest, runner);
+  if (c.with_forward && !IsForwardPacked(c) && HasLarge(c)) RunForward(c, runner);
 }
 void RunSecond(const Call& c, const Runner& runner) { SecondAs(c, runner); }
 

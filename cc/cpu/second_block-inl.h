@@ -232,7 +232,10 @@ inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScrat
       FirstPassRow(c, plan, s, row, r, y.j0, v, c0, c1, of.nan_marker, y.Row(r), adds);
     });
   };
-  if (!c.partial && !IsForwardPacked(c)) {  // max and sum of the products here; the sum is in tau_sum meanwhile
+  bool large = false;
+  for (int64_t r = 0; r < x.rows; ++r) large = large || IsLarge(s.m[r]);
+  if (large && !c.partial &&
+      !IsForwardPacked(c)) {  // max and sum of the products here; the sum is in tau_sum meanwhile
     for (int64_t r = 0; r < x.rows; ++r)
       if (s.m[r] == s.m[r]) s.m[r] = -kFloatMax;
     over_keys([&](const SecondPairs& y) {

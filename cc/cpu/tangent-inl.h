@@ -6,8 +6,8 @@
 // The max is that of the products here: the forward may have had others (of few rows, of small heads, of pairs), and a large
 // logit differs from itself by more than weights can bear.
 //
-// Blocks, tasks and the order of sums are those of the forward, so that together with it out, m and l have its bits (where
-// its products are others, it runs on its own: see RunTangent). What
+// Blocks, tasks and the order of sums are those of the forward, so that together with it out, m and l have its bits, where
+// its products are these (else it may run on its own: see RunTangent). What
 // all T of a row have in common moves no weight, but rounding of it does, in both terms that then cancel. So T counts from
 // a center: the mean of T over the first of the row's blocks that has any weight.
 #pragma once
