@@ -21,15 +21,23 @@ DATA, PAGE = HERE / "comparison.json", HERE / "comparison.md"
 
 HEAD = """# Comparison
 
-Two tables, made by `docs/compare.py`. The first holds what came out when a small call was run on CPU and compared with
-float64 NumPy: "no" where the library has no such argument, where the call raised (the exception is named), or where its
-numbers are others. The second holds what documentation and source code say, also of libraries that need other hardware,
-as of November 2026; – is what was not looked up.
+There are two tables, made by `docs/compare.py`. The first holds the results of small calls on CPU, compared with float64
+NumPy: "no" means that the library has no such argument, that the call raised (the exception is named), or that its values
+are wrong. The second is from documentation and source code, also of libraries for other hardware, as of November 2026; –
+means that it was not looked up.
 """
 TAIL = """
-Tried on CPU alone, JAX under `jit`: kernels for GPUs have limits of their own, and other memory. `PyTorch flex_attention`
-was called without `torch.compile`; its windows, lengths, packed sequences, bias and soft cap are functions. Each feature is a
-function in `docs/compare_features.py`, and `compare.py` repeats the calls: `python -P docs/compare.py --try jax.nn`.
+All calls ran on CPU, those of JAX under `jit`. Kernels for GPUs have other limits and other memory.
+
+- A feature without an argument can often be written by hand: packed sequences, lengths and windows as a boolean mask, ALiBi
+  as a bias, sinks from the log-sum-exp.
+- PyTorch flex_attention was called without `torch.compile`. Its windows, lengths, packed sequences, bias, soft cap and ALiBi
+  are functions. On CPU it has no backward for query, key and value, so gradients that need it could not be tried; by its
+  source code, its log-sum-exp has a gradient on GPUs.
+- Besides SDPA, PyTorch has `torch.nn.attention.varlen.varlen_attn` for GPUs, with packed sequences, windows and the
+  log-sum-exp, and nested tensors.
+
+Each feature is a function in `docs/compare_features.py`. `python -P docs/compare.py --try jax.nn` repeats the calls.
 """
 
 

@@ -98,8 +98,8 @@ def log_sum_exp(library) -> str:
         differentiable = library.gradient(
             lambda q: library.attend(q, k, v, lse=True)[1], q
         ).any()
-    except Exception:  # whatever a library raises: it has no such gradient
-        differentiable = False
+    except Exception as error:  # each library has its own; the cell names it
+        return f"yes, its gradient no ({type(error).__name__})"
     return "yes, differentiable" if differentiable else "yes, without gradient"
 
 
@@ -208,16 +208,26 @@ FEATURES: dict[str, Probe] = {
 }
 
 
+def answer(library, probe: Probe) -> str:
+    try:
+        return probe(library)
+    except libraries.Unavailable:
+        return "no"
+    except Exception as error:  # each library has its own; the cell names it
+        return f"no ({type(error).__name__})"
+
+
 def tried(title: str) -> dict[str, Any]:
     """Every feature of a library that is installed."""
     library = libraries.LIBRARIES[title]()
     cells = {}
     for name, probe in FEATURES.items():
-        try:
-            cells[name] = probe(library)
-        except libraries.Unavailable:
-            cells[name] = "no"
-        except Exception as error:  # each library has its own; the cell names it
-            cells[name] = f"no ({type(error).__name__})"
+        cells[name] = answer(library, probe)
+        if cells[name].startswith("no (") and hasattr(library, "otherwise"):
+            setting, context = library.otherwise()
+            with context:
+                found = answer(library, probe)
+            if not found.startswith("no"):
+                cells[name] = f"{found}, with {setting}"
     package = importlib.import_module(library.package)
     return {"version": package.__version__, "cells": cells}

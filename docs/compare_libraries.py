@@ -172,6 +172,11 @@ class OfTorch:
 class Sdpa(OfTorch):
     title = "PyTorch SDPA"
 
+    def otherwise(self):
+        """The backend that serves what the one chosen by default does not."""
+        attention = importlib.import_module("torch.nn.attention")
+        return "`SDPBackend.MATH`", attention.sdpa_kernel(attention.SDPBackend.MATH)
+
     def call(self, q, k, v, **given):
         if "bias" in given and "mask" not in given:
             given["mask"] = given.pop("bias")  # one argument for both
@@ -202,6 +207,7 @@ class Flex(OfTorch):
             "cap": lambda x: scores.append(
                 lambda s, b, h, i, j: x * self.torch.tanh(s / x)
             ),
+            "alibi": lambda x: scores.append(lambda s, b, h, i, j: s - x[h] * abs(i - j)),
             "score": lambda x: scores.append(x),
         }
         for name in [name for name in given if name in functions]:
@@ -218,12 +224,17 @@ class Flex(OfTorch):
             block = flex.create_block_mask(
                 fn, q.shape[0], q.shape[1], q.shape[-2], k.shape[-2], device="cpu"
             )
-        options = take(given, {"lse": "return_lse"}) | {
-            "enable_gqa": q.shape[-3] != k.shape[-3]
-        }
-        return flex.flex_attention(
-            q, k, v, score_mod=score if scores else None, block_mask=block, **options
+        lse = take(given, {"lse": "lse"}).get("lse", False)
+        found = flex.flex_attention(
+            q,
+            k,
+            v,
+            score_mod=score if scores else None,
+            block_mask=block,
+            enable_gqa=q.shape[-3] != k.shape[-3],
+            return_aux=flex.AuxRequest(lse=True) if lse else None,
         )
+        return (found[0], found[1].lse) if lse else found
 
 
 LIBRARIES = {kind.title: kind for kind in (JaxFa, JaxNn, Tokamax, Sdpa, Flex)}

@@ -36,10 +36,10 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-# What a kernel reads at its start; a profile of the user's own does not count.
+# What a kernel reads at its start; a profile of the user's own does not count. Figures are white, also on a dark page.
 PROFILE = """\
 c.InlineBackend.figure_formats = {"png"}
-c.InlineBackend.rc = {"figure.dpi": 90, "savefig.dpi": 90}
+c.InlineBackend.rc = {"figure.dpi": 90, "savefig.dpi": 90, "figure.facecolor": "white"}
 c.IPKernelApp.log_level = 40
 """
 ENVIRONMENT = {

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # The online softmax, step by step
 #
-# FlashAttention computes `softmax(scale * q k^T) v` exactly, without holding the `Sq x Skv` logits: the keys come in
-# tiles, and only a maximum, a sum and an output are kept per row. Here is the algorithm in NumPy, forward and backward.
-# Every step is compared with the plain softmax, and the result with `jax_fa`.
+# You will learn how FlashAttention computes `softmax(scale * q k^T) v` exactly without ever holding the `Sq x Skv` logits:
+# it reads the keys in tiles, and keeps a maximum, a sum and an output per row. The algorithm is written out in NumPy,
+# forward and backward, and every step is compared with the plain softmax and with `jax_fa`.
 #
 # The steps are those of
 # - Milakov and Gimelshein 2018, [arXiv:1805.02867](https://arxiv.org/abs/1805.02867): maximum and sum in one pass;
@@ -43,8 +43,8 @@ def close(a, b, tolerance=1e-12):
 # %% [markdown]
 # ## 1. The plain softmax: all logits at once
 #
-# The maximum is subtracted because `exp` overflows otherwise. A row's maximum `m` and sum `l` are what CANN returns
-# as `softmax_max` and `softmax_sum`; `m + log(l)` is the log-sum-exp.
+# The maximum is subtracted because `exp` overflows otherwise. The maximum `m` and the sum `l` of a row are what CANN, the
+# library of kernels for Ascend, returns as `softmax_max` and `softmax_sum`; `m + log(l)` is the log-sum-exp.
 
 
 # %%
@@ -67,8 +67,8 @@ print(f"row 0: max {M[0]:.3f}, sum {L[0]:.3f}, log-sum-exp {M[0] + np.log(L[0]):
 # %% [markdown]
 # ## 2. Maximum and sum in one pass
 #
-# Read a row's logits one at a time. At a new maximum, the sum so far is relative to the old one, and one factor
-# rescales it, the *refresh* $e^{m_{i-1} - m_i}$:
+# Read the logits of a row one at a time. When a new maximum appears, the sum so far is still relative to the old one. One
+# factor rescales it, called the *refresh* here, $e^{m_{i-1} - m_i}$:
 #
 # $$
 # \begin{aligned}
@@ -92,15 +92,14 @@ print(f"sum {l:.6f} (plain {L[0]:.6f}); without the refresh it would be {no_refr
 # %% [markdown]
 # ## 3. Attention in tiles
 #
-# The same with a tile of keys in place of one logit, and the unnormalized output `acc` refreshed like the sum. In
-# CANN's terms: the first tile's product `P V` is stored as it is; from the second on, the product so far is
-# multiplied (Mul) by $exp[i] = e^{max_{i-1} - max_i}$ and the tile's product is added (Add); the division by the sum
-# is moved after the loop, to just before the output is written.
+# The same works with a tile of keys in place of one logit. The output is not normalized inside the loop: `acc` is refreshed
+# like the sum, the product `P V` of each tile is added to it, and one division by the sum follows after the loop. (CANN's
+# documentation calls these two steps Mul and Add, and the refresh $exp[i]$.)
 
 
 # %%
 def update(state, k_tile, v_tile, q=q):
-    """Takes one tile of keys into (m, l, acc); also returns the intermediate results, for the figures."""
+    """Adds one tile of keys to (m, l, acc); also returns the intermediate results, for the figures."""
     m, l, acc = state
     x = SCALE * q @ k_tile.T
     m_new = np.maximum(m, x.max(axis=1))
@@ -131,37 +130,43 @@ assert close(acc / l[:, None], OUT) and close(m, M) and close(l, L)
 print(f"{len(steps)} tiles of {TILE} keys; out differs by at most {np.abs(acc / l[:, None] - OUT).max():.1e}")
 
 # %% [markdown]
-# The state, tile by tile. A row with a refresh of 1 has no new maximum; a refresh near 0 means a logit far above all
-# earlier ones, so that the earlier sum hardly counts any more. The first tile has nothing to refresh.
+# The unnormalized weights $e^{x - m_i}$ after each tile. Every tile adds 8 columns, and rescales the columns before it in the
+# rows where it brings a new maximum.
 
 # %%
-fig, axes = plt.subplots(3, len(steps), figsize=(8.6, 6.2), layout="constrained")
-limit = abs(SCALE * q @ k.T).max()
-for t, (_, step) in enumerate(steps):
-    seen = np.full((Sq, Skv), np.nan)
-    seen[:, t * TILE : (t + 1) * TILE] = step["logits"]
-    axes[0, t].imshow(seen, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes[0, t].set_title(f"tile {t}: logits", fontsize=9)
+plt.rcParams |= {"font.size": 10, "axes.titlesize": 10, "image.aspect": "auto"}
+fig, axes = plt.subplots(1, len(steps), figsize=(9, 2.9), layout="constrained", sharey=True)
+for t, ax in enumerate(axes):
     p = np.full((Sq, Skv), np.nan)
-    for u in range(t + 1):  # earlier tiles as the later refreshes have left them
+    for u in range(t + 1):  # earlier tiles, with all refreshes since
         later = np.prod([steps[w][1]["refresh"] for w in range(u + 1, t + 1)], axis=0)
         p[:, u * TILE : (u + 1) * TILE] = steps[u][1]["p"] * np.reshape(later, (-1, 1))
-    axes[1, t].imshow(p, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes[1, t].set_title(r"$e^{x - m_i}$, refreshed", fontsize=9)
-    axes[2, t].barh(np.arange(Sq), step["refresh"], color="#2b6ca3", height=0.8)
-    axes[2, t].set(xlim=(0, 1), ylim=(Sq - 0.5, -0.5))
-    axes[2, t].set_title(r"refresh $e^{m_{i-1} - m_i}$", fontsize=9)
-    for ax in axes[:2, t]:
-        ax.set(xticks=range(0, Skv + 1, TILE), yticks=[])
-    axes[2, t].set(yticks=[], xticks=(0, 0.5, 1))
-for ax in axes[:, 0]:
-    ax.set_ylabel("rows")
+    picture = ax.imshow(p, cmap="Blues", vmin=0, vmax=1, extent=(0, Skv, Sq, 0))
+    ax.set(title=f"after tile {t + 1}", xlabel="key", xticks=range(0, Skv + 1, TILE), facecolor="#e9e9e9")
+axes[0].set(ylabel="row", yticks=range(0, Sq + 1, TILE))
+fig.colorbar(picture, ax=axes, label="weight, unnormalized")
 assert close(p, np.exp(SCALE * q @ k.T - M[:, None]))  # the last picture is the plain one
 plt.show()
 
 # %% [markdown]
-# The running maximum never decreases. The running sum may decrease, where a refresh is small; the running log-sum-exp
-# increases with every key.
+# The refresh of each row at tiles 2 to 4. White is 1: no new maximum, and nothing to rescale. A dark cell is a logit far
+# above all earlier ones, so that the earlier sum hardly counts any more.
+
+# %%
+fig, ax = plt.subplots(figsize=(9, 2.1), layout="constrained")
+refreshes = np.stack([step["refresh"] for _, step in steps[1:]])
+picture = ax.imshow(refreshes, cmap="Blues_r", vmin=0, vmax=1)
+ax.set(xlabel="row", ylabel="tile", yticks=range(len(refreshes)), yticklabels=range(2, len(steps) + 1))
+ax.set_xticks(np.arange(Sq + 1) - 0.5, minor=True)
+ax.set_yticks(np.arange(len(refreshes) + 1) - 0.5, minor=True)
+ax.grid(which="minor", color="#bbbbbb", linewidth=0.5)
+ax.tick_params(which="minor", length=0)
+fig.colorbar(picture, ax=ax, label=r"$e^{m_{i-1} - m_i}$")
+plt.show()
+
+# %% [markdown]
+# The state of two rows. The running maximum never decreases. The running sum may decrease, where a refresh is small, as in
+# the blue row. The running log-sum-exp increases with every key.
 
 # %%
 running_m = np.stack([m for (m, _, _), _ in steps])
@@ -170,20 +175,19 @@ running_lse = running_m + np.log(running_l)
 assert np.all(np.diff(running_m, axis=0) >= 0) and np.all(np.diff(running_lse, axis=0) > 0)
 falls = np.any(np.diff(running_l, axis=0) < 0, axis=0)
 assert falls.any()
-# Rows to show: two whose sum falls on the way, and two whose sum does not.
-shown = [*np.flatnonzero(falls)[:2], *np.flatnonzero(~falls)[:2]]
-fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.5), layout="constrained")
+shown = np.flatnonzero(falls)[0], np.flatnonzero(~falls & (running_l[-1] > 3))[0]
+fig, axes = plt.subplots(1, 3, figsize=(9, 2.7), layout="constrained")
 curves = (
-    ("running max $m_i$", running_m),
-    ("running sum $l_i$", running_l),
-    (r"$m_i + \log l_i$", running_lse),
+    ("maximum $m_i$", running_m),
+    ("sum $l_i$", running_l),
+    (r"log-sum-exp $m_i + \log l_i$", running_lse),
 )
 for ax, (title, values) in zip(axes, curves, strict=True):
-    for i in shown:
-        ax.plot(np.arange(len(steps)), values[:, i], marker="o", markersize=4, label=f"row {i}")
-    ax.set(xlabel="tiles visited", xticks=range(len(steps)), xticklabels=range(1, len(steps) + 1))
-    ax.set_title(title, fontsize=10)
-axes[0].legend(fontsize=8, ncols=2, loc=(0.3, 0.57))
+    for i, shade, style in zip(shown, ("#24608f", "#d98324"), ("o-", "s--"), strict=True):
+        ax.plot(np.arange(len(steps)) + 1, values[:, i], style, color=shade, label=f"row {i}")
+    ax.set(title=title, xlabel="tiles visited", xticks=range(1, len(steps) + 1))
+    ax.grid(alpha=0.3)
+axes[2].legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
@@ -220,11 +224,11 @@ print(f"divisions: {len(parts) * Sq * D} if normalized after every tile, {Sq * D
 # %% [markdown]
 # ## 5. Masked tiles are never visited
 #
-# With the bottom-right causal mask the keys `j <= i + Skv - Sq` are visible to row `i`. The loop visits the tiles with
-# a visible key, and masks single elements only in tiles that the mask cuts.
+# With the bottom-right causal mask the keys `j <= i + Skv - Sq` are visible to row `i`. The loop visits only the tiles that
+# have a visible key.
 #
-# A row may be fully masked. Starting from a maximum of `-FLT_MAX` instead of `-inf` keeps `exp(-inf - m)` at 0, with no
-# NaN and no special case: the sum stays 0, and only the division must check for it.
+# A row may be fully masked. With a first maximum of `-FLT_MAX` instead of `-inf`, `exp(-inf - m)` is 0 and not NaN: the sum
+# stays 0, and only the division must check for it.
 
 # %%
 FLT_MAX = float(np.finfo(np.float32).max)
@@ -267,8 +271,8 @@ print(f"{len(visited)} of {Sq // TILE * Skv // TILE} tiles visited; a fully mask
 # %% [markdown]
 # ## 6. Backward: the weights are recomputed from maximum and sum
 #
-# Nothing of size `Sq x Skv` was saved, so the backward computes the logits again. With `m` and `l` saved, the weights of
-# a tile follow at once, $P = e^{x - m} / l$, with no second online pass. Then, for the cotangent `dO` of the output:
+# Nothing of size `Sq x Skv` was saved, so the backward computes the logits again. From the saved `m` and `l` the weights of
+# a tile follow at once, $P = e^{x - m} / l$. Then, for the cotangent `dO` of the output:
 #
 # $$
 # \begin{aligned}
@@ -313,7 +317,7 @@ def backward(q, k, v, visible, m, l, delta, dout, tile=TILE):
 gradients = backward(q, k, v, CAUSAL, m, l, delta, dout)
 
 # %% [markdown]
-# Compared with a difference quotient of the plain softmax, and with JAX's own derivative of it.
+# The gradients are those of the plain softmax, by `jax.grad` and by a difference quotient.
 
 
 # %%
@@ -329,15 +333,20 @@ direction = random.standard_normal(k.shape)
 up, down = (np.sum(plain(q, k + h * direction, v, CAUSAL)[0] * dout) for h in (1e-5, -1e-5))
 assert close((up - down) / 2e-5, np.sum(gradients[1] * direction), 1e-7)
 
-fig, axes = plt.subplots(1, 4, figsize=(8.6, 2.5), layout="constrained", width_ratios=(4, 4, 1, 4))
+# %% [markdown]
+# The gradient of the logits as a figure: subtract from each row of dP its $\delta$, and multiply by P. Red is positive,
+# blue negative. Where P is 0, as in the masked corner, dS is 0.
+
+# %%
 dp, ds = dout @ v.T, weights * (dout @ v.T - delta[:, None])
-pictures = (("P", weights, "Blues"), ("dP", dp, "RdBu_r"), (r"$\delta$", delta[:, None], "RdBu_r"))
-pictures += ((r"dS = P $\circ$ (dP - $\delta$)", ds, "RdBu_r"),)
-for ax, (title, values, colours) in zip(axes, pictures, strict=True):
-    limit = np.abs(dp if title in ("dP", r"$\delta$") else values).max()
-    ax.imshow(values, cmap=colours, vmin=0 if colours == "Blues" else -limit, vmax=limit, aspect="auto")
-    ax.set_title(title, fontsize=10)
-    ax.set(xticks=range(0, Skv + 1, TILE) if values.shape[1] > 1 else [], yticks=range(0, Sq + 1, TILE))
+pictures = (("dS", ds), (r"$=$  P  $\circ$", weights), ("( dP", dp), (r"$-$  $\delta$ )", delta[:, None]))
+fig, axes = plt.subplots(1, 4, figsize=(9, 2.8), layout="constrained", width_ratios=(4, 4, 4, 1), sharey=True)
+for ax, (title, values) in zip(axes, pictures, strict=True):
+    limit = np.abs(dp if values.shape[1] == 1 else values).max()
+    ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=(0, values.shape[1], Sq, 0))
+    ax.set_title(title, fontsize=13)
+    ax.set(xlabel="key", xticks=range(0, Skv + 1, TILE)) if values.shape[1] > 1 else ax.set(xticks=[])
+axes[0].set(ylabel="row", yticks=range(0, Sq + 1, TILE))
 plt.show()
 
 # %% [markdown]
@@ -351,8 +360,9 @@ with_lse = backward(q, k, v, CAUSAL, m, l, delta - dlse, dout)
 # %% [markdown]
 # ## 7. The same values from `jax_fa`
 #
-# `flash_attention` in float64 gives the output, the log-sum-exp and every gradient of the loop above, and
-# `flash_attention_score` (CANN's API, float32, statistics in eight equal lanes) the maximum and the sum.
+# `flash_attention` in float64 returns the output, the log-sum-exp and the gradients of the loops above.
+# `flash_attention_score`, the function with CANN's arguments, returns the maximum and the sum, in float32 and in eight equal
+# lanes.
 
 # %%
 mask = Causal("bottom-right")
@@ -393,10 +403,9 @@ print("out, log-sum-exp and gradients agree in float64; out, softmax_max and sof
 # %% [markdown]
 # ## 8. How exact is it? Error and the number of tiles
 #
-# More tiles mean more refreshes, and each may round. In float32, over 4096 keys cut into 1 to 4096 tiles, against
-# float64: the number of tiles hardly matters; most of the error comes from adding 4096 terms one by one.
-# A refresh other than 1 (exactly 1 is free of rounding) happens only at a new maximum, and in a random row the t-th
-# tile brings one with probability 1/t: about ln(tiles) times.
+# More tiles mean more refreshes, and each may round. Here 4096 keys are cut into 1 to 4096 tiles, in float32, and compared
+# with float64. The error hardly depends on the number of tiles up to about 128, and stays at a few units in the last place:
+# most of it comes from adding 4096 terms.
 
 # %%
 LONG, ROWS, WIDTH = 4096, 64, 32
@@ -432,31 +441,45 @@ for count in tiles:
 errors = np.array(errors)
 assert errors[tiles <= LONG // 32].max() <= 2 * errors[0].max() + 2  # tiles of 32 keys and more
 assert errors.max() < 32  # one key at a time: still a few units in the last place
-harmonic = np.array([np.sum(1 / np.arange(2, n + 1)) for n in tiles])
-assert np.all(np.abs(refreshes - harmonic) < 1)
 
-fig, axes = plt.subplots(1, 2, figsize=(8.6, 2.8), layout="constrained")
-axes[0].plot(tiles, errors[:, 0], marker="o", markersize=4, label="out (relative L2)")
-axes[0].plot(tiles, errors[:, 1], marker="s", markersize=4, label="log-sum-exp (largest)")
-axes[0].set(xscale="log", xlabel="tiles over 4096 keys", ylabel="error, units of float32 eps", ylim=(0, None))
-axes[0].legend(fontsize=8)
-axes[1].plot(tiles, refreshes, marker="o", markersize=4, label="measured, mean of 64 rows")
-axes[1].plot(tiles, harmonic, linestyle="--", color="black", label="1/2 + 1/3 + ... + 1/tiles")
-axes[1].set(xscale="log", xlabel="tiles over 4096 keys", ylabel="refreshes other than 1")
-axes[1].legend(fontsize=8)
+fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+ax.plot(tiles, errors[:, 0], "o-", color="#24608f", label="output (relative L2)")
+ax.plot(tiles, errors[:, 1], "s--", color="#d98324", label="log-sum-exp (largest)")
+ax.set_xscale("log", base=2)
+ax.set(xlabel="tiles", ylabel="error, float32 eps", ylim=(0, None), title="Error over 4096 keys")
+ax.set_xticks(tiles[::2], tiles[::2])
+ax.grid(alpha=0.3)
+ax.legend()
 plt.show()
 print("tiles :", *tiles)
 print("out   :", *(f"{e:.2f}" for e in errors[:, 0]), "eps")
 
 # %% [markdown]
+# Why so little? A refresh of exactly 1 does not round, and any other one needs a new maximum. In a random row the t-th tile
+# brings one with probability 1/t, so the number of such refreshes grows like the logarithm of the number of tiles.
+
+# %%
+harmonic = np.array([np.sum(1 / np.arange(2, n + 1)) for n in tiles])
+assert np.all(np.abs(refreshes - harmonic) < 1)
+fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+ax.plot(tiles, refreshes, "o", color="#24608f", label="measured, mean of 64 rows")
+ax.plot(tiles, harmonic, color="black", linewidth=1, label="expected, 1/2 + 1/3 + ... + 1/tiles")
+ax.set_xscale("log", base=2)
+ax.set(xlabel="tiles", ylabel="refreshes per row", title="Refreshes other than 1, over 4096 keys")
+ax.set_xticks(tiles[::2], tiles[::2])
+ax.grid(alpha=0.3)
+ax.legend()
+plt.show()
+
+# %% [markdown]
 # ## 9. Which tiles each sparse mode of CANN visits
 #
-# A structured mask is two integers per row: the keys `lower[i] <= j < upper[i]` are visible to row `i`. A tile is *masked*
-# (never visited), *full* (no masking by element) or *partial*. The figures show what the operation does, not what it is
-# meant to do: with a query of 0 all visible keys have the same weight, and with the identity as values the output is the
-# weights. They are compared with the table of the modes, written out in NumPy.
+# CANN names its masks by a `sparse_mode` from 0 to 8. A tile of keys and rows is *masked* (never visited), *full* (visited
+# without masking by element) or *partial*.
 #
-# `d = Skv - Sq`; modes 7 and 8 are for packed sequences (layout TND), where every length is that of one sequence.
+# The figures show what the function computes: with a query of 0 all visible keys have the same weight, and with the identity
+# as values the output is the weights. They are compared with the definition of each mode, written out in NumPy with
+# `d = Skv - Sq`. Modes 7 and 8 are for packed sequences (layout TND), where `d` is that of one sequence.
 
 
 # %%
@@ -538,6 +561,70 @@ for title, arguments, definition in MODES:
 
 
 # %%
+def kinds(visible, tile=8):
+    """Each tile as 0 masked, 1 partial, 2 full."""
+    cut = visible.reshape(visible.shape[0] // tile, tile, visible.shape[1] // tile, tile)
+    return cut.any(axis=(1, 3)).astype(int) + cut.all(axis=(1, 3))
+
+
+# A key in a masked tile; a masked and a visible key in a partial tile; a key in a full tile.
+colours = ListedColormap(["#e4e4e4", "#fbe3c4", "#7fb2d9", "#24608f"])
+
+
+def draw(ax, visible):
+    each = np.kron(kinds(visible), np.ones((8, 8), int))
+    picture = np.where(each == 2, 3, np.where(each == 1, 1 + visible, 0))
+    ax.imshow(picture, cmap=colours, vmin=0, vmax=3, extent=(0, KEY_COUNT, ROW_COUNT, 0))
+    ax.set_xticks(np.arange(0, KEY_COUNT + 1, 8), [])
+    ax.set_yticks(np.arange(0, ROW_COUNT + 1, 8), [])
+    ax.grid(color="white", linewidth=0.8)
+    ax.tick_params(length=0)
+
+
+def show(titles, shape, height):
+    """One panel for each of these modes, and what the colours mean."""
+    fig, axes = plt.subplots(*shape, figsize=(9, height), layout="constrained")
+    for ax, title in zip(axes.flat, titles, strict=True):
+        draw(ax, seen[title])
+        ax.set_title(title)
+    for n, text in enumerate(("masked, not visited", "partial, key masked", "partial, key visible", "full")):
+        fig.patches.append(plt.Rectangle((0, 0), 0, 0, color=colours(n), label=text))
+    fig.legend(handles=fig.patches, loc="outside lower center", ncols=4, frameon=False)
+    plt.show()
+
+
+print(f"{'mode':26} masked partial full tiles")
+for title, visible in seen.items():
+    print(f"{title:26} {'{:6} {:7} {:4}'.format(*np.bincount(kinds(visible).flat, minlength=3))}")
+
+# %% [markdown]
+# Modes of one sequence. Rows run down and keys to the right; a white square is a tile of 8 rows and 8 keys.
+
+# %%
+of_one = [title for title, arguments, _ in MODES if not {"atten_mask", "input_layout"} & arguments.keys()]
+show(of_one, (2, 3), 4.6)
+
+# %% [markdown]
+# Three packed sequences. Mode 3 is causal in each of them; modes 7 and 8 move the diagonal of the last and of the first.
+
+# %%
+of_packed = [title for title, arguments, _ in MODES if "input_layout" in arguments]
+show(of_packed, (1, 3), 2.7)
+
+# %% [markdown]
+# A mask that the caller passes as an array. Its values are known only once it is read, so its masked tiles save no time,
+# although they are shown.
+
+# %%
+of_array = [title for title, arguments, _ in MODES if "atten_mask" in arguments]
+show(of_array, (1, 2), 3.1)
+
+# %% [markdown]
+# All the other modes are two integers per row: the keys `lower[i] <= j < upper[i]` are visible to row `i`. The kernels read
+# these integers, and no mask of size `Sq x Skv`.
+
+
+# %%
 def intervals(visible):
     """(lower, upper) of each row; empty rows have 0, 0."""
     some = visible.any(axis=1)
@@ -545,52 +632,23 @@ def intervals(visible):
     return lower, np.where(some, visible.shape[1] - visible[:, ::-1].argmax(axis=1), 0)
 
 
-def kinds(visible, tile=8):
-    """Each tile as 0 masked, 1 partial, 2 full."""
-    cut = visible.reshape(visible.shape[0] // tile, tile, visible.shape[1] // tile, tile)
-    return cut.any(axis=(1, 3)).astype(int) + cut.all(axis=(1, 3))
+for title in of_one + of_packed:
+    lower, upper = intervals(seen[title])
+    assert np.array_equal(seen[title], (lower[:, None] <= j) & (j < upper[:, None]))
 
-
-# Masked tile; masked and visible keys of a partial one; full tile.
-colours = ListedColormap(["#e9e9e9", "#fbe3c4", "#7fb2d9", "#24608f"])
-fig, axes = plt.subplots(3, 4, figsize=(9.4, 6.6), layout="constrained")
-print(f"{'mode':26} masked partial full tiles")
-for ax, (title, arguments, _) in zip(axes.flat, MODES, strict=False):
-    visible = seen[title]
-    kind = kinds(visible)
-    each = np.kron(kind, np.ones((8, 8), int))
-    ax.imshow(np.where(each == 2, 3, np.where(each == 1, 1 + visible, 0)), cmap=colours, vmin=0, vmax=3)
-    ax.set_xticks(np.arange(0, KEY_COUNT + 1, 8) - 0.5, [])
-    ax.set_yticks(np.arange(0, ROW_COUNT + 1, 8) - 0.5, [])
-    ax.grid(color="white", linewidth=0.8)
-    ax.tick_params(length=0)
-    ax.set_title(title, fontsize=9)
-    if "atten_mask" not in arguments:
-        lower, upper = intervals(visible)
-        # Two integers say it all.
-        assert np.array_equal(visible, (lower[:, None] <= j) & (j < upper[:, None]))
-        edges = np.arange(ROW_COUNT + 1) - 0.5
-        line = {"orientation": "horizontal", "color": "#b5341f", "baseline": None, "linewidth": 1}
-        for bound in (lower, upper):
-            ax.stairs(bound - 0.5, edges, **line)
-    counts = [int((kind == n).sum()) for n in (0, 1, 2)]
-    print(f"{title:26} {counts[0]:6} {counts[1]:7} {counts[2]:4}")
-legend = axes.flat[-1]
-legend.axis("off")
-for n, text in enumerate(("masked: not visited", "partial, key masked", "partial, key visible", "full")):
-    legend.scatter([], [], marker="s", s=60, color=colours(n), label=text)
-legend.plot([], [], color="#b5341f", linewidth=1, label="lower, upper of a row")
-legend.legend(loc="center", fontsize=9, frameon=False)
-fig.supxlabel("keys, 7 tiles of 8", fontsize=9)
-fig.supylabel("rows, 5 tiles of 8", fontsize=9)
+lower, upper = intervals(seen["4 band, pre 20, next 3"])
+fig, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
+ax.barh(np.arange(ROW_COUNT), upper - lower, left=lower, height=1, color="#b9d5ea", label="visible keys")
+for bound, name, shade in ((lower, "lower", "#24608f"), (upper, "upper", "#b35a00")):
+    edges = np.arange(ROW_COUNT + 1) - 0.5
+    ax.stairs(bound, edges, orientation="horizontal", baseline=None, color=shade, linewidth=2.5, label=name)
+ax.set(xlim=(0, KEY_COUNT), ylim=(ROW_COUNT - 0.5, -0.5), xlabel="key", ylabel="row")
+ax.set_title("4 band, pre 20, next 3")
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 plt.show()
 
 # %% [markdown]
-# The red lines are the whole structured mask. Modes 0, 1 and 5 with a full `atten_mask` have no such lines: its values are
-# known only once it is read, so its masked tiles save no time, although they are shown. A band that moves with the
-# sequences (modes 7 and 8) is an interval like any other.
-#
-# Fully masked rows are 0, as in section 5: mode 3 with more rows than keys has them.
+# Fully masked rows are 0, as in section 5. Mode 3 has them where there are more rows than keys.
 
 # %%
 tall = probe(24, 16, sparse_mode=3)

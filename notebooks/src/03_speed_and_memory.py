@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Speed and memory against sequence length
 #
-# The time of attention grows with the square of the length in every implementation. The memory of
-# `jax.nn.dot_product_attention` on CPU does so too; that of `jax_fa` grows with the length. A causal mask or a sliding
-# window saves time, if the implementation skips masked tiles.
+# You will see how time and memory of attention grow with the sequence length: time with its square everywhere, memory with
+# its square for `jax.nn.dot_product_attention` on CPU, but only linearly for `jax_fa`. You will also see how much time a
+# causal mask and a sliding window save.
 #
-# This notebook measures both on the machine that runs it, with the pieces of `python -m jax_fa.bench`.
+# Everything is measured on the machine that runs the notebook, with the functions of `python -m jax_fa.bench`.
 
 # %%
 import time
@@ -19,7 +19,7 @@ import jax_fa
 from jax_fa.bench import implementations, measure, record, shapes
 from jax_fa.demo.colours import colour
 
-LENGTHS = (256, 512, 1024, 2048)
+LENGTHS = (512, 1024, 2048)
 present = implementations.present()
 print("implementations:", ", ".join(present))
 for name, value in record.environment().items():
@@ -37,22 +37,22 @@ chosen = jax_fa.explain(x, x, x, platforms=("cpu",)).chosen["cpu"]
 # %% [markdown]
 # ## Measuring
 #
-# All implementations of a call are compiled, must compute the same values, and are then called in turn, in an order that
-# is reversed from round to round, so that other work on the machine affects all alike. Times are medians. Memory is what
-# XLA allocates besides arguments and results; it is known exactly, without a run. (PyTorch does not report it.)
+# All implementations must compute the same values. They are called in turn, in an order that is reversed from round to
+# round, so that other work on the machine affects all of them alike. Times are medians. Memory is what XLA allocates
+# besides arguments and results, which is known from compiling alone. (PyTorch does not report it.)
 
 # %%
-ROUNDS = 4
+ROUNDS = 3
 
 
 def run(mask, direction, lengths=LENGTHS, names=tuple(present)):
-    """{implementation: [result for each length]}"""
+    """The results of each implementation, one for each length."""
     found = {name: [] for name in names}
     for length in lengths:
         shape = shapes.parse_shape(f"S{length}-N4-D64")
         call = shapes.Workload(shape=shape, mask=mask, dtype="float32", direction=direction)
         for result in measure.measure(call, {name: present[name] for name in names}, ROUNDS):
-            assert result.agrees, f"{result.implementation} computes something else"
+            assert result.agrees, f"{result.implementation} computes other values"
             if result.refused is None:
                 found[result.implementation].append(result)
     return {name: results for name, results in found.items() if results}
@@ -73,29 +73,29 @@ def draw(ax, results, value, title, ylabel):
         lengths = [result.call.shape.Sq for result in of_length]
         values = [value(result) for result in of_length]
         if None in values or 0 in values:
-            continue  # not reported, or nothing is needed
-        label = f"{name}, slope {slope(lengths, values):.2f}"
-        ax.loglog(lengths, values, "o-", color=colour(name), label=label, markersize=4)
+            continue  # not reported, or no memory is needed
+        label = f"{name}: {slope(lengths, values):.2f}"
+        ax.loglog(lengths, values, "o-", color=colour(name), label=label)
     finish(ax, title, LENGTHS)
     ax.set_ylabel(ylabel)
 
 
-def finish(ax, title, lengths):
+def finish(ax, title, lengths, ncols=2):
     ax.set(title=title, xlabel="sequence length")
     ax.set_xticks(lengths, lengths)
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=ncols, fontsize=9, frameon=False)
 
 
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-draw(axes[0], forward, lambda r: 1e3 * r.median, "forward", "ms")
-draw(axes[1], training, lambda r: 1e3 * r.median, "forward and backward", "ms")
+fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+draw(axes[0], forward, lambda r: 1e3 * r.median, "time, forward", "ms")
+draw(axes[1], training, lambda r: 1e3 * r.median, "time, forward and backward", "")
 plt.show()
 
 # %% [markdown]
-# The slopes, over the last three lengths, tend to 2 as calls become long enough for their overhead not to matter: the
-# square of the length, for every implementation. The lines differ in height.
+# The numbers below the panels are the slopes: the exponents of the length. They tend to 2, the square of the length, as calls
+# become long enough for their overhead not to matter. The implementations differ in the height of their lines.
 
 # %%
 for results, what in ((forward, "forward"), (training, "forward and backward")):
@@ -106,19 +106,19 @@ for results, what in ((forward, "forward"), (training, "forward and backward")):
 # %% [markdown]
 # ## Memory
 #
-# The slopes of the temporary memory: 2 for jax.nn, which holds the logits of every pair, and 1 at most for `jax_fa`. The
-# portable backend holds a tile, however long the sequence; for the native kernels it is two statistics per row. (The
-# scratch of the kernels is bounded, and XLA does not count it: see the documentation.)
+# Temporary memory has a slope of 2 for `jax.nn`, which stores the logits of all pairs of queries and keys, and of at most 1
+# for `jax_fa`: `xla` stores a tile of logits, however long the sequence, and the native kernels store two statistics per
+# row. (The kernels' own scratch memory is bounded, and XLA does not count it.)
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-draw(axes[0], forward, lambda r: r.temp_bytes and r.temp_bytes / 2**20, "forward", "temporary memory, MiB")
+fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+draw(axes[0], forward, lambda r: r.temp_bytes and r.temp_bytes / 2**20, "temporary memory, forward", "MiB")
 draw(axes[1], training, lambda r: r.temp_bytes and r.temp_bytes / 2**20, "forward and backward", "")
 plt.show()
 
 # %%
 # Only compiled and not run, so lengths may be long.
-LONG = (2048, 4096, 8192)
+LONG = (2048, 8192)
 
 
 def temporary_bytes(name, length):
@@ -150,12 +150,11 @@ if "cpu" in present:
 # %% [markdown]
 # ## What a mask saves
 #
-# The same with a causal mask, and with a window of 128 keys. `jax_fa` never visits a masked tile: the causal mask
-# takes about half the time of no mask, and the window's time grows with the length only. jax.nn computes all pairs and
-# then masks.
+# `jax_fa` never visits a masked tile. With a causal mask it takes about half the time of no mask, and with a window of 128
+# keys its time grows with the length, not with its square. `jax.nn` computes all pairs and masks them afterwards.
 #
-# Times of different masks are compared here, so all masks and lengths are called in turn, and the fastest call of each
-# counts: other work on the machine makes calls slower, never faster.
+# Here all masks and lengths are called in turn, and the fastest call of each counts, since other work on the machine makes
+# calls slower, never faster. The heads are fewer than above, which takes less time.
 
 # %%
 MASKS = {"full": "#24608f", "causal": "#d98324", "window:128": "#3f8f5a"}
@@ -164,13 +163,11 @@ programs = {}
 for name in names:
     for mask in MASKS:
         for length in (512, 1024, 2048, 4096):
-            if length < 4096 or (
-                mask == "window:128" and name != "jax.nn"
-            ):  # the others take their time there
-                shape = shapes.parse_shape(f"S{length}-N4-D64")
+            if length < 4096 or (mask == "window:128" and name != "jax.nn"):  # the others are slow there
+                shape = shapes.parse_shape(f"S{length}-N2-D64")
                 call = shapes.Workload(shape=shape, mask=mask, dtype="float32", direction="forward")
                 programs[name, mask, length] = present[name](call)
-                programs[name, mask, length].run()  # touches memory for the first time, and does not count
+                programs[name, mask, length].run()  # the first call is slower, and does not count
 seconds = dict.fromkeys(programs, np.inf)
 
 
@@ -184,7 +181,7 @@ def call_all(rounds):
 
 
 def saved(name):
-    """Of the time of no mask, what the causal mask takes; and the exponent with which that of the window grows."""
+    """The time of a causal call as a part of that of no mask, and the exponent of the time with a window."""
     part = seconds[name, "causal", 2048] / seconds[name, "full", 2048]
     if name == "jax.nn":
         return part, None
@@ -198,15 +195,15 @@ for _ in range(5):  # on a busy machine a few calls may all have been disturbed
         break
     call_all(ROUNDS)
 
-fig, axes = plt.subplots(1, len(names), figsize=(9, 3.2), layout="constrained", sharey=True)
+fig, axes = plt.subplots(1, len(names), figsize=(9, 4), layout="constrained", sharey=True)
 for ax, name in zip(axes, names, strict=True):
     for mask, shade in MASKS.items():
         lengths, times = zip(
             *((n, 1e3 * t) for (x, y, n), t in seconds.items() if (x, y) == (name, mask)), strict=True
         )
-        label = f"{mask}, slope {slope(lengths, times):.2f}"
-        ax.loglog(lengths, times, "o-", color=shade, label=label, markersize=4)
-    finish(ax, name, (512, 1024, 2048, 4096))
+        label = f"{mask}: {slope(lengths, times):.2f}"
+        ax.loglog(lengths, times, "o-", color=shade, label=label)
+    finish(ax, name, (512, 1024, 2048, 4096), ncols=1)
 axes[0].set_ylabel("ms, forward")
 plt.show()
 

@@ -1,12 +1,17 @@
 # %% [markdown]
 # # Porting from Ascend
 #
-# `jax_fa.npu_fusion_attention` is `torch_npu.npu_fusion_attention` for JAX arrays, word for word: a call runs with the
-# module's name changed, on any device, under `jit`, and with gradients. On Ascend it is one call into CANN's
-# `aclnnFlashAttentionScore`. Here the same calls run on CPU, through the same C++ adapter, into the emulator of CANN that
-# the package brings.
+# You will learn how to run code written for `torch_npu.npu_fusion_attention` in JAX: only the name of the module changes, and
+# layouts, sparse modes, pse, dropout masks and gradients keep their meaning. You will also see the few differences that
+# raise no error.
 #
+# On Ascend such a call is one call of CANN's `aclnnFlashAttentionScore`. Here the calls run on CPU, through the same C++
+# adapter, with an emulator of CANN that the package contains.
+
+# %% [markdown]
 # ## The names
+#
+# A row is one argument under its names in three libraries.
 #
 # | `torch_npu` and `jax_fa.npu_fusion_attention` | MindSpore, `ops.flash_attention_score` | `jax_fa.flash_attention_score` |
 # |---|---|---|
@@ -30,10 +35,14 @@ import os
 import warnings
 from types import SimpleNamespace
 
+# Many small programs follow, and compiling them is nearly all that takes time.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
 
 import jax_fa
 
@@ -60,9 +69,9 @@ def asked():
 # %% [markdown]
 # ## 1. A training step
 #
-# The attention of a decoder as it stands in code for torch_npu: BSH, four query heads on two key heads, dropout, a causal
-# mask in sparse mode 2. Two things are JAX's: `implementation`, which asks for the emulated device by name (without it, the
-# best backend of the platform is taken), and `dropout_key`, since JAX has no generator that a call could draw from.
+# This is the attention of a decoder as it is written for torch_npu: layout BSH, four query heads and two key heads, dropout,
+# a causal mask in sparse mode 2. Two arguments are new. `implementation` asks for the emulated device by name; without it,
+# the best backend of the platform is taken. `dropout_key` is needed because JAX has no global random generator.
 
 # %%
 torch_npu = jax_fa
@@ -127,10 +136,11 @@ def score(*args, **kwargs):
 # %% [markdown]
 # ## 2. A stand-in for torch_npu
 #
-# So that the calls below can run side by side, here is `torch_npu.npu_fusion_attention` in NumPy and float64, written
-# from its documentation and public sources: its arguments, its seven results. It is the reference for everything below
-# and shares no code with the library. (`pse_type` is v2's. `keep`, as zeros and ones, stands for the mask that
-# torch_npu draws.) First the masks and the formula, for one sequence:
+# torch_npu needs an Ascend device, so here is a stand-in: its arguments and its seven results, in NumPy and float64, written
+# from its documentation and public sources. It is the reference for everything below and shares no code with `jax_fa`. The
+# next two cells are long; skip them if you only want to see the calls.
+#
+# First the masks and the formula, for one sequence.
 
 
 # %%
@@ -139,9 +149,8 @@ def visible_keys(mode, sq, skv, mask, pre, following, prefix, first, last):
     i, j, d = np.arange(sq)[:, None], np.arange(skv), skv - sq
     if mask is None:  # then CANN ignores the mode
         return np.ones((sq, skv), bool)
-    own = (
-        np.asarray(mask)[..., :sq, :skv] == 0
-    )  # the caller's mask, in modes 0, 1 and 5; TND: for the longest
+    # The caller's mask, in modes 0, 1 and 5; with TND it is as large as the longest sequence needs.
+    own = np.asarray(mask)[..., :sq, :skv] == 0
     return {
         0: lambda: own & (i - pre <= j) & (j <= i + following),
         1: lambda: own,
@@ -181,7 +190,8 @@ def attend(q, k, v, visible, pse, pse_type, scale, weight, dy):
 
 
 # %% [markdown]
-# Then the layouts, and the whole call. A layout is only the order in which elements are stored.
+# Then the layouts, and the whole call. A layout is the order in which elements are stored. (`pse_type` is an argument of
+# `npu_fusion_attention_v2`. `keep`, an array of zeros and ones, stands for the dropout mask that torch_npu draws.)
 
 
 # %%
@@ -208,7 +218,7 @@ def join(parts, layout):
 def run(query, key, value, head_num, input_layout, pse=None, atten_mask=None, scale=1.0, keep_prob=1.0,
         pre_tockens=INFINITE, next_tockens=INFINITE, prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None,
         sparse_mode=0, pse_type=1, keep=None, dy=None):  # fmt: skip
-    """What `attend` gives for every sequence."""
+    """The results of `attend` for every sequence."""
     layout, N, ends = input_layout, head_num, (actual_seq_qlen, actual_seq_kvlen)
     K = {"BNSD": 1, "BSND": 2, "TND": 1}.get(layout)
     K = key.shape[-1] * N // query.shape[-1] if K is None else key.shape[K]
@@ -246,7 +256,7 @@ def npu_fusion_attention(query, key, value, head_num, input_layout, padding_mask
 
 
 def npu_fusion_attention_grad(query, key, value, dy, head_num, input_layout, **more):
-    """What autograd calls in torch_npu: dq, dk, dv, and no gradient of pse."""
+    """The function that autograd calls in torch_npu: dq, dk, dv, and no gradient of pse."""
     gradients = run(query, key, value, head_num, input_layout, dy=dy, **more)[3:6]
     return *(join(x, input_layout) for x in gradients), np.zeros(0)
 
@@ -268,7 +278,7 @@ def close(ours, theirs, tolerance=2e-6):
 
 
 # %% [markdown]
-# torch_npu's schema, held against our signature: the same names in the same positions, with the same defaults.
+# The schema of torch_npu and our signature have the same names in the same positions, with the same defaults.
 
 # %%
 SCHEMA = """Tensor query, Tensor key, Tensor value, int head_num, str input_layout, Tensor? pse=None,
@@ -280,7 +290,7 @@ theirs = [part.split()[-1].partition("=")[::2] for part in SCHEMA.split(",")]
 ours = list(inspect.signature(jax_fa.npu_fusion_attention).parameters.values())
 for (name, default), parameter in zip(theirs, ours, strict=False):
     assert parameter.name == name and (not default or parameter.default == eval(default)), name
-print("by keyword, ours and v2's:", *(x.name for x in ours[len(theirs) :]))
+print("by keyword only:", *(x.name for x in ours[len(theirs) :]))
 
 
 def port(call):
@@ -294,8 +304,8 @@ def port(call):
 # %% [markdown]
 # ## 3. A first call, and every layout
 #
-# Two batch entries, 24 rows, 32 keys, 4 query heads on 2 key heads, values narrower than keys; causal from the bottom
-# right corner. The call in a model for torch_npu, and its equivalent:
+# The arrays have two batch entries, 24 rows, 32 keys, 4 query heads, 2 key heads, and values narrower than keys. The mask is
+# causal, from the bottom right corner. The same call is made with the stand-in and with `jax_fa`.
 
 # %%
 B, SQ, SKV, N, K, D, DV = 2, 24, 32, 4, 2, 16, 8
@@ -331,10 +341,10 @@ print(*(f"{name}: {call[name]}" for name in ("function", "inputLayout", "headNum
 print("attenMask:", call["tensors"]["attenMask"]["shape"])
 
 # %% [markdown]
-# (BSH goes to CANN as BSND, which is the same memory.)
+# (BSH is passed to CANN as BSND, which is the same memory.)
 #
-# From here on `both` makes the two calls. All five layouts, in three dtypes; for TND every entry of the
-# batch is a packed sequence:
+# From here on `both` makes the two calls and compares them. Here are all five layouts, and three dtypes for one of them. With
+# TND every entry of the batch is a packed sequence.
 
 
 # %%
@@ -356,7 +366,8 @@ STORE = {
 }
 for layout, store in STORE.items():
     ends = {"actual_seq_qlen": (SQ, 2 * SQ), "actual_seq_kvlen": (SKV, 2 * SKV)} if layout == "TND" else {}
-    for dtype, tolerance in (("float32", 2e-6), ("bfloat16", 2e-2), ("float16", 2e-3)):
+    dtypes = {"float32": 2e-6} | ({"bfloat16": 2e-2, "float16": 2e-3} if layout == "BSH" else {})
+    for dtype, tolerance in dtypes.items():
         x = [store(y.astype(dtype)) for y in (q, k, v)]
         call = {"head_num": N, "input_layout": layout, "scale": SCALE, "atten_mask": C, "sparse_mode": 3}
         both(*x, **call, **ends, tolerance=tolerance)
@@ -369,8 +380,8 @@ ours = both(q[0], k[0], v[0], **tnd, atten_mask=C, sparse_mode=3)
 assert ours.softmax_max.shape == (SQ, N, 8)
 
 # %% [markdown]
-# The statistics of TND have torch_npu's own order by default: sequence after sequence of `[N, Sq_b, 8]`, under the shape
-# `[T, N, 8]`. With `softmax_layout="TND"` they are stored row by row, as `flash_attention_score` has them.
+# The statistics of TND have the shape `[T, N, 8]`, but torch_npu stores them sequence after sequence, each as `[N, Sq_b, 8]`.
+# So does `jax_fa` by default. With `softmax_layout="TND"` they are stored row by row.
 
 # %%
 by_row = score(q[0], k[0], v[0], **tnd, atten_mask=C, sparse_mode=3, softmax_layout="TND")
@@ -381,9 +392,9 @@ _ = asked()
 # %% [markdown]
 # ## 4. Sparse modes
 #
-# Every mode, with the mask that it needs. With a query of 0 all visible keys have the same weight, and with the identity
-# as values the output is the weights, so a result is a picture of the visible keys. It is compared with the table in
-# `visible_keys`.
+# Every mode runs here, with the mask that it needs. With a query of 0 all visible keys have the same weight, and with the
+# identity as values the output is the weights, so the output shows the visible keys. It is compared with `visible_keys`
+# above. The table lists the mode and the mask that CANN was called with.
 
 # %%
 lengths = (6, 8, 10), (9, 10, 13)  # three packed sequences: rows, keys
@@ -394,21 +405,21 @@ outside_band = (j < i - 10) | (j > i + 4)
 outside_prefix = ((j > i + SKV - SQ) & (j >= 20))[None, None]
 PREFIX_C = np.concatenate([C, np.tile(np.arange(2048) >= 1024, (1024, 1))])  # 3072 x 2048
 MODES = [
-    (0, "default: tokens and mask", {"atten_mask": outside_band, "pre_tockens": 10, "next_tockens": 4}),
-    (1, "all: the mask alone", {"atten_mask": own}),
-    (2, "left up causal", {"atten_mask": C}),
-    (3, "right down causal", {"atten_mask": C}),
-    (4, "band: pre 9, next 2", {"atten_mask": C, "pre_tockens": 9, "next_tockens": 2}),
-    (5, "prefix 20 and mask", {"atten_mask": outside_prefix, "prefix": [20]}),
+    (0, "default, pre 10, next 4", {"atten_mask": outside_band, "pre_tockens": 10, "next_tockens": 4}),
+    (1, "the mask alone", {"atten_mask": own}),
+    (2, "causal, top left", {"atten_mask": C}),
+    (3, "causal, bottom right", {"atten_mask": C}),
+    (4, "band, pre 9, next 2", {"atten_mask": C, "pre_tockens": 9, "next_tockens": 2}),
+    (5, "prefix 20, full mask", {"atten_mask": outside_prefix, "prefix": [20]}),
     (6, "prefix 20, compressed", {"atten_mask": PREFIX_C, "prefix": [20]}),
-    (7, "TND, in the last next -2", {"atten_mask": C, "next_tockens": -2, **ends}),
-    (8, "TND, in the first next 1", {"atten_mask": C, "next_tockens": 1, **ends}),
+    (7, "TND, last: next -2", {"atten_mask": C, "next_tockens": -2, **ends}),
+    (8, "TND, first: next 1", {"atten_mask": C, "next_tockens": 1, **ends}),
 ]
 eye = [np.zeros((1, SQ, 1, SKV)), np.zeros((1, SKV, 1, SKV)), np.eye(SKV)[None, :, None]]
 eye = [jnp.asarray(x, jnp.float32) for x in eye]
 
-fig, axes = plt.subplots(3, 3, figsize=(9, 7.4), layout="constrained")
-for ax, (mode, title, arguments) in zip(axes.flat, MODES, strict=True):
+visible = {}
+for mode, title, arguments in MODES:
     layout = "TND" if mode > 6 else "BSND"
     probe = [x[0] for x in eye] if layout == "TND" else eye
     arguments = {"head_num": 1, "input_layout": layout, "sparse_mode": mode, **arguments}
@@ -416,19 +427,44 @@ for ax, (mode, title, arguments) in zip(axes.flat, MODES, strict=True):
     call = asked()[-1]
     assert call["sparseMode"] == mode
     shape = "x".join(map(str, call["tensors"]["attenMask"]["shape"]))
-    ax.imshow(np.reshape(out, (SQ, SKV)) > 0, cmap="Blues", vmin=0, vmax=1.5)
-    for row, column in zip(*(x[:-1] for x in ends.values()), strict=True) if layout == "TND" else ():
-        ax.axhline(row - 0.5, color="#b5341f", linewidth=0.8)
-        ax.axvline(column - 0.5, color="#b5341f", linewidth=0.8)
-    ax.set_title(f"{mode} {title}", fontsize=10)
-    ax.set_xlabel(f"CANN got mode {call['sparseMode']}, mask {shape}", fontsize=8)
-    ax.set(xticks=[], yticks=[])
-fig.supylabel("24 rows; 32 keys to the right; blue: visible", fontsize=9)
+    print(f"{title:24} mode {call['sparseMode']}, mask {shape}")
+    visible[f"{mode}: {title}"] = np.reshape(out, (SQ, SKV)) > 0
+
+
+# %%
+def show(titles, shape, height):
+    """One panel per mode: rows run down, keys to the right, blue is visible."""
+    fig, axes = plt.subplots(*shape, figsize=(9, height), layout="constrained", sharex=True, sharey=True)
+    for ax, title in zip(axes.flat, titles, strict=True):
+        ax.imshow(visible[title], cmap=BLUE, extent=(0, SKV, SQ, 0), aspect="auto")
+        ax.set(xticks=range(0, SKV + 1, 8), yticks=range(0, SQ + 1, 8))
+        ax.set_title(title, fontsize=10)
+    fig.supxlabel("key")
+    fig.supylabel("row")
+    return axes.flat
+
+
+BLUE = ListedColormap(["#ececec", "#24608f"])
+show(list(visible)[:6], (2, 3), 4.6)
 plt.show()
 
 # %% [markdown]
-# Two things to know. CANN ignores a mode without its mask, and so does this function. `flash_attention_score` applies it
-# (and says so once, in a warning): there the compressed mask may be left out.
+# Mode 6 takes its prefix from a compressed mask of 3072 x 2048, and equals mode 5 here. Modes 7 and 8 are for packed
+# sequences, three in this call, whose blocks are outlined: every sequence is causal, and the diagonal of the last one
+# (mode 7) or of the first one (mode 8) is moved.
+
+# %%
+assert np.array_equal(visible["5: prefix 20, full mask"], visible["6: prefix 20, compressed"])
+for ax in show(list(visible)[7:], (1, 2), 3.2):
+    corners = [[0, *end] for end in ends.values()]
+    for top, bottom, left, right in zip(corners[0], corners[0][1:], corners[1], corners[1][1:], strict=False):
+        box = (left, top), right - left, bottom - top
+        ax.add_patch(plt.Rectangle(*box, fill=False, edgecolor="#b35a00", linewidth=2.5, clip_on=False))
+plt.show()
+
+# %% [markdown]
+# CANN ignores a sparse mode without its mask, and so does `npu_fusion_attention`. `flash_attention_score` applies the mode
+# all the same, and warns about it once, so there the compressed mask may be left out.
 
 # %%
 bsnd = {"head_num": N, "input_layout": "BSND", "scale": SCALE}
@@ -441,12 +477,12 @@ with warnings.catch_warnings():
 close(without.attention_out, score(q, k, v, **bsnd, atten_mask=C, sparse_mode=3).attention)
 
 # %% [markdown]
-# And a fully masked row (in mode 3 with more rows than keys, for example) is 0, with CANN's marks in the statistics,
-# `-FLT_MAX` and `+FLT_MAX`, for every `inner_precise`. CANN is called with `inner_precise=2`, without which such a row may
-# hold a mean of values. `max + log(sum)` is the log-sum-exp, -FLT_MAX for such rows.
+# A fully masked row, as in mode 3 with more rows than keys, is 0. Its statistics are those of CANN, a maximum of `-FLT_MAX`
+# and a sum of `+FLT_MAX`. This holds for every `inner_precise`: CANN is called with `inner_precise=2`, without which such a
+# row may be a mean of values. `max + log(sum)` is the log-sum-exp, `-FLT_MAX` for such rows.
 
 # %%
-tall = jnp.concatenate([q, q], axis=1)  # 48 rows, 32 keys: rows 0 to 15 see nothing
+tall = jnp.concatenate([q, q], axis=1)  # 48 rows, 32 keys: rows 0 to 15 are fully masked
 ours = both(tall, k, v, **bsnd, atten_mask=C, sparse_mode=3)
 assert asked()[-1]["innerPrecise"] == 2
 assert not ours.attention[:, :16].any()
@@ -457,6 +493,8 @@ close((ours.softmax_max + np.log(ours.softmax_sum))[..., 0], logsumexp)
 
 # %% [markdown]
 # ## 5. pse
+#
+# `pse` (position shift encoding) changes the logits before the softmax. `s` is the product of query and key.
 #
 # | `pse_type` | logits | `pse` |
 # |---|---|---|
@@ -484,8 +522,8 @@ out = torch_npu.npu_fusion_attention(*x, **one, pse=whole, atten_mask=C)[0]
 close(score(*x, **one, pse=whole[:, :, -1024:], atten_mask=C).attention, out)
 
 # %% [markdown]
-# What a pse adds to the logits, measured with the probe of section 4. Types 0 and 1 get the same matrix, and the
-# scale is 1/4; the slopes are 1/4 in type 2 and 1 in type 3.
+# The figure shows the term that each type adds to the logits, measured as in section 4. Types 0 and 1 have the same matrix
+# and a scale of 1/4; the slopes are 1/4 in type 2 and 1 in type 3.
 
 # %%
 eye[0] = jnp.zeros_like(eye[1])  # as many rows as keys
@@ -505,19 +543,22 @@ for pse_type, (title, pse, wanted) in enumerate(ADDED):
     added = np.log(weights[:, 0]) + m[0, :, :1] + np.log(l[0, :, :1])
     close(added, wanted, 1e-5)
     picture = axes[pse_type].imshow(added, cmap="RdBu_r", vmin=-8, vmax=8)
-    axes[pse_type].set(xticks=[], yticks=[])
+    axes[pse_type].set(xticks=[], yticks=[], xlabel="key")
     axes[pse_type].set_title(title, fontsize=10)
-fig.colorbar(picture, ax=axes, shrink=0.8)
+axes[0].set_ylabel("row")
+fig.colorbar(picture, ax=axes, shrink=0.8, label="added to the logit")
 plt.show()
 
 # %% [markdown]
 # ## 6. Dropout
 #
-# torch_npu draws a mask inside the call, from the device's generator, and gives back seed, offset and length, with which its
-# backward draws it again. Here the bits come from a `dropout_key`, or from a `dropout_mask` in CANN's form: one bit per
-# weight, in the order `[B, N, Sq, Skv]` (TND: blocks `[N, Sq_b, Skv_b]` one after another), rows not padded, the **least
-# significant bit of a byte first, 1 = keep**. Bytes past the end are not read, so a mask that torch_npu drew (rounded up to
-# 16 bytes) can be passed as it is.
+# torch_npu draws a mask inside the call, from the generator of the device. Here the bits come from a `dropout_key`, or from a
+# `dropout_mask` in the format of CANN:
+#
+# - one bit per weight, 1 = keep, in the order `[B, N, Sq, Skv]`, without padding of rows;
+# - the **least significant bit of a byte first**;
+# - for TND, blocks `[N, Sq_b, Skv_b]` one after another;
+# - bytes past the end are not read, so a mask that torch_npu drew, rounded up to 16 bytes, can be passed as it is.
 
 # %%
 KEEP = 0.75
@@ -541,9 +582,9 @@ assert len(blocks[0]) % 8
 _ = both(q[0], k[0], v[0], **tnd, keep_prob=KEEP, keep=np.concatenate(blocks))
 
 # %% [markdown]
-# `jax_fa.dropout_mask` draws such a mask from a JAX key. Its bits are those that `dropout_rate` and `dropout_key` of
-# `flash_attention` use, where they are drawn tile by tile and never stored (on Ascend they are stored, since CANN reads
-# them from memory), and those of `dropout_key` here. So a port can begin with an explicit mask and end without one.
+# `jax_fa.dropout_mask` draws such a mask from a JAX key. The same key as `dropout_key` has the same bits, here and in
+# `flash_attention`, so a port can begin with an explicit mask and end without one. (Most backends draw the bits tile by tile
+# and never store them. On Ascend they are stored, since CANN reads them from memory.)
 
 # %%
 key = jax.random.key(7)
@@ -555,21 +596,23 @@ for name in ("ascend", "xla"):
     rate = {"dropout_rate": 1 - KEEP, "dropout_key": key}
     close(jax_fa.flash_attention(q, k, v, scale=SCALE, **rate, implementation=name), out)
 
-eye[0] = eye[0][:, :SQ]
-bits = bits[:1, :1]
-kept = np.reshape(both(*eye, head_num=1, input_layout="BSND", keep_prob=KEEP, keep=bits).attention, (SQ, SKV))
-fig, axes = plt.subplots(1, 2, figsize=(9, 2.7), layout="constrained")
-axes[0].imshow(bits[0, 0, :8], cmap="Blues", vmin=0, vmax=3, aspect="auto")
-for row, byte in np.ndindex(8, 4):
-    text = f"{int(drawn[4 * row + byte]):02x}"
-    axes[0].text(8 * byte + 3.5, row, text, ha="center", va="center", fontsize=9)
-axes[0].set(xticks=np.arange(8, 32, 8) - 0.5, xticklabels=[], yticks=[])
-axes[0].grid(axis="x", color="black")
-axes[0].tick_params(length=0)
-axes[0].set_title("rows 0 to 7: bytes in hex over their bits, lowest first", fontsize=9)
-axes[1].imshow(kept, cmap="Blues", vmin=0, vmax=3 / KEEP / SKV, aspect="auto")
-axes[1].set(xticks=[], yticks=[])
-axes[1].set_title("equal weights after dropout: 0, or 1 / 32 / 0.75", fontsize=9)
+
+# %% [markdown]
+# The order of the bits as a figure: the first four rows of the mask, where 1 keeps a weight, and their bytes in hexadecimal.
+# The byte 0x6f is 0110 1111 in binary, and its bits are stored from the right.
+
+# %%
+fig, ax = plt.subplots(figsize=(9, 2.5), layout="constrained")
+ax.imshow(bits[0, 0, :4], cmap=ListedColormap(["#ececec", "#b9d5ea"]), extent=(0, SKV, 4, 0), aspect="auto")
+for row, column in np.ndindex(4, SKV):
+    ax.text(column + 0.5, row + 0.68, bits[0, 0, row, column], ha="center", va="center", fontsize=8)
+for row, byte in np.ndindex(4, SKV // 8):
+    text = f"0x{int(drawn[SKV // 8 * row + byte]):02x}"
+    ax.text(8 * byte + 4, row + 0.28, text, ha="center", va="center", fontsize=10, weight="bold")
+ax.vlines(range(8, SKV, 8), 0, 4, color="black", linewidth=1.5)
+ax.hlines(range(1, 4), 0, SKV, color="black", linewidth=0.8)
+ax.set(xlabel="key", ylabel="row", xticks=range(0, SKV + 1, 8), yticks=np.arange(4) + 0.5)
+ax.set_yticklabels(range(4))
 plt.show()
 _ = asked()
 
@@ -577,8 +620,8 @@ _ = asked()
 # ## 7. Gradients and jit
 #
 # In torch_npu `out.backward(dy)` calls `npu_fusion_attention_grad` with the saved maximum, sum and output. In JAX the
-# function is differentiated, inside `jit` or not, and the backward is CANN's `aclnnFlashAttentionScoreGrad`. A pse has a
-# gradient here, which CANN does not compute: it comes from plain JAX.
+# function is differentiated by `jax.grad`, inside `jit` or not, and the backward is CANN's `aclnnFlashAttentionScoreGrad`.
+# Here `pse` has a gradient too. CANN does not compute it, so it comes from plain JAX.
 
 # %%
 dy = normal(B, SQ, N, DV)
@@ -617,9 +660,11 @@ print(f"|gradient|^2 = {norm:.4f}, difference quotient along it {quotient:.4f}")
 # ## 8. A context-parallel ring
 #
 # Four devices hold a quarter of the sequence each, and pass keys and values around. In step `r`, device `d` attends to the
-# block of device `d - r`: its own in causal mode 3, earlier ones whole (without a mask), later ones not at all. Outputs are
-# merged by maximum and sum, and the backward goes around once more: `npu_fusion_attention_grad` of each block, with the
-# merged statistics and output. Both loops are as in public code for torch_npu; the devices are a loop here.
+# block of device `d - r`: to its own with causal mode 3, to earlier ones without a mask, to later ones not at all. Outputs
+# are merged by maximum and sum.
+#
+# The backward is a second loop, which calls `npu_fusion_attention_grad` for each block, with the merged statistics and
+# output. Both loops are as in public code for torch_npu, but the devices are simulated here.
 
 # %%
 DEVICES = 4
@@ -682,8 +727,8 @@ functions = [call["function"] for call in asked()]
 print(len(functions), "calls:", *sorted(set(functions)))
 
 # %% [markdown]
-# In JAX the second loop is not needed: maximum and sum carry the gradient of the log-sum-exp, so `jax.grad` of the merged
-# output is right, whatever the formula. (And `jax.grad` through `shard_map` and `ppermute` passes blocks back around.)
+# In JAX the second loop is not needed. Maximum and sum are differentiable, so `jax.grad` of the merged output is right. (On
+# several devices, `jax.grad` through `shard_map` and `ppermute` also passes the gradients back around the ring.)
 
 
 # %%
@@ -705,8 +750,8 @@ _ = asked()
 # %% [markdown]
 # ## 9. Costs, before anything runs
 #
-# `explain` takes the arguments of a call, arrays or their shapes, and runs nothing. Its notes name hidden costs. Calls of a
-# real size:
+# `explain` takes the arguments of a call, arrays or their shapes, and runs nothing. Its notes name hidden costs, here for
+# calls of a realistic size.
 
 # %%
 x, y = (jax.ShapeDtypeStruct((2, 4096, heads * 128), jnp.bfloat16) for heads in (16, 4))
@@ -730,7 +775,7 @@ for arguments, expected in CALLS:
 # %% [markdown]
 # ## 10. Pitfalls
 #
-# Errors say what is wrong and what to do:
+# These calls raise. The errors say what is wrong and what to do.
 
 
 # %%
@@ -761,7 +806,7 @@ plain = score(*x, **packed, actual_seq_qlen=[5, 24], actual_seq_kvlen=[9, 32])
 close(filled.attention, plain.attention)
 
 # %% [markdown]
-# These are valid calls, so nothing raises. Each is a silent difference if overlooked:
+# These calls are valid and raise nothing, but each gives other values than one may expect.
 
 # %%
 # 1. The scale is 1.0 by default, as in torch_npu; flash_attention has 1 / sqrt(D).

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Derivatives of every order
 #
-# `jax_fa` has forward-mode and second derivatives, in memory that grows with the length. This notebook writes three training
-# steps of recent papers that need them and runs each with `jax.nn` and with `jax_fa`: one line differs.
+# You will see three training steps that need forward-mode or second derivatives of attention: MeanFlow, with a `jvp` inside
+# the loss, a gradient penalty, with a `grad` inside it, and meta-learning, with the gradient of a training step. Each runs
+# with `jax.nn` and with `jax_fa`, which gives the same values in less time and memory.
 #
-# MeanFlow has a `jvp` inside its loss, a gradient penalty has a `grad` inside it, and meta-learning takes the gradient
-# through a step of training. Fast attention usually lacks these derivatives, so such code falls back to dense attention,
-# which stores all pairs of queries and keys several times.
+# Implementations of FlashAttention usually lack these derivatives, so such code falls back to dense attention, which stores
+# the logits of all pairs of queries and keys several times.
 
 # %%
 import time
@@ -60,12 +60,12 @@ x, noise = jax.random.normal(jax.random.key(1), (2, B, S, WIDTH))
 # %% [markdown]
 # ## Side by side
 #
-# Each training step is compiled with both, must give the same loss and the same new parameters, and is then run in turn.
-# Times are medians. Memory is what XLA allocates besides arguments and results; the kernels' own scratch, which XLA does
-# not count, is bounded.
+# Each training step is compiled with both implementations, and both must give the same loss and the same new parameters.
+# Then they run in turn, and times are medians. Memory is what XLA allocates besides arguments and results. (The kernels'
+# own scratch memory is bounded, and XLA does not count it.)
 
 # %%
-ROUNDS = 4
+ROUNDS = 3
 figures = {}
 
 
@@ -130,8 +130,8 @@ compare("MeanFlow", meanflow_step, weights, x, noise, r, t)
 # %% [markdown]
 # ## A gradient penalty: a gradient inside the loss
 #
-# A critic whose gradient by its input should have norm 1 at every example (WGAN-GP; energies whose forces are learnt look
-# the same). Training it takes the gradient of a gradient.
+# The gradient of a critic with respect to its input should have norm 1 at every example (WGAN-GP). Training such a critic
+# takes the gradient of a gradient, and so does training an energy whose forces are known.
 
 
 # %%
@@ -152,8 +152,8 @@ compare("gradient penalty", penalty_step, weights, x)
 # %% [markdown]
 # ## Meta-learning: a training step inside the loss
 #
-# MAML, and test-time training in the same way: the weights take a step on one half of the data, and the loss of the other
-# half is differentiated through that step. Here attention is causal, and the loss predicts the next element.
+# In MAML the weights take a step on one half of the data, and the loss on the other half is differentiated through that step.
+# Test-time training does the same. Here attention is causal, and the model predicts the next element.
 
 
 # %%
@@ -175,20 +175,33 @@ compare("meta-learning", meta_step, weights, x, noise)
 
 # %% [markdown]
 # ## Time and memory
+#
+# The time of each step:
+
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-places = np.arange(len(figures))
-for which, (ax, label) in enumerate(zip(axes, ("ms per step", "temporary memory, MiB"), strict=True)):
+def bars(which, ylabel):
+    """One group of bars per training step: `which` is 0 for seconds and 1 for MiB."""
+    _, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    places = np.arange(len(figures))
     for i, who in enumerate(ATTENTION):
         heights = [found[who][which] * (1e3, 1)[which] for found in figures.values()]
-        bars = ax.bar(places + 0.38 * (i - 0.5), heights, 0.36, label=who, color=colour(who))
-        ax.bar_label(bars, fmt="%.0f", fontsize=8)
+        drawn = ax.bar(places + 0.38 * (i - 0.5), heights, 0.36, label=who, color=colour(who))
+        ax.bar_label(drawn, fmt="%.0f")
     ax.set_xticks(places, figures)
-    ax.set_ylabel(label)
-axes[0].legend()
-plt.show()
+    ax.set_ylabel(ylabel)
+    ax.margins(y=0.12)
+    ax.legend()
+    plt.show()
 
+
+bars(0, "ms per step")
+
+# %% [markdown]
+# And its temporary memory:
+
+# %%
+bars(1, "MiB")
 for name, found in figures.items():
     (fast, small), (slow, large) = found["jax_fa"], found["jax.nn"]
     print(f"{name}: jax.nn takes {slow / fast:.1f}x the time and {large / small:.1f}x the memory")
@@ -197,11 +210,11 @@ for name, found in figures.items():
 # %% [markdown]
 # ## Memory against the length
 #
-# Compiled only, and not run, so that the lengths may be long. Of `jax.nn` the temporary memory grows with the square of the
-# length, of `jax_fa` with the length.
+# These programs are only compiled, so the lengths may be long. The temporary memory of `jax.nn` grows with the square of the
+# length, that of `jax_fa` with the length.
 
 # %%
-LENGTHS = (512, 1024, 2048, 4096)
+LENGTHS = (1024, 2048, 4096)
 
 
 def memory(step, attention, length):
@@ -210,26 +223,29 @@ def memory(step, attention, length):
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
-sizes = {who: [memory(penalty_step, a, length) for length in LENGTHS] for who, a in ATTENTION.items()}
-exponents = {
-    who: float(np.polyfit(np.log(LENGTHS[1:]), np.log(found[1:]), 1)[0]) for who, found in sizes.items()
+sizes = {
+    # The shortest of these lengths is that of the step above.
+    who: [figures["gradient penalty"][who][1], *(memory(penalty_step, a, length) for length in LENGTHS[1:])]
+    for who, a in ATTENTION.items()
 }
+assert LENGTHS[0] == S
+exponents = {who: float(np.polyfit(np.log(LENGTHS), np.log(found), 1)[0]) for who, found in sizes.items()}
 for who, found in sizes.items():
     print(f"{who:7}", ", ".join(f"{size:.0f} MiB" for size in found), f"(exponent {exponents[who]:.2f})")
 assert exponents["jax_fa"] < 1.2 and exponents["jax.nn"] > 1.6
 
-fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
+fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
 for who, found in sizes.items():
     ax.loglog(LENGTHS, found, "o-", label=f"{who}, exponent {exponents[who]:.2f}", color=colour(who))
-ax.set(title="gradient penalty", xlabel="sequence length", ylabel="temporary memory, MiB")
+ax.set(title="Memory of a step with a gradient penalty", xlabel="sequence length", ylabel="MiB")
 ax.set_xticks(LENGTHS, LENGTHS)
 ax.minorticks_off()
 ax.grid(alpha=0.3)
-ax.legend(fontsize=8)
+ax.legend()
 plt.show()
 
 # %% [markdown]
-# Which backend computes which derivative:
+# `explain` shows which backend computes which derivative.
 
 # %%
 like = jax.ShapeDtypeStruct((B, S, HEADS, D), jnp.float32)
