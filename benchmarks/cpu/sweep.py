@@ -86,7 +86,9 @@ def measure(shape: Shape, rounds: int) -> list[Row]:
         }
         try:
             calls["jax.nn"]()
-        except jax.errors.JaxRuntimeError:  # JAX 0.10 does not compile the bfloat16 product of one query, key and head
+        except (
+            jax.errors.JaxRuntimeError
+        ):  # JAX 0.10 does not compile the bfloat16 product of one query, key and head
             continue
         seconds = {name: min(times) for name, times in _samples(calls, rounds).items()}
         ratio = seconds["jax.nn"] / seconds["cpu"]
