@@ -77,6 +77,9 @@ Spec RandomSpec(uint64_t seed, double most_work) {
     if (random.OneIn(2)) s.bounds = Bounds::kNone;
   }
   if (random.OneIn(2)) s.tangents = static_cast<int>(random.Below(128));
+  const int have = 7 | (s.bias != kNoAxes ? 8 : 0) | (s.alibi != Alibi::kNone ? 16 : 0) |
+                   (s.scales != kNoAxes ? 32 : 0) | (s.caps != kNoAxes ? 64 : 0);
+  if ((s.tangents & have) == 0) s.tangents |= 1;  // there is no call without any
   if (random.OneIn(2)) s.cotangents = static_cast<int>(random.Below(4));
   s.sinks = axes(4, 7), s.partial = random.OneIn(3);
   return s;
