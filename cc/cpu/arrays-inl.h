@@ -91,7 +91,7 @@ inline void LoadWholeRow(const void* src, DType dtype, int64_t stride, int64_t n
 template <typename T>
 JAX_FA_INLINE void CopyFew(const T* src, int64_t n, T* dst) {
 #pragma GCC unroll 3
-  for (int64_t size = 8, i = 0; size > 0; size /= 2) {
+  for (int64_t size = kLanes / 2, i = 0; size > 0; size /= 2) {
     if ((n & size) == 0) continue;
     for (int64_t j = 0; j < size; ++j) dst[i + j] = src[i + j];
     i += size;
