@@ -818,6 +818,27 @@ def test_the_derivative_of_the_backward_in_one_array(moved, on):
     np.testing.assert_allclose(np.vdot(gradient, along), wanted, rtol=3e-4, atol=3e-3)
 
 
+@pytest.mark.parametrize("empty", ["a sequence", "all"])
+def test_derivatives_by_a_sink_without_keys(empty):
+    """Rows without any key add nothing to the gradient of the sink, nor to its derivatives."""
+    x, sink = _arrays(1)[:, 0].swapaxes(1, 2), np.linspace(-1, 2, N, dtype=np.float32)
+    keys = 0 if empty == "all" else 5
+    call = {"sink": sink, "actual_seq_qlen": [3, S], "actual_seq_kvlen": [keys, keys]}
+    q, k, v, dy = x[0], x[1, :keys], x[2, :keys], x[3]
+    attention, m, l, *_ = jax_fa.npu_fusion_attention(q, k, v, N, "TND", scale=0.25, **call)
+
+    def dsink(sink, dy, m, l):
+        return jax_fa.npu_fusion_attention_grad(
+            q, k, v, dy, N, "TND", softmax_max=m, softmax_sum=l, attention_in=attention, scale_value=0.25,
+            **call | {"sink": sink},
+        ).dsink  # fmt: skip
+
+    found = jax.jacobian(dsink, (0, 1, 2, 3))(sink, dy, m, l)
+    assert all(np.isfinite(x).all() for x in found)
+    # A weight of the sink is exp(sink - max) / sum, whose derivative is itself.
+    np.testing.assert_allclose(found[0], np.diag(dsink(sink, dy, m, l)), atol=1e-6)
+
+
 # --- context parallelism
 
 
