@@ -217,6 +217,15 @@ LEVANTER = {
         TRI & (I - J < 4),
         {"cap": 1.5},
     ),
+    "window both ways": Case({"mask": _attention_mask(bidirectional_window=2)}, abs(I - J) <= 2),
+    "window both ways, packed": Case(
+        {
+            "mask": _attention_mask(
+                bidirectional_window=0, segment_ids=(_named(IDS, "batch", "position"),) * 2
+            )
+        },
+        (SAME & (I == J))[:, None],
+    ),
     "packed": Case(
         {
             "mask": _attention_mask(
@@ -535,6 +544,18 @@ REFUSED = [
         ValueError,
         "sliding_window must be an int of at",
     ),
+    (
+        levanter,
+        {"mask": _attention_mask(bidirectional_window=-1)},
+        ValueError,
+        "bidirectional_window must be an int of at least 0; got -1",
+    ),
+    (
+        levanter,
+        {"mask": _attention_mask(prefix=3)},
+        NotImplementedError,
+        r"mask must be an AttentionMask of no fields but .*; got \['prefix'\]",
+    ),
     (maxtext, {"indexer_mask": np.ones(3)}, NotImplementedError, "indexer_mask must be left at its default"),
     (maxtext, {"record_max_logits": True}, NotImplementedError, "record_max_logits must be left at its"),
     (maxtext, {"qk_product_einsum": len}, NotImplementedError, "qk_product_einsum must be jnp.einsum"),
@@ -640,6 +661,7 @@ def test_structured_masks_stay_structured():
         lambda: CALLS[gemma](attn_mask=SlidingWindow(3, 0), sliding_window_size=4),
         lambda: CALLS[gemma](sliding_window_size=4, segment_pos=POSITIONS, cache_positions=np.arange(S)),
         lambda: _levanter_call(mask=mask).array,
+        lambda: _levanter_call(mask=_attention_mask(bidirectional_window=3)).array,
         lambda: _maxtext_call(_op("local_sliding", sliding_window_size=4), IDS),
         lambda: _maxtext_call(_op("chunk", chunk_attn_window_size=4), IDS),
         lambda: _axlearn_call(bias=bias),
