@@ -217,6 +217,15 @@ LEVANTER = {
         TRI & (I - J < 4),
         {"cap": 1.5},
     ),
+    "window both ways": Case({"mask": _attention_mask(bidirectional_window=2)}, abs(I - J) <= 2),
+    "window both ways, packed": Case(
+        {
+            "mask": _attention_mask(
+                bidirectional_window=0, segment_ids=(_named(IDS, "batch", "position"),) * 2
+            )
+        },
+        (SAME & (I == J))[:, None],
+    ),
     "packed": Case(
         {
             "mask": _attention_mask(
@@ -375,6 +384,28 @@ def _function(mask, target_positions=None, array=None) -> SimpleNamespace:
     return SimpleNamespace(mask=mask, target_positions=target_positions, bool_value=lambda: array)
 
 
+def _positions(rows, keys, mask=causal_mask, **more) -> SimpleNamespace:
+    """Of newer releases: the positions of rows and keys are arrays."""
+
+    def bool_value():
+        return mask(jnp.asarray(rows)[:, :, None], jnp.asarray(keys)[:, None])[:, None]
+
+    return SimpleNamespace(
+        mask=mask, target_positions=rows, source_positions=keys, bool_value=bool_value, **more
+    )
+
+
+def _within(size: int):
+    """A window that does not say so."""
+    return lambda query_position, key_position: _sliding(size)(query_position, key_position)
+
+
+ROW = np.array([[9], [6]], np.int32)
+RING = np.stack([(np.arange(S) - 3) % S, (np.arange(S) + 5) % S]).astype(
+    np.int32
+)  # where a ring buffer stands
+
+
 AXLEARN = {
     "causal, segments, bias, sinks": Case(
         {
@@ -401,6 +432,17 @@ AXLEARN = {
         {"bias": _function(causal_mask, np.array([[2, 9], [7, 0]], np.int32))},
         (np.array([[2, 9], [7, 0]])[..., None] >= J)[:, None],
         rows=2,
+    ),
+    "positions of keys": Case({"bias": _positions(ROW, RING)}, (RING <= ROW)[:, None, None], rows=1),
+    "positions of keys, window": Case(
+        {"bias": _positions(ROW, RING, _sliding(4))},
+        ((RING <= ROW) & (ROW - RING <= 4))[:, None, None],
+        rows=1,
+    ),
+    "keys in order": Case(
+        {"bias": _positions(ROW, np.arange(S)[None], _within(4), sliding_window_size=4)},
+        ((J <= ROW) & (ROW - J <= 4))[:, None, None],
+        rows=1,
     ),
     "another function": Case(
         {"bias": _function(lambda q, k: None, array=jnp.asarray(SAME[:, None]))}, SAME[:, None]
@@ -501,6 +543,18 @@ REFUSED = [
         {"mask": _attention_mask(sliding_window=0)},
         ValueError,
         "sliding_window must be an int of at",
+    ),
+    (
+        levanter,
+        {"mask": _attention_mask(bidirectional_window=-1)},
+        ValueError,
+        "bidirectional_window must be an int of at least 0; got -1",
+    ),
+    (
+        levanter,
+        {"mask": _attention_mask(prefix=3)},
+        NotImplementedError,
+        r"mask must be an AttentionMask of no fields but .*; got \['prefix'\]",
     ),
     (maxtext, {"indexer_mask": np.ones(3)}, NotImplementedError, "indexer_mask must be left at its default"),
     (maxtext, {"record_max_logits": True}, NotImplementedError, "record_max_logits must be left at its"),
@@ -607,9 +661,11 @@ def test_structured_masks_stay_structured():
         lambda: CALLS[gemma](attn_mask=SlidingWindow(3, 0), sliding_window_size=4),
         lambda: CALLS[gemma](sliding_window_size=4, segment_pos=POSITIONS, cache_positions=np.arange(S)),
         lambda: _levanter_call(mask=mask).array,
+        lambda: _levanter_call(mask=_attention_mask(bidirectional_window=3)).array,
         lambda: _maxtext_call(_op("local_sliding", sliding_window_size=4), IDS),
         lambda: _maxtext_call(_op("chunk", chunk_attn_window_size=4), IDS),
         lambda: _axlearn_call(bias=bias),
+        lambda: _axlearn_call(bias=_positions(np.arange(S)[None], np.arange(S)[None])),
     ):
         text = str(jax.make_jaxpr(run)())
         assert "flash_attention_fwd[" in text and f"bool[{B},1,{S},{S}]" not in text

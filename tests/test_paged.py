@@ -379,6 +379,34 @@ def test_derivatives():
     np.testing.assert_allclose(moved[1], jnp.vdot(ours["query"], along["query"]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("scales", [(2,), (0,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("pages", ["", "int8", "float8_e4m3fn"])
+def test_derivatives_of_scales(pages, scales):
+    """NaN and infinity where no row sees a key reach no gradient: behind lengths, before windows, in pages of nobody."""
+    case = Case(Sq=2, window=9, pages=pages, scales=scales, lengths=(37, 64, 0, 5), size=8)
+    hostile = jax.tree.map(jnp.asarray, case.arrays)
+    before = case.arrays["page_table"][0, 2]  # of the first sequence, in front of its window
+    tame = dict(hostile)
+    for name in ("key_pages", "value_pages", "key_scale", "value_scale"):
+        x = np.array(hostile[name])
+        if x.shape[0] > 1 and np.issubdtype(hostile[name].dtype, np.floating):
+            x[before] = np.inf
+            hostile[name] = jnp.asarray(x)
+        tame[name] = jnp.where(jnp.isfinite(hostile[name]), hostile[name], 1)
+    moving = ("query", "key_scale", "value_scale", *(() if pages else ("key_pages", "value_pages")))
+
+    @jax.jit
+    def gradients(x):
+        def loss(moved):
+            return (case(x | moved)[0] ** 2).sum()
+
+        return jax.grad(loss)({name: x[name] for name in moving})
+
+    found, wanted = gradients(hostile), gradients(tame)
+    for name in moving:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_explained():
     """Which backend runs, and those of the derivatives; a native backend that lacks it says so."""
     case = Case(window=9, pages="int8", scales=(2,))

@@ -818,6 +818,61 @@ def test_the_derivative_of_the_backward_in_one_array(moved, on):
     np.testing.assert_allclose(np.vdot(gradient, along), wanted, rtol=3e-4, atol=3e-3)
 
 
+@pytest.mark.parametrize("empty", ["a sequence", "all"])
+def test_derivatives_by_a_sink_without_keys(empty):
+    """Rows without any key add nothing to the gradient of the sink, nor to its derivatives."""
+    x, sink = _arrays(1)[:, 0].swapaxes(1, 2), np.linspace(-1, 2, N, dtype=np.float32)
+    keys = 0 if empty == "all" else 5
+    call = {"sink": sink, "actual_seq_qlen": [3, S], "actual_seq_kvlen": [keys, keys]}
+    q, k, v, dy = x[0], x[1, :keys], x[2, :keys], x[3]
+    attention, m, l, *_ = jax_fa.npu_fusion_attention(q, k, v, N, "TND", scale=0.25, **call)
+
+    def dsink(sink, dy, m, l):
+        return jax_fa.npu_fusion_attention_grad(
+            q, k, v, dy, N, "TND", softmax_max=m, softmax_sum=l, attention_in=attention, scale_value=0.25,
+            **call | {"sink": sink},
+        ).dsink  # fmt: skip
+
+    found = jax.jacobian(dsink, (0, 1, 2, 3))(sink, dy, m, l)
+    assert all(np.isfinite(x).all() for x in found)
+    # A weight of the sink is exp(sink - max) / sum, whose derivative is itself.
+    np.testing.assert_allclose(found[0], np.diag(dsink(sink, dy, m, l)), atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["BSH", "SBH", "BSND", "BNSD", "TND"])
+def test_gradients_of_rotated_parts(layout):
+    """The operator's backward has them beside those of query and key, along head_dim."""
+    s = Sizes(layout=layout, N=4, K=2, D=8, Dv=8, rope=4, T=(16, 12))
+    x = Arrays("rotated parts", s, np.float32)
+    call = {"head_num": s.N, "input_layout": layout, "scale_value": 0.3}
+    if layout == "TND":
+        call |= {"actual_seq_qlen": [11, s.T[0]], "actual_seq_kvlen": [9, s.T[1]]}
+
+    def attend(q, k, v, q_rope, k_rope):
+        found = jax_fa.flash_attention_score(q, k, v, query_rope=q_rope, key_rope=k_rope, **call)
+        return found.attention_out, found
+
+    arrays = x.q, x.k, x.v, x.q_rope, x.k_rope
+    out, pull, (m, l, _) = jax.vjp(attend, *arrays, has_aux=True)
+    dy = np.cos(3 * out)
+    found = jax_fa.flash_attention_score_grad(
+        *arrays[:3], dy, m, l, out, query_rope=x.q_rope, key_rope=x.k_rope, **call
+    )
+    wanted = pull(jnp.asarray(dy))
+
+    def heads(a, count):
+        return a.reshape(*a.shape[:2], count, -1) if layout in ("BSH", "SBH") else a
+
+    for got, own, rope, count in (
+        (found.dq, wanted[0], wanted[3], s.N),
+        (found.dk, wanted[1], wanted[4], s.K),
+    ):
+        both = np.concatenate([heads(own, count), heads(rope, count)], axis=-1)
+        assert got.shape == (*own.shape[:-1], own.shape[-1] + rope.shape[-1])
+        np.testing.assert_allclose(heads(got, count), both, atol=2e-6)
+    np.testing.assert_allclose(found.dv, wanted[2], atol=2e-6)
+
+
 # --- context parallelism
 
 

@@ -23,13 +23,13 @@ _STORED, _ROPES = ("query", "key", "value"), ("query_rope", "key_rope")
 
 
 class Gradients(NamedTuple):
+    """Each as its array is stored; those of query and key have those of their rotated parts beside them, along head_dim."""
+
     query: Any
     key: Any
     value: Any
     pse: Any
     sink: Any
-    query_rope: Any
-    key_rope: Any
 
 
 def request(
@@ -54,7 +54,13 @@ def request(
         dsink = None
         if built.sink is not None:
             dsink = sinks.gradient(built.sink, m, l, _weighted_cotangents(call, m, l, dout))
-        return Gradients(**dict.fromkeys(given) | gradients, sink=dsink)
+        return Gradients(
+            query=operator.beside(gradients["query"], gradients.get("query_rope"), built.call.dims.N),
+            key=operator.beside(gradients["key"], gradients.get("key_rope"), built.call.dims.K),
+            value=gradients["value"],
+            pse=gradients.get("pse"),
+            sink=dsink,
+        )
 
     return entry.Request(built.call, finish, run)
 

@@ -162,6 +162,16 @@ class Operator:
             joined.append(jnp.concatenate([x, rope], axis=-1))
         return joined
 
+    def beside(self, x, rope, heads: int):
+        """An array of so many heads and its rotated part, along head_dim; both as stored, as is the result. None is no part."""
+        if rope is None:
+            return x
+        if not _LAYOUTS[self.input_layout].unfolded:
+            return jnp.concatenate([x, rope], axis=-1)
+        parts = (a.reshape(*a.shape[:2], heads, a.shape[2] // heads) for a in (x, rope))
+        joined = jnp.concatenate(list(parts), axis=-1)
+        return joined.reshape(*joined.shape[:2], x.shape[2] + rope.shape[2])
+
 
 @dataclass(frozen=True)
 class Built:

@@ -263,6 +263,6 @@ def flash_attention_score_grad(
     )
 
     def finish(found: backward.Gradients) -> FlashAttentionScoreGradOutput:
-        return FlashAttentionScoreGradOutput(*found[:5])
+        return FlashAttentionScoreGradOutput(*found)
 
     return backward.request(operator, softmax_max, softmax_sum, attention_in, dy, finish=finish)

@@ -25,6 +25,9 @@ def checked(sink, d: Dims):
 
 def gradient(sink, m, l, weighted):
     """That of the sink, from joined statistics and sum_j p_j dp_j over the keys of the call, `*B N Sq` each."""
-    weight = jnp.where(l == 0, 0, jnp.exp(sink[:, None] - m) / jnp.where(l == 0, 1, l))
+    empty = l == 0
+    # There, m is -FLT_MAX, and exp would be infinite: derivatives of what is chosen away would be NaN.
+    share = jnp.exp(jnp.where(empty, 0, sink[:, None] - m)) / jnp.where(empty, 1, l)
+    weight = jnp.where(empty, 0, share)
     other = tuple(axis for axis in range(weighted.ndim) if axis != weighted.ndim - 2)
     return -jnp.sum(weight * weighted, axis=other)

@@ -6,6 +6,7 @@ axlearn is not imported: biases are taken for what they hold.
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jax_fa import api, arguments, backends, indices
 from jax_fa.integrations import structure
@@ -32,8 +33,9 @@ def flash_attention(
       dropout_rate: in [0, 1), as in the config. The bits are ours (`jax_fa.dropout_mask`).
       implementation: None (the best backend that can), or the name of a backend: see `jax_fa.explain`.
 
-    Causal masks, `sliding_window_causal_mask` and segment IDs stay structured, with target_positions too; other mask
-    functions and boolean biases become one boolean array, numeric biases one bias.
+    Causal masks, `sliding_window_causal_mask` and segment IDs stay structured, with target_positions too, unless
+    source_positions are not known when tracing to be 0, 1, 2, ...: pass `np.arange(S)[None]`, since what JAX makes under
+    `jax.jit` is traced. Other mask functions and boolean biases become one boolean array, numeric biases one bias.
 
     Returns:
       Shape `(B, T, N, D)`, query's dtype. A fully masked row is 0.
@@ -110,10 +112,21 @@ class _Parts:
 
 def _of_function(bias: Any) -> Mask:
     """A causal mask and a causal window are bands; of other functions the whole array."""
-    size = getattr(bias.mask, "_sliding_window_size", None)
+    # Of the mask function, or in newer releases of the bias.
+    size = getattr(bias.mask, "_sliding_window_size", getattr(bias, "sliding_window_size", None))
     if size is None and getattr(bias.mask, "__name__", "") != "causal_mask":
         return Dense(bias.bool_value())
+    if not _counts(getattr(bias, "source_positions", None)):
+        return Dense(bias.bool_value())
     return Band(size, 0, offset=_offset(bias.target_positions))
+
+
+def _counts(positions: Any) -> bool:
+    """Whether the keys are known, when tracing, to stand at 0, 1, 2, ...; older releases have no positions of keys."""
+    if positions is None:
+        return True
+    values = indices.known(positions)
+    return values is not None and bool(np.all(values == np.arange(values.shape[-1])))
 
 
 def _offset(positions: Any):

@@ -14,6 +14,15 @@ from jax_fa.integrations import structure
 from jax_fa.integrations.precision import check_precision
 from jax_fa.masks import Band, Dense, Mask
 
+# What an AttentionMask may hold.
+_FIELDS = (
+    "is_causal",
+    "causal_offset",
+    "explicit_mask",
+    "segment_ids",
+    "sliding_window",
+    "bidirectional_window",
+)
 _BACKENDS = ("default", "nvte", "splash", "jax_flash", "vanilla")
 
 
@@ -71,7 +80,8 @@ def dot_product_attention(
     Raises:
       ValueError: axes or values that do not fit.
       TypeError: dtypes or kinds that do not fit.
-      NotImplementedError: a precision that the kernels do not have; several axes of positions.
+      NotImplementedError: a precision that the kernels do not have; several axes of positions; a mask with fields that are
+        not known here.
     """
     _check_choice(use_flash, attn_backend, flash_block_size)
     axes = _Axes.of(QPos, KPos, Key, query, key, value)
@@ -230,6 +240,13 @@ def _mask(axes: _Axes, mask) -> Mask | None:
         raise TypeError(
             f"mask must be an AttentionMask, a named array, a mask of jax_fa.masks or None; got {arguments.shown(mask)}."
         )
+    others = [
+        name for name, x in vars(mask).items() if name not in _FIELDS and x is not None and x is not False
+    ]
+    if others:
+        raise NotImplementedError(
+            f"mask must be an AttentionMask of no fields but {_FIELDS}; got {others}. Pass mask.materialize(QPos, KPos)."
+        )
     causal = None
     if mask.is_causal:
         causal = Band(None, 0, offset=0 if mask.causal_offset is None else _offset(axes, mask.causal_offset))
@@ -238,9 +255,17 @@ def _mask(axes: _Axes, mask) -> Mask | None:
     return structure.joined(
         causal,
         None if window is None else Band(structure.window("sliding_window", window) - 1, 0),
+        _both_ways(getattr(mask, "bidirectional_window", None)),
         None if explicit is None else _dense(axes, "explicit_mask", explicit),
         None if mask.segment_ids is None else _segments(axes, mask.segment_ids),
     )
+
+
+def _both_ways(radius) -> Mask | None:
+    """Keys at most this far away, on both sides."""
+    if radius is not None and not (indices.is_int(radius) and radius >= 0):
+        raise ValueError(f"bidirectional_window must be an int of at least 0; got {arguments.shown(radius)}.")
+    return structure.band(radius, "bidirectional_window")
 
 
 def _dense(axes: _Axes, name: str, mask) -> Mask:

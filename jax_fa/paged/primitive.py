@@ -81,17 +81,25 @@ def contiguous(call: PagedCall) -> Call:
     exact = o.key_scale is None and o.value_scale is None and o.key_pages.dtype == call.dtype
     dtype = call.dtype if exact else call.acc
 
-    def gathered(pages, scale):
-        x = pages[table].astype(dtype)
-        if scale is not None:
-            x = x * jnp.broadcast_to(scale, (*pages.shape[:3],))[table].astype(dtype)[..., None]
-        return x.reshape(*call.dims.B, -1, *pages.shape[2:])
-
-    key = gathered(o.key_pages, o.key_scale)
-    value = key[..., : call.dims.Dv] if o.value_pages is None else gathered(o.value_pages, o.value_scale)
     d = call.dims
     ends = jnp.clip(o.lengths, 0, d.Skv)
     left = None if o.window is None else jnp.broadcast_to(jnp.maximum(o.window, 0), d.B)
+    tokens = jnp.arange(d.Skv, dtype=jnp.int32)
+    seen = tokens < ends[:, None]
+    if left is not None:
+        seen &= tokens >= (ends - d.Sq - left)[:, None]
+
+    def gathered(pages, scale):
+        x = pages[table].astype(dtype)
+        if scale is not None:
+            # What no row sees may be NaN, and by 0 that is still NaN in the derivatives of the product.
+            visible = seen.reshape(x.shape[:3])[..., None]
+            factor = jnp.broadcast_to(scale, (*pages.shape[:3],))[table].astype(dtype)
+            x = jnp.where(visible[..., None], x, 0) * jnp.where(visible, factor, 0)[..., None]
+        return x.reshape(*d.B, -1, *pages.shape[2:])
+
+    key = gathered(o.key_pages, o.key_scale)
+    value = key[..., : d.Dv] if o.value_pages is None else gathered(o.value_pages, o.value_scale)
     made = entry.build(
         entry.checked(o.query.astype(dtype), key, value, (0, 1, 2, 3), "BSND"),
         mask=masks.Band(left=left, right=0, offset=ends - d.Sq),
