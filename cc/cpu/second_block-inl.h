@@ -236,8 +236,10 @@ inline void SecondBlock(const Call& c, const SecondPlan& plan, const SecondScrat
   for (int64_t r = 0; r < x.rows; ++r) large = large || IsLarge(s.m[r]);
   if (large && !c.partial &&
       !IsForwardPacked(c)) {  // max and sum of the products here; the sum is in tau_sum meanwhile
-    for (int64_t r = 0; r < x.rows; ++r)
-      if (s.m[r] == s.m[r]) s.m[r] = -kFloatMax;
+    for (int64_t r = 0; r < x.rows; ++r) {
+      const float m = s.m[r];
+      if (m == m) s.m[r] = -kFloatMax;  // else NaN, as it is
+    }
     over_keys([&](const SecondPairs& y) {
       FirstPassProducts(c, plan, s, PackedKeys(c, plan, s, x, y.j0, y.width, false), y, false);
       ForEachRow(c, x, y, [&](const Row& row, int64_t r, Range v, int64_t c0, int64_t c1) {
