@@ -62,8 +62,8 @@ inline int64_t StartHead(const Call& c, const BackwardPlan& plan, const Backward
     given[block] = SeesAny<kPairs>(c, plan, s, b, k, block, part.key0, part.key1);
     if (given[block] || sinks) PrepareRows<kPairs>(c, s, b, k, g0, rows);
     if (c.dquery && (given[block] || plan.splits == 1)) ClearRows(dq + g0 * plan.dq_row, rows, plan.dq_row, c.D);
-    if constexpr (kPairs) ClearBalance(BalanceOf(plan, dq), g0, rows);
     if constexpr (kPairs) {
+      ClearBalance(BalanceOf(plan, dq), g0, rows);
       if (sinks) BalanceSinks(c, s, b, k, g0, rows, BalanceOf(plan, dq));
     }
   }
