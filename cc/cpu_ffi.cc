@@ -1,11 +1,15 @@
 #include "cpu_ffi.h"
 
-#include <cmath>
+#include <array>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
 #include <string_view>
-#include <vector>
 
 #include "handlers.h"
 #include "large_results.h"
+#include "layout.h"
 #include "operands.h"
 #include "shapes.h"
 #include "tasks.h"
@@ -24,74 +28,9 @@ struct ProblemAttr {
   uint32_t threshold;
 };
 
-// Builds views of arrays whose shapes were checked; owns their tables of batch offsets.
-class Views {
- public:
-  explicit Views(const std::vector<int64_t>& batch) : batch_(batch) {
-    tables_.reserve(CallShapes::kMostArrays);
-    for (int64_t size : batch) entries_ *= static_cast<size_t>(size);
-  }
-
-  // An array stored canonically, `*#B` and then what `roles` names.
-  View Canonical(const ffi::AnyBuffer& x, const char* roles) { return Stored(x, {}, roles); }
-
-  // An array stored in the order `axes`; `roles` names what follows `*#B`: h head, r row, c col, - anything else.
-  View Stored(const ffi::AnyBuffer& x, std::string_view axes, const char* roles) {
-    const size_t lead = batch_.size();
-    const auto dims = x.dimensions();
-    const auto stride = [&](size_t i) {  // of canonical dim i, 0 where it broadcasts
-      const size_t axis = axes.empty() ? i : static_cast<size_t>(axes[i] - 'a');
-      if (dims[axis] == 1) return int64_t{0};
-      int64_t elements = 1;
-      for (size_t inner = axis + 1; inner < dims.size(); ++inner) elements *= dims[inner];
-      return elements;
-    };
-    View v;
-    v.data = static_cast<char*>(x.untyped_data());
-    v.dtype = ToDType(ToElement(x.element_type()));
-    for (size_t i = 0; roles[i] != 0; ++i) {
-      if (roles[i] == 'h') v.head = stride(lead + i);
-      if (roles[i] == 'r') v.row = stride(lead + i);
-      if (roles[i] == 'c') v.col = stride(lead + i);
-    }
-    std::vector<int64_t>& offsets = tables_.emplace_back();
-    offsets.reserve(entries_);
-    offsets.push_back(0);
-    for (size_t i = lead; i-- > 0;) {  // one dim after the other, innermost first: copies of what is there, further on
-      const int64_t step = stride(i);
-      const size_t inner = offsets.size();
-      for (int64_t b = 1; b < batch_[i]; ++b)
-        for (size_t j = 0; j < inner; ++j) offsets.push_back(offsets[j] + b * step);
-    }
-    v.batch = offsets.data();
-    return v;
-  }
-
- private:
-  const std::vector<int64_t>& batch_;
-  size_t entries_ = 1;
-  std::vector<std::vector<int64_t>> tables_;  // their data stays where it is
-};
-
-CallShapes ShapesOf(Pass pass, const ProblemAttr& p, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
-  CallShapes call;
-  call.pass = pass;
-  call.present = p.present, call.saved = p.saved;
-  call.query_axes = p.query_axes, call.key_axes = p.key_axes, call.value_axes = p.value_axes;
-  call.out_axes = p.out_axes;
-  call.args.reserve(args.size());
-  call.rets.reserve(rets.size());
-  for (size_t i = 0; i < args.size(); ++i) call.args.push_back(ShapeOf(Arg(args, i)));
-  for (size_t i = 0; i < rets.size(); ++i) call.rets.push_back(ShapeOf(Ret(rets, i)));
-  return call;
-}
-
-// The call but for its arrays.
-Call PlainCall(const ProblemAttr& p, const Sizes& sizes) {
+// The call but for its shapes and arrays.
+Call PlainCall(const ProblemAttr& p) {
   Call c;
-  c.B = 1;
-  for (int64_t size : sizes.B) c.B *= size;
-  c.Sq = sizes.Sq, c.Skv = sizes.Skv, c.N = sizes.N, c.K = sizes.K, c.D = sizes.D, c.Dv = sizes.Dv;
   c.scale = p.scale;
   c.keep_prob = p.keep_prob;
   c.soft_cap = p.soft_cap;
@@ -102,68 +41,68 @@ Call PlainCall(const ProblemAttr& p, const Sizes& sizes) {
   return c;
 }
 
-// An operand, or an array of its shape.
-View OperandView(const ProblemAttr& p, const CallShapes& call, Operand i, const ffi::AnyBuffer& x, Views& views) {
-  const std::string_view axes[3] = {p.query_axes, p.key_axes, p.value_axes};
-  const char* roles = call.FormOf(i).roles;
-  return i <= kValue ? views.Stored(x, axes[i], roles) : views.Canonical(x, roles);
-}
+// A compiled call. XLA makes one when it compiles a program or loads one, and frees it with the program; programs may run
+// on several threads at a time.
+class CompiledCall {
+ public:
+  inline static ffi::TypeId id = {};
 
-void ReadOperands(const ProblemAttr& p, const CallShapes& call, const ffi::RemainingArgs& args, Views& views, Call& c) {
-  size_t next = 0;
-  for (const Form& form : kForms) {
-    const Operand i = form.operand;
-    if (!call.Has(i)) continue;
-    const ffi::AnyBuffer x = Arg(args, next++);
-    c.*form.view = OperandView(p, call, i, x, views);
-    if (i == kDropBits) c.drop_bytes = x.dimensions().back();
-    if (i == kBias && call.Has(kBiasOffset)) c.bias_elements = x.dimensions().back();
-    if (i != kBlockPairs) continue;
-    const auto dims = x.dimensions();
-    c.block_count = dims[dims.size() - 3], c.block_rows = dims[dims.size() - 2], c.block_keys = dims.back();
+  CompiledCall(Pass pass, const ProblemAttr& p)
+      : call_(PlainCall(p)),
+        axes_{std::string(p.query_axes), std::string(p.key_axes), std::string(p.value_axes), std::string(p.out_axes)} {
+    shapes_.pass = pass;
+    shapes_.present = p.present, shapes_.saved = p.saved;
+    shapes_.query_axes = axes_[0], shapes_.key_axes = axes_[1], shapes_.value_axes = axes_[2];
+    shapes_.out_axes = axes_[3];
   }
-}
 
-View OtherView(const ProblemAttr& p, const CallShapes& call, const OtherArray& form, const ffi::AnyBuffer& x,
-               Views& views) {
-  if (form.like == OtherArray::kOut) return views.Stored(x, p.out_axes, "rhc");
-  if (form.like == OtherArray::kStatistic) return views.Canonical(x, "hr");
-  return OperandView(p, call, form.operand, x, views);
-}
+  // That of every execution; the first makes it, as shapes are not known before.
+  const Layout& LayoutOf(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
+    if (const Layout* made = made_.load(std::memory_order_acquire)) return *made;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!layout_) {
+      CallShapes shapes = shapes_;
+      for (size_t i = 0; i < args.size(); ++i) shapes.args.push_back(ShapeOf(Arg(args, i)));
+      for (size_t i = 0; i < rets.size(); ++i) shapes.rets.push_back(ShapeOf(Ret(rets, i)));
+      layout_ = std::make_unique<const Layout>(call_, shapes);
+      made_.store(layout_.get(), std::memory_order_release);
+    }
+    return *layout_;
+  }
 
-// Whether a call takes less time than another thread needs to wake (3 to 10 us). Tasks are the same, and so are results.
-bool IsTiny(const Call& c) {
-  constexpr double kMost = 1 << 19, kRow = 512;  // multiply-adds of the forward, and what a row costs beside them
-  constexpr double kElement = 4;                 // ... and each element of an array
-  const double rows = static_cast<double>(c.B) * static_cast<double>(c.N * (c.Sq + c.Skv));
-  const double pairs = static_cast<double>(c.B * c.N) * static_cast<double>(c.Sq) * static_cast<double>(c.Skv);
-  return (pairs + kElement * rows) * static_cast<double>(c.D + c.Dv) + kRow * rows < kMost;
+ private:
+  const Call call_;
+  const std::array<std::string, 4> axes_;  // of `shapes_`
+  CallShapes shapes_;                      // but for arguments and results
+  std::mutex mutex_;                       // guards layout_
+  std::unique_ptr<const Layout> layout_;
+  std::atomic<const Layout*> made_{nullptr};
+};
+
+template <Pass kPass>
+ffi::ErrorOr<std::unique_ptr<CompiledCall>> Instantiate(const ProblemAttr& p) {
+  std::unique_ptr<CompiledCall> made;
+  const ffi::Error error = Guard([&] { made = std::make_unique<CompiledCall>(kPass, p); });
+  if (error.failure()) return ffi::Unexpected(error);
+  return made;
 }
 
 template <Pass kPass>
-ffi::Error Compute(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, ProblemAttr p) {
+ffi::Error Compute(ffi::ThreadPool pool, CompiledCall* compiled, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   return Guard([&] {
-    const CallShapes call = ShapesOf(kPass, p, args, rets);
-    const std::vector<OtherArray> others = call.OtherArgs(), results = call.Results();
-    const Sizes sizes = ShapeCheck::Of(call, others, results);
-    Call c = PlainCall(p, sizes);
-    if (c.B == 0 || c.N == 0 || (c.Sq == 0 && !HasCotangents(kPass))) {  // what broadcasts still has a gradient
-      for (size_t i = 0; i < rets.size(); ++i)
-        Clear(PoolRunner<ffi::ThreadPool>(pool), Ret(rets, i).untyped_data(), Ret(rets, i).size_bytes());
+    const Layout& layout = compiled->LayoutOf(args, rets);
+    PoolRunner<ffi::ThreadPool> runner(pool, layout.IsTiny());
+    if (layout.IsEmpty()) {
+      for (size_t i = 0; i < rets.size(); ++i) Clear(runner, Ret(rets, i).untyped_data(), Ret(rets, i).size_bytes());
       return;
     }
-    Views views(sizes.B);
-    ReadOperands(p, call, args, views, c);
-    PoolRunner<ffi::ThreadPool> runner(pool, IsTiny(c));
-    size_t next = call.Operands(), result = 0;
-    for (const OtherArray& x : others) c.*x.view = OtherView(p, call, x, Arg(args, next++), views);
-    for (const OtherArray& x : results) {
-      const ffi::AnyBuffer to = Ret(rets, result++);
-      c.*x.view = OtherView(p, call, x, to, views);
+    const Call c = layout.At([&](size_t i) { return Arg(args, i).untyped_data(); },
+                             [&](size_t i) { return Ret(rets, i).untyped_data(); });
+    for (size_t i = 0; i < rets.size(); ++i) {
+      const ffi::AnyBuffer to = Ret(rets, i);
       TakeHugePages(to.untyped_data(), to.size_bytes());
-      if (x.view == &Call::dbias && !WritesAllBias(c)) Clear(runner, to.untyped_data(), to.size_bytes());
+      if (layout.Result(i) == &Call::dbias && !WritesAllBias(c)) Clear(runner, to.untyped_data(), to.size_bytes());
     }
-    c.with_forward = kPass == Pass::kJvp;
     const Kernels& kernels = Chosen();
     switch (kPass) {
       case Pass::kForward: return kernels.forward(c, runner);
@@ -190,16 +129,26 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
 namespace jax_fa {
 
 // The arrays are those of shapes.h: operands that are present, then OtherArgs; and Results.
-#define JAX_FA_HANDLER(name)                                                                                 \
-  XLA_FFI_DEFINE_HANDLER(                                                                                    \
-      kHandler##name, Compute<Pass::k##name>,                                                                \
-      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<ProblemAttr>("problem")); \
-  XLA_FFI_Error* Cpu##name(XLA_FFI_CallFrame* call_frame) { return kHandler##name(call_frame); }
+#define JAX_FA_TARGET(name, target)                                                                             \
+  XLA_FFI_DEFINE_HANDLER(kInstantiate##name, Instantiate<Pass::k##name>,                                        \
+                         ffi::Ffi::BindInstantiate().Attr<ProblemAttr>("problem"));                             \
+  XLA_FFI_DEFINE_HANDLER(                                                                                       \
+      kExecute##name, Compute<Pass::k##name>,                                                                   \
+      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Ctx<ffi::State<CompiledCall>>().RemainingArgs().RemainingRets()); \
+  const FfiTarget kCpu##name = {target, [](XLA_FFI_CallFrame* frame) { return kInstantiate##name(frame); },     \
+                                [](XLA_FFI_CallFrame* frame) { return kExecute##name(frame); }};
 
-JAX_FA_HANDLER(Forward)
-JAX_FA_HANDLER(Backward)
-JAX_FA_HANDLER(Jvp)
-JAX_FA_HANDLER(Tangent)
-JAX_FA_HANDLER(Second)
+JAX_FA_TARGET(Forward, "jax_fa_cpu_forward")
+JAX_FA_TARGET(Backward, "jax_fa_cpu_backward")
+JAX_FA_TARGET(Jvp, "jax_fa_cpu_jvp")
+JAX_FA_TARGET(Tangent, "jax_fa_cpu_tangent")
+JAX_FA_TARGET(Second, "jax_fa_cpu_second")
+
+void* CompiledCallTypeId() { return &CompiledCall::id; }
+
+void* CompiledCallTypeInfo() {
+  static ffi::TypeInfo info = ffi::MakeTypeInfo<CompiledCall>();
+  return &info;
+}
 
 }  // namespace jax_fa

@@ -6,11 +6,16 @@ struct XLA_FFI_Error;
 
 namespace jax_fa {
 
-XLA_FFI_Error* CpuForward(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* CpuBackward(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* CpuJvp(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* CpuTangent(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* CpuSecond(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* CpuPaged(XLA_FFI_CallFrame* call_frame);
+// A target of XLA's custom calls. `instantiate` makes what all executions of a compiled call share; nullptr: nothing.
+struct FfiTarget {
+  const char* name;
+  XLA_FFI_Error* (*instantiate)(XLA_FFI_CallFrame*);
+  XLA_FFI_Error* (*execute)(XLA_FFI_CallFrame*);
+};
+extern const FfiTarget kCpuForward, kCpuBackward, kCpuJvp, kCpuTangent, kCpuSecond, kCpuPaged;
+
+// What `instantiate` makes; XLA is to be told before it is told of the targets. An XLA_FFI_TypeId and XLA_FFI_TypeInfo.
+void* CompiledCallTypeId();
+void* CompiledCallTypeInfo();
 
 }  // namespace jax_fa

@@ -31,21 +31,6 @@ inline Element ToElement(ffi::DataType t) {
   }
 }
 
-inline DType ToDType(Element e) {
-  switch (e) {
-    case Element::kBF16: return DType::kBF16;
-    case Element::kF16: return DType::kF16;
-    case Element::kI32: return DType::kI32;
-    case Element::kU32: return DType::kU32;
-    case Element::kU8:
-    case Element::kBool: return DType::kU8;
-    case Element::kI8: return DType::kI8;
-    case Element::kF8E4M3: return DType::kF8E4M3;
-    case Element::kF8E5M2: return DType::kF8E5M2;
-    default: return DType::kF32;
-  }
-}
-
 inline Shape ShapeOf(const ffi::AnyBuffer& x) {
   return {ToElement(x.element_type()), x.dimensions().begin(), x.dimensions().size()};
 }

@@ -83,15 +83,25 @@ PYBIND11_MODULE(_native, module) {
   module.def("saved_bits", BitsOfSaved);
   module.def("tangent_bits", TangentBits);
   module.def("unwanted_bits", UnwantedBits);
+  // What to register with XLA: targets by name, each with its stages, ...
   module.def("registrations", [] {
-    py::dict handlers;
-    handlers["jax_fa_cpu_forward"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuForward));
-    handlers["jax_fa_cpu_backward"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuBackward));
-    handlers["jax_fa_cpu_jvp"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuJvp));
-    handlers["jax_fa_cpu_tangent"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuTangent));
-    handlers["jax_fa_cpu_paged"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuPaged));
-    handlers["jax_fa_cpu_second"] = py::capsule(reinterpret_cast<void*>(jax_fa::CpuSecond));
-    return handlers;
+    py::dict targets;
+    for (const jax_fa::FfiTarget* x : {&jax_fa::kCpuForward, &jax_fa::kCpuBackward, &jax_fa::kCpuJvp,
+                                       &jax_fa::kCpuTangent, &jax_fa::kCpuSecond, &jax_fa::kCpuPaged}) {
+      py::dict stages;
+      if (x->instantiate != nullptr) stages["instantiate"] = py::capsule(reinterpret_cast<void*>(x->instantiate));
+      stages["execute"] = py::capsule(reinterpret_cast<void*>(x->execute));
+      targets[x->name] = stages;
+    }
+    return targets;
+  });
+  // ... and, before those, the types of what they keep.
+  module.def("registered_types", [] {
+    py::dict compiled_call, types;
+    compiled_call["type_id"] = py::capsule(jax_fa::CompiledCallTypeId());
+    compiled_call["type_info"] = py::capsule(jax_fa::CompiledCallTypeInfo());
+    types["jax_fa_cpu_compiled_call"] = compiled_call;
+    return types;
   });
   jax_fa::DefineCann(module);
   // Instruction sets compiled in, best first, and whether this machine has each.

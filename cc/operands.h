@@ -11,13 +11,28 @@ namespace jax_fa {
 
 // Increased by one where what the handlers take changes in a way that the names do not show: attributes, their order or
 // meaning, sizes, dtypes.
-constexpr int64_t kAbi = 5;
+constexpr int64_t kAbi = 6;
 
 enum class Element : uint8_t { kF32, kBF16, kF16, kI32, kU32, kU8, kBool, kI8, kF8E4M3, kF8E5M2, kOther };
 
 constexpr uint32_t Bit(Element e) { return uint32_t{1} << static_cast<int>(e); }
 constexpr uint32_t kFloats = Bit(Element::kF32) | Bit(Element::kBF16) | Bit(Element::kF16);
 constexpr uint32_t kFloat = Bit(Element::kF32), kInt = Bit(Element::kI32), kUnsigned = Bit(Element::kU32);
+
+inline DType ToDType(Element e) {
+  switch (e) {
+    case Element::kBF16: return DType::kBF16;
+    case Element::kF16: return DType::kF16;
+    case Element::kI32: return DType::kI32;
+    case Element::kU32: return DType::kU32;
+    case Element::kU8:
+    case Element::kBool: return DType::kU8;
+    case Element::kI8: return DType::kI8;
+    case Element::kF8E4M3: return DType::kF8E4M3;
+    case Element::kF8E5M2: return DType::kF8E5M2;
+    default: return DType::kF32;
+  }
+}
 
 // Operand i is given where bit i of `present` is set; the arrays come in this order.
 enum Operand : uint8_t {

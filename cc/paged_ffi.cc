@@ -135,6 +135,7 @@ namespace jax_fa {
 XLA_FFI_DEFINE_HANDLER(
     kHandlerPaged, Compute,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<PagedAttr>("problem"));
-XLA_FFI_Error* CpuPaged(XLA_FFI_CallFrame* call_frame) { return kHandlerPaged(call_frame); }
+const FfiTarget kCpuPaged = {"jax_fa_cpu_paged", nullptr,
+                             [](XLA_FFI_CallFrame* frame) { return kHandlerPaged(frame); }};
 
 }  // namespace jax_fa

@@ -23,7 +23,7 @@ class PoolRunner : public Runner {
  public:
   // `alone`: the calling thread runs all tasks, which takes less time than waking others where there is little to do.
   explicit PoolRunner(Pool& pool, bool alone = false)
-      : Runner{&PoolRunner::RunAll, alone ? 1 : pool.num_threads()}, pool_(pool), alone_(alone) {}
+      : Runner{&PoolRunner::RunAll, alone ? 1 : pool.num_threads()}, pool_(pool) {}
 
  private:
   struct Shared {
@@ -58,8 +58,8 @@ class PoolRunner : public Runner {
     const auto* const runner = static_cast<const PoolRunner*>(self);
     Pool& pool = runner->pool_;
     // One for each processor but that of the caller: one more would take turns with the others in the middle of a task.
-    const int64_t helpers = (count < pool.num_threads() ? count : pool.num_threads()) - 1;
-    if (helpers <= 0 || runner->alone_) {
+    const int64_t helpers = (count < runner->threads ? count : runner->threads) - 1;
+    if (helpers <= 0) {
       for (int64_t i = 0; i < count; ++i) fn(context, i);
       return;
     }
@@ -92,7 +92,6 @@ class PoolRunner : public Runner {
   static constexpr int kSpins = 1000;
 
   Pool& pool_;
-  const bool alone_;
 };
 
 }  // namespace jax_fa

@@ -312,6 +312,15 @@ def sum_over(x, groups: list[list[int]]):
     return jax.lax.psum(x, _DEVICES, axis_index_groups=groups)
 
 
+def register_ffi_type(name: str, type_: dict[str, Any]) -> None:
+    """`jax.ffi.register_ffi_type` for the CPU, at once.
+
+    That one waits for the first client, which then is told of handlers before it is told of the types that they keep, and
+    refuses them.
+    """
+    xla_client._xla.register_custom_type(name, type_)
+
+
 def guarantee_custom_call(target: str) -> None:
     """Lets `jax.export` serialize programs that call this FFI target, which it does for JAX's own.
 

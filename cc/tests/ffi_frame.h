@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_ffi.h"
 #include "numbers.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -20,6 +21,7 @@ struct XLA_FFI_Error {
 };
 struct XLA_FFI_ExecutionContext {
   int64_t threads;
+  void* state;  // what the handler made of the compiled call
 };
 
 namespace jax_fa_test {
@@ -111,19 +113,12 @@ class Frame {
     }
   }
 
-  // Returns kSuccess, or the text of the error.
-  std::string Call(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*), int64_t threads) {
-    XLA_FFI_ExecutionContext context{threads};
+  // Compiles the call and executes it twice, as a program in a loop. Returns kSuccess, or the text of the error.
+  std::string Call(const jax_fa::FfiTarget& target, int64_t threads) {
+    XLA_FFI_ExecutionContext context{threads, nullptr};
     XLA_FFI_CallFrame frame = {};
     frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
-    frame.api = Api(), frame.ctx = &context, frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
-    Buffers arguments(args), results(rets);
-    std::vector<XLA_FFI_ArgType> arg_types(args.size(), XLA_FFI_ArgType_BUFFER);
-    std::vector<XLA_FFI_RetType> ret_types(rets.size(), XLA_FFI_RetType_BUFFER);
-    frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(args.size()), arg_types.data(),
-                  arguments.pointers.data()};
-    frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(rets.size()), ret_types.data(),
-                  results.pointers.data()};
+    frame.api = Api(), frame.ctx = &context, frame.stage = XLA_FFI_ExecutionStage_INSTANTIATE;
     Dictionary problem(attributes_);
     const char* const name = "problem";
     XLA_FFI_ByteSpan span{name, std::strlen(name)};
@@ -131,8 +126,16 @@ class Frame {
     XLA_FFI_AttrType types[] = {XLA_FFI_AttrType_DICTIONARY};
     void* values[] = {&problem.attributes};
     frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, with_problem_ ? 1 : 0, types, names, values};
-    const std::unique_ptr<XLA_FFI_Error> error(handler(&frame));
-    return error ? error->message : kSuccess;
+    if (target.instantiate != nullptr) {
+      const std::unique_ptr<XLA_FFI_Error> error(target.instantiate(&frame));
+      if (error) return error->message;
+      problem.Forget();  // it is gone when the call is executed, which does not read it
+    }
+    std::string text = kSuccess;
+    for (int i = 0; i < 2 && text == kSuccess; ++i) text = Execute(target, frame);
+    if (context.state != nullptr)
+      static_cast<const XLA_FFI_TypeInfo*>(jax_fa::CompiledCallTypeInfo())->deleter(context.state);
+    return text;
   }
 
   std::string Text() const {
@@ -158,6 +161,19 @@ class Frame {
     uint64_t value = 0;
     std::string text;
   };
+
+  std::string Execute(const jax_fa::FfiTarget& target, XLA_FFI_CallFrame frame) {
+    Buffers arguments(args), results(rets);
+    std::vector<XLA_FFI_ArgType> arg_types(args.size(), XLA_FFI_ArgType_BUFFER);
+    std::vector<XLA_FFI_RetType> ret_types(rets.size(), XLA_FFI_RetType_BUFFER);
+    frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
+    frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(args.size()), arg_types.data(),
+                  arguments.pointers.data()};
+    frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(rets.size()), ret_types.data(),
+                  results.pointers.data()};
+    const std::unique_ptr<XLA_FFI_Error> error(target.execute(&frame));
+    return error ? error->message : kSuccess;
+  }
 
   struct Buffers {
     std::vector<XLA_FFI_Buffer> buffers;
@@ -199,6 +215,10 @@ class Frame {
                     names.data(),
                     values.data()};
     }
+
+    void Forget() {
+      for (Attribute& x : list) x.text.assign(x.text.size(), '?');
+    }
   };
 
   void SetScalar(const std::string& name, XLA_FFI_DataType dtype, uint64_t value) {
@@ -224,6 +244,14 @@ class Frame {
       api.XLA_FFI_Error_Destroy = [](XLA_FFI_Error_Destroy_Args* x) { delete x->error; };
       api.XLA_FFI_ThreadPool_NumThreads = [](XLA_FFI_ThreadPool_NumThreads_Args* x) -> XLA_FFI_Error* {
         *x->num_threads = x->ctx->threads;
+        return nullptr;
+      };
+      api.XLA_FFI_State_Set = [](XLA_FFI_State_Set_Args* x) -> XLA_FFI_Error* {
+        x->ctx->state = x->state;
+        return nullptr;
+      };
+      api.XLA_FFI_State_Get = [](XLA_FFI_State_Get_Args* x) -> XLA_FFI_Error* {
+        x->state = x->ctx->state;
         return nullptr;
       };
       // (A helper that has done all before its caller begins.)

@@ -56,18 +56,13 @@ class Calls {
 
   void Run() {
     Frame frame;
-    XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*) = nullptr;
-    if (random_.OneIn(5)) {
-      handler = Paged(frame);
-    } else {
-      handler = Attention(frame);
-    }
+    const jax_fa::FfiTarget& target = random_.OneIn(5) ? Paged(frame) : Attention(frame);
     const bool good = random_.OneIn(3);
     const int64_t changes = good ? 0 : 1 + random_.Below(3);
     for (int64_t i = 0; i < changes; ++i) Spoil(frame);
     for (auto* list : {&frame.args, &frame.rets})
       for (FrameArray& x : *list) Fill(x);
-    const std::string text = frame.Call(handler, 1 + random_.Below(3));
+    const std::string text = frame.Call(target, 1 + random_.Below(3));
     if (good && text != kSuccess) Fail("a good call is refused", text, frame);
     if (text.empty()) Fail("refused without a text", text, frame);
   }
@@ -105,16 +100,16 @@ class Calls {
     return stored;
   }
 
-  XLA_FFI_Error* (*Attention(Frame& frame))(XLA_FFI_CallFrame*) {
+  const jax_fa::FfiTarget& Attention(Frame& frame) {
     constexpr struct {
       Pass pass;
-      XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*);
-    } kPasses[] = {{Pass::kForward, jax_fa::CpuForward},
-                   {Pass::kBackward, jax_fa::CpuBackward},
-                   {Pass::kJvp, jax_fa::CpuJvp},
-                   {Pass::kTangent, jax_fa::CpuTangent},
-                   {Pass::kSecond, jax_fa::CpuSecond}};
-    const auto& [pass, handler] = kPasses[random_.Below(5)];
+      const jax_fa::FfiTarget& target;
+    } kPasses[] = {{Pass::kForward, jax_fa::kCpuForward},
+                   {Pass::kBackward, jax_fa::kCpuBackward},
+                   {Pass::kJvp, jax_fa::kCpuJvp},
+                   {Pass::kTangent, jax_fa::kCpuTangent},
+                   {Pass::kSecond, jax_fa::kCpuSecond}};
+    const auto& [pass, target] = kPasses[random_.Below(5)];
     Sizes s;
     for (int64_t rank = random_.Below(3); rank > 0; --rank) s.B.push_back(random_.OneIn(12) ? 0 : 1 + random_.Below(3));
     s.K = 1 + random_.Below(3), s.N = s.K * (1 + random_.Below(3));
@@ -165,7 +160,7 @@ class Calls {
     frame.Set("bias_apart", static_cast<uint8_t>(0));
     frame.Set("partial", static_cast<uint8_t>(random_.Below(2)));
     frame.Set("threshold", static_cast<uint32_t>(random_.Below(65537)));
-    return handler;
+    return target;
   }
 
   // Every dim of some array is full: then the sizes are those of the call.
@@ -193,7 +188,7 @@ class Calls {
     return saved;
   }
 
-  XLA_FFI_Error* (*Paged(Frame& frame))(XLA_FFI_CallFrame*) {
+  const jax_fa::FfiTarget& Paged(Frame& frame) {
     jax_fa::PagedSizes s;
     s.B = random_.Below(4), s.Sq = 1 + random_.Below(4), s.K = 1 + random_.Below(2), s.N = s.K * (1 + random_.Below(4));
     s.D = 1 + random_.Below(40), s.count = 1 + random_.Below(6), s.size = 1 + random_.Below(20);
@@ -211,7 +206,7 @@ class Calls {
       if (form.bit == 0 || (present & form.bit) != 0) add(frame.args, form);
     for (const jax_fa::PagedForm& form : jax_fa::kPagedResults) add(frame.rets, form);
     frame.Set("present", present), frame.Set("scale", AnyFloat()), frame.Set("soft_cap", AnyFloat());
-    return jax_fa::CpuPaged;
+    return jax_fa::kCpuPaged;
   }
 
   float AnyFloat() {
@@ -280,6 +275,7 @@ class Calls {
 int main(int argc, char** argv) {
   const long long count = argc > 1 ? std::atoll(argv[1]) : 2000;
   const unsigned long long seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+  static_cast<XLA_FFI_TypeId*>(jax_fa::CompiledCallTypeId())->type_id = 1;  // as XLA does, told of the type
   for (long long i = 0; i < count; ++i) jax_fa_test::Calls(seed * 1000003 + static_cast<uint64_t>(i)).Run();
   std::printf("%lld calls, %d failures\n", count, jax_fa_test::g_failures);
   return jax_fa_test::g_failures == 0 ? 0 : 1;

@@ -21,6 +21,8 @@ _ALIBI = {None: 0, "linear": 1, "sqrt": 2}
 
 if native.extension is not None:
     # At import, so that exported programs find their targets in a process that traces none.
+    for kept, type_ in native.extension.registered_types().items():
+        compat.register_ffi_type(kept, type_)
     for target, handler in native.extension.registrations().items():
         jax.ffi.register_ffi_target(target, handler, platform="cpu")
         compat.guarantee_custom_call(target)

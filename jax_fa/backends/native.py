@@ -10,7 +10,7 @@ from typing import Any
 
 from jax_fa.call import PLAIN_DIFFERENTIABLE, PLAIN_OPERANDS, Saved
 
-ABI = 5  # of cc/operands.h: what handlers take in ways that names do not show
+ABI = 6  # of cc/operands.h: what handlers take in ways that names do not show
 _PACKAGE = Path(__file__).parent.parent
 _ROOT = _PACKAGE.parent
 
