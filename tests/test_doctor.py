@@ -15,6 +15,7 @@ import pytest
 import jax_fa
 from jax_fa import backends, doctor
 from jax_fa.backends import native, variables
+from jax_fa.backends.ascend import installation
 from jax_fa.doctor import numbers, usable
 
 ROOT = Path(jax_fa.__file__).parents[1]
@@ -43,6 +44,8 @@ def test_a_sound_installation(capsys):
     assert "cpu on cpu, float32" in text and "xla on cpu, bfloat16" in text and "WRONG" not in text
     for backend in backends.every():
         assert f"\n  {backend.name} " in text
+    for name in ("cpu", "xla"):
+        assert re.search(rf"\n  {name} +usable on cpu: float32, bfloat16, float16", text)
     assert text.endswith("What to do next\n  - Nothing: all is well.\n") or "jax[cuda13]" in text
 
 
@@ -96,6 +99,16 @@ WRONG = {
     ),
     "JAX_FA_CPU_ISA": ("avx513", "one of the instruction sets that this machine has: "),
 }
+
+
+def test_a_path_without_cann_is_told(monkeypatch):
+    nothing = installation.Library("no CANN runtime was found", None, None, None, None, False, (), ())
+    monkeypatch.setattr(installation, "library", lambda: nothing)
+    assert not usable.backends().hints
+    monkeypatch.setenv("JAX_FA_CANN_PATH", "/nowhere")
+    assert usable.backends().hints == [
+        "JAX_FA_CANN_PATH is set, and no CANN runtime that can be used is there."
+    ]
 
 
 @needs_native
@@ -170,13 +183,16 @@ def test_an_extension_of_another_version_is_not_used():
         ) in said
 
 
-def test_an_extension_that_cannot_be_loaded_is_warned_of(tmp_path):
+@pytest.mark.parametrize("cut_off", [False, pytest.param(True, marks=needs_native)])
+def test_an_extension_that_cannot_be_loaded_is_warned_of(cut_off, tmp_path):
+    """Also one of which only the beginning was written, of which the loader would die."""
+    content = Path(native.extension.__file__).read_bytes()[:5000] if cut_off else b"half of a file"
     shutil.copytree(
         Path(jax_fa.__file__).parent,
         tmp_path / "jax_fa",
         ignore=shutil.ignore_patterns("_native*", "emulator"),
     )
-    (tmp_path / "jax_fa" / f"_native{EXTENSION_SUFFIXES[0]}").write_bytes(b"half of a file")
+    (tmp_path / "jax_fa" / f"_native{EXTENSION_SUFFIXES[0]}").write_bytes(content)
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import jax_fa"],
         capture_output=True,

@@ -1,5 +1,6 @@
 """The compiled extension, or why it is not here and what to do about it."""
 
+import struct
 import sys
 import warnings
 from dataclasses import fields
@@ -18,8 +19,10 @@ _ROOT = _PACKAGE.parent
 def _load() -> tuple[Any, str | None]:
     """An extension that is there and of no use is warned of: nobody installs that on purpose."""
     try:
-        found = import_module("jax_fa._native")
-        wrong = _mismatch(found)
+        found, wrong = None, _cut_off()
+        if wrong is None:
+            found = import_module("jax_fa._native")
+            wrong = _mismatch(found)
     except ModuleNotFoundError as error:
         return None, str(error)
     except ImportError as error:
@@ -30,6 +33,21 @@ def _load() -> tuple[Any, str | None]:
         f"jax_fa runs without its compiled kernels: {wrong}. Reinstall jax_fa.", RuntimeWarning, stacklevel=2
     )
     return None, wrong
+
+
+def _cut_off() -> str | None:
+    """How the file ends before its ELF header says; None: it does not. The loader would die of that, by a signal."""
+    file = next((f for suffix in EXTENSION_SUFFIXES if (f := _PACKAGE / f"_native{suffix}").is_file()), None)
+    if file is None:
+        return None
+    with file.open("rb") as opened:
+        header = opened.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian
+        return None
+    (sections,) = struct.unpack_from("<Q", header, 40)  # e_shoff
+    size_of_one, count = struct.unpack_from("<2H", header, 58)  # e_shentsize, e_shnum
+    end, size = sections + size_of_one * count, file.stat().st_size
+    return f"{file} is cut off: it has {size} bytes of at least {end}" if size < end else None
 
 
 def _mismatch(extension: Any) -> str | None:

@@ -13,7 +13,8 @@ from jax_fa.backends import cpu, every, native
 from jax_fa.backends.ascend import installation
 from jax_fa.doctor.findings import Section
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")  # whose results are checked
+_SERVABLE = (*DTYPES, "float16", "float64")
 # Devices as files of the system, and what JAX lacks where it does not see them.
 _HARDWARE = {
     "/dev/nvidia0": ("cuda", 'an NVIDIA GPU: python -m pip install "jax[cuda13]"'),
@@ -69,6 +70,8 @@ def backends() -> Section:
     searched = installation.library()
     if searched.error is not None:
         found.add("CANN", searched.error)
+        if os.environ.get("JAX_FA_CANN_PATH"):
+            found.hints.append("JAX_FA_CANN_PATH is set, and no CANN runtime that can be used is there.")
     else:
         where = "emulator" if searched.emulator else "library"
         found.add(
@@ -81,8 +84,10 @@ def _served(name: str) -> tuple[dict[str, list[str]], str]:
     """By platform the dtypes that the backend serves; and why it does not serve the last that it does not."""
     served: dict[str, list[str]] = {}
     why_not = ""
+    # float64 is one of JAX's with jax_enable_x64 alone.
+    dtypes = [dtype for dtype in _SERVABLE if jax.dtypes.canonicalize_dtype(dtype) == dtype]
     for platform in here():
-        for dtype in DTYPES:
+        for dtype in dtypes:
             if (why := serving(platform, dtype)[name]) is None:
                 served.setdefault(platform, []).append(dtype)
             else:
