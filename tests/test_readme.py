@@ -91,6 +91,19 @@ def test_links_lead_somewhere(document):
     assert missing == []
 
 
+def _anchors(document: Path) -> set[str]:
+    """Of headings, as GitHub makes them; the generator makes one dash where GitHub makes several or drops a dot."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_anchors_are_those_of_github_too(document):
+    links = re.findall(r"\]\(([\w/-]+\.md)#([^)]+)\)", document.read_text(encoding="utf-8"))
+    missing = [(link, anchor) for link, anchor in links if anchor not in _anchors(document.parent / link)]
+    assert missing == []
+
+
 def test_commands_of_ours_take_these_arguments():
     """Long ones are not run here; but their arguments must be those that the program takes."""
     parsers = {"jax_fa.bench": bench._parser(), "jax_fa": demo._parser(), "jax_fa doctor": doctor._parser()}
