@@ -76,6 +76,9 @@ def kept_numbers(rate) -> int | UInt32[Array, ""]:
 
 def seed_words(dropout_key) -> UInt32[Array, "2"]:
     """The Philox key of a `jax.random` key of any implementation, old style or new."""
+    data = jax.random.key_data(dropout_key)
+    if data.shape == (4,):  # RBG, whose bits are others under vmap and on other platforms
+        return jnp.stack(philox4x32((0, 0, data[2], data[3]), (data[0], data[1]))[:2])
     return jax.random.bits(dropout_key, (2,), jnp.uint32)
 
 

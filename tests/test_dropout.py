@@ -187,10 +187,11 @@ def test_bits_are_not_correlated():
         assert abs((a * b).mean()) < 6 / math.sqrt(a.size)
 
 
+@pytest.mark.parametrize("kind", KEYS)
 @pytest.mark.parametrize("mapped_key", [False, True], ids=["shared-key", "mapped-key"])
-def test_bits_under_vmap(mapped_key, backend):
+def test_bits_under_vmap(mapped_key, kind, backend):
     """An element of a vmap uses the bits of its own call; a shared key means shared bits."""
-    keys = jax.random.split(jax.random.key(2), 3)
+    keys = jax.random.split(KEYS[kind](), 3)
     at = 0 if mapped_key else None
 
     def run(x, key):
