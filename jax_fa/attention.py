@@ -254,7 +254,7 @@ def _wide(call: Call, given: Any) -> Any:
 
 
 def _or_zeros(x, like):
-    return jnp.zeros(like.shape, like.dtype) if x is None else x
+    return jnp.zeros_like(like) if x is None else x
 
 
 def _second(problem: Problem, x: Inputs, along: Inputs):
@@ -307,7 +307,7 @@ def _forward_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[
         raise NotImplementedError(
             f"attention is linear in value alone, and has no transpose in {', '.join(names)}."
         )
-    value = jnp.zeros(linear.operands.value.shape, linear.operands.value.dtype)
+    value = jnp.zeros_like(linear.operands.value)
     operands = replace(x.operands, value=value)
     saved = primitives.forward_saved(problem, operands)
     dout = _or_zeros(given.get("out"), saved.out)

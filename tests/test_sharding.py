@@ -374,6 +374,28 @@ def test_derivatives_along_tangents_of_explicit_axes(backend):
     _same(found, want)
 
 
+@pytest.mark.parametrize("derivative", ["second", "transpose"])
+def test_cotangents_that_are_zero_have_explicit_axes(derivative, backend):
+    """Second derivatives with sinks, of the output alone; and the transpose in value."""
+    mesh = _mesh(AxisType.Explicit, x=8)
+    qkv = tuple(_qkv(8, 4, 2))
+    sinks = jnp.linspace(-1, 1, 4)
+
+    def attend(q, k, v):
+        return jax_fa.flash_attention(q, k, v, mask=Causal(), sinks=sinks, implementation=backend)
+
+    def run(q, k, v):
+        if derivative == "transpose":
+            return jax.linear_transpose(lambda v: attend(q, k, v), v)(q)
+        gradient = jax.grad(lambda q: jnp.sum(jnp.sin(attend(q, k, v))))
+        return jax.jvp(gradient, (q,), (jnp.cos(q),))
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(run)(*(jax.device_put(x, NamedSharding(mesh, P("x"))) for x in qkv))
+    assert all(x.sharding.spec[0] == "x" for x in found)
+    _same(found, jax.jit(run)(*qkv))
+
+
 def test_vmap_with_a_sharded_axis(backend):
     """vmap over the axis that is spread over devices keeps it spread."""
     mesh = _mesh(x=8)
