@@ -485,6 +485,24 @@ def test_explicit_axes(backend):
             assert NamedSharding(mesh, sharding.spec).is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
 
 
+def test_vmap_of_explicit_axes(backend):
+    """A batch that explicit axes cut stays cut beside what is mapped."""
+    placed, mesh, *_ = _placed(SHARDED, AxisType.Explicit)
+    factors = jnp.array([1.0, -2.0])
+
+    @jax.jit
+    def run(x):
+        return jax.vmap(lambda factor: SHARDED(x | {"query": factor * x["query"]}, implementation=backend))(
+            factors
+        )
+
+    with jax.set_mesh(mesh):
+        found = run(placed)
+    assert jax.tree.map(lambda x: x.sharding.spec[1], found) == ("x", "x")
+    for got, want in zip(found, run(SHARDED.arrays), strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=2e-5, atol=2e-5)
+
+
 def test_exported(backend):
     """A serialized program of sharded arrays computes the same, for any values of lengths and table."""
     placed, *_ = _placed(SHARDED)

@@ -52,12 +52,15 @@ def _batching_rule(args, axes, *, tree, problem):
     size = next(moved[name].shape[0] for name in mapped)
     batch, pages = moved["query"].shape[1], moved["key_pages"].shape[1]
     several_pools = bool(mapped - {*_OF_SEQUENCES, *_SCALARS})
+    # An explicit mesh axis that cuts the batch must stay in front: JAX has no type for its blocks one after another.
+    batch_first = compat.explicit_mesh(operands.query) is not None
 
     def merged(name: str, x):
         if name in _SCALARS and name not in mapped and x.shape[1] == 1:
             return x[0]
         if name in (*_OF_SEQUENCES, *_SCALARS):
             x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+            x = x.swapaxes(0, 1) if batch_first else x
         elif not several_pools:
             return x[0]
         else:
@@ -68,7 +71,8 @@ def _batching_rule(args, axes, *, tree, problem):
         first = jnp.arange(size, dtype=jnp.int32)[:, None, None] * pages
         moved["page_table"] = jnp.clip(moved["page_table"], 0, pages - 1) + first
     results = forward(problem, PagedOperands(**{name: merged(name, x) for name, x in moved.items()}))
-    return [x.reshape(size, batch, *x.shape[1:]) for x in results], [0] * len(results)
+    sizes = (batch, size) if batch_first else (size, batch)
+    return [x.reshape(*sizes, *x.shape[1:]) for x in results], [int(batch_first)] * len(results)
 
 
 # --- derivatives
