@@ -17,6 +17,7 @@
 #include "cpu/backward_plan-inl.h"
 #include "cpu/backward_rows-inl.h"
 #include "cpu/backward_sums-inl.h"
+#include "cpu/key_sums-inl.h"
 #include "cpu/pack-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/scratch-inl.h"
@@ -71,20 +72,9 @@ inline int64_t StartHead(const Call& c, const BackwardPlan& plan, const Backward
   return PlacesForRows<kPairs>(c, plan, s, b, k, part);
 }
 
-// dk and dv of keys j0 + [0, width), which then are complete.
-inline void StoreKeyGradients(const Call& c, const BackwardPlan& plan, int64_t b, int64_t k, int64_t j0, int64_t width,
-                              const float* dk, const float* dv) {
-  const float scale = HaveOneScale(c, b, k) ? ScaleOf(c, b, k * c.G()) : 1.0f;
-  for (int64_t j = 0; c.dkey && j < width; ++j)
-    StoreRow(dk + j * plan.dq_row, scale, c.dkey.Bytes(b, k, j0 + j), c.dkey.dtype, c.dkey.col, c.D);
-  for (int64_t j = 0; c.dvalue && j < width; ++j)
-    StoreRow(dv + j * plan.dv_row, 1.0f, c.dvalue.Bytes(b, k, j0 + j), c.dvalue.dtype, c.dvalue.col, c.Dv);
-}
-
-// Adds rows, of which whole vectors are read.
-inline void AddRowsOf(int64_t rows, int64_t row, int64_t columns, const float* more, float* total) {
-  for (int64_t i = 0; i < rows * row; i += row)
-    for (int64_t d = 0; d < columns; d += kLanes) Store(total + i + d, Load(total + i + d) + Load(more + i + d));
+// What dk lacks: a scale that all heads of a key head have.
+inline float KeyScale(const Call& c, int64_t b, int64_t k) {
+  return HaveOneScale(c, b, k) ? ScaleOf(c, b, k * c.G()) : 1.0f;
 }
 
 template <bool kPairs>
@@ -97,7 +87,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
   for (int64_t j0 = part.key0; j0 < part.key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < part.key1 ? plan.key_block : part.key1 - j0;
     ClearRows(s.dk, width, plan.dq_row, c.D);
-    ClearRows(s.dv, width, s.dv_row, c.Dv);
+    ClearRows(s.dv, width, plan.dv_row, c.Dv);
     bool packed = false;
     for (int64_t block = part.block0; block < part.block1; ++block) {
       if (!SeesAny<kPairs>(c, plan, s, b, k, block, j0, j0 + width)) continue;
@@ -118,14 +108,14 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
       if (count > 0) BackwardBlock<kPairs>(c, plan, s, x, dq, one_scale, sums);
     }
     if (part.keys == nullptr) {
-      StoreKeyGradients(c, plan, b, k, j0, width, s.dk, s.dv);
+      StoreKeySums(c, plan.Keys(c), b, k, j0, width, s.dk, s.dv, KeyScale(c, b, k));
       continue;
     }
     const auto keep = [&](const float* from, int64_t row, float* to) {
       __builtin_memcpy(to + j0 * row, from, sizeof(float) * static_cast<size_t>(width * row));
     };
     keep(s.dk, plan.dq_row, part.keys);
-    keep(s.dv, plan.dv_row, part.keys + c.Skv * plan.dq_row);
+    keep(s.dv, plan.dv_row, part.keys + plan.Keys(c).dv_at);
   }
 }
 
@@ -140,22 +130,6 @@ inline void FinishQueries(const Call& c, const BackwardPlan& plan, int64_t b, in
     if constexpr (kPairs) AddMissing(c, row, k, BalanceOf(plan, dq), r, stage, of_row);
     StoreRow(of_row, ScaleOf(c, row), c.dquery.Bytes(b, row.n, row.i), c.dquery.dtype, c.dquery.col, c.D);
   }
-}
-
-// The sums of the dk and dv of all ranges of rows, in the place of the first, to the results.
-inline void FinishKeys(const Call& c, const BackwardPlan& plan, const Runner& runner, float* parts) {
-  const int64_t blocks = (c.Skv + plan.key_block - 1) / plan.key_block, size = plan.KeySize(c);
-  Run(runner, c.B * c.K * blocks, [&](int64_t task) {
-    const int64_t head = task / blocks, j0 = task % blocks * plan.key_block;
-    const int64_t width = j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0;
-    float *dk = parts + head * plan.row_splits * size + j0 * plan.dq_row,
-          *dv = parts + head * plan.row_splits * size + c.Skv * plan.dq_row + j0 * plan.dv_row;
-    for (int64_t split = 1; split < plan.row_splits; ++split) {
-      if (c.dkey) AddRowsOf(width, plan.dq_row, c.D, dk + split * size, dk);
-      if (c.dvalue) AddRowsOf(width, plan.dv_row, c.Dv, dv + split * size, dv);
-    }
-    StoreKeyGradients(c, plan, head / c.K, head % c.K, j0, width, dk, dv);
-  });
 }
 
 // Adds the dq of another range of keys. Rows that neither has are left as they are.
@@ -200,9 +174,10 @@ inline void AddParts(const Call& c, const BackwardPlan& plan, float* total) {
 template <bool kPairs>
 void BackwardAs(const Call& c, const Runner& runner) {
   const BackwardPlan plan(c);
+  const KeySums keys = plan.Keys(c);
   const int64_t heads = c.B * c.K, head_size = PartSize<kPairs>(plan), parts = plan.splits * plan.row_splits;
   const Buffer dq_parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and range of keys
-  const Buffer key_parts(plan.row_splits > 1 ? heads * plan.row_splits * plan.KeySize(c) : 0);
+  const Buffer key_parts(plan.row_splits > 1 ? heads * plan.row_splits * keys.size : 0);
   const AllSums sums(c, parts);
   const BiasParts bias(c, runner, plan.groups);
 
@@ -220,7 +195,7 @@ void BackwardAs(const Call& c, const Runner& runner) {
       float* dq = plan.splits > 1 ? dq_parts.get() + (head * plan.splits + split) * head_size
                   : large         ? own_dq.get()
                                   : s.dq;
-      if (plan.row_splits > 1) part.keys = key_parts.get() + (head * plan.row_splits + row_split) * plan.KeySize(c);
+      if (plan.row_splits > 1) part.keys = key_parts.get() + (head * plan.row_splits + row_split) * keys.size;
       BackwardHead<kPairs>(own, plan, s, b, k, part, dq, sums.Of(head, task % parts, i == plan.groups.Begin(group)));
       if (plan.splits > 1) continue;
       FinishQueries<kPairs>(c, plan, b, k, part.block0 * plan.block_rows,
@@ -237,7 +212,8 @@ void BackwardAs(const Call& c, const Runner& runner) {
       FinishQueries<kPairs>(c, plan, head / c.K, head % c.K, 0, plan.rows, stage, total);
     });
   }
-  if (plan.row_splits > 1) FinishKeys(c, plan, runner, key_parts.get());
+  if (plan.row_splits > 1)
+    AddKeySums(c, keys, runner, key_parts.get(), [&](int64_t b, int64_t k) { return KeyScale(c, b, k); });
   bias.Add();
   sums.Store();
 }

@@ -44,7 +44,7 @@ inline PackedRows PackedRowsOf(const BackwardPlan& plan, const BackwardScratch<k
   return {s.q + at * s.q_row,
           s.dout + at * s.dout_row,
           s.q_panels + units * plan.dq_row,
-          s.dout_panels + units * s.dv_row,
+          s.dout_panels + units * plan.dv_row,
           s.holds + place,
           static_cast<int32_t>(block)};
 }
@@ -170,7 +170,7 @@ inline void KeyGradients(const Call& c, const BackwardPlan& plan, const Backward
     float* sum;
     int64_t sum_row, columns;
   };
-  const Product products[] = {{bool{c.dvalue}, s.p, x.packed.dout_panels, s.dv, s.dv_row, c.Dv},
+  const Product products[] = {{bool{c.dvalue}, s.p, x.packed.dout_panels, s.dv, plan.dv_row, c.Dv},
                               {bool{c.dkey}, s.ds, x.packed.q_panels, s.dk, plan.dq_row, c.D}};
   const int64_t weights_row = per * s.s_row;  // pairs of rows lie in every second one
   for (const Product& y : products) {

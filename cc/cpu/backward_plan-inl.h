@@ -5,6 +5,7 @@
 #include "cpu/arrays-inl.h"
 #include "cpu/bias_parts-inl.h"
 #include "cpu/groups-inl.h"
+#include "cpu/key_sums-inl.h"
 #include "cpu/scratch-inl.h"
 #include "cpu/simd-inl.h"
 #include "cpu/tuning.h"
@@ -52,8 +53,10 @@ struct BackwardPlan {
     row_splits = split_blocks > 0 ? (row_blocks + split_blocks - 1) / split_blocks : 1;
   }
 
-  // Floats of the dk and dv of a range of rows.
-  int64_t KeySize(const Call& c) const { return c.Skv * (dq_row + dv_row); }
+  // Of the ranges of rows.
+  KeySums Keys(const Call& c) const {
+    return {dq_row, dv_row, c.Skv * dq_row, c.Skv * (dq_row + dv_row), row_splits, key_block};
+  }
 };
 
 // The part of a key head that is a task's: keys [key0, key1) and blocks of rows [block0, block1). `keys`: where dk and dv go,
@@ -99,7 +102,7 @@ struct BackwardScratch : GradientRows {
   float *dk, *dv;                          // ... and its gradients
   float* dq;                               // of all rows, and their Balance
   int32_t *lo, *hi, *block_lo, *block_hi;  // visible keys of all rows, and of blocks of rows
-  int64_t q_row, dout_row, s_row, half_row, dv_row;
+  int64_t q_row, dout_row, s_row, half_row;
 
   BackwardScratch(const Call& c, const BackwardPlan& plan, bool own_dq)
       : memory([&](Arena& arena) { Place(c, plan, own_dq, arena); }) {}
@@ -109,14 +112,13 @@ struct BackwardScratch : GradientRows {
     const int64_t kb = RoundUp(plan.key_block, kPanel), n = plan.block_rows, row_units = Units<kPairs>(n);
     q_row = RoundUp(Units<kPairs>(c.D), kLanes);
     dout_row = RoundUp(Units<kPairs>(c.Dv), kLanes);
-    dv_row = plan.dv_row;
     s_row = kb + kLanes;
     half_row = kb / 2 + kLanes;
     const int64_t kept = plan.kept_blocks;
     q = arena.Take(kept * n * q_row);
     dout = arena.Take(kept * n * dout_row);
     q_panels = arena.Take(kept * row_units * plan.dq_row);
-    dout_panels = arena.Take(kept * row_units * dv_row);
+    dout_panels = arena.Take(kept * row_units * plan.dv_row);
     holds = arena.Take<int32_t>(kept);
     p = arena.Take(n * s_row);
     ds = arena.Take(n * s_row);
@@ -128,7 +130,7 @@ struct BackwardScratch : GradientRows {
     values_t = arena.Take(kb * Units<kPairs>(c.Dv));
     keys = arena.Take(Units<kPairs>(kb) * plan.dq_row);
     dk = arena.Take(kb * plan.dq_row);
-    dv = arena.Take(kb * dv_row);
+    dv = arena.Take(kb * plan.dv_row);
     stage = arena.Take(StageSize(c));
     tmp = arena.Take(kb);
     m = arena.Take(plan.rows);

@@ -18,6 +18,7 @@
 #include "call.h"
 #include "cpu/arrays-inl.h"
 #include "cpu/backward_sums-inl.h"
+#include "cpu/key_sums-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/scratch-inl.h"
 #include "cpu/second_block-inl.h"
@@ -51,20 +52,11 @@ inline void SecondHead(const Call& c, const SecondPlan& plan, const SecondScratc
   }
 }
 
-// The gradients of keys [j0, j1), which then are complete.
-inline void StoreKeys(const Call& c, const SecondPlan& plan, int64_t b, int64_t k, int64_t j0, int64_t j1,
-                      const float* dk, const float* dv) {
-  for (int64_t j = j0; j < j1; ++j) {
-    if (c.dkey) StoreRow(dk + j * plan.dq_row, 1.0f, c.dkey.Bytes(b, k, j), c.dkey.dtype, c.dkey.col, c.D);
-    if (c.dvalue) StoreRow(dv + j * plan.dv_row, 1.0f, c.dvalue.Bytes(b, k, j), c.dvalue.dtype, c.dvalue.col, c.Dv);
-  }
-}
-
 // dbias must be zero, unless WritesAllBias; the other results are overwritten.
 inline void SecondAs(const Call& c, const Runner& runner) {
   const SecondPlan plan(c);
-  const int64_t heads = c.B * c.K, head_size = plan.dk_size + plan.dv_size;
-  const Buffer parts(plan.splits > 1 ? heads * plan.splits * head_size : 0);  // per key head and split
+  const KeySums keys = {plan.dq_row, plan.dv_row, plan.dk_size, plan.dk_size + plan.dv_size, plan.splits, plan.key_block};
+  const Buffer parts(plan.splits > 1 ? c.B * c.K * plan.splits * keys.size : 0);  // per key head and split
   const AllSums sums(c, plan.splits);
   const BiasParts bias(c, runner, plan.groups);
 
@@ -74,7 +66,7 @@ inline void SecondAs(const Call& c, const Runner& runner) {
     const Call own = bias.Of(group);
     for (int64_t i = plan.groups.Begin(group); i < plan.groups.End(group); ++i) {
       const int64_t head = plan.groups.Head(i), b = head / c.K, k = head % c.K;
-      float* part = plan.splits > 1 ? parts.get() + (head * plan.splits + split) * head_size : s.sums;
+      float* part = plan.splits > 1 ? parts.get() + (head * plan.splits + split) * keys.size : s.sums;
       float *dk = part, *dv = part + plan.dk_size;
       PackedKeys::Forget(plan, s);
       Fill(dk, 0, plan.dk_size, 0.0f);
@@ -82,7 +74,7 @@ inline void SecondAs(const Call& c, const Runner& runner) {
       const HeadSums own_sums = sums.Of(head, split, i == plan.groups.Begin(group));
       if (plan.splits == 1) {
         SecondHead(own, plan, s, b, k, 0, plan.rows, dk, dv, own_sums);
-        StoreKeys(c, plan, b, k, 0, c.Skv, dk, dv);
+        StoreKeySums(c, keys, b, k, 0, c.Skv, dk, dv, 1.0f);
         continue;
       }
       const int64_t from = split * plan.split_positions, to = from + plan.split_positions;
@@ -91,23 +83,8 @@ inline void SecondAs(const Call& c, const Runner& runner) {
     }
   });
 
-  if (plan.splits > 1 && head_size > 0) {
-    const int64_t blocks = (c.Skv + plan.key_block - 1) / plan.key_block;
-    Run(runner, heads * blocks, [&](int64_t task) {
-      const int64_t head = task / blocks, j0 = task % blocks * plan.key_block;
-      const int64_t j1 = j0 + plan.key_block < c.Skv ? j0 + plan.key_block : c.Skv;
-      float *dk = parts.get() + head * plan.splits * head_size, *dv = dk + plan.dk_size;
-      for (int64_t split = 1; split < plan.splits; ++split) {
-        const auto add = [&](float* total, int64_t row) {
-          for (int64_t at = j0 * row; at < j1 * row; at += kLanes)
-            Store(total + at, Load(total + at) + Load(total + split * head_size + at));
-        };
-        if (c.dkey) add(dk, plan.dq_row);
-        if (c.dvalue) add(dv, plan.dv_row);
-      }
-      StoreKeys(c, plan, head / c.K, head % c.K, j0, j1, dk, dv);
-    });
-  }
+  if (plan.splits > 1 && keys.size > 0)
+    AddKeySums(c, keys, runner, parts.get(), [](int64_t, int64_t) { return 1.0f; });
   bias.Add();
   sums.Store();
 }
