@@ -177,6 +177,38 @@ def test_mode_layout_pse_dtype(case):
     assert forward["actualSeqQLen"] == (ends if packed else None)
 
 
+_LONG: dict[str, Any] = {"lengths": ((1030, 1030),), "N": 1, "K": 1, "scale": 0.5}
+_SQUARE: dict[str, Any] = {"layout": "TND", "lengths": cann.SQUARE}
+_OTHERWISE = [
+    cann.Case(name="a row for all batch entries", pse=(1, "1 row")),
+    cann.Case(name="a table and a window", pse=(0, "table"), mode=4, pre=100, following=0, **_LONG),
+    cann.Case(name="a table and keys that end earlier", pse=(1, "table"), following=-3, **_LONG),
+    *(
+        cann.Case(
+            name=f"{form} of type {kind} and a mask for each", pse=(kind, form), mask="batch", **_SQUARE
+        )
+        for kind, form in ((0, "full"), (1, "row"), (2, "slopes"), (3, "1 slopes"))
+    ),
+]
+
+
+@pytest.mark.parametrize("case", _OTHERWISE, ids=lambda case: case.name)
+def test_what_cann_takes_in_another_form_alone(case):
+    cann.check(case, cann.run(case, **ASCEND))
+
+
+@pytest.mark.parametrize(
+    ("mode", "pre", "following"), [(2, 9, 9), (3, 9, 9), (4, 1030, 0), (0, cann.HUGE, 0)]
+)
+def test_tables_go_as_they_are_with_causal_modes(mode, pre, following):
+    x = jnp.ones((1, 1030, 1, 16))
+    options = {"sparse_mode": mode, "pre_tokens": pre, "next_tokens": following, **ASCEND}
+    pse = jnp.ones((1, 1, 1024, 1030))
+    jax.block_until_ready(flash_attention_score(x, x, x, pse, head_num=1, input_layout="BSND", **options))
+    (call,) = emulator.log()
+    assert call["tensors"]["realShift"]["shape"] == [1, 1, 1024, 1030] and call["sparseMode"] in (2, 3)
+
+
 def _means(mode: int, pre: int, following: int, prefix: int, Sq: int, Skv: int) -> np.ndarray:
     """Which keys are visible, without a mask of one's own (see the table in `jax_fa.cann.spec`)."""
     i, j, d = np.arange(Sq)[:, None], np.arange(Skv), Skv - Sq
@@ -291,10 +323,14 @@ def test_packed_sequences_go_as_they_are():
     assert not out[25:].any() and (out[:25] == 1).all()
 
 
-def test_query_and_bias_are_not_materialized():
-    """A bias that broadcasts over the batch and over rows goes so; heads CANN cannot broadcast."""
-    call = _one_call(bias=jnp.ones((1, 1, 1, 24), jnp.float32))
-    assert call["tensors"]["realShift"]["shape"] == [1, 4, 1, 24]
+@pytest.mark.parametrize(
+    ("shape", "asked"),
+    [((1, 1, 24, 24), (1, 4, 24, 24)), ((2, 1, 1, 24), (2, 4, 1, 24)), ((1, 1, 1, 24), (2, 4, 1, 24))],
+)
+def test_query_and_bias_are_not_materialized(shape, asked):
+    """A bias that broadcasts over the batch or over rows goes so; CANN broadcasts not both, and no heads."""
+    call = _one_call(bias=jnp.ones(shape, jnp.float32))
+    assert call["tensors"]["realShift"]["shape"] == list(asked)
     assert call["pseType"] == 0
 
 

@@ -214,8 +214,10 @@ Verdict JudgePse(const Op& op, const Sizes& s) {
   }
   const int64_t Sq = s.sq[0], Skv = s.skv[0];
   if (d.size() != 4 || (d[0] != 1 && d[0] != s.B) || d[1] != s.N || d[3] != Skv) return Tiling(got);
-  if (d[2] == Sq || d[2] == 1) return {};
-  return table && Sq > 1024 && Sq == Skv ? Verdict{} : Tiling(got);
+  if (d[2] == Sq || (d[2] == 1 && (d[0] == s.B || !op.backward))) return {};
+  const bool causal = op.sparse_mode == 2 || op.sparse_mode == 3 ||
+                      (op.sparse_mode == 0 && op.mask.present() && op.pre >= Sq && op.next == 0);
+  return table && Sq > 1024 && Sq == Skv && causal ? Verdict{} : Tiling(got);
 }
 
 Verdict JudgeDrop(const Op& op, const Sizes& s) {

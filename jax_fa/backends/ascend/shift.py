@@ -29,6 +29,12 @@ class Shift(NamedTuple):
     masking_logit: float | None = None
     starts: tuple[int, int] = (0, 0)  # of the positions of rows and keys, for slopes
 
+    def of_batch(self, B: int) -> "Shift":
+        """With a batch: CANN's backward takes one row for all only as `[B, N, 1, Skv]`."""
+        if self.pse is None or self.pse.ndim != 4 or self.pse.shape[2] != 1:
+            return self
+        return self._replace(pse=jnp.broadcast_to(self.pse, (B, *self.pse.shape[1:])))
+
 
 def after_scaling(bias, dtype, scale: float, typed: bool) -> Shift:
     """A bias that is added to scaled logits; without pseType (`typed`) it is divided by the scale first."""

@@ -34,6 +34,12 @@ class SparseMode:
     may_mask: bool = False
     full: bool = False
 
+    def takes_table(self, Sq: int) -> bool:
+        """Whether CANN takes an ALiBi table for as many keys as rows: where it calls the mode causal."""
+        if self.mode == 0:
+            return self.full and self.pre >= Sq and self.next == 0
+        return self.mode in (2, 3)
+
     def rows(self, first: int, count: int, Sq: int, Skv: int) -> "SparseMode | None":
         """The same mask for `count` rows from `first` on, as a call of their own; None where all of it is masked."""
         if self.mode == 1 or (self.mode == 0 and not self.full):
@@ -84,6 +90,8 @@ def of_arguments(given: spec.Arguments, d: Dims, own_mask: bool) -> SparseMode:
         return found
     if mode != 4:
         return replace(found, mode=mode)
+    if found.mode != 4:  # causal modes take an ALiBi table
+        return found
     far = d.Sq + d.Skv
     return replace(found, mode=4, pre=min(given.pre_tokens, far), next=min(given.next_tokens, far))
 

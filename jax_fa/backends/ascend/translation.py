@@ -55,6 +55,17 @@ class Translation:
     @cached_property
     def own_pse(self) -> bool:
         """Whether the caller's pse is passed on in its own form."""
+        given, d = self.given, self.call.dims
+        if given is None or not self._own_pse_fits:
+            return False
+        if given.actual_seq_qlen is not None:  # it is that of layout TND
+            return self.sequences is not None
+        table = given.pse_type not in spec.ALIBI_TYPES and given.pse.shape[-2] not in (1, d.Sq)
+        return not table or self.sparse.takes_table(d.Sq)
+
+    @property
+    def _own_pse_fits(self) -> bool:
+        """Whether there is a pse of the caller's that CANN takes in the layout it was given for."""
         scale, given, rank = self.call.operands.scale, self.given, len(self.call.dims.B)
         if given is None or given.pse is None or math.prod(given.pse.shape[:rank]) != 1:
             return False
@@ -152,7 +163,7 @@ class Translation:
             return None
         if x.mask is not None and (self.given is None or self.given.mask is None):
             return None
-        if self.shifted and not self.own_pse:
+        if self.shifted and not self._own_pse_fits:
             alike = q_ends == kv_ends and self._plain_slopes and self.exports(PACKED_V2)
             if x.bias is not None or not alike:
                 return None
@@ -268,12 +279,13 @@ class Translation:
         if self.sequences is not None:
             return self._packed_operator_call(self.sequences)
         d, layout, sparse = self.call.dims, layouts.choose(self.call), self.sparse
+        B = math.prod(d.B)
         return OperatorCall(
             layout=layout,
-            B=math.prod(d.B),
+            B=B,
             Sq=d.Sq,
             Skv=d.Skv,
-            **self._shift()._asdict(),
+            **self._shift().of_batch(B)._asdict(),
             keep=self._keep_bits(),
             sparse=sparse,
             # In mode 5 CANN has no mask without the batch.
