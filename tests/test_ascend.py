@@ -197,6 +197,26 @@ def test_what_cann_takes_in_another_form_alone(case):
     cann.check(case, cann.run(case, **ASCEND))
 
 
+@pytest.mark.parametrize(("mode", "tokens"), [(4, (0, 0)), (0, (-1, 1))])
+def test_packed_sequences_with_a_band_of_one_key(mode, tokens):
+    keys = jnp.array([1, 2, 4, 5])
+    q, k, v = (
+        jnp.asarray(np.random.default_rng(i).standard_normal((n, 2, 16)), jnp.float32)
+        for i, n in enumerate((4, 6, 6))
+    )
+    ends = {"actual_seq_qlen": (2, 4), "actual_seq_kvlen": (3, 6)}
+    options = {"sparse_mode": mode, "pre_tokens": tokens[0], "next_tokens": tokens[1], **ends, **ASCEND}
+
+    def run(q, k, v):
+        return flash_attention_score(q, k, v, head_num=2, input_layout="TND", **options).attention_out
+
+    out, pullback = jax.vjp(run, q, k, v)
+    np.testing.assert_array_equal(out, v[keys])
+    dq, dk, dv = pullback(q)
+    np.testing.assert_array_equal(dv, jnp.zeros_like(v).at[keys].set(q))
+    np.testing.assert_allclose(np.concatenate([dq, dk]), 0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("mode", "pre", "following"), [(2, 9, 9), (3, 9, 9), (4, 1030, 0), (0, cann.HUGE, 0)]
 )

@@ -146,13 +146,13 @@ Verdict JudgeTokens(const Op& op, const Sizes& s) {
       if (s.sq[b] == 0) continue;
       switch (op.sparse_mode) {
         case 0:
-          if (next < 0 || s.skv[b] + pre < s.sq[b]) return bad;
+          if (next < 0 || s.skv[b] + pre < s.sq[b] || (op.backward && pre + next <= 0)) return bad;
           break;
         case 3:
           if (s.sq[b] > s.skv[b]) return bad;
           break;
         case 4:
-          if (pre < 0 || pre + next < 0 || s.sq[b] - next > s.skv[b]) return bad;
+          if (pre < 0 || pre + next < (op.backward ? 1 : 0) || s.sq[b] - next > s.skv[b]) return bad;
           break;
         case 7:
           if (b == last ? pre < s.skv[b] || next > 0 || s.sq[b] - next > s.skv[b] : s.sq[b] > s.skv[b]) return bad;

@@ -235,7 +235,8 @@ def _of_packed_band(
         return SparseMode(mode=3) if all(sq <= skv for sq, skv in pairs) else None
     longest = sum(max((pair[i] for pair in pairs), default=0) for i in (0, 1))
     pre, following = (longest if n is None else min(n, longest) for n in (left, right))
-    if pre < 0 or pre + following < 0 or not all(sq - following <= skv for sq, skv in pairs):
+    # (The backward refuses the band of one key, which the forward takes.)
+    if pre < 0 or pre + following <= 0 or not all(sq - following <= skv for sq, skv in pairs):
         return None
     return SparseMode(mode=4, pre=pre, next=following)
 
@@ -245,6 +246,6 @@ def _top_left(left: int | None, right: int | None, pairs: Lengths) -> SparseMode
         return SparseMode(mode=2)
     pre, following = _tokens(left), _tokens(right)
     # Layout TND does not serve rows without a key.
-    if following < 0 or pre + following < 0 or not all(sq <= skv + pre for sq, skv in pairs):
+    if following < 0 or pre + following <= 0 or not all(sq <= skv + pre for sq, skv in pairs):
         return None
     return SparseMode(pre=pre, next=following, full=True)
