@@ -189,6 +189,7 @@ _OTHERWISE = [
         )
         for kind, form in ((0, "full"), (1, "row"), (2, "slopes"), (3, "1 slopes"))
     ),
+    cann.Case(name="a prefix of nothing", mode=6, prefix=(0, 1), layout="TND", lengths=((5, 3), (3, 3))),
 ]
 
 

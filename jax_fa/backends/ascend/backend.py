@@ -108,9 +108,8 @@ def _clean_masked_rows(call: Call, op: OperatorCall, out, m, l):
     """Fully masked rows as zeros, where CANN does not write them so."""
     d = call.dims
     masked_by_pse = op.pse is not None and op.pse_type < 2
-    promised = (
-        op.sequences is None or not op.sparse.full
-    )  # in layout TND, CANN promises nothing for such rows
+    # In layout TND, CANN promises nothing for such rows.
+    promised = op.sequences is None or not (op.sparse.full or op.sparse.may_mask)
     if promised and not masked_by_pse:
         return out, m, l
     seen = l != 0

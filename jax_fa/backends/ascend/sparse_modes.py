@@ -109,7 +109,11 @@ def of_packed_arguments(
         return SparseMode(mode=mode)
     if mode in (0, 4):
         return _of_packed_band(*_bounds(given, d), "top-left" if mode == 0 else "bottom-right", lengths)
-    return SparseMode(mode=mode, pre=given.pre_tokens, next=given.next_tokens, prefix=given.prefix or ())
+    prefix = given.prefix or ()
+    may_mask = any(n == 0 and sq > skv for n, (sq, skv) in zip(prefix, lengths, strict=False))
+    return SparseMode(
+        mode=mode, pre=given.pre_tokens, next=given.next_tokens, prefix=prefix, may_mask=may_mask
+    )
 
 
 def _bounds(given: spec.Arguments, d: Dims) -> tuple[int | None, int | None]:
