@@ -230,6 +230,19 @@ def test_tables_go_as_they_are_with_causal_modes(mode, pre, following):
     assert call["tensors"]["realShift"]["shape"] == [1, 1, 1024, 1030] and call["sparseMode"] in (2, 3)
 
 
+def test_many_packed_sequences_are_several_calls(monkeypatch):
+    case = dataclasses.replace(next(c for c in cann.CASES if c.name == "TND-mode2"), dtype="float32")
+    monkeypatch.setattr(spec, "MAX_SEQUENCES", 2)
+    for options in (ASCEND, {"implementation": ascend.Options(max_work=None)}):
+        cann.check(case, cann.run(case, **options))
+        ends = [call["actualSeqQLen"] for call in emulator.log()]
+        assert len(ends) > 2 and max(map(len, ends)) == 2
+        emulator.reset()
+    stored = dataclasses.replace(case, name="many sequences with a drop mask", keep_prob=0.5)
+    cann.check(stored, cann.run(stored, **ASCEND))
+    assert {call["inputLayout"] for call in emulator.log()} == {"BSND"}
+
+
 def _means(mode: int, pre: int, following: int, prefix: int, Sq: int, Skv: int) -> np.ndarray:
     """Which keys are visible, without a mask of one's own (see the table in `jax_fa.cann.spec`)."""
     i, j, d = np.arange(Sq)[:, None], np.arange(Skv), Skv - Sq

@@ -37,6 +37,7 @@ MAX_HEAD_DIM = 768
 HEAD_DIM_BLOCK = 16  # head_dim is padded to multiples of this
 ROW_BLOCK = 128  # rows that one step of the operator takes
 MAX_BATCH, MAX_BATCH_PREFIX, MAX_SEQUENCES_PREFIX = 2 * 2**20, 2 * 2**10, 2**10
+MAX_SEQUENCES = 20000  # whose lengths one call of the operator has room for
 
 MODES, PACKED_MODES = (0, 1, 2, 3, 4, 5, 6), (0, 1, 2, 3, 4, 6, 7, 8)  # the latter in layout TND
 FULL_MASK_MODES = (0, 1, 5)  # atten_mask is read; in the others it is compressed

@@ -168,12 +168,13 @@ def _cut_pse(pse, op: OperatorCall, part: Part):
 def _sequence_groups(op: OperatorCall, s: Sequences, max_work: int | None) -> list[Range]:
     """Not split where pse, the mask or the keep bits are stored for all sequences together."""
     stored = op.keep is not None and not isinstance(op.keep, DrawnSequences)
-    if max_work is None or op.pse is not None or stored or op.sparse.full:
+    if op.pse is not None or stored or op.sparse.full:
         return [(0, op.B)]
     found, start, total = [], 0, 0
     sq, skv = (np.diff(ends, prepend=0).astype(object) for ends in (s.q_ends, s.kv_ends))
     for b, work in enumerate(sq * skv * (op.N * (op.D + op.Dv))):
-        if b > start and total + work > max_work:
+        too_much = max_work is not None and 0 < total and total + work > max_work
+        if too_much or b - start == spec.MAX_SEQUENCES:
             found.append((start, b))
             start, total = b, 0
         total += work

@@ -173,6 +173,10 @@ class Translation:
         found = Sequences.of(q_ends, kv_ends, sparse, with_pse=self.shifted)
         if not (found.q_ends and found.q_ends[-1] and found.kv_ends[-1]):
             return None
+        # More are several calls (`split`), if nothing is stored for all together.
+        whole = self.shifted or found.sparse.full or x.drop_bits is not None
+        if whole and len(found.q_ends) > spec.MAX_SEQUENCES:
+            return None
         if x.dropout_seed is not None and self._drawn_bytes(found)[1] >= MAX_BYTES:
             return None
         return found
