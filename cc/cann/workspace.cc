@@ -1,15 +1,17 @@
 #include "cann/workspace.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
 
 namespace jax_fa::cann {
 namespace {
 
 int Allocate(const Library& library, int device, size_t bytes, void** memory) {
-  return WithDevice(library, device, [&] {
-    return library.api.aclrtMalloc(memory, bytes + kWorkspaceAlignment, ACL_MEM_MALLOC_HUGE_FIRST);
-  });
+  // A size that passed below 0 somewhere must fail, and not come round to a few bytes.
+  const size_t more = std::min(kWorkspaceAlignment, SIZE_MAX - bytes);
+  return WithDevice(library, device,
+                    [&] { return library.api.aclrtMalloc(memory, bytes + more, ACL_MEM_MALLOC_HUGE_FIRST); });
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // libascendcl.so: devices, streams, memory, on the host.
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -147,7 +148,7 @@ CANN_EMULATOR_C int aclrtMalloc(void** memory, size_t bytes, int) {
   if (const int code = EnterOnDevice("aclrtMalloc")) return code;
   if (bytes == 0) return Fail(107000, "aclrtMalloc of 0 bytes.");
   // One cache line more than asked, so that blocks lie apart; aligned to 64 and not to more, as on a device.
-  *memory = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
+  *memory = bytes > SIZE_MAX - 127 ? nullptr : std::aligned_alloc(64, (bytes + 127) / 64 * 64);
   if (*memory == nullptr) return Fail(207001, "out of device memory.");
   const std::lock_guard<std::mutex> lock(Blocks().mutex);
   Blocks().blocks.insert(*memory);

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,7 @@
 
 #include "cann/adapter.h"
 #include "cann/library.h"
+#include "cann/workspace.h"
 #include "parsers_test.h"
 
 namespace {
@@ -427,6 +429,20 @@ void TestRefusals() {
   EXPECT(!RunAndWait(c).ok(), "a wrong head_num passes");
 }
 
+// As a size of -1 comes from the tiling of an op.
+void TestHugeWorkspace() {
+  const Library& library = jax_fa::cann::Ready();
+  for (size_t bytes : {SIZE_MAX, SIZE_MAX - 64, SIZE_MAX - 500}) {
+    try {
+      jax_fa::cann::ProcessWorkspaces().Get(library, 0, nullptr, bytes);
+      EXPECT(false, "%zu bytes were there", bytes);
+    } catch (const jax_fa::cann::Failure& failure) {
+      EXPECT(failure.status.outcome == jax_fa::cann::Outcome::kOutOfMemory, "%s", failure.what());
+    }
+  }
+  ExpectOk(jax_fa::cann::ReleaseAll());
+}
+
 void TestThreads() {
   std::vector<std::thread> threads;
   threads.reserve(8);
@@ -469,6 +485,7 @@ int main(int argc, char** argv) {
     TestResults();
     TestEnqueue();
     TestRefusals();
+    TestHugeWorkspace();
     TestFaults();
   }
   TestThreads();
