@@ -383,6 +383,7 @@ for primitive, rule in (
     (primitives.second_tangent_p, _second_tangent),
 ):
     rules.def_jvp(primitive, rule)
+    rules.def_jet(primitive)
 for primitive, transpose in (
     (primitives.fwd_p, _forward_transpose),
     (primitives.tangent_p, _tangent_transpose),

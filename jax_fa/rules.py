@@ -3,13 +3,16 @@
 In `Inputs` of tangents, cotangents or avals, what has none is None.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
@@ -249,3 +252,44 @@ ad.primitive_jvps[forward_only_p] = lambda x, t: (
 ad.primitive_transposes[forward_only_p] = _refuse
 batching.defvectorized(forward_only_p)
 mlir.register_lowering(forward_only_p, lambda ctx, x: [x])
+
+
+# --- Taylor mode (`jax.experimental.jet`)
+
+
+def def_jet(primitive: Primitive) -> None:
+    """Taylor coefficients along a curve, by as many jvps, one around the other: for n of them the call runs 2**n times."""
+
+    def rule(primals, series, *, tree, problem):
+        order = len(series[0])
+
+        def curve(t):
+            def at(x, terms):
+                if not jnp.issubdtype(x.dtype, jnp.floating):
+                    return x
+                step = t.astype(x.dtype)
+                moved = jnp.zeros_like(x)
+                for term in reversed(terms):  # terms[0] t + terms[1] t^2 + ..., as Horner sums them
+                    moved = (term + moved) * step
+                return x + moved
+
+            return [primitive.bind(*map(at, primals, series), tree=tree, problem=problem)]
+
+        def with_next(derivatives):
+            def longer(t):
+                known, slopes = jax.jvp(derivatives, (t,), (jnp.ones_like(t),))
+                return [*known, slopes[-1]]
+
+            return longer
+
+        for _ in range(order):
+            curve = with_next(curve)
+        results, *derivatives = curve(jnp.zeros((), jnp.float32))
+        terms = [[x / math.factorial(k) for x in xs] for k, xs in enumerate(derivatives, 1)]
+        return results, [list(of_result) for of_result in zip(*terms, strict=True)]
+
+    rules: dict[Primitive, Callable[..., Any]] = jet.jet_rules
+    rules[primitive] = rule
+
+
+jet.deflinear(forward_only_p)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.jet import jet
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -479,6 +480,19 @@ def test_third_order_in_reverse_mode_is_refused(backend):
     for function in (penalty, of_hvp, of_second_tangent):
         with pytest.raises(NotImplementedError, match=r"of the third order and above in forward mode only"):
             jax.grad(function)(X)
+
+
+def test_taylor_mode(backend):
+    """Coefficients of the third order along a curve; the value stands still, and lengths are integers."""
+    x, lengths = (X["q"], X["kv"]), jnp.full(B, S - 1)
+    curve = [[_normal(*a.shape) for _ in range(3)] for a in x]
+
+    def run(attention):
+        return jet(lambda q, k: attention(q, k, X["kv"], key_value_seq_lengths=lengths), x, curve)
+
+    found = run(partial(jax_fa.dot_product_attention, implementation=backend))
+    want = run(jax.nn.dot_product_attention)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, want)
 
 
 # --- what is not wanted costs nothing
