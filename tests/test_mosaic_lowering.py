@@ -22,6 +22,7 @@ from jax_fa.entry import request_of
 from jax_fa.masks import Causal, Lengths, SlidingWindow
 from jax_fa.testing.spread import pairwise, spanning
 
+SLOW = pytest.mark.slow
 B, N, K = 2, 4, 2
 LENGTHS = ((2048, 2016), (1000, 1008), (1, 2048))
 
@@ -41,6 +42,7 @@ FEATURES = {
     "bias-per-key": lambda Sq, Skv: ({"bias": _float(B, N, 1, Skv)}, {}),
     "bias-per-row": lambda Sq, Skv: ({"bias": _float(B, 1, Sq, 1)}, {}),
     "mask-tile": lambda Sq, Skv: ({"mask": _float(B, 1, Sq, Skv, dtype=bool)}, {}),
+    "mask-per-row": lambda Sq, Skv: ({"mask": _float(B, 1, Sq, 1, dtype=bool)}, {}),
     "mask-per-key": lambda Sq, Skv: ({"mask": _float(B, 1, 1, Skv, dtype=bool)}, {}),
     "dropout": lambda Sq, Skv: ({"dropout_key": _key()}, {"dropout_rate": 0.1}),
     "soft-cap": lambda Sq, Skv: ({}, {"logits_soft_cap": 20.0}),
@@ -165,7 +167,7 @@ LONG = ("dropout", "everything")  # features whose kernels of the backward take 
 
 def _calls(slow) -> list:
     """The spread; of it, calls are slow for which `slow(index, call)` is true."""
-    marks = [pytest.mark.slow if slow(i, call) else () for i, call in enumerate(SPREAD)]
+    marks = [SLOW if slow(i, call) else () for i, call in enumerate(SPREAD)]
     return [pytest.param(call, id=str(call), marks=mark) for call, mark in zip(SPREAD, marks, strict=True)]
 
 
@@ -193,6 +195,24 @@ def test_gradient(call):
 
 
 @needs_new_jax
+@pytest.mark.parametrize(
+    "feature",
+    ["plain", "mask-per-row", pytest.param("dropout", marks=SLOW), pytest.param("everything", marks=SLOW)],
+)
+def test_64_bit_mode_changes_no_kernel(feature):
+    """A kernel's integers have 32 bits, whatever `jax_enable_x64` says of Python's."""
+    call = Asked(feature=feature, lengths=(100, 200), implementation="mosaic")
+
+    def kernels(x64: bool) -> list[str]:
+        with jax.enable_x64(x64):
+            module = lowered(call.gradient, call.operands()).mlir_module()
+        return [line.partition(" loc(")[0] for line in module.splitlines() if f"@{TARGET}" in line]
+
+    wide, narrow = kernels(True), kernels(False)
+    assert len(narrow) >= 3 and wide == narrow
+
+
+@needs_new_jax
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 def test_a_mapped_axis_is_no_copy(axis):
     """The kernel reads and writes arrays in which vmap finds its axis anywhere but behind the head_dim."""
@@ -215,9 +235,9 @@ def _segments(heads: int, S: int) -> dict:
     ("feature", "extra"),
     [
         ("slopes", _segments(1, 1024)),
-        pytest.param("slopes", _segments(N, 1024), marks=pytest.mark.slow),
+        pytest.param("slopes", _segments(N, 1024), marks=SLOW),
         ("bias-per-row", {"scale": _float(1, N), "soft_cap": _float(B, N)}),
-        pytest.param("dropout", {"keep_threshold": _float(1, N, dtype=jnp.uint32)}, marks=pytest.mark.slow),
+        pytest.param("dropout", {"keep_threshold": _float(1, N, dtype=jnp.uint32)}, marks=SLOW),
     ],
     ids=["segments", "segments-by-head", "scale-soft-cap", "dropout"],
 )

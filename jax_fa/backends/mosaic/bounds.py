@@ -17,7 +17,7 @@ def as_bounds(d: Dims, operands: Operands):
     """
     lower, upper, mask = operands.lower, operands.upper, operands.mask
     if mask is not None and mask.shape[-1] == 1:
-        upper = jnp.where(mask[..., 0], d.Skv if upper is None else upper, 0)
+        upper = jnp.where(mask[..., 0], jnp.int32(d.Skv) if upper is None else upper, 0)
         mask = None
     if operands.segment_row is not None and lower is None and upper is None:
         upper = jnp.full((1,) * operands.segment_row.ndim, d.Skv, jnp.int32)

@@ -65,7 +65,7 @@ class Kernel:
                     plgpu.set_max_registers(produce, action="decrease")
                 block.produce()
 
-        found = plgpu.kernel(
+        kernel = plgpu.kernel(
             body,
             out_type=tuple(shapes),
             scratch_types=[self.smem()],
@@ -75,7 +75,9 @@ class Kernel:
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name=f"jax_fa_{name}",
-        )(self.inputs)
+        )
+        with jax.enable_x64(False):  # a kernel's own integers have 32 bits, whatever the caller's have
+            found = kernel(self.inputs)
         return jax.tree.unflatten(tree, found)
 
 
