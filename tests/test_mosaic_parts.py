@@ -1,6 +1,7 @@
 """The parts of the Mosaic GPU backend that are no kernels: tables of tiles, packed rows, dealt blocks, ranges of tiles."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from mosaic_tools import abstract
+from mosaic_tools import abstract, needs_new_jax
 
 import jax_fa
 from jax_fa.backends import mosaic
@@ -196,6 +197,28 @@ def test_other_arrays_are_padded_with_zeros(axes):
     assert found.shape == (2, aligned_length(13), 3, aligned_head_dim(72)) == (2, 16, 3, 96)
     np.testing.assert_array_equal(found[:, :13, :, :72], x)
     assert jnp.sum(found.astype(jnp.float32)) == x.size
+
+
+# --- soft caps
+
+
+@needs_new_jax
+@pytest.mark.parametrize("data", [False, True], ids=["static", "data"])
+@pytest.mark.parametrize("cap", [0.5, 50.0, 256.0, 1e3, 1e5, 1e9, 1e30])
+def test_a_soft_cap_of_any_size(cap, data):
+    """One that is far above the logits leaves them as they are."""
+    from jax_fa.backends.mosaic import logits
+
+    given = None if data else cap
+    problem = replace(_geometry().problem, logits_soft_cap=given)
+    tile = logits.Tile(
+        problem=problem, shape=(64, 64), row_axis=0, first_row=0, first_key=0, positions=64, Skv=64
+    )
+    s = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32) * np.logspace(-3, 2, 64)
+    caps = {"soft_cap": jnp.full(64, cap, jnp.float32)} if data else {}
+    capped, slope, _ = logits._capped(tile, jnp.asarray(s, jnp.float32), caps.get)
+    np.testing.assert_allclose(capped, cap * np.tanh(s / cap), rtol=2e-6, atol=2e-4)
+    np.testing.assert_allclose(slope, 1 - np.tanh(s / cap) ** 2, rtol=0, atol=2e-6)
 
 
 # --- geometry

@@ -27,6 +27,8 @@ from jax_fa.softmax import FLT_MAX
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # a vector along the first axis of a tile
 COLUMN = WGMMA.reduce(0)  # along the second
+LARGE_CAP = 256.0  # up to it a soft cap by the exponential is off by less than 2**-13
+NEAR_0 = 0.1  # where the series of tanh, cut after x**5, has float32's digits
 SPAN = 8  # columns that one group of four threads holds of a row
 
 Read = Callable[[str], Any]  # a per-row, per-key or tile operand by name; None where absent
@@ -154,14 +156,19 @@ def _capped(tile: Tile, s, read: Read):
     """cap tanh(s / cap) and its derivatives by s and by the cap; None for each without a cap."""
     data, static = read("soft_cap"), tile.problem.logits_soft_cap
     if data is not None:
-        cap, inverse = tile.rows(data), tile.rows(1.0 / data)
+        cap, inverse, large = tile.rows(data), tile.rows(1.0 / data), True
     elif static is not None:
-        cap, inverse = jnp.float32(static), jnp.float32(1 / static)
+        cap, inverse, large = jnp.float32(static), jnp.float32(1 / static), static > LARGE_CAP
     else:
         return s, None, None
-    # tanh by the exponential: the hardware's own has 11 bits only.
+    # tanh by the exponential: the hardware's own has 11 bits only. Near 0 the exponential loses the digits of x, which a large
+    # cap would multiply; its series has them.
     x = s * inverse
     t = 1.0 - 2.0 / (1.0 + jnp.exp2(x * jnp.float32(2 * LOG2E)))
+    if large:
+        square = x * x
+        series = x + x * square * (square * jnp.float32(2 / 15) - jnp.float32(1 / 3))
+        t = jnp.where(jnp.abs(x) < NEAR_0, series, t)
     slope = 1.0 - t * t
     capped = t * cap
     for bias in _biases(tile, read):
