@@ -490,6 +490,21 @@ def test_what_is_visible_shows(where, interpreted):
 
 
 @garbage_test
+def test_an_infinite_key_shows_in_the_gradient_of_query(interpreted):
+    """Also where its logits are -inf and its weights 0, so that the forward's results are finite."""
+    case = Case(name="infinite-key", B=(1,), Sq=40, Skv=40, N=1, K=1, mask="causal", dtype="bfloat16")
+    x, (dout, dlse), at = case.operands(), case.cotangents(), 20
+    x["key"][0, at, 0, 2] = -np.inf
+    x["query"][..., 2] = np.abs(x["query"][..., 2]) + 1
+    (out, _), gradients = interpreted(
+        lambda *args: case.gradient(*args, implementation="mosaic"), x, dout, dlse
+    )
+    assert np.isfinite(_wide(out)).all()
+    found = np.isnan(_wide(gradients["query"])[0, :, 0]).any(axis=-1)
+    np.testing.assert_array_equal(found, np.arange(case.Sq) >= at)
+
+
+@garbage_test
 @pytest.mark.parametrize(
     ("bias", "soft_cap"),
     [("BNQK", None), ("BN1K", None), ("BNQ1", None), ("BNQK", 2.0), pytest.param("BN1K", 2.0, marks=SLOW)],

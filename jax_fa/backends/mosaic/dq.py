@@ -104,8 +104,7 @@ class DqBlock(GradientBlock, RowBlock):
         kernel, smem = self.kernel, self.smem
         dq, *sums = carry
         slot = opaque(0) if again else self.slot(key_tile)
-        # Visible keys that are not finite have made the log-sum-exp of their rows NaN: no need of the NaN marker.
-        tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, slot, rows, again=False)
+        tile, read = self.tile_of(warpgroup, key_tile), self.reader(warpgroup, slot, rows, again)
         if not again:
             plgpu.barrier_wait(smem.key.here.at[slot])
             plgpu.barrier_wait(smem.value.here.at[slot])
