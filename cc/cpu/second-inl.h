@@ -55,7 +55,8 @@ inline void SecondHead(const Call& c, const SecondPlan& plan, const SecondScratc
 // dbias must be zero, unless WritesAllBias; the other results are overwritten.
 inline void SecondAs(const Call& c, const Runner& runner) {
   const SecondPlan plan(c);
-  const KeySums keys = {plan.dq_row, plan.dv_row, plan.dk_size, plan.dk_size + plan.dv_size, plan.splits, plan.key_block};
+  const KeySums keys = {plan.dq_row, plan.dv_row,   plan.dk_size, plan.dk_size + plan.dv_size,
+                        plan.splits, plan.key_block};
   const Buffer parts(plan.splits > 1 ? c.B * c.K * plan.splits * keys.size : 0);  // per key head and split
   const AllSums sums(c, plan.splits);
   const BiasParts bias(c, runner, plan.groups);
@@ -83,8 +84,7 @@ inline void SecondAs(const Call& c, const Runner& runner) {
     }
   });
 
-  if (plan.splits > 1 && keys.size > 0)
-    AddKeySums(c, keys, runner, parts.get(), [](int64_t, int64_t) { return 1.0f; });
+  if (plan.splits > 1 && keys.size > 0) AddKeySums(c, keys, runner, parts.get(), [](int64_t, int64_t) { return 1.0f; });
   bias.Add();
   sums.Store();
 }
