@@ -5,10 +5,13 @@ Each library is optional: where it is not installed, its tests are skipped.
 
 import functools
 import inspect
+import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import unittest
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 
 import jax_fa
+from jax_fa import api
 from jax_fa.integrations import patch_jax_nn, precision
 from jax_fa.masks import Causal, Lengths, Prefix, SlidingWindow
 
@@ -1082,6 +1086,25 @@ def test_haiku_errors(hk, hk_ours):
         init(implementation="fast")
 
 
+@pytest.mark.filterwarnings("ignore:w_init_scale is deprecated:DeprecationWarning")
+def test_haiku_own_tests(hk, hk_ours, monkeypatch):
+    """Haiku's tests of its layer, with ours in its place. (The wheels of Flax and Equinox contain no tests.)"""
+    own = pytest.importorskip("haiku._src.attention_test")
+    flash_attention, reached = api.flash_attention, []
+
+    def counted(*args, **kwargs):
+        out = flash_attention(*args, **kwargs)
+        reached.append(1)
+        return out
+
+    monkeypatch.setattr(api, "flash_attention", counted)
+    monkeypatch.setattr(own.attention, "MultiHeadAttention", hk_ours.MultiHeadAttention)
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromModule(own).run(result)
+    assert not result.failures and not result.errors, (result.failures + result.errors)[0][1]
+    assert result.testsRun >= 13 and not result.skipped and len(reached) >= 19
+
+
 # --- keras
 
 KERAS = {
@@ -1164,3 +1187,44 @@ def test_keras_models(keras):
         history = model.fit(x, x, epochs=2, verbose=0).history["loss"]
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
     assert history[1] < history[0]
+
+
+# Keras's own tests inside of the patch; it prints how many calls our function served, and how many it refused.
+KERAS_OWN = """
+import sys
+import pytest
+from jax_fa import api
+from jax_fa.integrations import patch_jax_nn
+
+dot_product_attention, served, refused = api.dot_product_attention, [], []
+
+def counted(*args, **kwargs):
+    refused.append(1)
+    out = dot_product_attention(*args, **kwargs)
+    served.append(refused.pop())
+    return out
+
+api.dot_product_attention = counted
+with patch_jax_nn():
+    code = pytest.main(["-q", "-c", "/dev/null", "-p", "no:cacheprovider", "--disable-warnings", *sys.argv[1:]])
+print(f"exit {int(code)}, {len(served)} served, {len(refused)} refused")
+"""
+# Modules of tests in Keras's wheel, which of their tests, and how many calls of these ours serves at least.
+KERAS_OWN_TESTS = {
+    "layers.attention.multi_head_attention_test": ("", 40),
+    "layers.attention.grouped_query_attention_test": ("", 30),
+    "ops.nn_test": ("dot_product_attention", 30),
+}
+
+
+@pytest.mark.usefixtures("keras")  # whose environment the process inherits
+@pytest.mark.parametrize("module", KERAS_OWN_TESTS)
+def test_keras_own_tests(module, tmp_path):
+    """In a process of its own. The tests of cuDNN skip themselves without a GPU."""
+    only, calls = KERAS_OWN_TESTS[module]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-P", "-c", KERAS_OWN, "--pyargs", f"keras.src.{module}", "-k", only]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    found = re.search(r"^exit 0, (\d+) served, 0 refused$", done.stdout, re.MULTILINE)
+    assert found, done.stdout + done.stderr
+    assert int(found[1]) >= calls
