@@ -1228,3 +1228,125 @@ def test_keras_own_tests(module, tmp_path):
     found = re.search(r"^exit 0, (\d+) served, 0 refused$", done.stdout, re.MULTILINE)
     assert found, done.stdout + done.stderr
     assert int(found[1]) >= calls
+
+
+# --- training
+
+
+def _linen_model(linen, ours: bool):
+    from jax_fa.integrations.flax import attention_fn
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            fn = attention_fn if ours else linen.dot_product_attention
+            mask = linen.make_causal_mask(x[..., 0])
+            for _ in range(2):
+                x = x + linen.MultiHeadDotProductAttention(N, attention_fn=fn)(x, mask=mask)
+                x = x + linen.Dense(E)(linen.gelu(linen.Dense(2 * E)(x)))
+            return x
+
+    model = Model()
+    return model.init(jax.random.key(0), _normal(B, S, E)), model.apply
+
+
+def _nnx_model(nnx, ours: bool):
+    from jax_fa.integrations.flax import attention_fn
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            fn = attention_fn if ours else nnx.dot_product_attention
+            self.attention = nnx.MultiHeadAttention(N, E, attention_fn=fn, decode=False, rngs=rngs)
+            self.up, self.down = nnx.Linear(E, 2 * E, rngs=rngs), nnx.Linear(2 * E, E, rngs=rngs)
+
+        def __call__(self, x):
+            x = x + self.attention(x, mask=nnx.make_causal_mask(x[..., 0]))
+            return x + self.down(nnx.gelu(self.up(x)))
+
+    rngs = nnx.Rngs(0)
+    graph, parameters, rest = nnx.split(nnx.Sequential(Block(rngs), Block(rngs)), nnx.Param, ...)
+    return parameters, lambda parameters, x: nnx.merge(graph, parameters, rest)(x)
+
+
+def _eqx_model(eqx, ours: bool):
+    from jax_fa.integrations.equinox import use_flash_attention
+
+    keys = jax.random.split(jax.random.key(0), (2, 2))
+    model = [(eqx.nn.MultiheadAttention(N, E, key=a), eqx.nn.MLP(E, E, 2 * E, 1, key=b)) for a, b in keys]
+    arrays, rest = eqx.partition(use_flash_attention(model) if ours else model, eqx.is_inexact_array)
+    leaves, tree = jax.tree.flatten(arrays)  # the trees differ in the class
+
+    def apply(leaves, x):
+        for attention, mlp in eqx.combine(tree.unflatten(leaves), rest):
+            x = x + attention(x, x, x, jnp.asarray(_tri()))
+            x = x + jax.vmap(mlp)(x)
+        return x
+
+    return leaves, jax.vmap(apply, in_axes=(None, 0))
+
+
+def _hk_model(hk, ours: bool):
+    from jax_fa.integrations.haiku import MultiHeadAttention
+
+    def apply(x):
+        w_init = hk.initializers.VarianceScaling(1.0)
+        for _ in range(2):
+            attention = (MultiHeadAttention if ours else hk.MultiHeadAttention)(N, D, w_init=w_init)
+            x = x + attention(x, x, x, _tri()[None, None])
+            x = x + hk.nets.MLP([2 * E, E], activation=jax.nn.gelu)(x)
+        return x
+
+    model = hk.without_apply_rng(hk.transform(apply))
+    return model.init(jax.random.key(0), _normal(B, S, E)), model.apply
+
+
+def _keras_model(keras, ours: bool):
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((S, E))
+    for _ in range(2):
+        x = x + keras.layers.MultiHeadAttention(N, D)(x, x, use_causal_mask=True)
+        x = x + keras.layers.Dense(E)(keras.layers.Dense(2 * E, "gelu")(x))
+    model = keras.Model(inputs, x)
+
+    def apply(parameters, x):
+        return model.stateless_call(parameters, [v.value for v in model.non_trainable_variables], x)[0]
+
+    return [v.value for v in model.trainable_variables], patch_jax_nn()(apply) if ours else apply
+
+
+# By fixture: what makes the parameters of a model of two blocks, causal, and its function of them and a batch.
+TRAINED = {
+    "linen": _linen_model,
+    "nnx": _nnx_model,
+    "eqx": _eqx_model,
+    "hk": _hk_model,
+    "keras": _keras_model,
+}
+
+
+def _losses(apply, parameters, calls: bool) -> np.ndarray:
+    """Of 50 steps in which the model learns to predict the next vector of a random walk."""
+    x = jnp.cumsum(_normal(B, S, E), axis=1) / 4
+
+    def step(parameters, _):
+        def loss(parameters):
+            return jnp.mean((apply(parameters, x)[:, :-1] - x[:, 1:]) ** 2)
+
+        found, gradients = jax.value_and_grad(loss)(parameters)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, parameters, gradients), found
+
+    traced = jax.jit(lambda parameters: jax.lax.scan(step, parameters, length=50)[1]).trace(parameters)
+    assert (FORWARD in str(traced.jaxpr)) == calls
+    return np.asarray(traced.lower().compile()(parameters))
+
+
+@pytest.mark.parametrize("library", TRAINED)
+def test_models_train_alike(library, request):
+    """50 steps of a small model from the same parameters: with the library's own attention, and with ours."""
+    make = functools.partial(TRAINED[library], request.getfixturevalue(library))
+    with jax.numpy_dtype_promotion("standard"):
+        (parameters, theirs), (same, ours) = make(ours=False), make(ours=True)
+        _close(same, parameters, 0.0)
+        before, after = _losses(theirs, parameters, False), _losses(ours, same, True)
+    assert before[-1] < 0.5 * before[0]  # it learns
+    np.testing.assert_allclose(after, before, rtol=1e-5)
