@@ -8,8 +8,11 @@ Models whose library is not installed are left out. Ratios are ours over theirs;
 import argparse
 import contextlib
 import importlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,14 +23,20 @@ import numpy as np
 
 from jax_fa.integrations import gemma, levanter, maxtext, tokamax
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+layers = importlib.import_module("layers")
+
+
+Loss = Callable[[Any, Any], Any]
+
 
 class Model(NamedTuple):
-    """A loss of parameters and a batch, and what makes it one with our attention while it is traced."""
+    """A loss of parameters and a batch, as it is and with our attention."""
 
-    loss: Callable[[Any, Any], Any]
+    loss: Loss
+    ours: Loss
     parameters: Any
     batch: Any
-    ours: contextlib.AbstractContextManager
     rate: float
 
 
@@ -37,6 +46,29 @@ class Run(NamedTuple):
     losses: list[float]
     seconds: float
     temporary: int
+
+
+def _inside(context: contextlib.AbstractContextManager, loss: Loss) -> Loss:
+    """The loss, traced inside of a context. It is traced once."""
+
+    def inside(parameters, batch):
+        with context:
+            return loss(parameters, batch)
+
+    return inside
+
+
+def of_layers(name: str, size: int) -> Model:
+    make, module = layers.LAYERS[name]
+    library = importlib.import_module(module)
+
+    def loss_of(apply):
+        return lambda parameters, x: jnp.mean((apply(parameters, x)[:, :-1] - x[:, 1:]) ** 2)
+
+    (parameters, theirs), (same, ours) = make(library, size, False), make(library, size, True)
+    if not jax.tree.all(jax.tree.map(np.array_equal, jax.tree.leaves(parameters), jax.tree.leaves(same))):
+        raise AssertionError(f"{name}: both models should begin with the same parameters")
+    return Model(loss_of(theirs), loss_of(ours), parameters, layers.walk(size), 0.1)
 
 
 def alphafold(size: int) -> Model:
@@ -69,7 +101,7 @@ def alphafold(size: int) -> Model:
     pair = jax.random.normal(keys[3], (size, size, width))
     mask = jnp.ones((size, size), bool).at[:, -size // 5 :].set(False)
     ours = mock.patch.object(library, "dot_product_attention", tokamax.dot_product_attention)
-    return Model(loss, parameters, (pair, mask), ours, 0.5)
+    return Model(loss, _inside(ours, loss), parameters, (pair, mask), 0.5)
 
 
 def _small_gemma(library: Any, size: int) -> dict[str, Any]:
@@ -130,7 +162,8 @@ def gemma_own(size: int) -> Model:
 
     batch = _sorted_tokens(size)
     parameters = model.init(jax.random.key(0), batch[0], positions=batch[1], attention_mask=batch[2])
-    return Model(_of_next_token(logits), parameters, batch, ours(), 0.05)
+    loss = _of_next_token(logits)
+    return Model(loss, _inside(ours(), loss), parameters, batch, 0.05)
 
 
 def _sorted_tokens(size: int) -> tuple[Any, Any, Any]:
@@ -178,7 +211,8 @@ def gemma2(size: int) -> Model:
         return nnx.merge(graph, parameters)(tokens, positions, None, mask)[0]
 
     ours = mock.patch.object(library.Attention, "block", block)
-    return Model(_of_next_token(logits), parameters, _sorted_tokens(size), ours, 0.05)
+    loss = _of_next_token(logits)
+    return Model(loss, _inside(ours, loss), parameters, _sorted_tokens(size), 0.05)
 
 
 def levanter_block(size: int) -> Model:
@@ -212,7 +246,7 @@ def levanter_block(size: int) -> Model:
     )
     ids = hax.named(jnp.broadcast_to(jnp.arange(size) // (size // 2), (2, size)), (Batch, Pos))
     ours = mock.patch.object(library, "dot_product_attention", levanter.dot_product_attention)
-    return Model(loss, parameters, (x, ids), ours, 0.1)
+    return Model(loss, _inside(ours, loss), parameters, (x, ids), 0.1)
 
 
 def _maxtext_settings(**options) -> tuple[Any, jax.sharding.Mesh]:
@@ -264,7 +298,9 @@ def maxtext_model(size: int) -> Model:
     tokens, positions, _ = _sorted_tokens(size)
     ids = positions // (size // 2) + 1
     ours = mock.patch.object(op.AttentionOp, "apply_attention", maxtext.apply_attention)
-    return Model(_of_next_token(logits), parameters, (tokens, positions % (size // 2), ids), ours, 0.05)
+    loss = _of_next_token(logits)
+    batch = (tokens, positions % (size // 2), ids)
+    return Model(loss, _inside(ours, loss), parameters, batch, 0.05)
 
 
 def maxtext_block(size: int) -> Model:
@@ -300,11 +336,12 @@ def maxtext_block(size: int) -> Model:
     x = jnp.cumsum(jax.random.normal(keys[3], (2, size, 64)), axis=1) / size**0.5
     ids = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32) // (size // 2) + 1, (2, size))
     ours = mock.patch.object(library.AttentionOp, "apply_attention", maxtext.apply_attention)
-    return Model(loss, parameters, (x, ids), ours, 0.1)
+    return Model(loss, _inside(ours, loss), parameters, (x, ids), 0.1)
 
 
 # What makes a model, the module that it needs, and a size for a benchmark.
 MODELS: dict[str, tuple[Callable[[int], Model], str, int]] = {
+    **{name: (partial(of_layers, name), layer.module, 1024) for name, layer in layers.LAYERS.items()},
     "alphafold": (alphafold, "tokamax", 128),
     "gemma": (gemma_own, "gemma.gm.nn", 1024),
     "gemma2": (gemma2, "tunix.models.gemma.model", 1024),
@@ -317,17 +354,14 @@ MODELS: dict[str, tuple[Callable[[int], Model], str, int]] = {
 def compare(model: Model, steps: int) -> tuple[Run, Run]:
     """Theirs and ours, trained in turns from the same parameters."""
 
-    def compiled():
+    def compiled(loss: Loss):
         def step(parameters, batch):
-            found, gradients = jax.value_and_grad(model.loss)(parameters, batch)
+            found, gradients = jax.value_and_grad(loss)(parameters, batch)
             return found, jax.tree.map(lambda p, g: p - model.rate * g, parameters, gradients)
 
         return jax.jit(step).lower(model.parameters, model.batch).compile()
 
-    theirs = compiled()
-    with model.ours:
-        ours = compiled()
-    programs = (theirs, ours)
+    programs = (compiled(model.loss), compiled(model.ours))
     parameters = [model.parameters, model.parameters]
     losses: tuple[list[float], list[float]] = ([], [])
     seconds = [float("inf")] * 2
@@ -345,6 +379,7 @@ def compare(model: Model, steps: int) -> tuple[Run, Run]:
 
 
 def present(only: str = "") -> Iterator[str]:
+    os.environ.setdefault("KERAS_BACKEND", "jax")
     for name, (_, module, _) in MODELS.items():
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
