@@ -17,7 +17,7 @@ Made = tuple[Any, Callable[[Any, Any], Any]]
 
 def walk(size: int) -> jax.Array:
     """A random walk of vectors, whose next step the models learn to predict."""
-    return jnp.cumsum(jax.random.normal(jax.random.key(0), (BATCH, size, WIDTH)), axis=1) / 4
+    return jnp.cumsum(jax.random.normal(jax.random.key(0), (BATCH, size, WIDTH)), axis=1) / size**0.5
 
 
 def _tri(size: int):
