@@ -63,6 +63,8 @@ class Layout {
  public:
   // `attributes`: what the call is but for its shapes. Throws BadCall, see ShapeCheck.
   Layout(const Call& attributes, const CallShapes& shapes) : Layout(attributes, shapes, ShapeCheck::Of(shapes)) {}
+  Layout(const Layout&) = delete;  // the views point into its tables
+  Layout& operator=(const Layout&) = delete;
 
   // Whether there is nothing to compute: what results have are zeros.
   bool IsEmpty() const { return is_empty_; }
