@@ -1,12 +1,13 @@
 #include "cpu_ffi.h"
 
 #include <array>
-#include <atomic>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
+#include "compiled_call.h"
 #include "handlers.h"
 #include "large_results.h"
 #include "layout.h"
@@ -41,56 +42,43 @@ Call PlainCall(const ProblemAttr& p) {
   return c;
 }
 
-// A compiled call. XLA makes one when it compiles a program or loads one, and frees it with the program; programs may run
-// on several threads at a time.
-class CompiledCall {
+template <Pass kPass>
+class OperandCall : public CallWithLayout<Layout> {
  public:
-  inline static ffi::TypeId id = {};
-
-  CompiledCall(Pass pass, const ProblemAttr& p)
+  explicit OperandCall(const ProblemAttr& p)
       : call_(PlainCall(p)),
-        axes_{std::string(p.query_axes), std::string(p.key_axes), std::string(p.value_axes), std::string(p.out_axes)} {
-    shapes_.pass = pass;
-    shapes_.present = p.present, shapes_.saved = p.saved;
-    shapes_.query_axes = axes_[0], shapes_.key_axes = axes_[1], shapes_.value_axes = axes_[2];
-    shapes_.out_axes = axes_[3];
-  }
+        axes_{std::string(p.query_axes), std::string(p.key_axes), std::string(p.value_axes), std::string(p.out_axes)},
+        present_(p.present),
+        saved_(p.saved) {}
 
-  // That of every execution; the first makes it, as shapes are not known before.
-  const Layout& LayoutOf(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
-    if (const Layout* made = made_.load(std::memory_order_acquire)) return *made;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!layout_) {
-      CallShapes shapes = shapes_;
-      for (size_t i = 0; i < args.size(); ++i) shapes.args.push_back(ShapeOf(Arg(args, i)));
-      for (size_t i = 0; i < rets.size(); ++i) shapes.rets.push_back(ShapeOf(Ret(rets, i)));
-      layout_ = std::make_unique<const Layout>(call_, shapes);
-      made_.store(layout_.get(), std::memory_order_release);
-    }
-    return *layout_;
+  std::unique_ptr<const Layout> Make(std::vector<Shape> args, std::vector<Shape> rets) const {
+    CallShapes shapes;
+    shapes.pass = kPass;
+    shapes.present = present_, shapes.saved = saved_;
+    shapes.query_axes = axes_[0], shapes.key_axes = axes_[1], shapes.value_axes = axes_[2];
+    shapes.out_axes = axes_[3];
+    shapes.args = std::move(args), shapes.rets = std::move(rets);
+    return std::make_unique<const Layout>(call_, shapes);
   }
 
  private:
   const Call call_;
-  const std::array<std::string, 4> axes_;  // of `shapes_`
-  CallShapes shapes_;                      // but for arguments and results
-  std::mutex mutex_;                       // guards layout_
-  std::unique_ptr<const Layout> layout_;
-  std::atomic<const Layout*> made_{nullptr};
+  const std::array<std::string, 4> axes_;
+  const uint32_t present_, saved_;
 };
 
 template <Pass kPass>
 ffi::ErrorOr<std::unique_ptr<CompiledCall>> Instantiate(const ProblemAttr& p) {
-  std::unique_ptr<CompiledCall> made;
-  const ffi::Error error = Guard([&] { made = std::make_unique<CompiledCall>(kPass, p); });
-  if (error.failure()) return ffi::Unexpected(error);
-  return made;
+  return MakeCompiledCall<OperandCall<kPass>>(p);
 }
 
 template <Pass kPass>
 ffi::Error Compute(ffi::ThreadPool pool, CompiledCall* compiled, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   return Guard([&] {
-    const Layout& layout = compiled->LayoutOf(args, rets);
+    OperandCall<kPass>& call = *static_cast<OperandCall<kPass>*>(compiled);
+    const Layout& layout = call.LayoutOf(args, rets, [&](auto arg_shapes, auto ret_shapes) {
+      return call.Make(std::move(arg_shapes), std::move(ret_shapes));
+    });
     PoolRunner<ffi::ThreadPool> runner(pool, layout.IsTiny());
     if (layout.IsEmpty()) {
       for (size_t i = 0; i < rets.size(); ++i) Clear(runner, Ret(rets, i).untyped_data(), Ret(rets, i).size_bytes());

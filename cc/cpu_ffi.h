@@ -6,7 +6,7 @@ struct XLA_FFI_Error;
 
 namespace jax_fa {
 
-// A target of XLA's custom calls. `instantiate` makes what all executions of a compiled call share; nullptr: nothing.
+// A target of XLA's custom calls. `instantiate` makes what all executions of a compiled call share.
 struct FfiTarget {
   const char* name;
   XLA_FFI_Error* (*instantiate)(XLA_FFI_CallFrame*);

@@ -5,59 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "operands.h"
 #include "shapes.h"
+#include "views.h"
 
 namespace jax_fa {
-
-// Builds views, without addresses, of arrays whose shapes were checked; owns their tables of batch offsets.
-class Views {
- public:
-  explicit Views(std::vector<int64_t> batch) : batch_(std::move(batch)) {
-    for (int64_t size : batch_) entries_ *= static_cast<size_t>(size);
-  }
-
-  // An array stored canonically, `*#B` and then what `roles` names.
-  View Canonical(const Shape& x, const char* roles) { return Stored(x, {}, roles); }
-
-  // An array stored in the order `axes`; `roles` names what follows `*#B`: h head, r row, c col, - anything else.
-  View Stored(const Shape& x, std::string_view axes, const char* roles) {
-    const size_t lead = batch_.size();
-    const auto stride = [&](size_t i) {  // of canonical dim i, 0 where it broadcasts
-      const size_t axis = axes.empty() ? i : static_cast<size_t>(axes[i] - 'a');
-      if (x.dims[axis] == 1) return int64_t{0};
-      int64_t elements = 1;
-      for (size_t inner = axis + 1; inner < x.rank; ++inner) elements *= x.dims[inner];
-      return elements;
-    };
-    View v;
-    v.dtype = ToDType(x.element);
-    for (size_t i = 0; roles[i] != 0; ++i) {
-      if (roles[i] == 'h') v.head = stride(lead + i);
-      if (roles[i] == 'r') v.row = stride(lead + i);
-      if (roles[i] == 'c') v.col = stride(lead + i);
-    }
-    std::vector<int64_t>& offsets = tables_.emplace_back();
-    offsets.reserve(entries_);
-    offsets.push_back(0);
-    for (size_t i = lead; i-- > 0;) {  // one dim after the other, innermost first: copies of what is there, further on
-      const int64_t step = stride(i);
-      const size_t inner = offsets.size();
-      for (int64_t b = 1; b < batch_[i]; ++b)
-        for (size_t j = 0; j < inner; ++j) offsets.push_back(offsets[j] + b * step);
-    }
-    v.batch = offsets.data();
-    return v;
-  }
-
- private:
-  const std::vector<int64_t> batch_;
-  size_t entries_ = 1;
-  std::vector<std::vector<int64_t>> tables_;  // a table's own data stays where it is when this one grows
-};
 
 class Layout {
  public:

@@ -89,7 +89,7 @@ PYBIND11_MODULE(_native, module) {
     for (const jax_fa::FfiTarget* x : {&jax_fa::kCpuForward, &jax_fa::kCpuBackward, &jax_fa::kCpuJvp,
                                        &jax_fa::kCpuTangent, &jax_fa::kCpuSecond, &jax_fa::kCpuPaged}) {
       py::dict stages;
-      if (x->instantiate != nullptr) stages["instantiate"] = py::capsule(reinterpret_cast<void*>(x->instantiate));
+      stages["instantiate"] = py::capsule(reinterpret_cast<void*>(x->instantiate));
       stages["execute"] = py::capsule(reinterpret_cast<void*>(x->execute));
       targets[x->name] = stages;
     }
