@@ -96,8 +96,8 @@ def dot_product_attention(
       * NaN and infinity in masked positions of keys and values do not propagate.
       * float64 inputs are computed in float64 throughout.
       * `implementation="xla"` takes O(S) memory.
-      * Refused, with the way out: integer query, key and value, fewer than 3 dims, an empty head_dim, a boolean bias, a
-        Python bool as mask or scale, a scale of each row or key, a window that is not integer.
+      * Refused, with an error that says what to pass instead: integer query, key and value, fewer than 3 dims, an empty
+        head_dim, a boolean bias, a Python bool as mask or scale, a scale of each row or key, a window that is not integer.
       * `scale`, `dropout_rate` and `logits_soft_cap` that are Python numbers are checked when tracing.
 
     Raises:
