@@ -211,8 +211,7 @@ def _found(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
     leaves: list[Any]
     tree: Any
     leaves, tree = jax.tree.flatten((args, kwargs))
-    # (NumPy's scalars are numbers and flags, as Python's are.)
-    arrays = [i for i, leaf in enumerate(leaves) if _has_shape(leaf) and not _is_host_scalar(leaf)]
+    arrays = [i for i, leaf in enumerate(leaves) if _has_shape(leaf) and not _stays(leaf)]
 
     def run(*values):
         filled = list(leaves)
@@ -361,7 +360,8 @@ def _platforms(given: str | Sequence[str] | None) -> dict[str, str]:
         return {platform: platform for platform in dict.fromkeys((here(), *PLATFORMS))}
     if isinstance(given, str):
         given = (given,)
-    if not isinstance(given, Iterable) or not all(isinstance(platform, str) for platform in given):
+    names = isinstance(given, Iterable) and not _has_shape(given)
+    if not names or not all(isinstance(platform, str) for platform in given):
         raise TypeError(
             f"platforms must be names of platforms or None; got {arguments.shown(given)}. "
             "Arrays and options of the call go by their own names."
@@ -411,8 +411,12 @@ def _has_shape(x) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def _is_host_scalar(x) -> bool:
-    return isinstance(x, (np.generic, np.ndarray)) and x.ndim == 0
+def _stays(x) -> bool:
+    """Whether this is no array that JAX traces: NumPy's scalars are numbers and flags, as Python's are, and arrays of other
+    libraries and of no numbers are what the entry makes of them."""
+    if isinstance(x, (np.generic, np.ndarray)):
+        return x.ndim == 0 or not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == np.bool_)
+    return hasattr(x, "__array__") and not isinstance(x, jax.Array) and not hasattr(x, "__jax_array__")
 
 
 def _check_bound(entry: str, args: tuple, kwargs: dict[str, Any]) -> None:
