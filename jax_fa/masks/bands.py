@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import indices
+from jax_fa.arguments import shown
 from jax_fa.call import Size
 from jax_fa.indices import FAR, is_int, known
 from jax_fa.masks.base import Align, Mask, Placement, Rows, broadcasts, check_batch_shape
 
 
 def check_align(align: str) -> None:
-    if align not in ("top-left", "bottom-right"):
-        raise ValueError(f'align must be "top-left" or "bottom-right"; got {align!r}.')
+    if not isinstance(align, str) or align not in ("top-left", "bottom-right"):
+        raise ValueError(f'align must be "top-left" or "bottom-right"; got {shown(align)}.')
 
 
 def is_integer_array(value) -> bool:
@@ -46,9 +47,9 @@ class Band(Mask):
         for name in ("left", "right"):
             value = getattr(self, name)
             if value is not None and not is_int(value) and not is_integer_array(value):
-                raise TypeError(f"{name} must be an int, an integer array or None; got {value!r}.")
+                raise TypeError(f"{name} must be an int, an integer array or None; got {shown(value)}.")
         if not is_int(self.offset) and not is_integer_array(self.offset):
-            raise TypeError(f"offset must be an int or an integer array; got {self.offset!r}.")
+            raise TypeError(f"offset must be an int or an integer array; got {shown(self.offset)}.")
 
     def check(self, batch, heads, sq, skv) -> None:
         for name in ("left", "right"):

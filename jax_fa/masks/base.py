@@ -276,11 +276,21 @@ class Dense(Mask):
         return Terms(dense=jnp.asarray(arguments.truth(self.array)))
 
 
+def _several(given) -> tuple[Mask, ...]:
+    """Masks, or boolean arrays, as a tuple of masks."""
+    if not isinstance(given, (list, tuple)) or not given:
+        raise TypeError(f"masks must be a tuple of at least one mask; got {arguments.shown(given)}.")
+    return tuple(map(as_mask, given))
+
+
 @dataclass(frozen=True)
 class Intersection(Mask):
     """`visible(i, j)`: visible in every one of `masks`."""
 
     masks: tuple[Mask, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "masks", _several(self.masks))
 
     def parts(self, rows: Rows) -> Parts:
         rows = aligned(self, rows)
@@ -293,6 +303,9 @@ class Union(Mask):
 
     masks: tuple[Mask, ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "masks", _several(self.masks))
+
     def parts(self, rows: Rows) -> Parts:
         return functools.reduce(either, (mask.parts(rows) for mask in self.masks))
 
@@ -302,6 +315,9 @@ class Complement(Mask):
     """`visible(i, j)`: not visible in `mask`."""
 
     mask: Mask
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", as_mask(self.mask))
 
     def parts(self, rows: Rows) -> Parts:
         return complement(self.mask.parts(rows))

@@ -28,7 +28,7 @@ class _Packed(Mask):
     def _check_within(self) -> None:
         if self.within is not None and not isinstance(self.within, (Band, Prefix)):
             raise TypeError(
-                f"within must be a Band (Causal, SlidingWindow) or a Prefix; got {self.within!r}."
+                f"within must be a Band (Causal, SlidingWindow) or a Prefix; got {shown(self.within)}."
             )
 
     def check(self, batch, heads, sq, skv) -> None:
@@ -180,7 +180,7 @@ class SegmentIds(_Packed):
             if value is not None:
                 indices.check_dtype(f"{name} segment ids", value)
         if self.padding_id is not None and not is_int(self.padding_id):
-            raise TypeError(f"padding_id must be an int or None; got {self.padding_id!r}.")
+            raise TypeError(f"padding_id must be an int or None; got {shown(self.padding_id)}.")
 
     def check(self, batch, heads, sq, skv) -> None:
         super().check(batch, heads, sq, skv)
