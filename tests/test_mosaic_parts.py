@@ -149,11 +149,11 @@ def test_tiles_of_options_that_do_not_fit(which, sizes, D, bias, reason):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((100, 2, 2), r"self.width=100 must be a multiple of 64, at most 256\."),
-        ((0, 2, 2), r"self.width=0 must be a multiple of 64, at most 256\."),
-        ((320, 2, 2), r"self.width=320 must be a multiple of 64, at most 256\."),
-        ((64, 0, 2), r"self.stages=0 must be at least 1\."),
-        ((64, 2, 4), r"self.consumers=4 must be one of 1, 2, 3\."),
+        ((100, 2, 2), r"width must be a multiple of 64, at most 256; got 100\."),
+        ((0, 2, 2), r"width must be at least 1; got 0\."),
+        ((320, 2, 2), r"width must be a multiple of 64, at most 256; got 320\."),
+        ((64, 0, 2), r"stages must be at least 1; got 0\."),
+        ((64, 2, 4), r"consumers must be one of 1, 2, 3; got 4\."),
     ],
 )
 def test_tiles_that_do_not_exist(sizes, message):

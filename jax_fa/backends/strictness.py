@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 
+from jax_fa import arguments
+
 _BY_DEFAULT = os.environ.get("JAX_FA_STRICT") == "1"
 _lock = threading.Lock()
 # Part of the keys of jit's caches. Making one has JAX trace anew what it has traced before, so it waits for the first use.
 _context: Any = None
 
 
-@contextlib.contextmanager
-def strict(enabled: bool = True) -> Iterator[None]:
+def strict(enabled: bool = True) -> "contextlib._GeneratorContextManager[None]":
     """A context, or decorator, in which a call that would fall back to `xla` raises.
 
         with jax_fa.strict():
@@ -42,12 +43,18 @@ def strict(enabled: bool = True) -> Iterator[None]:
 
     Raises:
       NotImplementedError: inside, by a call that would fall back.
+      TypeError: enabled is no bool, as in `@strict` without parentheses.
     """
+    return _strict(arguments.flag("enabled", enabled))
+
+
+@contextlib.contextmanager
+def _strict(enabled: bool) -> Iterator[None]:
     global _context
     with _lock:
         if _context is None:
             _context = jax.make_user_context(_BY_DEFAULT)
-    with _context(bool(enabled)):
+    with _context(enabled):
         yield
 
 

@@ -83,7 +83,7 @@ class _PatchJaxNN(contextlib.ContextDecorator):
             _attribute.exit()
 
 
-def patch_jax_nn(*, implementation: backends.Implementation = None) -> contextlib.ContextDecorator:
+def patch_jax_nn(*, implementation: backends.Implementation = None) -> _PatchJaxNN:
     """A context, or decorator, in which `jax.nn.dot_product_attention` is `jax_fa.dot_product_attention`.
 
         with patch_jax_nn():

@@ -20,13 +20,20 @@ class Options:
 
     Raises:
       ValueError: a name that is no kernel's.
-      TypeError: a value that is no `Tiles`.
+      TypeError: a value that is no `Tiles`, tiles that are no dict.
     """
 
     backend: ClassVar[str] = "mosaic"
     tiles: Mapping[Which, Tiles] | tuple[tuple[Which, Tiles], ...] = ()
 
     def __post_init__(self) -> None:
+        pairs = isinstance(self.tiles, tuple) and all(
+            isinstance(x, tuple) and len(x) == 2 for x in self.tiles
+        )
+        if not isinstance(self.tiles, Mapping) and not pairs:
+            raise TypeError(
+                f"tiles must be a dict from names of kernels to jax_fa.mosaic.Tiles; got {shown(self.tiles)}."
+            )
         given = dict(self.tiles)
         for name, tiles in given.items():
             if name not in get_args(Which):

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from jax_fa.arguments import integer
 from jax_fa.backends.mosaic.widths import padded_head_dim
 
 Which = Literal["forward", "dq", "dkv", "dbias"]
@@ -43,12 +44,14 @@ class Tiles:
     REGISTERS: ClassVar[dict[int, tuple[int, int]]] = {1: (240, 40), 2: (240, 24), 3: (160, 32)}
 
     def __post_init__(self) -> None:
-        if self.width % ROWS or not ROWS <= self.width <= 256:
-            raise ValueError(f"{self.width=} must be a multiple of {ROWS}, at most 256.")
-        if self.stages < 1:
-            raise ValueError(f"{self.stages=} must be at least 1.")
+        for name in ("width", "stages", "consumers"):
+            object.__setattr__(self, name, integer(name, getattr(self, name), least=1))
+        if self.width % ROWS or self.width > 256:
+            raise ValueError(f"width must be a multiple of {ROWS}, at most 256; got {self.width}.")
         if self.consumers not in self.REGISTERS:
-            raise ValueError(f"{self.consumers=} must be one of {', '.join(map(str, self.REGISTERS))}.")
+            raise ValueError(
+                f"consumers must be one of {', '.join(map(str, self.REGISTERS))}; got {self.consumers}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
