@@ -17,7 +17,7 @@ def shown(x) -> str:
     """A value as errors show it: short, and arrays by their shape and dtype."""
     if isinstance(x, jax.core.Tracer):
         return f"a traced value {x.aval.str_short()}"
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
+    if hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, np.generic):
         return f"{type(x).__name__} of shape {tuple(x.shape)} and dtype {x.dtype}"
     text = repr(x)
     return text if len(text) <= _LONGEST else f"an object of type {type(x).__name__}"
@@ -83,7 +83,10 @@ def scalar(name: str, x) -> float | jax.Array:
             raise ValueError(f"{name} must be a scalar; got shape {np.shape(x)}.")
         if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
             return x
-    return float(x)
+    try:
+        return float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite; got {shown(x)}.") from None
 
 
 def per_head(name: str, x, batch: tuple[Any, ...], heads: Any) -> float | jax.Array:
@@ -106,10 +109,21 @@ def is_zero(x) -> bool:
     return isinstance(x, numbers.Real) and x == 0
 
 
-def integer(name: str, x) -> None:
-    """Raises TypeError unless x is an int, or a NumPy one."""
+def integer(name: str, x, least: int | None = None, most: int | None = None) -> int:
+    """x as an int, in least..most; NumPy's too, whose own arithmetic wraps around at the end of its dtype.
+
+    Raises:
+      TypeError: x is no int.
+      ValueError: x is out of range.
+    """
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
         raise TypeError(f"{name} must be an int; got {shown(x)}.")
+    x = int(x)
+    if least is not None and x < least:
+        raise ValueError(f"{name} must be at least {least}; got {shown(x)}.")
+    if most is not None and x > most:
+        raise ValueError(f"{name} must be at most {most}; got {shown(x)}.")
+    return x
 
 
 def flag(name: str, x) -> bool:

@@ -66,6 +66,8 @@ def int32(x) -> Any:
         return jnp.clip(x, max(-FAR, limits.min), min(FAR, limits.max)).astype(jnp.int32)
     if values.dtype == np.uint64:
         values = np.minimum(values, np.uint64(FAR))
+    if values.dtype == object:  # ints that no dtype holds
+        values = np.asarray(np.clip(values, -FAR, FAR))
     return np.clip(values.astype(np.int64), -FAR, FAR).astype(np.int32)
 
 

@@ -1,4 +1,5 @@
-"""Every argument of every entry with every kind of thing that it cannot be: one error, which names it, before anything runs."""
+"""Every argument of every public function with every kind of thing that it cannot be: one error, which names it, before
+anything runs."""
 
 import inspect
 import re
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 import jax_fa
+from jax_fa import masks, sequence_parallel
+from jax_fa.integrations import patch_jax_nn
 
 pytestmark = [
     pytest.mark.usefixtures("no_type_checker"),
@@ -64,6 +67,42 @@ ENTRIES = {
     jax_fa.dot_product_attention: _BSND,
     jax_fa.flash_attention_score: _BSH | {"input_layout": "BSH"},
     jax_fa.npu_fusion_attention: _BSH | {"input_layout": "BSH"},
+    jax_fa.paged_attention: {
+        "query": _zeros(2, 4, 8),
+        "key_pages": _zeros(6, 4, 2, 8),
+        "value_pages": _zeros(6, 4, 2, 8),
+        "page_table": np.zeros((2, 3), np.int32),
+        "lengths": np.array([3, 5]),
+    },
+    jax_fa.flops: _BSND,
+    jax_fa.explain: _BSND,
+    jax_fa.dropout_mask: {"dropout_key": jax.random.key(0), "dropout_rate": 0.5, "shape": (2, 4, 5, 7)},
+    jax_fa.create_block_mask: {
+        "mask_mod": lambda batch, head, row, column: row >= column,
+        "batch": None,
+        "heads": None,
+        "rows": 200,
+        "columns": 200,
+    },
+    sequence_parallel.reorder: {"x": _zeros(2, 16, 2, 4), "devices": 2},
+    sequence_parallel.restore: {"x": _zeros(2, 16, 2, 4), "devices": 2},
+    sequence_parallel.visited_tiles: {"mask": masks.Causal(), "sq": 1024, "skv": 1024, "devices": 2},
+    masks.Causal: {},
+    masks.SlidingWindow: {"left": 3},
+    masks.Band: {},
+    masks.Prefix: {"length": 3},
+    masks.Lengths: {"key": 3},
+    masks.CumulativeLengths: {"query": (2, 5)},
+    masks.SegmentIds: {"query": np.arange(5) // 3, "key": np.arange(7) // 3},
+    masks.Dense: {"array": np.ones((5, 7), bool)},
+    masks.Intersection: {},
+    masks.Union: {},
+    masks.Complement: {},
+    jax_fa.ascend.Options: {},
+    jax_fa.mosaic.Options: {},
+    jax_fa.mosaic.Tiles: {"width": 64, "stages": 2, "consumers": 2},
+    jax_fa.strict: {},
+    patch_jax_nn: {},
 }
 _NUMBER = {"negative", "huge", "fraction", "rank 0"}
 _TOKENS = {"negative", "huge"}
@@ -91,11 +130,34 @@ MEANT = {
     "return_logsumexp": {"true"},
     "return_max_logits": {"true"},
     "return_residual": {"true"},
+    "key_scale": {"nan", "infinite", "fraction", "rank 0"},
     "scale": _NUMBER,
+    "value_scale": {"nan", "infinite", "fraction", "rank 0"},
+    ("Band", "left"): _TOKENS,
+    ("Band", "offset"): _TOKENS,
+    ("Band", "right"): _TOKENS,
+    ("Causal", "offset"): _TOKENS,
+    ("CumulativeLengths", "key"): set(),
+    ("CumulativeLengths", "query"): {"tuple", "empty", "integers"},
+    ("Dense", "array"): {"true"},
+    ("Options", "max_work"): {"huge"},
+    ("Tiles", "stages"): {"huge"},
+    ("SegmentIds", "padding_id"): _TOKENS,
+    ("SegmentIds", "query"): {"tuple"},
+    ("SlidingWindow", "left"): {"huge"},
+    ("SlidingWindow", "right"): {"huge"},
+    ("create_block_mask", "batch"): {"tuple"},
+    ("paged_attention", "local_window_size"): {"huge"},
+    ("reorder", "axis"): {"negative"},
+    ("restore", "axis"): {"negative"},
+    ("strict", "enabled"): {"true"},
+    ("visited_tiles", "tile"): {"huge"},
     "scale_value": _NUMBER,
     "seed": _TOKENS,
     "sync": {"true"},
 }
+# What an error calls an argument otherwise.
+OTHER_NAMES = {("Dense", "array"): "mask"}
 # Names of ours, and what Python and JAX show of their own objects.
 INTERNAL = re.compile(
     r"(?<!\w)_[a-z]\w*|jaxpr|[Pp]rimitive|Tracer|Traced<|\bProblem\b|\bOperands\b|jaxtyping|beartype|object at 0x"
@@ -105,11 +167,13 @@ INTERNAL = re.compile(
 
 def _wrong(entry, name: str, kind: str) -> str | None:
     """What is wrong with the answer to this argument; None: nothing."""
-
-    meant = MEANT.get(name, MEANT.get((entry.__name__, name), ()))
+    given = KINDS[kind]
+    meant = MEANT.get((entry.__name__, name), MEANT.get(name, ()))
 
     def call():
-        result = entry(**{**ENTRIES[entry], name: KINDS[kind]})
+        result = entry(**{**ENTRIES[entry], name: given})
+        if isinstance(result, masks.Mask) and not isinstance(result, jax_fa.BlockMask):
+            result = jax_fa.flash_attention(**_BSND, mask=result)
         return [x for x in jax.tree.leaves(result) if hasattr(x, "dtype")]
 
     try:
@@ -122,14 +186,20 @@ def _wrong(entry, name: str, kind: str) -> str | None:
         return None if kind in meant else "no error"
     if kind in meant:
         return f"refused: {said}"
-    if not re.search(rf"\b{name}\b", said) and not (name == "query" and re.match("key must have", said)):
+    named = OTHER_NAMES.get((entry.__name__, name), name)
+    if not re.search(rf"\b{named}\b", said) and not (name == "query" and re.match("key must have", said)):
         return f"not named: {said}"
     return f"internal name: {said}" if INTERNAL.search(said) else None
 
 
 @pytest.mark.parametrize(
     ("entry", "name"),
-    [(entry, name) for entry in ENTRIES for name in inspect.signature(entry).parameters],
+    [
+        (entry, name)
+        for entry in ENTRIES
+        for name, parameter in inspect.signature(entry).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_what_an_argument_cannot_be(entry, name):

@@ -336,6 +336,14 @@ FLASH = [
         TypeError,
         r"return_logsumexp must be True or False; got 'yes'\.",
     ),
+    (lambda: attend(scale=10**400), ValueError, r"scale must be finite; got an object of type int\."),
+    (lambda: attend(logits_soft_cap=10**400), ValueError, "logits_soft_cap must be finite"),
+    (lambda: attend(dropout_rate=10**400), ValueError, "dropout_rate must be finite"),
+    (
+        lambda: attend(return_logsumexp=np.int32(3)),
+        TypeError,
+        r"return_logsumexp must be True or False; got np\.int32\(3\)\.",
+    ),
     (
         lambda: attend(_zeros(4, 8), _zeros(2, 8), _zeros(2, 8)),
         ValueError,

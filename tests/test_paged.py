@@ -579,6 +579,8 @@ WRONG = [
     ({"lengths": LENGTHS[:1]}, ValueError, r"lengths must have shape \(B,\)=\(2,\); got \(1,\)"),
     ({"lengths": LENGTHS + 65}, ValueError, r"lengths must be in 0\.\.64; got \[65 65\]"),
     ({"lengths": LENGTHS - 1}, ValueError, r"lengths must be in 0\.\.64"),
+    ({"lengths": np.array([65, 1])}, ValueError, r"lengths must be in 0\.\.64; got \[65  1\]"),
+    ({"lengths": [-1, 1]}, ValueError, r"lengths must be in 0\.\.64; got \[-1  1\]"),
     ({"lengths": LENGTHS.astype(jnp.float32)}, TypeError, "lengths must hold integers"),
     (
         {"key_scale": jnp.zeros((5, 16, 2, 8))},

@@ -886,7 +886,9 @@ def test_an_axis_that_is_not_manual_is_told():
 
 @pytest.mark.parametrize("turn", [reorder, restore])
 def test_order_says_what_to_pad(turn):
-    with pytest.raises(ValueError, match=r"multiple of 8 along axis 1; got 100\. Pad the sequence to 104"):
+    with pytest.raises(
+        ValueError, match=r"multiple of 8 along axis 1, for devices=4 and order='zigzag'; got 100\. Pad"
+    ):
         turn(jnp.ones((1, 100)), devices=4)
     with pytest.raises(ValueError, match="devices must be at least 1"):
         turn(jnp.ones((1, 100)), devices=0)
@@ -895,7 +897,30 @@ def test_order_says_what_to_pad(turn):
 
 
 def test_counts_of_tiles_say_what_they_cannot_count():
-    with pytest.raises(ValueError, match="sq must be a multiple of 16; got 100"):
+    with pytest.raises(ValueError, match="sq must be a multiple of 16, for devices=8; got 100"):
         visited_tiles(Causal(), 100, 128, devices=8, order="zigzag")
     with pytest.raises(ValueError, match="mask must be a structured one"):
         visited_tiles(masks.Dense(np.ones((16, 16), bool)), 16, 16, devices=8)
+    with pytest.raises(
+        ValueError, match="mask must be intervals of keys; the members of a segment lie apart"
+    ):
+        visited_tiles(SegmentIds(np.arange(16) % 2), 16, 16, devices=8)
+    with pytest.raises(ValueError, match="mask must have known values; it has traced ones"):
+        jax.jit(lambda offset: visited_tiles(Causal(offset=offset), 16, 16, devices=8).sum())(1)
+
+
+def test_counts_of_tiles_while_tracing():
+    given = 2**10, 2**10
+    found = jax.jit(lambda: visited_tiles(Causal(), *given, devices=2))()
+    np.testing.assert_array_equal(found, visited_tiles(Causal(), *given, devices=2))
+
+
+@pytest.mark.usefixtures("no_type_checker")
+def test_counts_that_numpy_would_wrap_around():
+    x, n = jnp.arange(128)[None], np.int8(64)  # chunks are twice as many
+    np.testing.assert_array_equal(reorder(x, devices=n), reorder(x, devices=64))
+    np.testing.assert_array_equal(restore(x, devices=n), restore(x, devices=64))
+    tiles = visited_tiles(Causal(), 128, 128, devices=n, order="zigzag", tile=1)
+    np.testing.assert_array_equal(
+        tiles, visited_tiles(Causal(), 128, 128, devices=64, order="zigzag", tile=1)
+    )

@@ -34,7 +34,7 @@ def of_function(mask_mod: Callable) -> Function:
 
 @dataclass(frozen=True)
 class BlockMask(Function):
-    """A `mask_mod` and, for blocks of rows and columns, whether it hides all, some or no pairs of each.
+    """A `mask_mod` and, for blocks of rows and columns, whether it masks all, some or no pairs of each.
 
     Made by `create_block_mask`; a mask for `mask=`, also joined with others by `&`. It is a pytree whose leaves are the
     arrays below and what the function closes over.
@@ -121,29 +121,28 @@ def create_block_mask(
         raise ValueError(
             f"block_size must be one number or two, of rows and of columns; got {shown(block_size)}."
         )
-    named = {"rows": (rows,), "columns": (columns,), "block_size": sizes, "batch": entries}
-    named["heads"] = () if heads is None else (heads,)
-    for name, values in named.items():
-        for value in values:
-            integer(name, value)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
-    for name, given in (("batch", batch), ("head", heads)):
-        if given is None and found.program.uses(name):
+    given = {"rows": (rows,), "columns": (columns,), "block_size": sizes, "batch": entries}
+    given["heads"] = () if heads is None else (heads,)
+    counts = {
+        name: tuple(integer(name, x, least=1, most=indices.FAR) for x in values)
+        for name, values in given.items()
+    }
+    for name, count in (("batch", batch), ("head", heads)):
+        if count is None and found.program.uses(name):
             argument = "heads" if name == "head" else name
             raise ValueError(
                 f"{argument} must say how many there are, for mask_mod uses the index {name}; got None, which is for masks that "
                 "are the same for all."
             )
-    block = (int(sizes[0]), int(sizes[1]))
-    of_heads = 1 if heads is None else int(heads)
-    lengths = (int(rows), int(columns))
+    (high, wide), (sq,), (skv,) = counts["block_size"], counts["rows"], counts["columns"]
+    block, lengths = (high, wide), (sq, skv)
+    lead = (*counts["batch"], *(counts["heads"] or (1,)))
     arrays = [indices.known(x) for x in found.arrays]
     known = all(x is not None for x in arrays)
     with compat.eager() if known else compat.allow_promotion():
         _, words = found.program.packed(arrays if known else whole(found.arrays), jnp.float32)
         packed = jnp.concatenate([jnp.zeros(0, jnp.uint32), *words])
-        states = _states(found.program, (*map(int, entries), of_heads), lengths, block, packed)
+        states = _states(found.program, lead, lengths, block, packed)
         table, pairs = pairs_of(found.program, packed, lengths, block, states) if known else (None, None)
     if known and compat.explicit_mesh(states) is not None:  # no `shard_map` may close over such arrays
         states, table, pairs = (None if x is None else np.asarray(x) for x in (states, table, pairs))

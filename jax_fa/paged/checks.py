@@ -99,14 +99,13 @@ def _check_value_dim(value_dim, D: int) -> None:
             "value_pages must be an array, or None with value_dim=, where values are the first value_dim elements of keys; "
             "got None without value_dim."
         )
-    arguments.integer("value_dim", value_dim)
-    if not 1 <= value_dim <= D:
+    if not 1 <= arguments.integer("value_dim", value_dim) <= D:
         raise ValueError(f"value_dim must be in 1..D={D}; got {value_dim}.")
 
 
 def table_and_lengths(table, lengths, query, pools: Pools) -> tuple[Any, Any]:
     """Both as int32; the values of lengths are checked where they are known."""
-    B = query.shape[0]
+    B, given = query.shape[0], lengths
     table, lengths = _integers("page_table", table), _integers("lengths", lengths)
     if table.ndim != 2 or table.shape[0] != B or table.shape[1] == 0:
         raise ValueError(
@@ -114,7 +113,8 @@ def table_and_lengths(table, lengths, query, pools: Pools) -> tuple[Any, Any]:
         )
     if lengths.shape != (B,):
         raise ValueError(f"lengths must have shape (B,)={(B,)}; got {lengths.shape}.")
-    indices.check_range("lengths", lengths, pools.capacity(table))
+    # (Under jit, an array of JAX would hide the values.)
+    indices.check_range("lengths", arguments.host_array("lengths", given), pools.capacity(table))
     return jnp.asarray(indices.int32(table)), jnp.asarray(indices.int32(lengths))
 
 

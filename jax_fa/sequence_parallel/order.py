@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32, Shaped
 
-from jax_fa import arguments, compat
+from jax_fa import arguments, compat, indices
 
 Order = Literal["contiguous", "zigzag"]
 ORDERS = {"contiguous": 1, "zigzag": 2}  # chunks of each device
@@ -100,11 +100,8 @@ def restore(
 
 
 def _reordered(x, devices: int, axis: int, order: Order, restored: bool):
-    arguments.integer("devices", devices)
-    arguments.integer("axis", axis)
+    devices, axis = arguments.integer("devices", devices, least=1), arguments.integer("axis", axis)
     arguments.choice("order", order, ORDERS)
-    if devices < 1:
-        raise ValueError(f"devices must be at least 1; got {devices}.")
     x = arguments.array("x", x)
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis must be one of x, which has shape {x.shape}; got {axis}.")
@@ -113,8 +110,8 @@ def _reordered(x, devices: int, axis: int, order: Order, restored: bool):
     if length % parts:
         padded = -(-length // parts) * parts
         raise ValueError(
-            f"x must have a length that is a multiple of {parts} along axis {axis}; got {length}. Pad the sequence to "
-            f"{padded} and mask the padding with jax_fa.masks.Lengths."
+            f"x must have a length that is a multiple of {parts} along axis {axis}, for devices={devices} and order={order!r}; "
+            f"got {length}. Pad the sequence to {padded} and mask the padding with jax_fa.masks.Lengths."
         )
     return Spread("", devices, order == "zigzag").shards(x, axis, restored)
 
@@ -133,7 +130,7 @@ def position_ids(length: int, *, axis_name: str, order: Order = "contiguous") ->
     Raises:
       ValueError: a call outside of `shard_map`, or an odd length with order="zigzag".
     """
-    arguments.integer("length", length)
+    length = arguments.integer("length", length, least=0, most=indices.FAR)
     arguments.choice("order", order, ORDERS)
     devices = devices_of(axis_name)
     if length % ORDERS[order]:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import arguments, compat, masks
+from jax_fa import api, arguments, compat, indices, masks
 from jax_fa.flex.masks import functions_of
 from jax_fa.masks import Mask
 from jax_fa.sequence_parallel.order import ORDERS, Order, Spread
@@ -55,19 +55,33 @@ def visited_tiles(
       int64 array `(devices,)`.
 
     Raises:
-      ValueError: lengths that the devices (and chunks) do not divide, or a mask that has no intervals of keys.
+      ValueError: lengths that the devices (and chunks) do not divide, or a mask that has no intervals of keys, or whose values
+        are not known.
+      TypeError: a mask that is none, numbers that are no ints.
     """
     arguments.choice("order", order, ORDERS)
-    spread = Spread("", devices, order == "zigzag")
-    for name, length in (("sq", sq), ("skv", skv)):
-        if length % (devices * spread.chunks):
-            raise ValueError(f"{name} must be a multiple of {devices * spread.chunks}; got {length}.")
+    spread = Spread("", arguments.integer("devices", devices, least=1), order == "zigzag")
+    tile = arguments.integer("tile", tile, least=1)
+    sq, skv = (_length(name, x, spread) for name, x in (("sq", sq), ("skv", skv)))
+    mask = None if mask is None else api.one_mask(mask)
     if functions_of(mask):
         raise ValueError("mask must be a structured one; a BlockMask says nothing of whole shards.")
-    parts = masks.parts(mask, (), 1, sq, skv)
-    if any(rules.dense is not None for rules in parts):
-        raise ValueError("mask must be a structured one; a boolean array visits all tiles.")
-    return np.sum([_tiles_of(rules, sq, skv, spread, tile) for rules in parts], axis=0)
+    if mask is not None and masks.known_part(mask) is not mask:
+        raise ValueError("mask must have known values; it has traced ones.")
+    with compat.eager():
+        parts = masks.parts(mask, (), 1, sq, skv)
+        if any(rules.dense is not None for rules in parts):
+            raise ValueError("mask must be a structured one; a boolean array visits all tiles.")
+        if any(rules.segment_row is not None for rules in parts):
+            raise ValueError("mask must be intervals of keys; the members of a segment lie apart here.")
+        return np.sum([_tiles_of(rules, sq, skv, spread, tile) for rules in parts], axis=0)
+
+
+def _length(name: str, length: int, spread: Spread) -> int:
+    length, parts = arguments.integer(name, length, least=0, most=indices.FAR), spread.devices * spread.chunks
+    if length % parts:
+        raise ValueError(f"{name} must be a multiple of {parts}, for devices={spread.devices}; got {length}.")
+    return length
 
 
 def _tiles_of(rules: masks.Rules, sq: int, skv: int, spread: Spread, tile: int) -> np.ndarray:
