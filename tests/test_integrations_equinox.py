@@ -231,6 +231,13 @@ def test_equinox_errors(eqx, eqx_ours):
         layer(x, x, x, [Causal()], inference=True)
     with pytest.raises(ValueError, match="process_heads must keep the shapes"):
         layer(x, x, x, inference=True, process_heads=lambda q, k, v: (q[1:], k, v))
+    for name, given in (("query", (x[None], x, x)), ("key_", (x, x[0], x)), ("value", (x, x, x[None]))):
+        with pytest.raises(
+            ValueError, match=rf"{name} must have 2 dimensions .*For a batch, jax\.vmap the layer"
+        ):
+            layer(*given, inference=True)
+    with pytest.raises(TypeError, match="value must be an array; got None"):
+        layer(x, x, None, inference=True)
     with pytest.raises(ValueError, match="value must have key's"):
         layer(x, x, x[1:], inference=True)
     with pytest.raises(ValueError, match="mask must broadcast to"):

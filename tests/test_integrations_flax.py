@@ -324,6 +324,8 @@ def test_flax_refuses_a_precision_that_is_not_met(flax_ours, monkeypatch):
         (TypeError, "mask must be .* got True. A causal mask is", {"mask": True}),
         (TypeError, "mask must be .* got str", {"mask": "causal"}),
         (TypeError, "bias must be an array; got 'abc'", {"bias": "abc"}),
+        (TypeError, "is_causal must be True or False; got 'no'", {"is_causal": "no"}),
+        (TypeError, "broadcast_dropout must be True or False; got 'no'", {"broadcast_dropout": "no"}),
         (ValueError, "mask must broadcast to", {"mask": np.ones((3, 1, S, S))}),
         (ValueError, "bias must broadcast to", {"bias": jnp.ones((S + 1,))}),
     ],
@@ -366,6 +368,15 @@ def test_flax_refuses_positions_when_decoding(options, flax_ours):
     with pytest.raises(ValueError, match=rf"one query and {S} keys, a step of decoding"):
         made(per_head()[:, :1], per_head(), per_head())
     made(per_head(), per_head(), per_head())
+
+
+def test_flax_arrays_of_no_rank(flax_ours):
+    with pytest.raises(
+        ValueError, match=r"query must have a rank that fits layout 'BSND'; got shape \(2, 3\)"
+    ):
+        flax_ours.attention_fn(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 3)))
+    with pytest.raises(TypeError, match="query must be an array; got None"):
+        flax_ours.attention_fn(None, per_head(), per_head())
 
 
 def test_flax_factory_errors(flax_ours, no_type_checker):

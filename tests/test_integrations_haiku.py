@@ -127,8 +127,15 @@ def test_haiku_dropout(hk, hk_ours):
 def test_haiku_errors(hk, hk_ours):
     x = normal(B, S, E)
 
-    def init(mask=None, **options):
-        _hk_run(hk, hk_ours.MultiHeadAttention, options, mask).init(jax.random.key(0), x, x, x)
+    def init(mask=None, arrays=(x, x, x), **options):
+        _hk_run(hk, hk_ours.MultiHeadAttention, options, mask).init(jax.random.key(0), *arrays)
+
+    with pytest.raises(ValueError, match=r"query must have at least 2 dimensions .*got shape \(12,\)"):
+        init(arrays=(np.ones(12, np.float32), x, x))
+    with pytest.raises(ValueError, match=r"key must have batch dims that broadcast to query's \(\); got"):
+        init(arrays=(x[0], x, x))
+    with pytest.raises(TypeError, match="value must be an array; got None"):
+        init(arrays=(x, x, None))
 
     with pytest.raises(ValueError, match=r"mask must have 4 dimensions .*got shape \(12, 12\)"):
         init(tri())

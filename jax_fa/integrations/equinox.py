@@ -71,6 +71,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         if deterministic is not None:
             inference = deterministic
             warnings.warn("deterministic is deprecated; use inference.", DeprecationWarning, stacklevel=2)
+        query, key_, value = (_rows(n, x) for n, x in (("query", query), ("key_", key_), ("value", value)))
         heads = (
             self._project(self.query_proj, query),
             self._project(self.key_proj, key_),
@@ -107,6 +108,15 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             )
         arguments.random_key("key", key)
         return {"dropout_rate": self.dropout.p, "dropout_key": key}
+
+
+def _rows(name: str, x):
+    x = arguments.array(name, x)
+    if x.ndim != 2:
+        raise ValueError(
+            f"{name} must have 2 dimensions (length, size); got shape {x.shape}. For a batch, jax.vmap the layer."
+        )
+    return x
 
 
 def _apply(proj, x):

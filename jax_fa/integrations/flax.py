@@ -97,6 +97,10 @@ def attention_fn(
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
+    for name, flag in (("broadcast_dropout", broadcast_dropout), ("is_causal", is_causal)):
+        arguments.flag(name, flag)
+    given = (("query", query), ("key", key), ("value", value))
+    query, key, value = (arguments.array(name, x) for name, x in given)
     if promote_dtype is None:
         query, key, value = promote_like_linen(query, key, value, dtype=dtype)
     else:
@@ -130,8 +134,8 @@ def attention_fn(
 def _check_rng(dropping: bool, dropout_rng, dropout_rate: float | ArrayLike) -> None:
     if dropping and dropout_rng is None:
         raise ValueError(
-            f"dropout_rng must be a jax.random key where deterministic is false and dropout_rate={dropout_rate}; "
-            "got None."
+            f"dropout_rng must be a jax.random key where deterministic is false and "
+            f"dropout_rate={arguments.shown(dropout_rate)}; got None."
         )
     if dropout_rng is not None:
         arguments.random_key("dropout_rng", dropout_rng)
@@ -206,7 +210,7 @@ def _check_no_einsum(**given) -> None:
 
 def _check_decoding(options: _Options, is_causal: bool, query, key) -> None:
     """One query and many keys: a step of decoding, at a position that only the layer knows."""
-    if query.shape[-3] != 1 or key.shape[-3] == 1:
+    if min(query.ndim, key.ndim) < 3 or query.shape[-3] != 1 or key.shape[-3] == 1:
         return
     if is_causal:
         raise ValueError(

@@ -4,6 +4,7 @@ from typing import Any
 
 import haiku as hk
 import jax.numpy as jnp
+import numpy as np
 
 from jax_fa import api, arguments, backends, masks
 from jax_fa.masks import Mask
@@ -41,6 +42,8 @@ class MultiHeadAttention(hk.MultiHeadAttention):
           ValueError: shapes that do not fit.
           TypeError: dtypes that do not fit.
         """
+        given = (("query", query), ("key", key), ("value", value))
+        query, key, value = (_checked(name, x, query) for name, x in given)
         heads = (
             self._linear_projection(query, self.key_size, "query"),
             self._linear_projection(key, self.key_size, "key"),
@@ -56,6 +59,17 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         )
         project = hk.Linear(self.model_size, w_init=self.w_init, with_bias=self.with_bias, b_init=self.b_init)
         return project(out.reshape(*query.shape[:-1], out.shape[-2] * out.shape[-1]))
+
+
+def _checked(name: str, x, query):
+    x, batch = arguments.array(name, x), np.shape(query)[:-2]
+    if x.ndim < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions (*B, length, size); got shape {x.shape}.")
+    if not masks.broadcasts(x.shape[:-2], batch):
+        raise ValueError(
+            f"{name} must have batch dims that broadcast to query's {batch}; got shape {x.shape}."
+        )
+    return x
 
 
 def _over(batch: tuple[int, ...], x):
