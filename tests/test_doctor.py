@@ -74,11 +74,15 @@ def test_without_kernels_there_is_advice_and_no_error(capsys, monkeypatch):
     assert "Without compiled kernels, calls on CPU run on xla, several times slower: " in text
 
 
-def test_a_cache_that_cannot_be_written(capsys, tmp_path):
+@pytest.mark.parametrize("where", ["file", "/proc"])
+def test_a_cache_that_cannot_be_written(where, capsys, tmp_path):
+    """A directory below a file; one of a file system that takes no files, whatever its permissions are."""
     (tmp_path / "file").touch()
+    if not (tmp_path / where).exists():
+        pytest.skip(f"the system has no {where}")
     before = jax.config.jax_compilation_cache_dir
     try:
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "cache"))
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / where / "cache"))
         code, text = _report(capsys, "--no-check")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
@@ -87,6 +91,12 @@ def test_a_cache_that_cannot_be_written(capsys, tmp_path):
         and "(not writable)" in text
         and "set jax_compilation_cache_dir to another directory" in text
     )
+
+
+def test_a_name_that_nothing_reads_is_told(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_FA_STRCT", "1")
+    code, text = _report(capsys, "--no-check")
+    assert code == 1 and "  - jax_fa reads no environment variable JAX_FA_STRCT; did you mean" in text
 
 
 WRONG = {

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -59,8 +60,18 @@ def variables() -> Section:
         found.add(name, text)
     if not found.rows:
         found.add("none", "of the variables that matter is set")
-    found.wrong += [text[0].upper() + text[1:] for text in (*ours.wrong(), *ours.unknown())]
+    found.wrong += [text[0].upper() + text[1:] for text in ours.wrong()]
+    found.wrong += ours.unknown()  # which begin with the name of this package
     return found
+
+
+def _writable(directory: Path) -> bool:
+    """By trying: what a file system takes, permissions do not say."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False
 
 
 def caches() -> Section:
@@ -76,7 +87,7 @@ def caches() -> Section:
         there = (
             path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
         )
-        right = there.is_dir() and os.access(there, os.W_OK)
+        right = there.is_dir() and _writable(there)
         found.add("cache", f"{directory} ({'writable' if right else 'not writable'})")
         if not right:
             found.wrong.append(
