@@ -258,3 +258,19 @@ def test_lists_and_scalars_of_numpy():
     (told,) = jax_fa.explain(jax_fa.dot_product_attention, x, x, x, platforms="cpu", **options)
     assert told.problem.scale == 0.5
     assert jax_fa.explain(x, x, x, is_causal=np.array(True), return_residual=np.bool_(True)).chosen
+
+
+@pytest.mark.usefixtures("no_type_checker")
+def test_arrays_of_other_libraries():
+    """They are what the entry makes of them, as in a call."""
+
+    class Theirs:
+        shape, dtype = (1, 8, 2, 4), "float32 of theirs"
+
+        def __array__(self, dtype=None, copy=None):
+            return np.zeros(self.shape, np.float32)
+
+    x = Theirs()
+    assert jax_fa.flash_attention(x, x, x).shape == x.shape
+    assert jax_fa.explain(x, x, x, platforms="cpu").dims.Sq == 8
+    assert jax_fa.flops(x, x, x).pairs == 2 * 8 * 8
