@@ -49,7 +49,9 @@ _SPREAD = (
 BLOCKS = Case(name="native-blocks", B=(1,), Sq=403, Skv=530, N=2, K=1, D=64, Dv=64, mask="causal_bottom")
 # Few rows: the keys are split among tasks.
 DECODE = Case(name="native-decode", Sq=1, Skv=2100, slopes="N")
-SPREAD = (*(BY_NAME[name] for name in _SPREAD), BLOCKS, DECODE)
+# Some rows and an odd number of keys, read in place two at a time.
+SOME = Case(name="native-some-rows", Sq=20, Skv=2051)
+SPREAD = (*(BY_NAME[name] for name in _SPREAD), BLOCKS, DECODE, SOME)
 
 
 @cache

@@ -149,7 +149,7 @@ struct NarrowBlock {
       sum = sum + y, other = other + z;
     }
     if (j < count) {
-      const F y = Exp(Load(x + j * columns) - most);
+      const F y = weight(x + j * columns);
       Store(x + j * columns, y);
       sum = sum + y;
     }
