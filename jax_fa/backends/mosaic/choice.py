@@ -74,8 +74,7 @@ def vectors(which: Which, operands: Operands) -> int:
     if which == "dbias":
         return 0
     if which != "dkv":
-        found = sum(x is not None and x.shape[-2] == 1 < x.shape[-1] for x in (bias, mask)) + segments
-        return found + (which == "dq")  # its sums
+        return sum(x is not None and x.shape[-2] == 1 < x.shape[-1] for x in (bias, mask)) + segments
     upper = operands.upper is not None or segments or (mask is not None and mask.shape[-1] == 1)
     bias_rows = bias is not None and bias.shape[-1] == 1
     present = (operands.lower, operands.alibi_slopes, operands.position)

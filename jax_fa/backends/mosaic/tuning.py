@@ -27,9 +27,11 @@ from jax_fa.backends.mosaic.widths import padded_head_dim
 Which = Literal["forward", "dq", "dkv", "dbias"]
 
 SMEM_BYTES = 227 * 1024
-SMEM_RESERVE = 6 * 1024  # barriers, sums, what a NaN-safe pass and the compiler's reductions keep
 SMEM_UNIT = 1024  # what every array in shared memory begins at a multiple of
+SMEM_RESERVE = 5 * SMEM_UNIT  # barriers, both arrays of a NaN-safe pass, and two units for the compiler's reductions
 ROWS = 64  # rows of one warpgroup's matrix product
+# Scalars per row (or key) that leave through shared memory: softmax max and sum; at most four sums over keys; one over rows.
+SCALARS: dict[Which, int] = {"forward": 2, "dq": 4, "dkv": 1, "dbias": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +115,12 @@ def smem_bytes(which: Which, tiles: Tiles, D: int, Dv: int, element_bytes: int =
     if which == "dbias":
         moving += tiles.stages * rows * (D + Dv) * 2
         staying = rows * tiles.width * 4
-    vector = -(-tiles.stages * tiles.width * 4 // SMEM_UNIT) * SMEM_UNIT
-    return moving + staying + vectors * vector + SMEM_RESERVE
+    scalars = _whole_units(SCALARS[which] * rows * 4)
+    return moving + staying + vectors * _whole_units(tiles.stages * tiles.width * 4) + scalars + SMEM_RESERVE
+
+
+def _whole_units(size: int) -> int:
+    return -(-size // SMEM_UNIT) * SMEM_UNIT
 
 
 def why_not(
