@@ -1,6 +1,10 @@
-"""How much shared memory the Mosaic GPU kernels take. Pallas' interpreter bounds none."""
+"""Shared memory of the Mosaic GPU kernels: how much they take, and whose it is.
+
+Pallas' interpreter bounds no memory and has no warps, so it shows neither.
+"""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
@@ -11,9 +15,10 @@ from mosaic_tools import lowered, needs_new_jax
 
 import jax_fa
 from jax_fa import masks
+from jax_fa.backends import mosaic
 from jax_fa.backends.mosaic import Tiles, choice, operands, tuning
 from jax_fa.backends.mosaic.geometry import Geometry
-from jax_fa.call import Call, Operands, Problem
+from jax_fa.call import Call, Operands, Problem, Saved
 
 pytestmark = needs_new_jax
 Sq, Skv, N = 500, 600, 2
@@ -139,3 +144,53 @@ def test_a_call_that_fills_the_memory_is_lowered():
         return jax_fa.flash_attention(query, query, value, bias=bias, mask=mask, implementation="mosaic")
 
     assert "jax_fa_forward" in lowered(attend, query, value, *more).mlir_module()
+
+
+# --- whose
+
+
+_SYNCHRONIZING = {"barrier_wait", "barrier_arrive"}
+
+
+def _inside(jaxpr) -> Iterator:
+    """The jaxpr and all in it."""
+    yield jaxpr
+    for eqn in jaxpr.eqns:
+        for inner in _of(eqn):
+            yield from _inside(inner)
+
+
+def _of(eqn) -> Iterator:
+    """The jaxprs of an equation."""
+    for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        if hasattr(x, "eqns"):
+            yield getattr(x, "jaxpr", x)
+
+
+def _synchronizes(eqn) -> set[str]:
+    names = {e.primitive.name for inner in _of(eqn) for j in _inside(inner) for e in j.eqns}
+    return (names | {eqn.primitive.name}) & _SYNCHRONIZING
+
+
+def _attend(given: Operands):
+    """The forward and the backward of a call."""
+    call = Call.of(_call(64, 64, {}).problem, given)
+    out, m, l = mosaic.backend.forward(call)
+    return mosaic.backend.backward(call, Saved(out=out, m=m, l=l, dout=out))
+
+
+def test_consumers_take_turns_to_reduce_over_warps():
+    """Rows lie in several warps. The compiler reduces over these through scratch memory that is the same for all warpgroups
+    of a block, and does not synchronize them: consumers that reduce at the same time would read one another's values."""
+    program = jax.make_jaxpr(_attend)(_call(64, 64, FEATURES["one bias per row"]).operands)
+    around = []
+    for jaxpr in _inside(program.jaxpr):
+        for i, eqn in enumerate(jaxpr.eqns):
+            if eqn.primitive.name.startswith("reduce_") and 0 in eqn.params["axes"]:
+                sides = jaxpr.eqns[i - 1 :: -1], jaxpr.eqns[i + 1 :]
+                around.append([next(filter(_synchronizes, eqns), None) for eqns in sides])
+    around = [sides for sides in around if any(sides)]  # the others are XLA's
+    assert len(around) == 3  # forward, dq, dkv
+    for before, after in around:  # all consumers but one wait for a turn, and pass it on
+        assert (before.primitive.name, after.primitive.name) == ("cond", "cond")
+        assert (_synchronizes(before), _synchronizes(after)) == ({"barrier_wait"}, {"barrier_arrive"})

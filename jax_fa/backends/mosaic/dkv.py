@@ -168,7 +168,7 @@ class DkvBlock(GradientBlock, KeyBlock):
         if not nan_safe.may_mask(self.inputs):
             return sums
         smem = self.smem
-        nan_safe.vote(smem, warpgroup, *sums.parts())
+        nan_safe.vote(smem, warpgroup, self.tiles.consumers, *sums.parts())
 
         def one(i, row_tile, carry):
             count, sums = carry

@@ -31,7 +31,7 @@ class KeySmem:
 
     bias_rows: Any = None  # stages x width; so are the others by row
     bias_tile: Any = None  # stages x consumers x 64 x width
-    again_here: Any = None  # these three, nan_marker, voted and votes: see nan_safe.py
+    again_here: Any = None  # these three, nan_marker, turn_to_vote, voted and votes: see nan_safe.py
     again_read: Any = None
     cleaned: Any = None
     delta: Any = None
@@ -49,6 +49,7 @@ class KeySmem:
     segment_row: Any = None
     slopes: Any = None
     sums: Any = None  # consumers x 64: sums of ds over rows
+    turn_to_vote: Any = None
     upper: Any = None
     value: Any = None  # consumers x 64 x Dv
     voted: Any = None

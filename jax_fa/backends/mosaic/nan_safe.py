@@ -10,11 +10,12 @@ of its rows by a NaN marker. Calls in which nothing may be masked need none of t
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa.backends.mosaic.inputs import Inputs
 from jax_fa.backends.mosaic.logits import WGMMA
-from jax_fa.backends.mosaic.memory import registers
+from jax_fa.backends.mosaic.memory import arrive_if, registers, wait_if
 
 CHUNK = 64  # rows and columns that are looked at together
 
@@ -28,6 +29,7 @@ def smem(consumers: int, width: int, copies: int) -> dict[str, Any]:
     """The fields that a second pass takes in a kernel's shared memory; `copies`: TMA copies of a tile."""
     return {
         "votes": plgpu.SMEM((consumers,), jnp.int32),
+        "turn_to_vote": plgpu.Barrier(num_barriers=consumers),
         "voted": plgpu.Barrier(num_arrivals=consumers),
         "nan_marker": plgpu.SMEM((width,), jnp.float32),
         "again_here": plgpu.Barrier(num_arrivals=copies),
@@ -36,11 +38,17 @@ def smem(consumers: int, width: int, copies: int) -> dict[str, Any]:
     }
 
 
-def vote(smem: Any, warpgroup, *sums) -> None:
-    """Tells the block whether this consumer's sums, `64 x columns` each, are finite."""
+def vote(smem: Any, warpgroup, consumers: int, *sums) -> None:
+    """Tells the block whether this consumer's sums, `64 x columns` each, are finite.
+
+    Consumers vote one after the other: a row lies in one warp, and warps reduce through scratch memory that is at one place
+    for all warpgroups of a block.
+    """
     nothing = sum((x * 0.0).sum(axis=1) for x in sums)  # NaN for a row that is not
+    wait_if(warpgroup > 0, smem.turn_to_vote.at[warpgroup])
     smem.votes[warpgroup] = jnp.max(jnp.where(nothing == 0.0, 0, 1))
     plgpu.commit_smem()
+    arrive_if(warpgroup + 1 < consumers, smem.turn_to_vote.at[lax.rem(warpgroup + 1, consumers)])
     plgpu.barrier_arrive(smem.voted)
 
 

@@ -32,7 +32,7 @@ class RowSmem:
 
     bias_keys: Any = None  # stages x width; so are the others by key
     bias_tile: Any = None  # stages x consumers x 64 x width
-    again_here: Any = None  # these three, nan_marker, voted and votes: see nan_safe.py
+    again_here: Any = None  # these three, nan_marker, turn_to_vote, voted and votes: see nan_safe.py
     again_read: Any = None
     cleaned: Any = None
     dout: Any = None  # consumers x 64 x Dv
@@ -47,6 +47,7 @@ class RowSmem:
     stats: Any = None  # 2 x consumers x 64: softmax max and sum
     sums: Any = None  # sums over keys x consumers x 64
     turn: Any = None  # a barrier per consumer: its turn at the tensor cores (ping-pong scheduling)
+    turn_to_vote: Any = None
     value: Ring  # stages x width x Dv
     voted: Any = None
     votes: Any = None
@@ -258,7 +259,7 @@ class RowBlock(Block):
         if not nan_safe.may_mask(self.inputs):
             return carry
         smem, first, last = self.smem, self.ranges["first"], self.ranges["last"]
-        nan_safe.vote(smem, warpgroup, carry[0])
+        nan_safe.vote(smem, warpgroup, self.tiles.consumers, carry[0])
 
         def one(key_tile, carry):
             plgpu.barrier_wait(smem.again_here)

@@ -28,7 +28,9 @@ Which = Literal["forward", "dq", "dkv", "dbias"]
 
 SMEM_BYTES = 227 * 1024
 SMEM_UNIT = 1024  # what every array in shared memory begins at a multiple of
-SMEM_RESERVE = 5 * SMEM_UNIT  # barriers, both arrays of a NaN-safe pass, and two units for the compiler's reductions
+SMEM_RESERVE = (
+    5 * SMEM_UNIT
+)  # barriers, both arrays of a NaN-safe pass, and two units for the compiler's reductions
 ROWS = 64  # rows of one warpgroup's matrix product
 # Scalars per row (or key) that leave through shared memory: softmax max and sum; at most four sums over keys; one over rows.
 SCALARS: dict[Which, int] = {"forward": 2, "dq": 4, "dkv": 1, "dbias": 0}
