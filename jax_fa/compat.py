@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import re
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -338,11 +339,15 @@ def interpreting_gpu() -> bool:
     return type(forced).__name__ == "InterpretGPUParams"
 
 
+_one_kernel = threading.Lock()
+
+
 def interpreted(fn: Callable) -> Callable:
     """A function that runs `fn` through Pallas' interpreter, from wherever it is lowered.
 
     The interpreter's callbacks are an effect, which rules that lower primitives cannot hold: so it runs in a callback
-    of its own, in a thread in which the mode must be forced again.
+    of its own, in a thread in which the mode must be forced again. Of a program's kernels that do not depend on one another,
+    XLA would run several at once; the interpreter keeps the memory of one.
     """
     from jax.experimental.pallas import mosaic_gpu
 
@@ -350,7 +355,7 @@ def interpreted(fn: Callable) -> Callable:
     params = config.pallas_tpu_interpret_mode_context_manager.value
 
     def run(*args):
-        with plgpu.force_gpu_interpret_mode(params):
+        with _one_kernel, plgpu.force_gpu_interpret_mode(params):
             return jax.tree.map(np.asarray, jax.jit(fn)(*args))
 
     def call(*args):

@@ -5,16 +5,17 @@ Pallas' interpreter bounds no memory and has no warps, so it shows neither.
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic_tools import lowered, needs_new_jax
+from mosaic_tools import interpreter, lowered, needs_new_jax
 
 import jax_fa
-from jax_fa import masks
+from jax_fa import compat, masks
 from jax_fa.backends import mosaic
 from jax_fa.backends.mosaic import Tiles, choice, operands, tuning
 from jax_fa.backends.mosaic.geometry import Geometry
@@ -194,3 +195,25 @@ def test_consumers_take_turns_to_reduce_over_warps():
     for before, after in around:  # all consumers but one wait for a turn, and pass it on
         assert (before.primitive.name, after.primitive.name) == ("cond", "cond")
         assert (_synchronizes(before), _synchronizes(after)) == ({"barrier_wait"}, {"barrier_arrive"})
+
+
+def test_kernels_are_interpreted_one_at_a_time():
+    """XLA runs kernels that do not depend on one another, such as those of the parts of a mask, side by side; the
+    interpreter has one memory for all."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(x, out, shared):
+        @pl.loop(0, 8)
+        def _(i):
+            shared[...] = x[...]
+            out[...] = shared[...]
+
+    x = jnp.arange(128, dtype=jnp.float32)
+    scratch = [plgpu.SMEM(x.shape, x.dtype)]
+    kernel = plgpu.kernel(body, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype), scratch_types=scratch)
+    with interpreter():
+        run = jax.jit(compat.interpreted(kernel))
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda i: np.asarray(run(x + i)), range(8)))
+    np.testing.assert_array_equal(found, np.asarray(x) + np.arange(8)[:, None])
