@@ -43,6 +43,12 @@ def vary_alike(tree):
     return jax.tree.map(vary, tree) if axes else tree
 
 
+def summed_like(x, given):
+    """The gradient of `given`, summed over the manual axes over which x differs and `given` does not, as JAX's are."""
+    axes = tuple(sorted(varying_axes(x) - varying_axes(given)))
+    return jax.lax.psum(x, axes) if axes else x
+
+
 def vary_like_results(fn: Callable, carry):
     """The carry of a loop with body `fn`, differing over all manual axes over which what it becomes does."""
     if not jax.sharding.get_abstract_mesh().manual_axes:

@@ -263,3 +263,65 @@ def test_types_are_those_of_jax_nn(query, key, value, out, key_heads):
     assert found == [P(*spec, *(None,) * (4 - len(spec))) for spec in (out, *specs)]
     queries_alone = any(q is not None and i != 1 and i >= len(tuple(key)) for i, q in enumerate(tuple(query)))
     assert queries_alone or not types or types[0] == found[0]
+
+
+# --- CANN's backward, whose cotangents and statistics are arguments
+
+
+@pytest.mark.parametrize("shared", [("pse", "sink"), ("key", "value", "pse", "sink")], ids=["terms", "keys"])
+def test_gradients_of_what_devices_share_are_summed(shared, backend):
+    """In shard_map, as `jax.grad` sums them; and so are their derivatives."""
+    operands = dict(zip(("query", "key", "value"), (_normal(B, SQ, n, D) for n in (N, K, K)), strict=True))
+    operands |= {"pse": _normal(1, N, SQ, SQ), "sink": _normal(N), "dy": _normal(B, SQ, N, D)}
+
+    def gradients(x):
+        qkv, dy = (x["query"], x["key"], x["value"]), x["dy"]
+        options = {"head_num": x["query"].shape[2], "input_layout": "BSND", "implementation": backend}
+        terms = {"pse": x["pse"], "sink": x["sink"], "scale_value": jnp.float32(0.3)}
+        saved = jax_fa.flash_attention_score(*qkv, **terms, **options)
+        return tuple(jax_fa.flash_attention_score_grad(*qkv, dy, *saved, **terms, **options))
+
+    def moved(x):
+        return jax.jvp(gradients, (x,), (jax.tree.map(jnp.cos, x),))
+
+    x = {name: a[:1] if name in shared and name in ("key", "value") else a for name, a in operands.items()}
+    axes = {"pse": P(None, "y"), "sink": P("y")}
+    specs = {name: axes.get(name, P(None if name in shared else "x", None, "y")) for name in x}
+    results = tuple(specs[name] for name in ("query", "key", "value", "pse", "sink"))
+    whole = x | {name: jnp.repeat(x[name], B, axis=0) for name in ("key", "value") if name in shared}
+
+    def summed(found):
+        names = ("query", "key", "value", "pse", "sink")
+        return [
+            jnp.sum(a, axis=0, keepdims=True) if name in shared and name in ("key", "value") else a
+            for name, a in zip(names, found, strict=True)
+        ]
+
+    def split(x):  # one key for all batch entries of a device
+        per_device = B // 4
+        return moved(x | {n: jnp.repeat(x[n], per_device, axis=0) for n in ("key", "value") if n in shared})
+
+    run = jax.shard_map(split, mesh=_mesh("manual"), in_specs=(specs,), out_specs=(results, results))
+    _same(jax.jit(run)(x), [summed(found) for found in jax.jit(moved)(whole)])
+
+
+@pytest.mark.parametrize("rows", [None, "x"])
+def test_statistics_of_packed_sequences_in_torch_npus_order(rows, backend):
+    """Their order mixes rows and heads, which explicit axes cut."""
+    options = {"actual_seq_qlen": (5, 8, 12), "actual_seq_kvlen": (5, 8, 12), "sparse_mode": 3}
+
+    @jax.jit
+    def run(q, k, v):
+        out, *saved = jax_fa.npu_fusion_attention(q, k, v, N, "TND", scale=0.3, **options)[:3]
+        again = dict(zip(("softmax_max", "softmax_sum"), saved, strict=True))
+        found = jax_fa.npu_fusion_attention_grad(
+            q, k, v, q, N, "TND", attention_in=out, scale_value=0.3, **again, **options
+        )
+        return out, saved, found[:3]
+
+    qkv = [_normal(12, heads, D) for heads in (N, K, K)]
+    mesh = _mesh("explicit")
+    with jax.set_mesh(mesh):
+        specs = P(rows, "y"), P(None, "y"), P(None, "y")
+        found = run(*(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(qkv, specs, strict=True)))
+    _same(found, run(*qkv))

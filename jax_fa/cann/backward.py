@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jax_fa import arguments, entry, primitives, softmax
+from jax_fa import arguments, compat, entry, primitives, softmax
 from jax_fa.attention import attention
 from jax_fa.call import DIFFERENTIABLE, Call, Operands, Problem, Saved
 from jax_fa.cann import sinks
@@ -49,11 +49,12 @@ def request(
         problem = replace(call.problem, gradients=wanted, logsumexp=False, partial=True)
         found = _backward(problem, call.operands, m, l, out, dout)
         primal = _differentiable(call.operands)
-        zeros = {name: jnp.zeros(primal[name].shape, primal[name].dtype) for name in differentiable}
+        zeros = {name: jnp.zeros_like(primal[name]) for name in differentiable}
         gradients = pull(zeros | found)
         dsink = None
         if built.sink is not None:
             dsink = sinks.gradient(built.sink, m, l, _weighted_cotangents(call, m, l, dout))
+            dsink = compat.summed_like(dsink, built.sink)
         return Gradients(
             query=operator.beside(gradients["query"], gradients.get("query_rope"), built.call.dims.N),
             key=operator.beside(gradients["key"], gradients.get("key_rope"), built.call.dims.K),
@@ -110,8 +111,8 @@ def _share(l, m, lse):
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _backward(problem: Problem, operands: Operands, m, l, out, dout) -> dict[str, Any]:
     """The gradients that the problem wants; arrays as the kernels have them."""
-    saved = Saved(out=out, m=m, l=l, dout=dout)
-    return primitives.backward(problem, operands, saved).present()
+    found = primitives.backward(problem, operands, Saved(out=out, m=m, l=l, dout=dout)).present()
+    return {name: compat.summed_like(x, getattr(operands, name)) for name, x in found.items()}
 
 
 @_backward.defjvp

@@ -9,6 +9,7 @@ In layout TND torch_npu stores `(T, N, 8)` in an order of its own by default (`b
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa import compat
 from jax_fa.arguments import shown
 from jax_fa.call import Dims
 from jax_fa.cann import spec
@@ -75,10 +76,21 @@ def _block_places(packed: Packed, heads: int):
 def _to_blocks(x, packed: Packed):
     """`(T, N)`, in memory blocks `[N, Sq_b]`, of `N T`."""
     heads, T = x.shape
-    places = _block_places(packed, heads).reshape(-1)
-    return jnp.zeros(heads * T, x.dtype).at[places].set(x.reshape(-1), unique_indices=True).reshape(T, heads)
+
+    def stored(x):
+        places = _block_places(packed, heads).reshape(-1)
+        return (
+            jnp.zeros(heads * T, x.dtype).at[places].set(x.reshape(-1), unique_indices=True).reshape(T, heads)
+        )
+
+    return compat.automatic(stored, x, _whole)
 
 
 def _from_blocks(x, packed: Packed):
     """The inverse."""
-    return x.reshape(-1)[_block_places(packed, x.shape[1])]
+    return compat.automatic(lambda x: x.reshape(-1)[_block_places(packed, x.shape[1])], x, _whole)
+
+
+def _whole(x) -> tuple[None, ...]:
+    """No mesh axis cuts blocks, in which heads and rows are one after another."""
+    return (None,) * x.ndim
