@@ -68,16 +68,20 @@ def vary_like_results(fn: Callable, carry):
         carry = tree.unflatten(map(vary, leaves, found))
 
 
-def placed(aval, shape, dtype, axes):
-    """An aval like another one, of this shape and dtype, whose dims lie along these explicit mesh axes."""
-    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*axes))
+def placed(aval, shape, dtype, axes, among):
+    """An aval like another one, of this shape and dtype, whose dims lie along these explicit mesh axes of `among`, a tree.
+
+    (Where no mesh is set, an array that is not on one has none in its type, and JAX takes that of the others.)
+    """
+    mesh = explicit_mesh(among)
+    sharding = NamedSharding(aval.sharding.mesh if mesh is None else mesh, PartitionSpec(*axes))
     return aval.update(shape=tuple(shape), dtype=dtype, sharding=sharding, weak_type=False)
 
 
-def explicit_mesh(x):
-    """The mesh of an array whose type has explicit mesh axes; None: there are none."""
-    sharding = getattr(_type(x), "sharding", None)
-    return sharding.mesh if sharding is not None and sharding.mesh.explicit_axes else None
+def explicit_mesh(tree):
+    """The mesh of the first of a tree of arrays (or avals) whose type has explicit mesh axes; None: there are none."""
+    shardings = (getattr(_type(x), "sharding", None) for x in jax.tree.leaves(tree))
+    return next((x.mesh for x in shardings if x is not None and x.mesh.explicit_axes), None)
 
 
 def explicit_axes(x) -> tuple[Any, ...]:
@@ -96,7 +100,7 @@ def automatic(fn: Callable, arrays, specs: Callable):
 
     For code that JAX cannot type: `vmap` of loops, gathers.
     """
-    mesh = next((m for x in jax.tree.leaves(arrays) if (m := explicit_mesh(x)) is not None), None)
+    mesh = explicit_mesh(arrays)
     if mesh is None:
         return fn(arrays)
     inside = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto))

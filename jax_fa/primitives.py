@@ -194,9 +194,9 @@ def abstract_eval(kind, *avals, tree, problem):
     def aval(name):
         shape = _shape(call, name)
         if name in LIKE_OUT:
-            return compat.placed(query, shape, query.dtype, stored_shape(axes, problem.out_axes))
+            return compat.placed(query, shape, query.dtype, stored_shape(axes, problem.out_axes), avals)
         if name in _STATISTICS:
-            return compat.placed(query, shape, call.acc, (*batch, heads, rows))
+            return compat.placed(query, shape, call.acc, (*batch, heads, rows), avals)
         return getattr(call.operands, name).update(shape=shape, weak_type=False)
 
     return [aval(name) for name in kind.results(call)]

@@ -265,6 +265,20 @@ def test_types_are_those_of_jax_nn(query, key, value, out, key_heads):
     assert queries_alone or not types or types[0] == found[0]
 
 
+@pytest.mark.parametrize("placed", range(3), ids=("query", "key", "value"))
+@pytest.mark.parametrize("spec", [P("x"), P(None, None, "y")], ids=str)
+def test_where_no_mesh_is_set_the_types_of_some_arrays_have_one(placed, spec, backend):
+    """As JAX's own functions, which take the mesh of the others."""
+    x = list(QKV)
+    x[placed] = jax.device_put(x[placed], NamedSharding(_mesh("explicit"), spec))
+
+    def loss(*qkv):
+        return jnp.sum(jnp.sin(_attend(backend, qkv, Causal())))
+
+    for run in (partial(_attend, backend, mask=Causal()), lambda qkv: jax.grad(loss, (0, 1, 2))(*qkv)):
+        _same(jax.jit(run)(x), jax.jit(run)(list(QKV)))
+
+
 # --- CANN's backward, whose cotangents and statistics are arguments
 
 

@@ -33,8 +33,8 @@ def _abstract_eval(*avals, tree, problem):
     operands = tree.unflatten(avals)
     call, query = operands.call(problem), operands.query
     batch, rows, heads, _ = compat.explicit_axes(query)
-    out = compat.placed(query, call.out_shape, problem.out_dtype, (batch, rows, heads, None))
-    stats = compat.placed(query, call.stats_shape, call.acc, (batch, heads, rows))
+    out = compat.placed(query, call.out_shape, problem.out_dtype, (batch, rows, heads, None), operands)
+    stats = compat.placed(query, call.stats_shape, call.acc, (batch, heads, rows), operands)
     return [out, stats, stats]
 
 
