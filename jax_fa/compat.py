@@ -95,6 +95,25 @@ def gathered(x):
     return x if explicit_mesh(x) is None else jax.reshard(x, PartitionSpec(*(None,) * x.ndim))
 
 
+def once(axes) -> tuple[Any, ...]:
+    """The mesh axes of each dim, None where a dim before has one of them."""
+    found: list[Any] = []
+    taken: set[str | None] = set()
+    for given in axes:
+        names = set(given) if isinstance(given, tuple) else {given} - {None}
+        found.append(None if names & taken else given)
+        taken |= names
+    return tuple(found)
+
+
+def taken(x, index, axes):
+    """`x[index]`, whose dims lie along these explicit mesh axes: of a gather, JAX does not find them."""
+    mesh = explicit_mesh((x, index))
+    return (
+        x[index] if mesh is None else x.at[index].get(out_sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+    )
+
+
 def automatic(fn: Callable, arrays, specs: Callable):
     """`fn(arrays)`, a tree of arrays with the mesh axes of `specs(result)`, in which explicit axes are automatic.
 

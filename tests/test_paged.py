@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.jet import jet
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -379,6 +380,41 @@ def test_derivatives():
     np.testing.assert_allclose(moved[1], jnp.vdot(ours["query"], along["query"]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["value_pages", "value_scale"])
+def test_linear_transpose(name):
+    """In the values and in their scales, in which paged attention is linear; in no other."""
+    case = Case(Sq=2, scales=(0, 2))
+    x = {other: jnp.nan_to_num(a) for other, a in case.arrays.items()}
+
+    def run(moved, name=name):
+        return case(x | {name: moved})[0]
+
+    (found,) = jax.linear_transpose(run, x[name])(x["query"])
+    (want,) = jax.vjp(run, x[name])[1](x["query"])
+    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+    with pytest.raises(
+        NotImplementedError, match=r"linear in value_pages or value_scale alone, .* in key_pages"
+    ):
+        jax.linear_transpose(partial(run, name="key_pages"), x["key_pages"])(x["query"])
+
+
+def test_taylor_mode():
+    """Coefficients of the second order along a line."""
+    case = Case(Sq=2)
+    x = {name: jnp.nan_to_num(a) for name, a in case.arrays.items()}
+    point, along = (x["query"], x["key_pages"]), (jnp.cos(x["query"]), jnp.sin(x["key_pages"]))
+
+    def run(query, pages):
+        return case(x | {"query": query, "key_pages": pages})[0]
+
+    def first(*point):
+        return jax.jvp(run, point, along)[1]
+
+    _, found = jet(run, point, [[a, jnp.zeros_like(a)] for a in along])
+    for got, want in zip(found, jax.jvp(first, point, along), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scales", [(2,), (0,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("pages", ["", "int8", "float8_e4m3fn"])
 def test_derivatives_of_scales(pages, scales):
@@ -501,6 +537,46 @@ def test_vmap_of_explicit_axes(backend):
     assert jax.tree.map(lambda x: x.sharding.spec[1], found) == ("x", "x")
     for got, want in zip(found, run(SHARDED.arrays), strict=True):
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=2e-5, atol=2e-5)
+
+
+PLACEMENTS = {
+    "batch": {},
+    "heads": {"key_pages": (None, None, "y"), "key_scale": (None, None, "y")},
+    "pages": {"key_pages": ("y",), "value_pages": ("x", "y"), "key_scale": ("x",)},
+    "one axis": {"key_pages": (None, None, "x"), "value_pages": (None, None, None, "y")},
+    "whole table": {"page_table": (), "lengths": (), "query": ("x", "y")},
+}
+
+
+@pytest.mark.parametrize("placed", PLACEMENTS)
+def test_derivatives_of_explicit_axes(placed):
+    """Whatever of the pool is cut: in both modes, and as the carry of a scan, whose type must not change."""
+    case = Case(Sq=2, scales=(0, 1, 2), window=9, sinks=True, lengths=(37, 20, 0, 64))
+    x = {name: jnp.nan_to_num(a) for name, a in case.arrays.items()}
+    moving = [name for name in x if name not in ("page_table", "lengths")]
+
+    def loss(moved, rest):
+        def again(query, _):
+            return case(moved | rest | {"query": query})[0], None
+
+        first = case(moved | rest)[0]
+        return jnp.sum(jnp.sin(jax.lax.scan(again, first, None, length=1)[0]))
+
+    @jax.jit
+    def run(x):
+        moved = {name: x[name] for name in moving}
+        gradient = jax.grad(partial(loss, rest={name: x[name] for name in ("page_table", "lengths")}))
+        return jax.jvp(gradient, (moved,), (moved,))
+
+    specs = {"query": ("x",), "page_table": ("x",), "lengths": ("x",)} | PLACEMENTS[placed]
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = run(
+            {name: jax.device_put(a, NamedSharding(mesh, P(*specs.get(name, ())))) for name, a in x.items()}
+        )
+    want = run(x)
+    for got, whole in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(got), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_exported(backend):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from jax_fa import attention, backends, compat, entry, masks, primitives, sharding
+from jax_fa import attention, backends, compat, entry, masks, primitives, rules, sharding
 from jax_fa.call import Call, Shape
 from jax_fa.paged.call import PagedCall, PagedOperands, PagedProblem
 
@@ -32,10 +32,22 @@ def forward(problem: PagedProblem, operands: PagedOperands) -> list[Any]:
 def _abstract_eval(*avals, tree, problem):
     operands = tree.unflatten(avals)
     call, query = operands.call(problem), operands.query
-    batch, rows, heads, _ = compat.explicit_axes(query)
+    batch, rows, heads = _explicit_axes(operands)
     out = compat.placed(query, call.out_shape, problem.out_dtype, (batch, rows, heads, None), operands)
     stats = compat.placed(query, call.stats_shape, call.acc, (batch, heads, rows), operands)
     return [out, stats, stats]
+
+
+def _explicit_axes(operands: PagedOperands) -> tuple[Any, Any, Any]:
+    """The explicit mesh axes of the results' sequences, rows and heads: query's, else those of the pages' heads.
+
+    (So they are in the derivatives, those of attention to gathered pages.)
+    """
+    batch, rows, heads, _ = compat.explicit_axes(operands.query)
+    for pages in (operands.key_pages, operands.value_pages):
+        if heads is None and pages is not None:
+            heads = compat.once((batch, rows, compat.explicit_axes(pages)[2]))[2]
+    return batch, rows, heads
 
 
 # --- batching: more sequences, and where pages are mapped, more of them in one pool
@@ -93,12 +105,17 @@ def contiguous(call: PagedCall) -> Call:
     if left is not None:
         seen &= tokens >= (ends - d.Sq - left)[:, None]
 
+    def take(pages):
+        batch, heads = compat.explicit_axes(o.query)[0], compat.explicit_axes(pages)[2]
+        axes = compat.once((batch, None, None, heads, None))
+        return compat.taken(pages, table, axes[: pages.ndim + 1]).astype(dtype)
+
     def gathered(pages, scale):
-        x = pages[table].astype(dtype)
+        x = take(pages)
         if scale is not None:
             # What no row sees may be NaN, and by 0 that is still NaN in the derivatives of the product.
             visible = seen.reshape(x.shape[:3])[..., None]
-            factor = jnp.broadcast_to(scale, (*pages.shape[:3],))[table].astype(dtype)
+            factor = take(jnp.broadcast_to(scale, pages.shape[:3]))
             x = jnp.where(visible[..., None], x, 0) * jnp.where(visible, factor, 0)[..., None]
         return x.reshape(*d.B, -1, *pages.shape[2:])
 
@@ -130,14 +147,33 @@ def _jvp(primals, tangents, *, tree, problem):
     ]
 
     def run(moving):
-        leaves = list(primals)
-        for i, x in zip(active, moving, strict=True):
-            leaves[i] = x
-        with compat.allow_promotion():
-            result = attention.attention(contiguous(tree.unflatten(leaves).call(problem)))
-        return [result.out.astype(problem.out_dtype), result.m, result.l]
+        return _of_gathered(problem, tree, primals, dict(zip(active, moving, strict=True)))
 
     return jax.jvp(run, ([primals[i] for i in active],), ([tangents[i] for i in active],))
+
+
+def _of_gathered(problem: PagedProblem, tree, args, others: dict[int, Any]) -> list[Any]:
+    """The results from attention to gathered pages, with other arrays in the place of some."""
+    leaves = [others.get(i, x) for i, x in enumerate(args)]
+    with compat.allow_promotion():
+        found = attention.attention(contiguous(tree.unflatten(leaves).call(problem)))
+    return [found.out.astype(problem.out_dtype), found.m, found.l]
+
+
+def _transpose(cotangents, *args, tree, problem):
+    """Of out as a function of the values or of their scales (`jax.linear_transpose`)."""
+    linear = {i: x.aval for i, x in enumerate(args) if ad.is_undefined_primal(x)}
+    names = [name for name, x in tree.unflatten(args).arrays() if ad.is_undefined_primal(x)]
+    if names not in (["value_pages"], ["value_scale"]):
+        raise NotImplementedError(
+            f"paged attention is linear in value_pages or value_scale alone, and has no transpose in {', '.join(names)}."
+        )
+    found: list[Any] = [None] * len(args)
+    if type(cotangents[0]) is not ad.Zero:
+        ((at, aval),) = linear.items()
+        out = jax.linear_transpose(lambda x: _of_gathered(problem, tree, args, {at: x})[0], aval)
+        (found[at],) = out(cotangents[0])
+    return found
 
 
 # --- sharding: sequences and heads
@@ -256,6 +292,8 @@ paged_p.def_impl(partial(xla.apply_primitive, paged_p))
 paged_p.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[paged_p] = _batching_rule
 ad.primitive_jvps[paged_p] = _jvp
+ad.primitive_transposes[paged_p] = _transpose
+rules.def_jet(paged_p)
 mlir.register_lowering(paged_p, _lowering)
 for name in backends.PLATFORMS:
     mlir.register_lowering(paged_p, _lowering, platform=name)
