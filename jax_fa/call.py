@@ -56,6 +56,8 @@ class Problem:
     # How the sequence is spread over devices (a `sequence_parallel.Shards`); None: this device has all of it. Then key
     # and value are a part of the keys, and what says something of keys (bounds, columns, positions) does so of all.
     shards: Any = None
+    # `jax.default_matmul_precision` where the call is traced. It is lowered later, elsewhere, and so is its gradient.
+    precision: str | None = None
     # A fallback to the portable backend is an error (see `backends.strictness`).
     strict: bool = False
     # The backend that the caller named, and its options object where that was given.

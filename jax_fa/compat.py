@@ -136,6 +136,26 @@ def allow_promotion():
         yield
 
 
+def matmul_precision() -> str | None:
+    """What `jax.default_matmul_precision` says here."""
+    return config.default_matmul_precision.value
+
+
+def with_matmul_precision(precision: str | None):
+    """A context in which it says this."""
+    return config.default_matmul_precision(precision)
+
+
+def _with_dtypes_of(arrays):
+    """A context in which arrays may have 64 bits where some of these have.
+
+    `jax.enable_x64` is a setting of the thread and the context that trace a call. Others lower it, and XLA's partitioners ask
+    from threads of their own.
+    """
+    wide = any(x.dtype.itemsize == 8 for x in arrays)
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def plain():
     """A context for our own code in which arrays carry no sharding in their types, whatever mesh the caller set."""
@@ -171,7 +191,7 @@ def lower_plain(fn, ctx, *args):
     Shardings and manual axes are types of the surrounding program; inside, everything is local and plain.
     """
     local = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    with plain():
+    with plain(), _with_dtypes_of(local):
         return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(avals_in=local), *args)
 
 
@@ -187,6 +207,7 @@ def lower_manual(fn, ctx, *args):
         jax.sharding.use_abstract_mesh(mesh),
         core.extend_axis_env_nd(sizes),
         config._check_vma(False),
+        _with_dtypes_of(ctx.avals_in),
     ):
         whole = NamedSharding(mesh, PartitionSpec())
         local = [jax.core.ShapedArray(aval.shape, aval.dtype, sharding=whole) for aval in ctx.avals_in]
@@ -325,7 +346,8 @@ def local_module(fn: Callable, shapes, devices: int, platforms) -> bytes:
     """The program of a function that every one of so many devices runs, on arrays of these shapes."""
     mesh: Any = jax.sharding.AbstractMesh((devices,), (_DEVICES,))
     axes = [(_DEVICES, devices)]
-    jaxpr = jax.make_jaxpr(fn, axis_env=axes)(*shapes)
+    with _with_dtypes_of(shapes):
+        jaxpr = jax.make_jaxpr(fn, axis_env=axes)(*shapes)
     with core.extend_axis_env_nd(axes):
         module = internal_mlir.build_mlir_module_helper(
             jaxpr,

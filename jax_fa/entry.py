@@ -162,6 +162,7 @@ def build(
         mask_mods=called.mask_mods,
         block_size=called.block_size,
         logsumexp=logsumexp,
+        precision=compat.matmul_precision(),
         strict=strictness.active(),
         implementation=name,
         options=options,

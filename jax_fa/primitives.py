@@ -315,7 +315,8 @@ def _run(kind, backend, problem, tree, *leaves):
     inputs = tree.unflatten(leaves)
     if inputs.operands.sinks is not None:
         backend = Around(backend)
-    return tuple(kind.run(backend, inputs.call(problem), inputs))
+    with compat.with_matmul_precision(problem.precision):
+        return tuple(kind.run(backend, inputs.call(problem), inputs))
 
 
 def _lowering(kind, ctx, *args, tree, problem):

@@ -217,7 +217,8 @@ def forward_derivative(kind, problem: Problem, x: Inputs, along: Inputs) -> list
         def results(moved):
             parts = {name: replace(getattr(x, name), **arrays) for name, arrays in moved.items()}
             inputs = replace(x, **parts)
-            return kind.run(portable, inputs.call(problem), inputs)
+            with compat.with_matmul_precision(problem.precision):
+                return kind.run(portable, inputs.call(problem), inputs)
 
         return jax.jvp(results, (at,), (tangents,))[1]
 

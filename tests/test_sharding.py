@@ -396,6 +396,20 @@ def test_cotangents_that_are_zero_have_explicit_axes(derivative, backend):
     _same(found, jax.jit(run)(*qkv))
 
 
+def test_float64_in_a_context():
+    """XLA asks how to split a call from a thread of its own, which `jax.enable_x64` does not reach."""
+    with jax.enable_x64(True):
+        qkv = [jnp.asarray(x, jnp.float64) for x in _qkv(8, 4, 2)]
+
+        def loss(*qkv):
+            return jnp.sum(jnp.sin(jax_fa.flash_attention(*qkv, mask=Causal())))
+
+        run = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+        found = run(*(jax.device_put(x, NamedSharding(_mesh(x=8), P("x"))) for x in qkv))
+        want = run(*qkv)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, want)
+
+
 def test_vmap_with_a_sharded_axis(backend):
     """vmap over the axis that is spread over devices keeps it spread."""
     mesh = _mesh(x=8)

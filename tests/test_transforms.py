@@ -1,5 +1,6 @@
 """jit, scan, remat, second derivatives, export: the transformations that are not vmap or sharding."""
 
+import re
 from functools import partial
 
 import jax
@@ -327,6 +328,56 @@ def test_strict_settings_of_the_caller_are_theirs(entry):
         assert jnp.isfinite(jax.grad(loss)(x)).all()
         tangent = jax.jvp(jax.grad(loss), (x,), (x,))[1]
     assert jnp.isfinite(tangent).all()
+
+
+def _paged(q, k, v):
+    table, lengths = jnp.zeros((2, 1), jnp.int32), jnp.full(2, 5)
+    return jax_fa.paged_attention(q[:, :1], k, v, table, lengths, implementation="xla")
+
+
+PRECISE = {
+    "flash_attention": partial(jax_fa.flash_attention, mask=Causal(), implementation="xla"),
+    "paged_attention": _paged,
+}
+
+
+@pytest.mark.parametrize("derivative", ["none", "gradient", "second", "third"])
+@pytest.mark.parametrize("entry", PRECISE)
+def test_the_precision_is_that_where_the_call_is_traced(entry, derivative):
+    """Also of gradients, as JAX has it; a program is lowered when the context is gone."""
+
+    def run(*x):
+        with jax.default_matmul_precision("highest"):
+            return PRECISE[entry](*x)
+
+    def gradient(*x):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(run(*x))), (0, 1, 2))(*x)
+
+    def second(*x):
+        return jax.jvp(gradient, x, x)
+
+    def third(*x):
+        return jax.jvp(second, x, x)
+
+    functions = {"none": run, "gradient": gradient, "second": second, "third": third}
+    traced = jax.jit(functions[derivative]).trace(*(_normal(2, 9, heads, 8) for heads in (4, 2, 2)))
+    products = re.findall(r"stablehlo\.dot_general.*", traced.lower(lowering_platforms=("tpu",)).as_text())
+    assert products and all("HIGHEST" in line for line in products)
+
+
+@pytest.mark.parametrize("derivative", [False, True])
+def test_float64_where_another_thread_or_context_lowers(derivative):
+    """`jax.enable_x64` holds for what traces the call."""
+
+    def run(*x):
+        return jnp.sum(jnp.sin(jax_fa.flash_attention(*x, mask=Causal())))
+
+    with jax.enable_x64(True):
+        x = [jnp.asarray(_normal(2, 9, heads, 8), jnp.float64) for heads in (4, 2, 2)]
+        function = jax.jit(jax.grad(run, (0, 1, 2)) if derivative else run)
+        traced, want = function.trace(*x), function(*x)
+    found = traced.lower().compile()(*x)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), found, want)
 
 
 def test_export_of_segments_with_symbolic_lengths():

@@ -119,6 +119,7 @@ def paged_attention(
         logits_soft_cap=None if isinstance(cap, jax.Array) else cap,
         value_dim=value_dim,
         out_dtype=computed if sinks is None else acc,
+        precision=compat.matmul_precision(),
         strict=strictness.active(),
         implementation=backend,
         options=options,

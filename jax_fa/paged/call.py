@@ -26,6 +26,7 @@ class PagedProblem:
     )
     out_dtype: Any = None  # np.dtype
     # As in `call.Problem`.
+    precision: str | None = None
     strict: bool = False
     implementation: str | None = None
     options: Hashable = None
@@ -109,6 +110,7 @@ class PagedCall:
             scale=self.problem.scale,
             logits_soft_cap=self.problem.logits_soft_cap,
             logsumexp=True,
+            precision=self.problem.precision,
             strict=self.problem.strict,
             implementation=self.problem.implementation,
             options=self.problem.options,

@@ -135,7 +135,8 @@ def contiguous(call: PagedCall) -> Call:
         if (x := getattr(o, name)) is not None
     }
     return made.replace(
-        problem=replace(made.problem, strict=problem.strict), operands=replace(made.operands, **given)
+        problem=replace(made.problem, precision=problem.precision, strict=problem.strict),
+        operands=replace(made.operands, **given),
     )
 
 
@@ -213,7 +214,8 @@ class PagedPartition(sharding.Partition):
 
 
 def _run(backend, problem, tree, *leaves):
-    return tuple(backend.paged(tree.unflatten(leaves).call(problem)))
+    with compat.with_matmul_precision(problem.precision):
+        return tuple(backend.paged(tree.unflatten(leaves).call(problem)))
 
 
 def _run_split(platform: str, backend, problem, tree, *leaves):
