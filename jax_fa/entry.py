@@ -167,8 +167,7 @@ def build(
         implementation=name,
         options=options,
     )
-    stored = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
-    query, key, value = stored
+    query, key, value = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
     if mask is not None:
         python_ints.watch(problem.mask, d.Sq, (arrays.query.shape, arrays.key.shape, arrays.query.dtype))
     first, *others = mask_operands(_of_mask(masks.parts, mask, arrays))
