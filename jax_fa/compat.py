@@ -346,9 +346,9 @@ def local_module(fn: Callable, shapes, devices: int, platforms) -> bytes:
     """The program of a function that every one of so many devices runs, on arrays of these shapes."""
     mesh: Any = jax.sharding.AbstractMesh((devices,), (_DEVICES,))
     axes = [(_DEVICES, devices)]
-    with _with_dtypes_of(shapes):
+    with plain(), _with_dtypes_of(shapes):  # XLA may ask in the context that compiles, with its mesh
         jaxpr = jax.make_jaxpr(fn, axis_env=axes)(*shapes)
-    with core.extend_axis_env_nd(axes):
+    with plain(), core.extend_axis_env_nd(axes):
         module = internal_mlir.build_mlir_module_helper(
             jaxpr,
             name="jax_fa_local",

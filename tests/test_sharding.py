@@ -374,6 +374,22 @@ def test_derivatives_along_tangents_of_explicit_axes(backend):
     _same(found, want)
 
 
+def test_gradients_of_what_devices_share_along_explicit_axes(backend):
+    """Keys are whole where rows are cut: sums over devices, which are compiled where the mesh is set."""
+    mesh = _mesh(AxisType.Explicit, x=4)
+    q, k, v = _qkv(2, 4, 2)
+    q = np.concatenate([q, q[:, :1]], axis=1)  # 20 rows
+
+    def loss(*qkv):
+        return jnp.sum(jnp.sin(jax_fa.flash_attention(*qkv, mask=Causal(), implementation=backend)))
+
+    run = jax.jit(jax.grad(loss, (0, 1, 2)))
+    with jax.set_mesh(mesh):
+        placed = zip((q, k, v), (P(None, "x"), P(), P()), strict=True)
+        found = run(*(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in placed))
+    _same(found, run(q, k, v))
+
+
 @pytest.mark.parametrize("derivative", ["second", "transpose"])
 def test_cotangents_that_are_zero_have_explicit_axes(derivative, backend):
     """Second derivatives with sinks, of the output alone; and the transpose in value."""

@@ -48,9 +48,8 @@ class Split:
         warn(gathered(self.partition, list(zip(self.names, self.inputs, cut, strict=True)), used))
 
         def local(*leaves):
-            with compat.plain():
-                parts = self.run(*leaves)
-            return [summed(x, labels, used, devices) for x, labels in zip(parts, self.results, strict=True)]
+            parts = zip(self.run(*leaves), self.results, strict=True)
+            return [summed(x, labels, used, devices) for x, labels in parts]
 
         needed = [
             kept(sharding, sharding_of(labels, used, devices), len(labels))
