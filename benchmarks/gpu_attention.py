@@ -1,6 +1,7 @@
 """Checks and times attention on an NVIDIA GPU, all in one call: ours, `jax.nn`, tokamax and PyTorch.
 
-    python -P benchmarks/gpu_attention.py [--check-only] [--rows TEXT] [--tune] [--budget-seconds 560] [--out DIR]
+    python -P benchmarks/gpu_attention.py [--check-only] [--rows TEXT] [--tune] [--after FILE...] [--budget-seconds 560]
+        [--out DIR]
 
 It runs from a source tree without the native extension, and with any of the peers absent. In order: the device and
 versions, correctness against float64, the forward, the backward, AlphaFold's shape, a training step, and with --tune the
@@ -32,6 +33,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check-only", action="store_true", help="the device and correctness, no timing")
     parser.add_argument("--rows", default="", metavar="TEXT", help='only rows whose "part label" contains it')
+    parser.add_argument(
+        "--after",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="only rows that these files of results lack, or in which a check failed",
+    )
     parser.add_argument("--tune", action="store_true", help="also time every configuration of the kernels")
     parser.add_argument("--budget-seconds", type=float, default=560, help="in all (default: %(default)s)")
     parser.add_argument(
@@ -67,7 +76,7 @@ def _supervise(options: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
     deadline = time.time() + options.budget_seconds
-    hidden = ("worker", "deadline", "parts", "nth", "out", "wheels")  # the last two are paths
+    hidden = ("worker", "deadline", "parts", "nth", "after", "out", "wheels")  # the last three are paths
     shown = {name: str(value) for name, value in vars(options).items() if name not in hidden}
     results = record.Results(options.out, shown, lambda text: print(text, flush=True))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -128,7 +137,7 @@ def _work(options: argparse.Namespace) -> int:
     from gpu import jobs, parts
 
     context = jobs.Context(
-        events=record.Events(options.worker),
+        events=record.Events(options.worker, record.settled(options.after)),
         deadline=options.deadline,
         threads=options.jobs,
         rehearse=options.rehearse,

@@ -30,20 +30,23 @@ BLOCK = 32  # columns whose counters lie together
 TILE_ELEMENTS = 2**18  # bits that `dropout_mask` draws at a time
 
 
-def philox4x32(counter, key, rounds: int = 10, multiply=None):
-    """Philox4x32: four uint32 words from a counter of four words and a key of two (arrays broadcast).
+ROUNDS = 10
 
-    `multiply(a, b)` gives the high and low words of a product, for a backend that has better means than 32 bits.
-    """
-    multiply = multiply or _multiply_full
-    c0, c1, c2, c3 = (jnp.asarray(c, jnp.uint32) for c in counter)
-    k0, k1 = (jnp.asarray(k, jnp.uint32) for k in key)
+
+def philox4x32(counter, key, rounds: int = ROUNDS):
+    """Philox4x32: four uint32 words from a counter of four words and a key of two (arrays broadcast)."""
+    counter, key = (tuple(jnp.asarray(x, jnp.uint32) for x in words) for words in (counter, key))
     for _ in range(rounds):
-        hi0, lo0 = multiply(c0, 0xD2511F53)
-        hi1, lo1 = multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = k0 + np.uint32(0x9E3779B9), k1 + np.uint32(0xBB67AE85)
-    return c0, c1, c2, c3
+        counter, key = philox_round(counter, key, _multiply_full)
+    return counter
+
+
+def philox_round(counter, key, multiply):
+    """The counter and the key after a round; `multiply(a, b)` gives the high and low words of a product."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    hi0, lo0 = multiply(c0, 0xD2511F53)
+    hi1, lo1 = multiply(c2, 0xCD9E8D57)
+    return (hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0), (k0 + np.uint32(0x9E3779B9), k1 + np.uint32(0xBB67AE85))
 
 
 def _multiply_full(a, b: int):

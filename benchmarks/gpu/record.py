@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ DEATHS_PER_PART = 4  # after so many a part is given up
 class Events:
     """The file of events, in the worker."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settled: Iterable[tuple[str, str]] = ()) -> None:
         self._path = path
         rows = [event["row"] for event in read_events(path) if "row" in event]
-        self._known = {(row["part"], row["label"]) for row in rows}
+        self._known = {(row["part"], row["label"]) for row in rows} | set(settled)
         self._deaths = [row["part"] for row in rows if row.get("fatal")]
 
     def begin(self, part: str, label: str, limit: float, shared: bool = False) -> None:
@@ -45,7 +45,7 @@ class Events:
         self._append({"row": {"part": part, "label": label, "status": status, **more}})
 
     def knows(self, part: str, label: str) -> bool:
-        """Whether this row was written, by this worker or one before it."""
+        """Whether this row was written, by this worker or one before it, or is settled."""
         return (part, label) in self._known
 
     def deadly(self, part: str) -> bool:
@@ -54,6 +54,14 @@ class Events:
 
     def _append(self, event: dict[str, Any]) -> None:
         append_event(self._path, event)
+
+
+def settled(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    """(part, label) of the rows in files of results that need not be run again; the machine is described each time."""
+    for file in files:
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            if row["part"] != "machine" and row["status"] in ("ok", "pass", "close"):
+                yield row["part"], row["label"]
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ exp2((x - m) log2(e)), which stays right where logits are as large as float32 go
 these exponents alike (m is what the forward returns, in nats), so that both have the same weights.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_fa import dropout
 from jax_fa.backends.mosaic.geometry import LOG2E
+from jax_fa.backends.mosaic.memory import opaque
 from jax_fa.call import Problem
 from jax_fa.softmax import FLT_MAX
 
@@ -122,7 +124,9 @@ def finish(tile: Tile, s, read: Read, plain: bool, bounded: bool) -> Logits:
         s = s + tile.keys(nan_marker)
     visible = _visible(tile, read, bounded)
     if visible is not None:
-        s = jnp.where(visible, s, -jnp.inf)
+        # Opaque: beside a constant, the compiler moves the product that makes exponents (see `weights`) in front of the
+        # choice, and it is then rounded before the subtraction, other than where nothing is masked.
+        s = jnp.where(visible, s, opaque(-math.inf))
     return Logits(s, product, visible, slope, cap_slope)
 
 
@@ -217,7 +221,12 @@ def kept(tile: Tile, keep, x, read: Read):
 
 
 def _philox(counter, seed):
-    return dropout.philox4x32(counter, seed, multiply=_multiply_wide)
+    """`dropout.philox4x32` as a loop: the compiler unrolls it, and JAX, which is slower, has a tenth to lower."""
+
+    def step(_, words):
+        return dropout.philox_round(*words, _multiply_wide)
+
+    return lax.fori_loop(0, dropout.ROUNDS, step, (counter, tuple(seed)))[0]
 
 
 def _multiply_wide(a, b: int):

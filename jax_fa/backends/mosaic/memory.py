@@ -54,8 +54,10 @@ def span(start, size: int, multiple: int = 1):
 
 
 def opaque(x):
-    """An integer that JAX does not see through, known or not."""
-    return lax.optimization_barrier(jnp.int32(x)) if isinstance(x, int) else x
+    """A number that neither JAX nor the compiler sees through, known or not."""
+    if not isinstance(x, int | float):
+        return x
+    return lax.optimization_barrier(jnp.int32(x) if isinstance(x, int) else jnp.float32(x))
 
 
 def wait_if(condition, barrier) -> None:
