@@ -47,7 +47,7 @@ class Link:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("h200", 516e12, 350e12, 141e9, "measured: bfloat16, D=128, causal, S=4096"),
+        Chip("h200", 523e12, 359e12, 141e9, "measured: bfloat16, D=128, causal, S=4096"),
         Chip(
             "cpu", 0.80e12, 0.69e12, 256e9, "measured: two cores of AMD EPYC (Zen 5), bfloat16, D=128, causal"
         ),
