@@ -24,22 +24,22 @@ class CompiledCall {
 template <typename Layout>
 class CallWithLayout : public CompiledCall {
  public:
-  // `make(args, rets)`, with their shapes, gives a new layout.
-  template <typename Make>
-  const Layout& LayoutOf(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, const Make& make) {
+  const Layout& LayoutOf(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
     if (const Layout* made = made_.load(std::memory_order_acquire)) return *made;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!layout_) {
       std::vector<Shape> arg_shapes, ret_shapes;
       for (size_t i = 0; i < args.size(); ++i) arg_shapes.push_back(ShapeOf(Arg(args, i)));
       for (size_t i = 0; i < rets.size(); ++i) ret_shapes.push_back(ShapeOf(Ret(rets, i)));
-      layout_ = make(std::move(arg_shapes), std::move(ret_shapes));
+      layout_ = Make(arg_shapes, ret_shapes);
       made_.store(layout_.get(), std::memory_order_release);
     }
     return *layout_;
   }
 
  private:
+  virtual std::unique_ptr<const Layout> Make(const std::vector<Shape>& args, const std::vector<Shape>& rets) const = 0;
+
   std::mutex mutex_;  // guards layout_
   std::unique_ptr<const Layout> layout_;
   std::atomic<const Layout*> made_{nullptr};

@@ -51,17 +51,17 @@ class OperandCall : public CallWithLayout<Layout> {
         present_(p.present),
         saved_(p.saved) {}
 
-  std::unique_ptr<const Layout> Make(std::vector<Shape> args, std::vector<Shape> rets) const {
+ private:
+  std::unique_ptr<const Layout> Make(const std::vector<Shape>& args, const std::vector<Shape>& rets) const override {
     CallShapes shapes;
     shapes.pass = kPass;
     shapes.present = present_, shapes.saved = saved_;
     shapes.query_axes = axes_[0], shapes.key_axes = axes_[1], shapes.value_axes = axes_[2];
     shapes.out_axes = axes_[3];
-    shapes.args = std::move(args), shapes.rets = std::move(rets);
+    shapes.args = args, shapes.rets = rets;
     return std::make_unique<const Layout>(call_, shapes);
   }
 
- private:
   const Call call_;
   const std::array<std::string, 4> axes_;
   const uint32_t present_, saved_;
@@ -75,10 +75,7 @@ ffi::ErrorOr<std::unique_ptr<CompiledCall>> Instantiate(const ProblemAttr& p) {
 template <Pass kPass>
 ffi::Error Compute(ffi::ThreadPool pool, CompiledCall* compiled, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   return Guard([&] {
-    OperandCall<kPass>& call = *static_cast<OperandCall<kPass>*>(compiled);
-    const Layout& layout = call.LayoutOf(args, rets, [&](auto arg_shapes, auto ret_shapes) {
-      return call.Make(std::move(arg_shapes), std::move(ret_shapes));
-    });
+    const Layout& layout = static_cast<OperandCall<kPass>*>(compiled)->LayoutOf(args, rets);
     PoolRunner<ffi::ThreadPool> runner(pool, layout.IsTiny());
     if (layout.IsEmpty()) {
       for (size_t i = 0; i < rets.size(); ++i) Clear(runner, Ret(rets, i).untyped_data(), Ret(rets, i).size_bytes());

@@ -30,13 +30,14 @@ class PagedCall : public CallWithLayout<PagedLayout> {
  public:
   explicit PagedCall(const PagedAttr& p) : p_(p) {}
 
-  std::unique_ptr<const PagedLayout> Make(const std::vector<Shape>& args, const std::vector<Shape>& rets) const {
+ private:
+  std::unique_ptr<const PagedLayout> Make(const std::vector<Shape>& args,
+                                          const std::vector<Shape>& rets) const override {
     Call attributes;
     attributes.scale = p_.scale, attributes.soft_cap = p_.soft_cap;
     return std::make_unique<const PagedLayout>(attributes, p_.present, args, rets);
   }
 
- private:
   const PagedAttr p_;
 };
 
@@ -44,9 +45,7 @@ ffi::ErrorOr<std::unique_ptr<CompiledCall>> Instantiate(const PagedAttr& p) { re
 
 ffi::Error Compute(ffi::ThreadPool pool, CompiledCall* compiled, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   return Guard([&] {
-    PagedCall& call = *static_cast<PagedCall*>(compiled);
-    const PagedLayout& layout = call.LayoutOf(
-        args, rets, [&](const auto& arg_shapes, const auto& ret_shapes) { return call.Make(arg_shapes, ret_shapes); });
+    const PagedLayout& layout = static_cast<PagedCall*>(compiled)->LayoutOf(args, rets);
     if (layout.IsEmpty()) return;  // no row
     const Call c = layout.At([&](size_t i) { return Arg(args, i).untyped_data(); },
                              [&](size_t i) { return Ret(rets, i).untyped_data(); });

@@ -40,8 +40,8 @@ class Views {
     std::vector<int64_t>& offsets = tables_.emplace_back();
     offsets.reserve(entries_);
     offsets.push_back(0);
-    for (size_t i = batch_.size();
-         i-- > 0;) {  // one dim after the other, innermost first: copies of what is there, further on
+    // One dim after the other, innermost first: copies of what is there, further on.
+    for (size_t i = batch_.size(); i-- > 0;) {
       const int64_t step = Stride(x, axes, i);
       const size_t inner = offsets.size();
       for (int64_t b = 1; b < batch_[i]; ++b)

@@ -138,12 +138,7 @@ def allow_promotion():
 
 def matmul_precision() -> str | None:
     """What `jax.default_matmul_precision` says here."""
-    return config.default_matmul_precision.value
-
-
-def with_matmul_precision(precision: str | None):
-    """A context in which it says this."""
-    return config.default_matmul_precision(precision)
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
 def _with_dtypes_of(arrays):

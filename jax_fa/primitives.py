@@ -315,7 +315,7 @@ def _run(kind, backend, problem, tree, *leaves):
     inputs = tree.unflatten(leaves)
     if inputs.operands.sinks is not None:
         backend = Around(backend)
-    with compat.with_matmul_precision(problem.precision):
+    with jax.default_matmul_precision(problem.precision):
         return tuple(kind.run(backend, inputs.call(problem), inputs))
 
 

@@ -217,7 +217,7 @@ def forward_derivative(kind, problem: Problem, x: Inputs, along: Inputs) -> list
         def results(moved):
             parts = {name: replace(getattr(x, name), **arrays) for name, arrays in moved.items()}
             inputs = replace(x, **parts)
-            with compat.with_matmul_precision(problem.precision):
+            with jax.default_matmul_precision(problem.precision):
                 return kind.run(portable, inputs.call(problem), inputs)
 
         return jax.jvp(results, (at,), (tangents,))[1]

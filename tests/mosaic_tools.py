@@ -14,7 +14,8 @@ from jax import export
 
 import jax_fa
 from jax_fa import backends
-from jax_fa.call import Call
+from jax_fa.backends import mosaic
+from jax_fa.call import Call, Saved
 from jax_fa.entry import request_of
 from jax_fa.testing.cases import Case
 
@@ -72,6 +73,35 @@ def operations(text: str) -> Iterator[tuple[str, int]]:
                 found[1],
                 max((int(np.prod([int(n) for n in s.split("x")[:-1]])) for s in shapes), default=0),
             )
+
+
+# --- what kernels are made of
+
+
+def both_directions(call: Call):
+    """The jaxpr of the forward and the backward of a call of avals."""
+
+    def run(operands):
+        given = Call.of(call.problem, operands)
+        out, m, l = mosaic.backend.forward(given)
+        return mosaic.backend.backward(given, Saved(out=out, m=m, l=l, dout=out))
+
+    return jax.make_jaxpr(run)(call.operands).jaxpr
+
+
+def inside(jaxpr) -> Iterator[Any]:
+    """The jaxpr and all in it."""
+    yield jaxpr
+    for eqn in jaxpr.eqns:
+        for inner in jaxprs_of(eqn):
+            yield from inside(inner)
+
+
+def jaxprs_of(eqn) -> Iterator[Any]:
+    """The jaxprs of an equation."""
+    for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        if hasattr(x, "eqns"):
+            yield getattr(x, "jaxpr", x)
 
 
 # --- what the backend says of a case

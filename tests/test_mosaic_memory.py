@@ -4,7 +4,6 @@ Pallas' interpreter bounds no memory and has no warps, so it shows neither.
 """
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic_tools import interpreter, lowered, needs_new_jax
+from mosaic_tools import both_directions, inside, interpreter, jaxprs_of, lowered, needs_new_jax
 
 import jax_fa
 from jax_fa import compat, masks
-from jax_fa.backends import mosaic
 from jax_fa.backends.mosaic import Tiles, choice, operands, tuning
 from jax_fa.backends.mosaic.geometry import Geometry
-from jax_fa.call import Call, Operands, Problem, Saved
+from jax_fa.call import Call, Operands, Problem
 
 pytestmark = needs_new_jax
 Sq, Skv, N = 500, 600, 2
@@ -153,39 +151,17 @@ def test_a_call_that_fills_the_memory_is_lowered():
 _SYNCHRONIZING = {"barrier_wait", "barrier_arrive"}
 
 
-def _inside(jaxpr) -> Iterator:
-    """The jaxpr and all in it."""
-    yield jaxpr
-    for eqn in jaxpr.eqns:
-        for inner in _of(eqn):
-            yield from _inside(inner)
-
-
-def _of(eqn) -> Iterator:
-    """The jaxprs of an equation."""
-    for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-        if hasattr(x, "eqns"):
-            yield getattr(x, "jaxpr", x)
-
-
 def _synchronizes(eqn) -> set[str]:
-    names = {e.primitive.name for inner in _of(eqn) for j in _inside(inner) for e in j.eqns}
+    names = {e.primitive.name for inner in jaxprs_of(eqn) for j in inside(inner) for e in j.eqns}
     return (names | {eqn.primitive.name}) & _SYNCHRONIZING
-
-
-def _attend(given: Operands):
-    """The forward and the backward of a call."""
-    call = Call.of(_call(64, 64, {}).problem, given)
-    out, m, l = mosaic.backend.forward(call)
-    return mosaic.backend.backward(call, Saved(out=out, m=m, l=l, dout=out))
 
 
 def test_consumers_take_turns_to_reduce_over_warps():
     """Rows lie in several warps. The compiler reduces over these through scratch memory that is the same for all warpgroups
     of a block, and does not synchronize them: consumers that reduce at the same time would read one another's values."""
-    program = jax.make_jaxpr(_attend)(_call(64, 64, FEATURES["one bias per row"]).operands)
+    program = both_directions(_call(64, 64, FEATURES["one bias per row"]))
     around = []
-    for jaxpr in _inside(program.jaxpr):
+    for jaxpr in inside(program):
         for i, eqn in enumerate(jaxpr.eqns):
             if eqn.primitive.name.startswith("reduce_") and 0 in eqn.params["axes"]:
                 sides = jaxpr.eqns[i - 1 :: -1], jaxpr.eqns[i + 1 :]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa import compat
 from jax_fa.explanation import here
 
 
@@ -29,7 +30,7 @@ def check_precision(precision, dtype) -> None:
         )
     if dtype != jnp.float32 or here() == "cpu":
         return
-    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    default = compat.matmul_precision()
     if max(levels) > _level(default):
         raise NotImplementedError(
             f"precision={precision!r} is more than the kernels may use on {here()}: they take the precision of float32 "

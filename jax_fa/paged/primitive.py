@@ -214,7 +214,7 @@ class PagedPartition(sharding.Partition):
 
 
 def _run(backend, problem, tree, *leaves):
-    with compat.with_matmul_precision(problem.precision):
+    with jax.default_matmul_precision(problem.precision):
         return tuple(backend.paged(tree.unflatten(leaves).call(problem)))
 
 

@@ -224,7 +224,8 @@ def _philox(counter, seed):
     """`dropout.philox4x32` as a loop: the compiler unrolls it, and JAX, which is slower, has a tenth to lower."""
 
     def step(_, words):
-        return dropout.philox_round(*words, _multiply_wide)
+        counter, key = words
+        return dropout.philox_round(counter, key, _multiply_wide)
 
     return lax.fori_loop(0, dropout.ROUNDS, step, (counter, tuple(seed)))[0]
 
