@@ -35,11 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", default="", metavar="TEXT", help='only rows whose "part label" contains it')
     parser.add_argument(
         "--after",
-        type=Path,
+        type=_file,
         nargs="+",
         default=[],
         metavar="FILE",
-        help="only rows that these files of results lack, or in which a check failed",
+        help="only rows that these files of results lack, or that were skipped or failed there",
     )
     parser.add_argument("--tune", action="store_true", help="also time every configuration of the kernels")
     parser.add_argument("--budget-seconds", type=float, default=560, help="in all (default: %(default)s)")
@@ -69,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", help=argparse.SUPPRESS)
     parser.add_argument("--nth", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     return parser
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return path
 
 
 def _supervise(options: argparse.Namespace) -> int:

@@ -138,7 +138,7 @@ def allow_promotion():
 
 def matmul_precision() -> str | None:
     """What `jax.default_matmul_precision` says here."""
-    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined] # options are made at run time
 
 
 def _with_dtypes_of(arrays):

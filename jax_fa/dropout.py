@@ -28,15 +28,13 @@ from jax_fa.indices import take_last
 
 BLOCK = 32  # columns whose counters lie together
 TILE_ELEMENTS = 2**18  # bits that `dropout_mask` draws at a time
-
-
 ROUNDS = 10
 
 
-def philox4x32(counter, key, rounds: int = ROUNDS):
+def philox4x32(counter, key):
     """Philox4x32: four uint32 words from a counter of four words and a key of two (arrays broadcast)."""
     counter, key = (tuple(jnp.asarray(x, jnp.uint32) for x in words) for words in (counter, key))
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         counter, key = philox_round(counter, key, _multiply_full)
     return counter
 

@@ -308,6 +308,21 @@ def test_without_a_cuda_device_it_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_files_of_results_lack_is_run(tmp_path):
+    """All that was not measured, and what failed; the machine is described each time."""
+    rows = [{"part": "machine", "label": "device", "status": "ok"}]
+    rows += [{"part": "checks", "label": status, "status": status} for status in record.STATUSES]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    events = record.Events(tmp_path / "events", record.settled([tmp_path / "results.json"]))
+    known = {row["label"] for row in rows if events.knows(row["part"], row["label"])}
+    assert known == {"ok", "pass", "close"}
+
+
+def test_files_of_results_must_be_there():
+    done = _script("--after", "no.json")
+    assert done.returncode == 2 and "argument --after: there is no file 'no.json'" in done.stderr
+
+
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     arguments = ("--checks", "6", "--rounds", "2", "--jobs", "2", "--tune", "--out", str(tmp_path))
