@@ -7,7 +7,7 @@ and sum l. Every derivative recomputes the probabilities as exp(s - m) / l, so n
 The primitives are a closed set. Let x be the operands, F(x) = (out, log-sum-exp) and w cotangents of these:
 
     primitive       computes                               its derivative              its transpose
-    forward         F(x)                                   tangent (with F: jvp)       (of value, in which out is linear)
+    forward         F(x)                                   tangent (with F: jvp)       (of value: that of the tangent)
     tangent         F'(x) u                                second_tangent + tangent    backward
     backward        F'(x)^T w, as `jax.grad` wants it      second                      tangent
     second          the Hessian of <w, F(x)> by x and w,   the portable backend's      second: it is symmetric
@@ -301,19 +301,11 @@ def _third(kind, problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
 
 
 def _forward_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[str, Any]) -> Inputs:
-    """Of out as a function of value, in which it is linear (`jax.linear_transpose`)."""
+    """Of out as a function of value alone the transpose is that of the tangent (see `rules.py`)."""
     names = [] if linear.operands is None else list(linear.operands.present())
-    if names != ["value"]:
-        raise NotImplementedError(
-            f"attention is linear in value alone, and has no transpose in {', '.join(names)}."
-        )
-    value = jnp.zeros_like(linear.operands.value)
-    operands = replace(x.operands, value=value)
-    saved = primitives.forward_saved(problem, operands)
-    dout = _or_zeros(given.get("out"), saved.out)
-    asked = rules.asking(problem, operands, linear.operands)
-    gradients = primitives.backward(asked, operands, replace(saved, dout=dout))
-    return _cotangents_of(linear, operands=gradients.present())
+    raise NotImplementedError(
+        f"attention is linear in value alone, and has no transpose in {', '.join(names)}."
+    )
 
 
 def _tangent_transpose(problem: Problem, x: Inputs, linear: Inputs, given: dict[str, Any]) -> Inputs:

@@ -164,12 +164,32 @@ def _partial_eval(trace, *tracers, tree, problem):
     if not known or all(x.is_known() for x in tracers):
         return trace.default_process_primitive(primitives.jvp_p, tracers, {"tree": tree, "problem": problem})
     saved = named(primitives.forward_saved(problem, operands))
-    leaves, tree = jax.tree.flatten(Inputs(operands=operands, saved=saved, tangents=inputs.tangents))
-    staged = [trace.to_jaxpr_tracer(x) for x in leaves]
-    tangents = trace.default_process_primitive(
-        primitives.tangent_p, staged, {"tree": tree, "problem": primitives.plain(problem)}
+    tangents = _staged_tangent(
+        trace, problem, Inputs(operands=operands, saved=saved, tangents=inputs.tangents)
     )
     return [*primitives.forward_results(problem, saved), *tangents]
+
+
+def _staged_tangent(trace, problem: Problem, inputs: Inputs) -> list[Any]:
+    """The tangents, as unknown as those in the inputs are."""
+    leaves, tree = jax.tree.flatten(inputs)
+    staged = [trace.to_jaxpr_tracer(x) for x in leaves]
+    params = {"tree": tree, "problem": primitives.plain(problem)}
+    return trace.default_process_primitive(primitives.tangent_p, staged, params)
+
+
+def _partial_eval_of_forward(trace, *tracers, tree, problem):
+    """`jax.linear_transpose` in value: out is its own tangent along value, and the statistics are known."""
+    inputs = tree.unflatten(tracers)
+    if [name for name, x in inputs.arrays() if not x.is_known()] != ["value"]:
+        return trace.default_process_primitive(primitives.fwd_p, tracers, {"tree": tree, "problem": problem})
+    value = inputs.operands.value
+    known = jax.tree.map(lambda x: x.pval.get_known(), replace(inputs.operands, value=None))
+    operands = compat.vary_alike(replace(known, value=jnp.zeros_like(value)))
+    saved = primitives.forward_saved(problem, operands)
+    along = Inputs(operands=operands, saved=saved, tangents=Operands(value=value))
+    out, _ = _staged_tangent(trace, problem, along)
+    return [out, *primitives.forward_results(problem, saved)[1:]]
 
 
 def _partial_eval_by_policy(saveable, unknown, instantiated, equation):
@@ -183,6 +203,7 @@ def _partial_eval_by_policy(saveable, unknown, instantiated, equation):
 
 
 partial_eval.custom_partial_eval_rules[primitives.jvp_p] = _partial_eval
+partial_eval.custom_partial_eval_rules[primitives.fwd_p] = _partial_eval_of_forward
 partial_eval.partial_eval_jaxpr_custom_rules[primitives.jvp_p] = _partial_eval_by_policy
 
 

@@ -28,6 +28,10 @@ def test_gpu_is_what_jax_calls_cuda():
     assert not gpu.reasons["gpu"]["mosaic"].startswith("runs on")
 
 
+def test_platforms_are_read_once():
+    assert list(jax_fa.explain(X, X, X, platforms=iter(["cpu", "gpu"])).chosen) == ["cpu", "gpu"]
+
+
 @pytest.mark.parametrize("name", ["cpu", "cuda", "gpu", "rocm", "tpu", "METAL", "ascend", "npu", "NPU"])
 def test_a_string_is_one_platform(name):
     assert list(jax_fa.explain(X, X, X, platforms=name).chosen) == [name]

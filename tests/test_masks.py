@@ -551,6 +551,7 @@ ERRORS = [
         TypeError,
         r"padding_id must be an int or None; got ndarray of shape \(3,\)",
     ),
+    (lambda: SegmentIds(None), TypeError, "query must hold the segment ids of the rows; got None"),
     (lambda: SegmentIds(np.ones(3)), TypeError, r"query segment ids must hold integers; got dtype float"),
     (
         lambda: Causal() & "mask",

@@ -380,22 +380,29 @@ def test_derivatives():
     np.testing.assert_allclose(moved[1], jnp.vdot(ours["query"], along["query"]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("name", ["value_pages", "value_scale"])
-def test_linear_transpose(name):
-    """In the values and in their scales, in which paged attention is linear; in no other."""
-    case = Case(Sq=2, scales=(0, 2))
+def test_linear_transpose(name, sinks):
+    """In the values and in their scales, in which paged attention is linear."""
+    case = Case(Sq=2, scales=(0, 2), sinks=sinks)
     x = {other: jnp.nan_to_num(a) for other, a in case.arrays.items()}
 
-    def run(moved, name=name):
+    def run(moved):
         return case(x | {name: moved})[0]
 
     (found,) = jax.linear_transpose(run, x[name])(x["query"])
     (want,) = jax.vjp(run, x[name])[1](x["query"])
     np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+
+
+def test_linear_transpose_in_another_array():
+    case = Case()
+    pages = jnp.nan_to_num(case.arrays["key_pages"])
+    transposed = jax.linear_transpose(lambda x: case(case.arrays | {"key_pages": x})[0], pages)
     with pytest.raises(
         NotImplementedError, match=r"linear in value_pages or value_scale alone, .* in key_pages"
     ):
-        jax.linear_transpose(partial(run, name="key_pages"), x["key_pages"])(x["query"])
+        transposed(case.arrays["query"])
 
 
 def test_taylor_mode():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_fa
-from jax_fa.masks import Causal, CumulativeLengths, Lengths, Prefix, SegmentIds
+from jax_fa.masks import Causal, CumulativeLengths, Lengths, Prefix, SegmentIds, SlidingWindow
 from jax_fa.testing import oracle
 from jax_fa.testing.cases import BY_NAME, check
 from jax_fa.testing.programs import primitives
@@ -128,6 +128,31 @@ def test_reverse_over_reverse(is_causal, backend):
 
     found = penalty(partial(jax_fa.dot_product_attention, implementation=backend))
     np.testing.assert_allclose(found, penalty(jax.nn.dot_product_attention), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["parts", "parts, sinks", "sinks, largest", "logsumexp"])
+def test_linear_transpose_of_what_statistics_multiply(what, dtype):
+    """They do not depend on value: unions, the largest logit beside sinks, and a caller's own merge."""
+    q, k, v, ct = (jnp.asarray(_normal(2, 9, heads, 4), dtype) for heads in (4, 2, 2, 4))
+
+    def attend(v):
+        out, *others = jax.tree.leaves(
+            jax_fa.flash_attention(
+                *(q, k, v),
+                mask=Lengths(key=2) | SlidingWindow(2, 0) if "parts" in what else None,
+                sinks=jnp.linspace(-1, 1, 4) if "sinks" in what else None,
+                return_max_logits="largest" in what,
+                return_logsumexp="logsumexp" in what,
+            )
+        )
+        weights = jnp.swapaxes(others[0], 1, 2)[..., None] if "logsumexp" in what else 1
+        return out * jnp.asarray(weights, dtype)
+
+    (want,) = jax.vjp(attend, v)[1](ct)
+    for run in (attend, jax.jit(attend), jax.checkpoint(attend)):
+        (found,) = jax.linear_transpose(run, v)(ct)
+        np.testing.assert_allclose(*(np.float32(x) for x in (found, want)), rtol=1e-2, atol=1e-6)
 
 
 def test_linear_transpose(backend):

@@ -136,14 +136,14 @@ def _once(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 @overload
 def explain(
-    function: Callable[..., Any], /, *args: Any, platforms: str | Sequence[str] | None = None, **kwargs: Any
+    function: Callable[..., Any], /, *args: Any, platforms: str | Iterable[str] | None = None, **kwargs: Any
 ) -> Explanations: ...
 @overload
 def explain(
-    *args: Any, entry: str | None = None, platforms: str | Sequence[str] | None = None, **kwargs: Any
+    *args: Any, entry: str | None = None, platforms: str | Iterable[str] | None = None, **kwargs: Any
 ) -> Explanation: ...
 def explain(
-    *args: Any, entry: str | None = None, platforms: str | Sequence[str] | None = None, **kwargs: Any
+    *args: Any, entry: str | None = None, platforms: str | Iterable[str] | None = None, **kwargs: Any
 ) -> Explanation | Explanations:
     """Says which backend would run, without running anything.
 
@@ -354,19 +354,19 @@ def here() -> str:
     return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
-def _platforms(given: str | Sequence[str] | None) -> dict[str, str]:
+def _platforms(given: str | Iterable[str] | None) -> dict[str, str]:
     """The platforms asked for, as they were written, and what backends call them."""
     if given is None:
         return {platform: platform for platform in dict.fromkeys((here(), *PLATFORMS))}
     if isinstance(given, str):
         given = (given,)
-    names = isinstance(given, Iterable) and not _has_shape(given)
-    if not names or not all(isinstance(platform, str) for platform in given):
+    names = tuple(given) if isinstance(given, Iterable) and not _has_shape(given) else None
+    if names is None or not all(isinstance(platform, str) for platform in names):
         raise TypeError(
             f"platforms must be names of platforms or None; got {arguments.shown(given)}. "
             "Arrays and options of the call go by their own names."
         )
-    found = {platform: _SAME.get(platform.lower(), platform) for platform in given}
+    found = {platform: _SAME.get(platform.lower(), platform) for platform in names}
     known = (*_KNOWN, *(platform for platform in installation.platforms if platform not in _KNOWN))
     for platform, meant in found.items():
         if meant.lower() not in known and platform not in extend_backend.backends():

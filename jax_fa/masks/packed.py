@@ -176,6 +176,8 @@ class SegmentIds(_Packed):
 
     def __post_init__(self) -> None:
         self._check_within()
+        if self.query is None:
+            raise TypeError("query must hold the segment ids of the rows; got None.")
         for name, value in (("query", self.query), ("key", self.key)):
             if value is not None:
                 indices.check_dtype(f"{name} segment ids", value)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import ad, batching, mlir, partial_eval, xla
 
 from jax_fa import attention, backends, compat, entry, masks, primitives, rules, sharding
 from jax_fa.call import Call, Shape
@@ -161,11 +161,23 @@ def _of_gathered(problem: PagedProblem, tree, args, others: dict[int, Any]) -> l
     return [found.out.astype(problem.out_dtype), found.m, found.l]
 
 
+_LINEAR = (["value_pages"], ["value_scale"])  # in either of them out is linear (`jax.linear_transpose`)
+
+
+def _partial_eval(trace, *tracers, tree, problem):
+    """As a function of the values or of their scales, out is unknown and the statistics are not."""
+    results = trace.default_process_primitive(paged_p, tracers, {"tree": tree, "problem": problem})
+    if [name for name, x in tree.unflatten(tracers).arrays() if not x.is_known()] not in _LINEAR:
+        return results
+    known = [x.pval.get_known() if x.is_known() else jnp.zeros_like(x) for x in tracers]
+    return [results[0], *forward(problem, tree.unflatten(known))[1:]]
+
+
 def _transpose(cotangents, *args, tree, problem):
-    """Of out as a function of the values or of their scales (`jax.linear_transpose`)."""
+    """Of out as a function of the values or of their scales."""
     linear = {i: x.aval for i, x in enumerate(args) if ad.is_undefined_primal(x)}
     names = [name for name, x in tree.unflatten(args).arrays() if ad.is_undefined_primal(x)]
-    if names not in (["value_pages"], ["value_scale"]):
+    if names not in _LINEAR:
         raise NotImplementedError(
             f"paged attention is linear in value_pages or value_scale alone, and has no transpose in {', '.join(names)}."
         )
@@ -295,6 +307,7 @@ paged_p.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[paged_p] = _batching_rule
 ad.primitive_jvps[paged_p] = _jvp
 ad.primitive_transposes[paged_p] = _transpose
+partial_eval.custom_partial_eval_rules[paged_p] = _partial_eval
 rules.def_jet(paged_p)
 mlir.register_lowering(paged_p, _lowering)
 for name in backends.PLATFORMS:
