@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -383,6 +383,20 @@ def interpreting_gpu() -> bool:
     """Whether Pallas' interpreter of Mosaic GPU kernels is forced here, in which they run on CPU."""
     forced = config.pallas_tpu_interpret_mode_context_manager.value
     return type(forced).__name__ == "InterpretGPUParams"
+
+
+@contextlib.contextmanager
+def gpu_interpreter() -> Iterator[None]:
+    """Kernels for GPUs run on CPU here, with a race detector; what a failed one leaves behind is cleared."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+    from jax.experimental.pallas import mosaic_gpu
+
+    plgpu: Any = mosaic_gpu  # JAX 0.10 has no such mode
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
 _one_kernel = threading.Lock()

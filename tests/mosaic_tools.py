@@ -13,7 +13,7 @@ import pytest
 from jax import export
 
 import jax_fa
-from jax_fa import backends
+from jax_fa import backends, compat
 from jax_fa.backends import mosaic
 from jax_fa.call import Call, Saved
 from jax_fa.entry import request_of
@@ -28,20 +28,7 @@ needs_new_jax = pytest.mark.skipif(OLD_JAX, reason=REFUSED)
 TARGET = "mosaic_gpu_v2"  # the custom call that a kernel becomes
 
 
-# --- Pallas' interpreter
-
-
-@contextmanager
-def interpreter() -> Iterator[None]:
-    """Kernels run on CPU here, with a race detector; what a failed one leaves behind is cleared."""
-    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-            yield
-    finally:
-        reset_gpu_interpret_mode_state()
+interpreter = compat.gpu_interpreter
 
 
 # --- GPUs that are not there

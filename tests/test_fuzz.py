@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 from fuzz_misses import MISSES
+from mosaic_tools import needs_new_jax
 
 from jax_fa import masks
 from jax_fa.backends.xla import tiling
 from jax_fa.testing import oracle
 from jax_fa.testing.fuzz import __main__ as fuzz
-from jax_fa.testing.fuzz import inputs, reference, shrink, worker
-from jax_fa.testing.fuzz.campaign import Campaign, Options
+from jax_fa.testing.fuzz import inputs, reference, shrink, trial, worker
+from jax_fa.testing.fuzz.campaign import Campaign, Options, environment
 from jax_fa.testing.fuzz.drawing import draw_program
 from jax_fa.testing.fuzz.program import Data, Program, draw_data
 from jax_fa.testing.fuzz.trial import Runner
@@ -198,6 +199,20 @@ def test_a_script_reproduces(tmp_path):
 def test_vmap_maps_an_array(mask, has):
     program = Program(backend="xla", mask=(mask,), mapped=("mask",))
     assert inputs.maps_an_array(program) is has
+
+
+@needs_new_jax
+def test_kernels_for_gpus_are_interpreted():
+    """Whatever the backend, one Runner; a race is an error."""
+    program = Program(backend="mosaic", dtype="bfloat16", B=(), mask=("causal",), cap="known")
+    with jax.numpy_dtype_promotion("standard"):
+        verdict = Runner(program)(Data(seed=1))
+    assert verdict.faults == () and "out" in verdict.worst
+    with pytest.raises(RuntimeError, match="RACE DETECTED"), trial._interpreting():
+        print("RACE DETECTED")
+    assert environment(Options(seed=0, backends=("mosaic",)), 0)["NPROC"] == "16"  # or they wait for ever
+    drawn = [draw_program(seed, ("mosaic",)) for seed in range(50)]
+    assert {p.dtype for p in drawn if p.entry == "flash_attention"} == {"bfloat16", "float16"}
 
 
 @pytest.mark.slow

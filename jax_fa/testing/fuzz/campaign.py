@@ -23,6 +23,8 @@ PROGRAMS = 20  # of a round
 SILENCE = 400.0  # seconds without a line: the process hangs
 # Every so many rounds, so many programs are run by another number of threads, too, and must give the same bits.
 THREADS_EVERY, THREADS_PROGRAMS = 2, 3
+# ... but for kernels in Pallas' interpreter, whose threads wait for one another.
+INTERPRETED, INTERPRETER_THREADS = "mosaic", "16"
 # Compiling takes most of the time, and half of it goes into optimizations of loops, which small arrays do not need.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # (There are as many threads as devices, at least.)
@@ -95,7 +97,7 @@ def environment(options: Options, number: int) -> dict[str, str]:
     found = {
         "JAX_FA_CPU_ISA": sets[number % len(sets)],
         "JAX_FA_CPU_CACHES": str(random.choice(CACHES)),
-        "NPROC": str(random.integers(1, 4)),
+        "NPROC": INTERPRETER_THREADS if INTERPRETED in options.backends else str(random.integers(1, 4)),
         "XLA_FLAGS": FLAGS + (MORE_DEVICES if random.random() < 0.4 else ""),
         "OPENBLAS_NUM_THREADS": "1",
         "JAX_PLATFORMS": "cpu",
@@ -172,7 +174,7 @@ class Campaign:
             if reached is None:
                 break
             seed = reached + 1  # what a program kills is that program alone
-        alone = MORE_DEVICES not in variables["XLA_FLAGS"]
+        alone = MORE_DEVICES not in variables["XLA_FLAGS"] and INTERPRETED not in self.options.backends
         if number % THREADS_EVERY == 0 and alone and not self._over():
             self._with_other_threads(number, variables, (first, first + THREADS_PROGRAMS))
 

@@ -89,6 +89,8 @@ def draw_program(seed: int, backends: tuple[str, ...]) -> Program:
         B = one((), (1,), (2,), (3,), (2, 2), (1, 3))
     derivative = one("none", "none", "reverse", "reverse", "reverse", "forward", "second")
     dtypes = ["float32", "float32", "bfloat16", "float16"] + (["float64"] if backend == "xla" else [])
+    if backend == "mosaic":
+        dtypes = ["bfloat16", "float16"]
     scale, slopes = one(None, None, "known", "traced"), one(None, None, None, "N", "BN")
     cap, dropout = one(None, None, None, "known", "traced"), one(None, None, None, "known", "traced")
     if backend == "ascend":

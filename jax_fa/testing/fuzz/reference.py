@@ -47,6 +47,7 @@ class Attention:
     narrow: float = 0.0
     loose_delta: bool = False  # the backward takes delta from the rounded output
     scales_out: bool = False  # the output is rounded, multiplied and rounded again, and so is its cotangent
+    cap_off: float = 0.0  # how far the tanh of the soft cap is off, however small it is
     merged: bool = False  # from outputs and log-sum-exps of parts of the keys
     composed: bool = False  # with sinks, from the results without
     added: bool = False  # gradients are sums of some that are stored: of parts of the keys, or on devices
@@ -165,6 +166,7 @@ class Attention:
             )
             self.u = x / c
             t = self.u.tanh()
+            t = t._new(t.value, t.error + self.cap_off, t.tangent)
             self.by_x = t._of(1.0) - t * t
             self.by_cap = t - self.u * self.by_x
             x = t * c

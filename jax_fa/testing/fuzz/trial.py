@@ -2,13 +2,15 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
-from contextlib import nullcontext
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import jax
 import numpy as np
 
+from jax_fa import compat
 from jax_fa.testing.fuzz import calls
 from jax_fa.testing.fuzz.checks import Fault, Verdict, check
 from jax_fa.testing.fuzz.inputs import draw
@@ -59,5 +61,16 @@ def digest_of(found: dict[str, np.ndarray]) -> str:
 
 
 def _context(program: Program) -> Any:
-    """Float64 needs x64, which is off otherwise."""
+    """Float64 needs x64, which is off otherwise; kernels for GPUs need their interpreter."""
+    if program.backend == "mosaic":
+        return _interpreting()
     return jax.enable_x64(True) if program.dtype == "float64" else nullcontext()
+
+
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """Raises where threads of a kernel race, which the interpreter prints."""
+    with redirect_stdout(io.StringIO()) as printed, compat.gpu_interpreter():
+        yield
+    if "RACE DETECTED" in printed.getvalue():
+        raise RuntimeError(printed.getvalue()[:4000])
