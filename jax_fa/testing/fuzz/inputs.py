@@ -173,6 +173,7 @@ class Inputs:
             loose_delta=half and (p.backend == "ascend" or p.how == "npu_grad"),
             scales_out=half and p.backend == "ascend" and p.dropout == "traced",
             cap_off=2.0**-22 if p.backend == "mosaic" else 0.0,
+            scales_ds=p.backend == "mosaic" and p.scale == "traced",
             merged=ways.merges(p),
             composed=bool(p.sinks and (p.max_logits or p.how == "sharded" or p.derivative == "second")),
             added=ways.merges(p) or p.how == "sharded",

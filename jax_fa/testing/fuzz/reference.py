@@ -48,6 +48,7 @@ class Attention:
     loose_delta: bool = False  # the backward takes delta from the rounded output
     scales_out: bool = False  # the output is rounded, multiplied and rounded again, and so is its cotangent
     cap_off: float = 0.0  # how far the tanh of the soft cap is off, however small it is
+    scales_ds: bool = False  # for dk, before it is rounded: heads of one key may have scales of their own
     merged: bool = False  # from outputs and log-sum-exps of parts of the keys
     composed: bool = False  # with sinks, from the results without
     added: bool = False  # gradients are sums of some that are stored: of parts of the keys, or on devices
@@ -327,7 +328,11 @@ class Attention:
         ds = dx if self.by_x is None else (dx * self.by_x).where(self.seen)
         narrow_ds = ds.rounded(narrow, least)
         dq = self.parts.gradient("query", narrow_ds, self.k, self.scale_number)
-        dk = self.parts.gradient("key", narrow_ds.map(turned), self.q, self.scale_number)
+        if self.scales_ds:
+            scaled = (ds * self.scale_number).rounded(narrow, least)
+            dk = self.parts.gradient("key", scaled.map(turned), self.q)
+        else:
+            dk = self.parts.gradient("key", narrow_ds.map(turned), self.q, self.scale_number)
         dv = self.parts.gradient("value", self._narrowed(self.weights).map(turned), dout)
         kept = 1.0 if self.keep is None else self._grouped(self.keep)
         dv = self.parts.lost(dv, lambda pairs: turned(pairs * kept).sum(axis=-1, keepdims=True))
