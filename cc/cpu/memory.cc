@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "call.h"
 #include "cpu/tuning.h"
@@ -48,8 +49,7 @@ struct Block {
 static_assert(sizeof(Block) <= kHeader * sizeof(float), "the header must hold a Block");
 
 std::mutex kept_mutex;
-Block* kept_blocks = nullptr;
-int64_t kept_floats = 0;
+Block* kept_blocks = nullptr;  // the last one freed comes first
 
 Block* TakeKept(int64_t floats) {
   const std::lock_guard<std::mutex> lock(kept_mutex);
@@ -57,10 +57,17 @@ Block* TakeKept(int64_t floats) {
     Block* block = *link;
     if (block->size < floats || block->size > 4 * floats) continue;
     *link = block->next;
-    kept_floats -= block->size;
     return block;
   }
   return nullptr;
+}
+
+// Those that were freed so long ago that there is no room for them. Kept for good, blocks of shapes that a program has left
+// behind would keep out those that it needs now.
+Block* DropOldest() {
+  Block** link = &kept_blocks;
+  for (int64_t floats = 0; *link != nullptr && (floats += (*link)->size) <= kKeptFloats;) link = &(*link)->next;
+  return std::exchange(*link, nullptr);
 }
 
 }  // namespace
@@ -76,17 +83,16 @@ float* AllocateFloats(int64_t floats) {
 
 void FreeFloats(float* p) {
   if (p == nullptr) return;
-  Block* block = reinterpret_cast<Block*>(p - kHeader);
-  {
+  Block* dropped = reinterpret_cast<Block*>(p - kHeader);
+  if (dropped->size <= kKeptFloats) {
     const std::lock_guard<std::mutex> lock(kept_mutex);
-    if (kept_floats + block->size <= kKeptFloats) {
-      block->next = kept_blocks;
-      kept_blocks = block;
-      kept_floats += block->size;
-      return;
-    }
+    dropped->next = kept_blocks;
+    kept_blocks = dropped;
+    dropped = DropOldest();
+  } else {
+    dropped->next = nullptr;
   }
-  std::free(block);
+  while (dropped != nullptr) std::free(std::exchange(dropped, dropped->next));
 }
 
 }  // namespace jax_fa
