@@ -1,4 +1,4 @@
-// The caches of this machine, and the tiles that they call for. Compiled with baseline flags only.
+// The caches of this machine, the tiles that they call for, and how it multiplies. Compiled with baseline flags only.
 
 #include <unistd.h>
 
@@ -10,6 +10,9 @@
 
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
+#endif
+#if defined(JAX_FA_X86)
+#include <cpuid.h>
 #endif
 
 namespace jax_fa {
@@ -85,7 +88,19 @@ bool Parse(const char* text, Caches* caches) {
   return true;
 }
 
-Tuning For(const Caches& caches) { return {caches, TilesFor(caches), ChunkFloats(caches)}; }
+// AMD's family 19h is Zen 3, without AVX-512, and Zen 4, with vectors of 256 bits inside.
+bool MultipliesHalves() {
+#if defined(JAX_FA_X86)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__builtin_cpu_is("amd") || __get_cpuid(1, &a, &b, &c, &d) == 0) return false;
+  const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
+  return family == 0x19;
+#else
+  return false;
+#endif
+}
+
+Tuning For(const Caches& caches, bool halves) { return {caches, TilesFor(caches), ChunkFloats(caches), halves}; }
 
 struct Choice {
   Tuning tuning;
@@ -100,7 +115,7 @@ struct Choice {
       caches = kUsual;
       valid = false;
     }
-    tuning = For(caches);
+    tuning = For(caches, MultipliesHalves());
   }
 };
 
@@ -115,7 +130,7 @@ const Tuning& TuningInUse() { return Chosen().tuning; }
 
 bool CachesAreValid() { return Chosen().valid; }
 
-void UseCaches(const Caches& caches) { Chosen().tuning = For(caches); }
+void UseMachine(const Caches& caches, bool halves) { Chosen().tuning = For(caches, halves); }
 
 std::string DescribeTiles(const Kernels& kernels) {
   const Tuning& t = TuningInUse();

@@ -14,8 +14,9 @@ namespace {
 // Some rows, plain, of many keys, and products of floats: see narrow-inl.h.
 inline bool IsNarrow(const Call& c) {
   const int64_t rows = c.G() * c.Sq;
-  return rows > kDirectRows && rows <= kNarrowRows && c.Skv >= kNarrowSpan && !c.pages && !InPairs(c) &&
-         AreWeightsPlain(c) && c.key.col == 1 && c.value.col == 1;
+  const bool in_place = c.key.dtype == DType::kF32 && c.value.dtype == DType::kF32;
+  return rows > (in_place ? FewestNarrow(kTarget) : kDirectRows) && rows <= kNarrowRows && c.Skv >= kNarrowSpan &&
+         !c.pages && !InPairs(c) && AreWeightsPlain(c) && c.key.col == 1 && c.value.col == 1;
 }
 
 // Whether rows see few of the keys, by some of them: a window, or documents. (Only how work is cut depends on it.)
@@ -71,19 +72,12 @@ struct ForwardPlan {
     task_heads = direct ? c.K : 1;
     const bool few_keys = !direct && !c.blocks && SeesFewKeys(c);
     task_rows = direct ? kNarrowRows : few_keys ? kFewKeysTaskRows : TaskRows(c, group_rows);
-    const bool paged = c.pages && rows <= kPagedSplitRows, whole = paged || direct;
-    if (!whole && rows <= kWholeRows && heads >= kThreadHeads * threads) {
-      task_rows = kWholeRows;
-    } else {
-      while (!whole && task_rows > group_rows && heads * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
-        task_rows /= 2;
-    }
-    blocks = (rows + task_rows - 1) / task_rows;
-    if (blocks > 1 && !c.blocks) task_rows = RoundUp((rows + blocks - 1) / blocks, kRows);
-    shared = !direct && !few_keys && blocks > 1 && heads * key_blocks * BlockSize() <= kSharedFloats;
+    const bool paged = c.pages && rows <= kMostSplitRows, whole = paged || direct;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
-    const int64_t tasks = heads / task_heads;
-    splits = tasks == 0 || tasks >= kEnoughTasks || (rows > kSplitRows && !paged) ? 1 : (kFewTasks + tasks - 1) / tasks;
+    const bool several = rows > kSplitRows && !paged;
+    const int64_t tasks = heads / task_heads * (several ? (rows + kSplitRows - 1) / kSplitRows : 1);
+    const int64_t enough = several ? kEnoughTasks / 2 : kEnoughTasks;
+    splits = tasks == 0 || tasks >= enough || rows > kMostSplitRows ? 1 : (kFewTasks + tasks - 1) / tasks;
     if (paged) splits = PagedSplits(c, splits);
     const int64_t most = c.Skv / kSplitKeys;
     splits = splits < most ? splits : most;
@@ -91,6 +85,16 @@ struct ForwardPlan {
     split_keys = (key_blocks + splits - 1) / splits * key_block;
     splits = split_keys > 0 ? (c.Skv + split_keys - 1) / split_keys : 1;
     splits = splits > 1 ? splits : 1;
+    if (!whole && rows <= kWholeRows && heads * splits >= kThreadHeads * threads) {
+      task_rows = kWholeRows;
+    } else {
+      while (!whole && task_rows > group_rows &&
+             heads * splits * ((rows + task_rows - 1) / task_rows) < kThreadTasks * threads)
+        task_rows /= 2;
+    }
+    blocks = (rows + task_rows - 1) / task_rows;
+    if (blocks > 1 && !c.blocks) task_rows = RoundUp((rows + blocks - 1) / blocks, kRows);
+    shared = !direct && !few_keys && blocks > 1 && heads * key_blocks * BlockSize() <= kSharedFloats;
   }
 
   // Of which a row takes so many floats: the output, then max and sum.

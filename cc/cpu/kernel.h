@@ -30,8 +30,8 @@ const Kernels* ChosenKernels();
 // Whether JAX_FA_CPU_CACHES, if it is set, holds three numbers of bytes above 0, separated by commas.
 bool CachesAreValid();
 
-// For tests: from here on as if the machine had these caches. No kernel may be running.
-void UseCaches(const Caches& caches);
+// For tests: from here on as if the machine had these caches, and multiplied in halves or not. No kernel may be running.
+void UseMachine(const Caches& caches, bool halves);
 
 // The instruction set, the caches and the sizes of blocks that calls run with, in a line.
 std::string DescribeTiles(const Kernels& kernels);

@@ -163,6 +163,7 @@ struct Tuning {
   Caches caches;
   Tiles tiles;
   int64_t chunk_floats;
+  bool halves;  // a vector of 512 bits is multiplied in two halves: one a cycle, for two loads
 };
 const Tuning& TuningInUse();
 
@@ -230,15 +231,16 @@ constexpr int64_t kWholeRows = 512, kThreadHeads = 4;
 constexpr int64_t kFewKeysTaskRows = 1024, kFewKeys = 8;
 
 // Forward of few rows (decoding): with fewer than kEnoughTasks tasks the keys are split so that there are about kFewTasks,
-// of at least kSplitKeys keys each, below which the merging costs more than it gains. Not for more than kSplitRows rows of
-// a key head.
-constexpr int64_t kEnoughTasks = 32, kFewTasks = 64, kSplitKeys = 256, kSplitRows = 96;
+// of at least kSplitKeys keys each, below which the merging costs more than it gains. Where a key head has more than kSplitRows
+// rows, they are several tasks, half as many of which are enough; with more than kMostSplitRows, they always are. (256 rows of
+// one key head, which gave two threads three tasks: 0.8 of the time. But those of 8 or 16 heads took up to a tenth longer.)
+constexpr int64_t kEnoughTasks = 32, kFewTasks = 64, kSplitKeys = 256, kSplitRows = 96, kMostSplitRows = 256;
 
 // ... and of a paged cache so that a part has at most kPagedSplitKeys keys: sequences differ in length, and parts behind a
-// sequence's end take no time. The partial results may take kPagedPartFloats floats (64 MiB). For up to kPagedSplitRows rows of
-// a key head, those of one task: the heads of multi-head latent attention are 128 rows of one key head.
-constexpr int64_t kPagedSplitKeys = 2048, kPagedPartFloats = int64_t{16} << 20, kPagedSplitRows = 256;
-static_assert(kPagedSplitRows <= kTaskRows);
+// sequence's end take no time. The partial results may take kPagedPartFloats floats (64 MiB). All rows of a key
+// head are one task: the heads of multi-head latent attention are 128 rows of one key head.
+constexpr int64_t kPagedSplitKeys = 2048, kPagedPartFloats = int64_t{16} << 20;
+static_assert(kMostSplitRows <= kTaskRows);
 
 // With at most this many query rows per key head, keys and values are read in place, kDirectKeys at a time: the time is
 // that of reading them once, and packing would write and read them once more.
@@ -246,9 +248,17 @@ constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
 
 // With more, up to kNarrowRows, and plain weights of at least kNarrowSpan keys, they are read in place too: keys by
 // broadcast, next to a vector of rows, in blocks of up to so many floats of all heads (256 KiB), but not of fewer keys than
-// kLeastNarrowKeys. (Packed, 32 rows of one head took a seventh longer, 24 of each of 8 a third, 48 a half. For 16 rows of
-// each of 8 heads, reading few rows of each in turn took three quarters of the time of this.)
+// kLeastNarrowKeys. (Packed, 32 rows of one head took a seventh longer, 24 of each of 8 a third, 48 a half.)
 constexpr int64_t kNarrowRows = 64, kNarrowSpan = 2048, kNarrowFloats = int64_t{1} << 16, kLeastNarrowKeys = 32;
+
+// ... and with fewer, of float32, more than these. A row of a tile takes a load for each multiply-add where the rows are one
+// vector: as many as there are where vectors are multiplied in halves, elsewhere twice as many, so that there the sums of few
+// rows, which are taken over lanes, cost less. (Of the time of those, 16 rows of each of 8 heads took 0.81 on Zen 4 and 1.3 on
+// Zen 5; by AVX2, where they are two vectors, 0.71, and 8 rows 0.93. float16, which is widened to memory first: 1.0 and more.)
+JAX_FA_INLINE int64_t FewestNarrow(const Target& target) {
+  if (target.lanes >= 16) return TuningInUse().halves ? target.lanes / 2 : kDirectRows;
+  return 4;
+}
 
 // With at most this many rows and as many keys of a key head, packing them takes longer than it saves. (AVX-512, 64 rows of
 // 64 keys: at head_dim 16 packed products took a third longer, at 256 a tenth less, and a third less in bfloat16.)
