@@ -151,6 +151,32 @@ def test_tangents_of_large_queries(rows, factor, dtype, backend):
     np.testing.assert_allclose(ours, tangent(jax.nn.dot_product_attention), rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("moving", ["slopes", "bias"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("alone", [False, True], ids=["jvp", "linearize"])
+def test_tangents_by_distance(alone, dtype, moving, backend):
+    """Keys far away, whose tangents are thousands away too, have no weight; but they come first, block by block."""
+    rows, keys, slopes = 4, 4096, np.array([0.3, 0.15, 0.07, 0.03], np.float32)
+    q, k, v, _ = (jnp.asarray(x, dtype) for x in _arrays(rows, keys, heads=len(slopes)))
+    away = np.abs(np.arange(keys) - np.arange(keys - rows, keys)[:, None]).astype(np.float32)
+    mask = jax_fa.masks.Causal("bottom-right")
+
+    def attend(by):
+        of = {"alibi_slopes": by} if moving == "slopes" else {"bias": -by[:, None, None] * away}
+        return jax_fa.flash_attention(q, k, v, mask=mask, implementation=backend, **of)
+
+    by, one = jnp.asarray(slopes), jnp.ones(len(slopes), jnp.float32)
+    found = jax.linearize(attend, by)[1](one) if alone else jax.jvp(attend, (by,), (one,))[1]
+
+    q, k, v = (np.asarray(x[0], np.float64).swapaxes(0, 1) for x in (q, k, v))
+    logits = q @ k.swapaxes(1, 2) / np.sqrt(D) - slopes[:, None, None] * away
+    weights = np.exp(np.where(np.tri(rows, keys, keys - rows, bool), logits, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    want = (weights * ((weights * away).sum(-1, keepdims=True) - away)) @ v
+    error, _ = oracle.errors(found[0], want.swapaxes(0, 1))
+    assert error < (2e-6 if dtype == "float32" else 4e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("factor", [1e6, 1e18])
 @pytest.mark.parametrize("rows", [1, 8, 70])

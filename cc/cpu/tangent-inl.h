@@ -9,7 +9,9 @@
 // Blocks, tasks and the order of sums are those of the forward, so that together with it out, m and l have its bits, where
 // its products are these (else it may run on its own: see RunTangent). What
 // all T of a row have in common moves no weight, but rounding of it does, in both terms that then cancel. So T counts from
-// a center: the mean of T over the first of the row's blocks that has any weight.
+// a center: the mean of T over the first of the row's blocks that has any weight, and then over all so far whenever these have
+// kGrown times the weight, where sums of w v say by how much those of w (T - center) v change. With ALiBi slopes the last
+// blocks have nearly all of it, and T may be thousands away in those before.
 #pragma once
 
 #include "call.h"
@@ -99,6 +101,18 @@ inline float VisibleMarks(Range v, const float* logits, const float* marker) {
   return sum;
 }
 
+// Takes the center of row `at`, and its sums if there are any, to one that is larger by `by`.
+inline void MoveCenter(const TangentPlan& plan, const TangentScratch& s, int64_t at, float by) {
+  const float before = s.center[at];
+  s.center[at] += by;
+  if (!plan.sums || s.l[at] == 0.0f) return;
+  const float change = before - s.center[at];  // as it has been rounded
+  s.moved[at] += change * s.l[at];
+  const F shift = Set(change);
+  float *sums = s.acc + at * s.out_row, *to = s.acc_tangent + at * s.out_row;
+  for (int64_t d = 0; d < s.out_row; d += kLanes) Store(to + d, Fma(shift, Load(sums + d), Load(to + d)));
+}
+
 // Turns row `at` of products with keys j0 + [c0, c1), of which v are visible, into weights w, and its tangents into
 // w (T - center).
 inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScratch& s, const TangentBlock& block,
@@ -113,15 +127,21 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
   }
   float *m = s.m + at, *l = s.l + at, *moved = s.moved + at, *center = s.center + at;
   if (const float rescale = RaiseMax(x, c0, c1, scale, m); rescale != 1.0f) {
-    if (c.with_forward) Rescale(rescale, s.out_row, s.acc + at * s.out_row);
+    if (plan.sums) Rescale(rescale, s.out_row, s.acc + at * s.out_row);
     Rescale(rescale, s.out_row, s.acc_tangent + at * s.out_row);
     *l *= rescale;
     *moved *= rescale;
+    s.centered[at] *= rescale;
   }
   if (block.tangent_marker != nullptr) *moved += VisibleMarks(v, x, block.tangent_marker);
   const float sum = RowExp<false>(x, c0, c1, scale, *m);
   if (plan.logits) {
-    if (*l == 0.0f && sum > 0.0f) *center = SumOver(c0, c1, [&](int64_t j) { return Load(x + j) * Load(t + j); }) / sum;
+    if (plan.sums ? *l + sum > kGrown * s.centered[at] : *l == 0.0f && sum > 0.0f) {
+      const F before = Set(*center);
+      const float away = SumOver(c0, c1, [&](int64_t j) { return Load(x + j) * (Load(t + j) - before); });
+      MoveCenter(plan, s, at, (*moved + away) / (*l + sum));
+      s.centered[at] = *l + sum;
+    }
     const F from = Set(*center);
     *moved += SumOver(c0, c1, [&](int64_t j) {
       const F y = Load(x + j) * (Load(t + j) - from);
@@ -177,7 +197,7 @@ inline void RunGroup(const Call& c, const TangentPlan& plan, const TangentScratc
     }
   }
   const float *w = s.logits, *t = plan.logits ? s.tangents : nullptr;
-  if (c.with_forward) {
+  if (plan.sums) {
     TangentSums(c, s, x, x.block.values, w, s.acc, t, s.acc_tangent);
   } else if (plan.logits) {
     TangentSums(c, s, x, x.block.values, t, s.acc_tangent, nullptr, nullptr);
@@ -186,7 +206,8 @@ inline void RunGroup(const Call& c, const TangentPlan& plan, const TangentScratc
 }
 
 // Takes rows [r0, r0 + n) of key head k to the scratch. Returns the range of keys that are visible to any of them.
-inline Range StartTangentRows(const Call& c, const TangentScratch& s, int64_t b, int64_t k, int64_t r0, int64_t n) {
+inline Range StartTangentRows(const Call& c, const TangentPlan& plan, const TangentScratch& s, int64_t b, int64_t k,
+                              int64_t r0, int64_t n) {
   Range all{c.Skv, 0};
   Row row = RowAt(c, b, k, r0);
   for (int64_t r = 0; r < n; ++r, row = After(c, row)) {
@@ -202,9 +223,9 @@ inline Range StartTangentRows(const Call& c, const TangentScratch& s, int64_t b,
     if (c.query_tangent) CopyRow<false>(c.query_tangent, b, row.n, row.i, c.D, s.q_tangent + r * c.D);
     const float saved = c.with_forward ? 0.0f : *c.m.At<float>(b, row.n, row.i);
     s.m[r] = saved == saved ? -kFloatMax : saved;  // NaN: it saw a value that is not finite, which may not be read here
-    s.l[r] = s.center[r] = s.moved[r] = 0.0f;
+    s.l[r] = s.center[r] = s.centered[r] = s.moved[r] = 0.0f;
   }
-  if (c.with_forward) Fill(s.acc, 0, n * s.out_row, 0.0f);
+  if (plan.sums) Fill(s.acc, 0, n * s.out_row, 0.0f);
   Fill(s.acc_tangent, 0, n * s.out_row, 0.0f);
   return all;
 }
@@ -217,15 +238,15 @@ inline void FinishTangentRow(const Call& c, const TangentPlan& plan, const Tange
   const float moved = none ? 0.0f : s.moved[at] / l;  // the log-sum-exp, against the center
   const float share = c.sinks ? KeyShare(c, row, s.m[at], l) : 1.0f;
   float factor = none ? 0.0f : 1.0f / (l * KeepProbOf(c, row));
-  const F minus = Set(-moved);
+  const F more = Set(s.center[at] * (1.0f - share) - share * moved);
   const bool moves = plan.logits || moved != moved;
   if (none) {
     Fill(sum, 0, c.Dv, 0.0f);
-  } else if (moves && c.with_forward) {
-    Combine(c.Dv, sum, acc, [&](F x, F y) { return Fma(minus, y, x); });
+  } else if (moves && plan.sums) {
+    Combine(c.Dv, sum, acc, [&](F x, F y) { return Fma(more, y, x); });
+    factor *= share;
   } else if (moves) {
-    // Both sums are of the weights without a sink, and out has it.
-    const F by = Set(factor * share), more = Set(s.center[at] * (1.0f - share) - share * moved);
+    const F by = Set(factor * share);  // both sums are of the weights without a sink, and out has it
     const float* out = ExactOut(c, row, s.stage, s.stage + RoundUp(c.Dv, kLanes));
     Combine(c.Dv, sum, out, [&](F x, F y) { return Fma(more, y, x * by); });
     factor = 1.0f;
@@ -246,7 +267,7 @@ inline void TangentTask(const Call& c, const TangentPlan& plan, const SharedBloc
   const int64_t head = task / plan.blocks, block = plan.blocks - 1 - task % plan.blocks;
   const int64_t b = head / c.K, k = head % c.K, r0 = block * plan.task_rows;
   const int64_t n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
-  const Range all = StartTangentRows(c, s, b, k, r0, n);
+  const Range all = StartTangentRows(c, plan, s, b, k, r0, n);
   int32_t lo[kMostRows], hi[kMostRows];
   for (int64_t j0 = all.lo / plan.key_block * plan.key_block; j0 < all.hi; j0 += plan.key_block) {
     TangentGroup x{b, k, r0, 0, j0, j0 + plan.key_block < c.Skv ? plan.key_block : c.Skv - j0, {}, {}, 0, {}};

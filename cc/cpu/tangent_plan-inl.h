@@ -23,6 +23,7 @@ struct TangentPlan {
   int64_t key_block;
   int64_t keys_size, values_size;  // floats of an array of a packed block
   bool logits;                     // whether logits have tangents
+  bool sums;                       // whether sums of w v are kept, which the center moves by
   bool values;                     // whether products take values
   bool key_tangents, value_tangents;
   int64_t wave;  // key heads whose tasks run together: so many that their blocks may be shared
@@ -36,6 +37,7 @@ struct TangentPlan {
     keys_size = RoundUp(key_block, kPanel) * c.D;
     values_size = Panels(c.Dv) * kPanel * key_block;
     logits = MovesLogits(c);
+    sums = c.with_forward || MovesByPlace(c);
     values = logits || c.with_forward;
     key_tangents = bool{c.key_tangent};
     value_tangents = bool{c.value_tangent};
@@ -75,6 +77,7 @@ struct TangentScratch {
   float *q, *q_tangent;                // rows of a task
   float *acc, *acc_tangent;            // sums of w v, and of w (T - center) v + w e; w are weights without 1 / l
   float *m, *l, *center, *moved;       // of each row; the last one: the sum of w (T - center)
+  float* centered;                     // ... and that of w which the center is the mean of
   float *logits, *tangents;            // rows of a group: products, then weights, and those times T - center
   float *by_x, *by_cap, *stage, *tmp;  // of one row
   float* block;                        // of a packed block, if not shared
@@ -90,11 +93,12 @@ struct TangentScratch {
     s_row = kb + kLanes;  // padded, so that rows do not meet in one cache set
     q = arena.Take(n * c.D);
     q_tangent = arena.Take(c.query_tangent ? n * c.D : 0);
-    acc = arena.Take(c.with_forward ? n * out_row : 0);
+    acc = arena.Take(plan.sums ? n * out_row : 0);
     acc_tangent = arena.Take(n * out_row);
     m = arena.Take(n);
     l = arena.Take(n);
     center = arena.Take(n);
+    centered = arena.Take(n);
     moved = arena.Take(n);
     logits = arena.Take(plan.group_rows * s_row);
     tangents = arena.Take(plan.logits ? plan.group_rows * s_row : 0);

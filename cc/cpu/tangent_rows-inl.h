@@ -12,11 +12,13 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// Whether products have a tangent, and whether logits have one: else T is 0.
+// Whether products have a tangent, and what else the logits are made of, which may move those of some keys by far more than
+// those of others: by the distance. If neither has one, T is 0.
 inline bool MovesProducts(const Call& c) { return c.query_tangent || c.key_tangent; }
-inline bool MovesLogits(const Call& c) {
-  return MovesProducts(c) || c.bias_tangent || c.slopes_tangent || c.scale_tangent || c.soft_cap_tangent;
+inline bool MovesByPlace(const Call& c) {
+  return c.bias_tangent || c.slopes_tangent || c.scale_tangent || c.soft_cap_tangent;
 }
+inline bool MovesLogits(const Call& c) { return MovesProducts(c) || MovesByPlace(c); }
 
 // Of what is one scalar for each head.
 inline float TangentOf(const View& x, const Row& row) { return x ? *x.At<float>(row.b, row.n) : 0.0f; }

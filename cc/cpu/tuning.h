@@ -210,6 +210,12 @@ constexpr int64_t kSecondPackedFloats = int64_t{5} << 20;
 // rows and 192 with those products took the same time.
 constexpr int64_t kLeastSecondRows = 24, kLeastUnpackedRows = 60;
 
+// ---- accuracy ----
+
+// Tangents: the growth of a row's sum of weights that makes its center one of more of them. What a far center costs is then
+// less than kGrown times what the distances of tangents from their mean do in any case.
+constexpr float kGrown = 4.0f;
+
 // ---- tasks ----
 
 // Forward: rows of a task, which reads every packed key and value for each group_rows of them. Halved, down to one group,

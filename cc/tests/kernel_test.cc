@@ -369,6 +369,19 @@ void CheckBitsOfForward() {
   }
 }
 
+// Tangents that grow with the distance, of weights that fall with it by some e^35 or less a block: those of the last keys are
+// far from the first ones', which had all weight until then.
+void CheckFarTangents() {
+  for (DType dtype : {DType::kF32, DType::kBF16})
+    for (int moving : {16, 24, 127}) {
+      Spec s;
+      s.seed = static_cast<uint64_t>(moving), s.dtype = dtype, s.tangents = moving;
+      s.Sq = 7, s.Skv = 3000, s.N = 4, s.K = 2, s.D = 16, s.Dv = 24, s.bounds = Bounds::kCausalEnd;
+      s.alibi = Alibi::kLinear, s.bias = moving == 16 ? kNoAxes : 8;
+      Check(s);
+    }
+}
+
 // No batch entries: nothing is read or written.
 void CheckNoBatch() {
   Spec s;
@@ -427,6 +440,7 @@ int Main(const std::vector<std::string>& args) {
     CheckEveryNumber();
     CheckFunctions();
     CheckNoBatch();
+    if (!sample) CheckFarTangents();
     CheckPaged();
     for (DType t : {DType::kF32, DType::kBF16}) CheckRowsAlone(t);
     if (!sample) CheckBitsOfForward();

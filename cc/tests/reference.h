@@ -143,14 +143,16 @@ class Reference {
     });
   }
 
-  // After Forward. `fused`: from its sums, else from the `out` that it stored.
+  // After Forward. `fused`: together with it. From sums of values, or from the `out` that was stored.
   void Tangent(bool fused) {
     out_tangent.Resize(out.value.size()), logsumexp_tangent.Resize(m.value.size());
     const double growth = kEps * Growth(p_.Skv), u = HalfUlp(p_.out.dtype);
     // What rounding took from the stored `out`, relative to it; a forward of bfloat16 may have rounded its weights, too.
-    const double rounded = fused ? kEps : p_.rounding ? u * u : u;
-    const double lost = !fused && p_.out.dtype == DType::kF16 ? 0x1p-25 : 0.0;
-    const double weights_rounded = !fused && p_.out.dtype == DType::kBF16 ? 0x1.02p-8 : 0.0;
+    const bool by_place = p_.bias_tangent || p_.slopes_tangent || p_.scale_tangent || p_.cap_tangent;
+    const bool with_sums = fused || by_place, moves = by_place || p_.query_tangent || p_.key_tangent;
+    const double rounded = with_sums ? kEps : p_.rounding ? u * u : u;
+    const double lost = !with_sums && p_.out.dtype == DType::kF16 ? 0x1p-25 : 0.0;
+    const double weights_rounded = !with_sums && p_.out.dtype == DType::kBF16 ? 0x1.02p-8 : 0.0;
     std::vector<Moved> moved;
     ForEachRow([&](int64_t b, int64_t n, int64_t i) {
       Look(b, n, i);
@@ -166,10 +168,13 @@ class Reference {
           tainted |= !AllFinite(p_.value_tangent.value.data() + p_.value_tangent.Index(b, k, x.j), p_.Dv);
         if (x.p > 0.0) tau += x.p * moved.back().t;
       }
-      // Kernels count tangents from a mean of some of them, which is no further from tau than the furthest.
+      // Kernels count tangents from a mean of some of them, which is no further from tau than the furthest; with sums of values,
+      // from one over keys that have a good part of all weight.
       double furthest = 0.0, tau_error = 0.0;
-      for (size_t at = 0; at < seen_.size(); ++at)
-        if (seen_[at].p > 0x1p-150) furthest = std::max(furthest, std::fabs(moved[at].t - tau));
+      for (size_t at = 0; at < seen_.size(); ++at) {
+        const double away = std::fabs(moved[at].t - tau);
+        if (seen_[at].p > 0.0) furthest = with_sums ? furthest + 8.0 * seen_[at].p * away : std::max(furthest, away);
+      }
       const auto away_error = [&](size_t at) {  // of p times a tangent from that mean
         const Seen& x = seen_[at];
         const double away = std::fabs(moved[at].t - tau) + furthest;
@@ -196,7 +201,8 @@ class Reference {
             p_.value_tangent ? p_.value_tangent.value.data() + p_.value_tangent.Index(b, k, x.j) : nullptr;
         for (int64_t d = 0; d < p_.Dv; ++d) {
           const size_t to = first + static_cast<size_t>(d);
-          if (x.p > 0.0 || std::isnan(x.p)) out_tangent.value[to] += x.keep * x.p * (moved[at].t - tau) * v[d];
+          if (moves && (x.p > 0.0 || std::isnan(x.p)))
+            out_tangent.value[to] += x.keep * x.p * (moved[at].t - tau) * v[d];
           out_tangent.error[to] += x.keep * away_error(at) * std::fabs(v[d]);
           if (e == nullptr) continue;
           out_tangent.value[to] += x.keep * x.p * e[d];
