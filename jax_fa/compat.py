@@ -385,13 +385,20 @@ def interpreting_gpu() -> bool:
     return type(forced).__name__ == "InterpretGPUParams"
 
 
+def has_gpu_interpreter() -> bool:
+    """JAX 0.11 and later."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return hasattr(mosaic_gpu, "force_gpu_interpret_mode")
+
+
 @contextlib.contextmanager
 def gpu_interpreter() -> Iterator[None]:
     """Kernels for GPUs run on CPU here, with a race detector; what a failed one leaves behind is cleared."""
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
     from jax.experimental.pallas import mosaic_gpu
 
-    plgpu: Any = mosaic_gpu  # JAX 0.10 has no such mode
+    plgpu: Any = mosaic_gpu  # see has_gpu_interpreter
     try:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield

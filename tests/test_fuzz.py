@@ -150,6 +150,16 @@ def test_a_run(crash, tmp_path, capsys, monkeypatch):
     assert second["rounds"] == first["rounds"] + 1 and second["calls"] > first["calls"]
 
 
+@pytest.mark.parametrize("option, known", [("--backends", "xla"), ("--isa", "")])
+def test_unknown_names(option, known, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        fuzz.main([option, f"{known},tpu"])
+    assert stopped.value.code == 2
+    assert (
+        f"error: {option} must hold names among " in (told := capsys.readouterr().err) and "; got tpu" in told
+    )
+
+
 INF = float("inf")
 
 

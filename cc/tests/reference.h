@@ -267,7 +267,7 @@ class Reference {
         const double ds_error = (x.p * x.error + kTiny) * std::fabs(inner) * x.slope +
                                 x.p * (x.slope * inner_error + kEps * x.slope_error * std::fabs(inner));
         missing -= ds, ds_size += std::fabs(ds), ds_errors += ds_error;
-        for (size_t d = 0; d < largest_key.size() && ds != 0.0; ++d)
+        for (size_t d = 0; d < largest_key.size() && (ds != 0.0 || x.p > 0.5); ++d)
           largest_key[d] = std::max(largest_key[d], std::fabs(key[d]));
         const double in_row = std::fabs(scale) * (ds_error + kEps * per_row * std::fabs(ds));
         const double in_key = std::fabs(scale) * (ds_error + kEps * per_key * std::fabs(ds));

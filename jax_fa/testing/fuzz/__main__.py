@@ -5,7 +5,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from jax_fa.testing.fuzz.campaign import Campaign, Options
+from jax_fa.testing.fuzz.campaign import Campaign, Options, possible_backends, present_sets
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--resume", action="store_true", help="go on where the run of this seed in --out stopped"
     )
     given = parser.parse_args(arguments)
+    backends = _names(parser, "--backends", given.backends, possible_backends())
+    sets = _names(parser, "--isa", given.isa, present_sets())
     seed = secrets.randbelow(10**6) if given.seed is None else given.seed
     seconds = 60.0 if given.time is None and given.count is None else given.time
     options = Options(
@@ -56,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         program_seconds=given.program_time,
         shrink=given.shrink,
         near=given.near,
-        backends=tuple(filter(None, given.backends.split(","))),
-        instruction_sets=tuple(filter(None, given.isa.split(","))),
+        backends=backends,
+        instruction_sets=sets,
         out=given.out,
         resume=given.resume,
     )
@@ -66,6 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
     worst = ", ".join(f"{name} {ratio:.2f}" for name, ratio in sorted(totals.worst.items()))
     print(f"seed {seed}: {totals}\nlargest errors, in units of their bounds: {worst}")
     return 1 if totals.failures else 0
+
+
+def _names(parser, option: str, given: str, possible: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(filter(None, given.split(",")))
+    for name in names:
+        if name not in possible:
+            parser.error(f"{option} must hold names among {', '.join(possible)}, which are here; got {name}")
+    return names
 
 
 if __name__ == "__main__":

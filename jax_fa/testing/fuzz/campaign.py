@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_fa import ascend
+from jax_fa import ascend, compat
 from jax_fa.backends import native
 from jax_fa.backends.ascend import installation
 from jax_fa.testing.fuzz import script, sharded
@@ -82,6 +82,12 @@ def present_backends() -> tuple[str, ...]:
     if installation.absence() is None:
         found.append("ascend")
     return tuple(found)
+
+
+def possible_backends() -> tuple[str, ...]:
+    """Those, and what runs in an interpreter when it is asked for."""
+    interpreted = (INTERPRETED,) if compat.has_gpu_interpreter() else ()
+    return (*dict.fromkeys(present_backends()), *interpreted)
 
 
 def present_sets() -> tuple[str, ...]:
