@@ -200,18 +200,15 @@ inline void DirectRows(const Call& c, const ForwardPlan<kPairs>& plan, const For
     all.lo = visible.lo < all.lo ? visible.lo : all.lo;
     all.hi = visible.hi > all.hi ? visible.hi : all.hi;
   }
-  if constexpr (!kPairs)
-    if (plan.narrow) PackNarrow(c, s, n);
+  if (plan.narrow) PackNarrow(c, s, n);
   for (int64_t j0 = key0; j0 < key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < key1 ? plan.key_block : key1 - j0;
     const RowRanges ranges = DirectRanges(c, s, b, n, j0, width, &all);
     const int64_t first = all.lo > j0 ? all.lo - j0 : 0, last = all.hi < j0 + width ? all.hi - j0 : width;
     if (first >= last) continue;
-    if constexpr (!kPairs) {
-      if (plan.narrow) {
-        NarrowBlock{c, s, b, n, j0 + first, last - first, j0 + last < all.hi ? plan.key_block : 0}.Run();
-        continue;
-      }
+    if (plan.narrow) {
+      NarrowBlock<kPairs>{c, s, b, n, j0 + first, last - first, j0 + last < all.hi ? plan.key_block : 0}.Run();
+      continue;
     }
     DirectBlock<kPairs>{c, s, ranges, b, n, j0, width, first, last}.Run();
   }

@@ -11,12 +11,13 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// Some rows, plain, of many keys, and products of floats: see narrow-inl.h.
+// Some rows, plain, of many keys that products can take in place: see narrow-inl.h.
 inline bool IsNarrow(const Call& c) {
+  const bool pairs = InPairs(c), floats = c.key.dtype == DType::kF32 && c.value.dtype == DType::kF32;
+  if (pairs && (kHasMatrix || c.D % 2 != 0 || c.key.row % 2 != 0)) return false;
   const int64_t rows = c.G() * c.Sq;
-  const bool in_place = c.key.dtype == DType::kF32 && c.value.dtype == DType::kF32;
-  return rows > (in_place ? FewestNarrow(kTarget) : kDirectRows) && rows <= kNarrowRows && c.Skv >= kNarrowSpan &&
-         !c.pages && !InPairs(c) && AreWeightsPlain(c) && c.key.col == 1 && c.value.col == 1;
+  return rows > (floats ? FewestNarrow(kTarget) : kDirectRows) && rows <= kNarrowRows && c.Skv >= kNarrowSpan &&
+         !c.pages && AreWeightsPlain(c) && c.key.col == 1 && c.value.col == 1;
 }
 
 // Whether rows see few of the keys, by some of them: a window, or documents. (Only how work is cut depends on it.)
@@ -35,7 +36,8 @@ inline bool SeesFewKeys(const Call& c) {
 // Keys of a block whose keys and values of all heads stay in the second cache beside those of the next one.
 inline int64_t NarrowKeys(const Call& c) {
   int64_t keys = kDirectKeys;
-  while (keys > kLeastNarrowKeys && keys * c.K * (c.D + c.Dv) > kNarrowFloats) keys /= 2;
+  const int64_t bytes = c.K * (c.D + c.Dv) * (InPairs(c) ? 2 : 4);  // as the products take them
+  while (keys > kLeastNarrowKeys && keys * bytes > kNarrowBytes) keys /= 2;
   return keys;
 }
 

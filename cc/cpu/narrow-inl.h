@@ -2,13 +2,15 @@
 // place, for packing them would take longer than the products. What is packed are the rows: a key's element is repeated
 // in all lanes and multiplied by a vector of rows, so that max and sum of a row are not over lanes either.
 //
-// Products are summed in the order of those with packed keys, and so have their bits.
+// Products are summed in the order of those with packed keys, and so have their bits. Those of pairs take a key's neighbours as
+// they lie, and values of two keys at a time, which are packed.
 #pragma once
 
 #include "call.h"
 #include "cpu/arrays-inl.h"
 #include "cpu/forward_plan-inl.h"
 #include "cpu/gemm-inl.h"
+#include "cpu/pack-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/softmax-inl.h"
 
@@ -54,22 +56,24 @@ class NextBlock {
   int64_t left_ = 0, step_ = 0;
 };
 
-// The n rows of each key head as columns [element][row].
-inline void PackNarrow(const Call& c, const ForwardScratch<false>& s, int64_t n) {
-  const int64_t columns = RoundUp(n, kLanes);
+// The n rows of each key head as columns [unit][row].
+template <bool kPairs>
+inline void PackNarrow(const Call& c, const ForwardScratch<kPairs>& s, int64_t n) {
+  const int64_t columns = RoundUp(n, kLanes), depth = Units<kPairs>(c.D);
   for (int64_t k = 0; k < c.K; ++k)
     for (int64_t r = 0; r < columns; ++r) {
-      float* to = s.q_panels + k * columns * c.D + r;
+      float* to = s.q_panels + k * columns * depth + r;
       const float* q = s.q + (k * n + r) * s.q_row;
-      for (int64_t d = 0; d < c.D; ++d) to[d * columns] = r < n ? q[d] : 0.0f;
+      for (int64_t d = 0; d < depth; ++d) to[d * columns] = r < n ? q[d] : 0.0f;
     }
 }
 
 // The rows of all key heads (n of each, one head after the other in the scratch) over `count` keys from j0 on, after
 // which `next` are read.
+template <bool kPairs>
 struct NarrowBlock {
   const Call& c;
-  const ForwardScratch<false>& s;
+  const ForwardScratch<kPairs>& s;
   int64_t b, n, j0, count, next;
   int64_t columns = RoundUp(n, kLanes), dv = Panels(c.Dv) * kPanel;
 
@@ -169,31 +173,73 @@ struct NarrowBlock {
       for (int64_t d = 0; d < c.D; d += 16) __builtin_prefetch(keys.first + j * keys.row + d);
   }
 
+  // The keys as units, in place where they can be.
+  Floats Keys(int64_t k) const {
+    if constexpr (kPairs) {
+      return {reinterpret_cast<const float*>(c.key.Bytes(b, k, j0)), c.key.row / 2};
+    } else {
+      return Read(c.key, k, c.D, false, s.own.keys);
+    }
+  }
+
+  // The values of units of keys, a panel after the other where `panel` is the size of one. `marks`: see Clean.
+  struct Values {
+    Floats rows;
+    int64_t panel;
+    const float* marks;
+  };
+  Values ValuesOf(int64_t k) const {
+    float* const marks = IsMasked(c) ? s.own.nan_marker : nullptr;
+    if constexpr (kPairs) {
+      const bool any = PackValues<kPairs>(c.value, c.Dv, b, k, j0, count, s.stage, marks, s.own.values);
+      return {{s.own.values, kPanel}, Units<kPairs>(count) * kPanel, any ? marks : nullptr};
+    } else {
+      Floats rows = Read(c.value, k, c.Dv, true, s.own.values);
+      const bool any = marks != nullptr && Clean(&rows, s.own.values, marks);
+      return {rows, kPanel, any ? marks : nullptr};
+    }
+  }
+
+  // Weights of a vector of rows, from x on, of two keys at a time as pairs.
+  void JoinWeights(float* x) const {
+    if constexpr (kPairs) {
+      const F none = Set(0.0f);
+      for (int64_t j = 0; j < count; j += 2) {
+        const F second = j + 1 < count ? Load(x + (j + 1) * columns) : none;
+        F pairs, rest;
+        Unit<kPairs>::Interleave(Unit<kPairs>::Join(Load(x + j * columns), none), Unit<kPairs>::Join(second, none),
+                                 &pairs, &rest);
+        Store(x + j / 2 * columns, pairs);
+      }
+    }
+  }
+
   void Head(int64_t k, NextBlock* next_block) const {
-    const Floats keys = Read(c.key, k, c.D, false, s.own.keys);
-    Floats values = Read(c.value, k, c.Dv, true, s.own.values);
-    const float* marks = IsMasked(c) && Clean(&values, s.own.values, s.own.nan_marker) ? s.own.nan_marker : nullptr;
+    const Floats keys = Keys(k);
+    const int64_t depth = Units<kPairs>(c.D), key_units = Units<kPairs>(count);
     for (int64_t j = 0; j < count; j += kRows) {
       const int64_t rows = j + kRows < count ? kRows : count - j;
       for (int64_t p = 0; p < n; p += kPanel) {
         if (p == 0) AskForKeys(keys, j + kRows, j + 2 * kRows);
-        GemmColumns<false, false>({0, n - p}, rows, c.D, keys.first + j * keys.row, keys.row, 1,
-                                  s.q_panels + k * columns * c.D + p, s.weights + j * columns + p, columns, columns,
-                                  next_block->Take(c.D));
+        GemmColumns<kPairs, false>({0, n - p}, rows, depth, keys.first + j * keys.row, keys.row, 1,
+                                   s.q_panels + k * columns * depth + p, s.weights + j * columns + p, columns, columns,
+                                   next_block->Take(depth));
       }
     }
+    const Values values = ValuesOf(k);
     for (int64_t r = 0; r < n; r += kLanes) {
       if (IsMasked(c)) {
-        Soften<true>(k, r, marks);
+        Soften<true>(k, r, values.marks);
       } else {
         Soften<false>(k, r, nullptr);
       }
+      JoinWeights(s.weights + r);
     }
     for (int64_t p = 0; p < c.Dv; p += kPanel)
       for (int64_t r = 0; r < n; r += kRows) {
-        GemmColumns<false, true>({0, c.Dv - p}, n - r < kRows ? n - r : kRows, count, s.weights + r, 1, columns,
-                                 values.first + p, s.acc + (k * n + r) * dv + p, dv, values.row,
-                                 next_block->Take(count));
+        GemmColumns<kPairs, true>({0, c.Dv - p}, n - r < kRows ? n - r : kRows, key_units, s.weights + r, 1, columns,
+                                  values.rows.first + p / kPanel * values.panel, s.acc + (k * n + r) * dv + p, dv,
+                                  values.rows.row, next_block->Take(key_units));
       }
   }
 
@@ -207,7 +253,8 @@ struct NarrowBlock {
     then(c.key, c.D);
     then(c.value, c.Dv);
     const int64_t row_tiles = (n + kRows - 1) / kRows, key_tiles = (count + kRows - 1) / kRows;
-    next_block.Spread(c.K * (key_tiles * ((n + kPanel - 1) / kPanel) * c.D + Panels(c.Dv) * row_tiles * count));
+    next_block.Spread(c.K * (key_tiles * ((n + kPanel - 1) / kPanel) * Units<kPairs>(c.D) +
+                             Panels(c.Dv) * row_tiles * Units<kPairs>(count)));
     for (int64_t k = 0; k < c.K; ++k) Head(k, &next_block);
   }
 };

@@ -253,14 +253,15 @@ static_assert(kMostSplitRows <= kTaskRows);
 constexpr int64_t kDirectRows = 16, kDirectKeys = 128;
 
 // With more, up to kNarrowRows, and plain weights of at least kNarrowSpan keys, they are read in place too: keys by
-// broadcast, next to a vector of rows, in blocks of up to so many floats of all heads (256 KiB), but not of fewer keys than
+// broadcast, next to a vector of rows, in blocks of up to so many bytes of all heads, but not of fewer keys than
 // kLeastNarrowKeys. (Packed, 32 rows of one head took a seventh longer, 24 of each of 8 a third, 48 a half.)
-constexpr int64_t kNarrowRows = 64, kNarrowSpan = 2048, kNarrowFloats = int64_t{1} << 16, kLeastNarrowKeys = 32;
+constexpr int64_t kNarrowRows = 64, kNarrowSpan = 2048, kNarrowBytes = int64_t{256} << 10, kLeastNarrowKeys = 32;
 
 // ... and with fewer, of float32, more than these. A row of a tile takes a load for each multiply-add where the rows are one
 // vector: as many as there are where vectors are multiplied in halves, elsewhere twice as many, so that there the sums of few
 // rows, which are taken over lanes, cost less. (Of the time of those, 16 rows of each of 8 heads took 0.81 on Zen 4 and 1.3 on
-// Zen 5; by AVX2, where they are two vectors, 0.71, and 8 rows 0.93. float16, which is widened to memory first: 1.0 and more.)
+// Zen 5; by AVX2, where they are two vectors, 0.71, and 8 rows 0.93. float16, which is widened to memory first, and
+// bfloat16 whose values are packed: 1.0 and more. 24 rows of each of 8 heads of bfloat16, packed all, took 1.4 times as long.)
 JAX_FA_INLINE int64_t FewestNarrow(const Target& target) {
   if (target.lanes >= 16) return TuningInUse().halves ? target.lanes / 2 : kDirectRows;
   return 4;
