@@ -31,7 +31,8 @@ def main() -> None:
         return
     found = machine.describe()
     path = options.json or HERE / "results" / machine.file_name(found)
-    if not options.only or options.json:
+    writes = bool(options.json) or not options.only
+    if writes:
         _check(parser, path)
     print("\n".join(f"{name}: {text}" for name, text in found.items()))
     found["peak_gflops"] = {
@@ -47,12 +48,12 @@ def main() -> None:
         for row in measure.measure(replace(case, peers=()) if options.alone else case, options.rounds):
             print(report.line(row), flush=True)
             rows.append(row)
-        if not options.only or options.json:
-            report.update(path, found, complete=False, rows=rows)
-    if not options.only or options.json:
+        if writes:
+            report.update(path, found, some=bool(options.only), complete=False, rows=rows)
+    if writes:
         memory = programs.temporary_bytes(cases.Case(group="long", mask="causal"))
-        complete = not (options.only or options.alone)
-        report.update(path, found, complete=complete, rows=rows, temporary_bytes=memory)
+        whole = not options.alone
+        report.update(path, found, some=bool(options.only), complete=whole, rows=rows, temporary_bytes=memory)
         print(f"\nwritten: {path}")
     sweep = report.read(path).get("sweep") if path.exists() else None
     print("\n" + bounds.table(bounds.check(rows, found["instruction_set"], sweep)))

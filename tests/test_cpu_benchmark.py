@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from jax_fa.backends import native
+from jax_fa.testing import timing
 
 if native.missing is not None:
     pytest.skip(f"needs the native extension: {native.missing}", allow_module_level=True)
@@ -219,6 +221,30 @@ def test_a_document_without_tables(text, message, tmp_path):
     copy.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         tables.write(copy)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same versions", "others"])
+def test_some_rows_anew(same, tmp_path):
+    path, versions = tmp_path / "found.json", {"jax": "1"}
+    row = {"name": "a", "direction": "forward", "seconds": 1}
+    report.update(path, {"versions": versions}, complete=True, rows=[row, row | {"name": "b"}])
+    again = {"versions": versions if same else {"jax": "2"}}
+    report.update(path, again, some=True, complete=True, rows=[row | {"name": "b", "seconds": 2}])
+    found = report.read(path)
+    assert found["complete"] == same
+    assert [(x["name"], x["seconds"]) for x in found["rows"]] == [("a", 1), ("b", 2)][not same :]
+
+
+def test_short_runs_are_awake():
+    """They are called until the time is over, and at least once; others are not called."""
+    calls = []
+    runs = {
+        name: lambda name=name: calls.append(name) or time.sleep(0.01) for name in ("short", "long", "once")
+    }
+    timing.alternate(runs, 1, warm_up=0, wake=frozenset({"short"}), awake=0.05)
+    assert 3 <= calls.count("short") <= 7 and calls.count("long") == 1
+    timing.alternate(runs, 1, warm_up=0, wake=frozenset({"once"}))
+    assert calls.count("once") == 1 + 2
 
 
 def test_memory_is_read():

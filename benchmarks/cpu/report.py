@@ -30,9 +30,20 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def update(path: Path, machine: dict[str, Any], **parts: Any) -> None:
-    """Writes the parts into a machine's file; others that are there stay, if they are of the same versions."""
+def update(path: Path, machine: dict[str, Any], *, some: bool = False, **parts: Any) -> None:
+    """Writes the parts into a machine's file; others that are there stay, if they are of the same versions.
+
+    `some`: the rows are not all of them, and take the places of those of the same names alone.
+    """
     found = read(path) if path.exists() else {}
     kept = found if found.get("machine", {}).get("versions") == machine["versions"] else {}
+    if some:
+        parts["rows"] = _joined(kept.get("rows", []), parts["rows"])
+        parts["complete"] = kept.get("complete", False)
     text = json.dumps(kept | {"schema": SCHEMA, "machine": machine} | parts, indent=1)
     program.write(path, text + "\n")
+
+
+def _joined(rows: list[Row], new: list[Row]) -> list[Row]:
+    found = {(row["name"], row["direction"]): row for row in (*rows, *new)}
+    return list(found.values())

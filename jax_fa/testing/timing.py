@@ -30,14 +30,16 @@ def alternate(
     warm_up: int = 1,
     pause: float = 0.0,
     wake: frozenset[str] = frozenset(),
+    awake: float = 0.0,
     after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of every call that counts, by name.
 
     The first `warm_up` calls of each do not count: they touch their memory for the first time. Before each call that
     counts comes a pause of so many seconds: the threads of OpenMP, which PyTorch uses, and of XLA go on spinning for
-    a while after a call and would slow down the next one. The names in `wake` are called once more after that pause: to wake
-    threads and to load caches takes as long as some of their calls, which in a model follow one another.
+    a while after a call and would slow down the next one. The names in `wake` are called after that pause, once or until
+    `awake` seconds have passed: to wake threads (and the cores of a virtual machine, which take some 50 ms) and to load
+    caches takes as long as many of their calls, which in a model follow one another.
     """
     for run in runs.values():
         for _ in range(warm_up):
@@ -46,8 +48,11 @@ def alternate(
     for names in turns(runs, rounds):
         for name in names:
             time.sleep(pause)
-            if name in wake:
+            until = time.perf_counter() + awake
+            while name in wake:
                 jax.block_until_ready(runs[name]())
+                if time.perf_counter() >= until:
+                    break
             seconds[name].append(timed(runs[name])[1])
         after_round()
     return seconds
