@@ -12,7 +12,7 @@ class Ahead {
  public:
   // Rows [i0, i0 + n) of `width` elements.
   void Add(const View& x, int64_t b, int64_t h, int64_t i0, int64_t n, int64_t width, bool written = false) {
-    if (count_ == kMost || n <= 0 || x.col != 1) return;
+    if (!x || count_ == kMost || n <= 0 || x.col != 1) return;
     spans_[count_++] = {x.Bytes(b, h, i0), x.row * ItemSize(x.dtype), width * ItemSize(x.dtype), n, written};
     left_ += n;
   }
@@ -36,7 +36,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int kMost = 4;
+  static constexpr int kMost = 16;
   static constexpr int64_t kLine = 64;
   struct Span {
     const char* data;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.h"
+#include "cpu/ahead-inl.h"
 #include "cpu/arrays-inl.h"
 #include "cpu/backward_balance-inl.h"
 #include "cpu/backward_plan-inl.h"
@@ -56,6 +57,7 @@ struct RowBlock {
   int64_t count;
   const RowTile* tiles;
   PackedRows packed;
+  Ahead* ahead;
 
   Row At(const Call& c, int64_t i) const { return RowAt(c, b, k, g0 + i); }
 };
@@ -93,6 +95,7 @@ inline void BlockProducts(const Call& c, const BackwardScratch<kPairs>& s, const
       const int64_t from = tile.from - panel * kPanel, end = tile.to - panel * kPanel;
       const Columns columns{from > 0 ? from : 0, end < kPanel ? end : kPanel};
       PrefetchLogits(c, x.At(c, tile.r), tile.n, x.j0, panel * kPanel, PanelEnd(panel, x.width));
+      x.ahead->Some();
       if (!direct)
         GemmColumns<kPairs, false>(columns, tile.n, depth, x.packed.q + tile.r * s.q_row, s.q_row, 1,
                                    s.keys_t + panel * depth * kPanel, s.p + at, s.s_row);
@@ -150,6 +153,7 @@ inline void QueryGradients(const Call& c, const BackwardPlan& plan, const Backwa
         const int64_t from = tile.from / per > u0 ? tile.from / per : u0, end = Units<kPairs>(tile.to);
         const int64_t to = end < u0 + chunk ? end : u0 + chunk;
         if (from >= to) continue;
+        x.ahead->Some();
         GemmColumns<kPairs, true>({0, c.D - d * kPanel}, tile.n, to - from, ds_rows + tile.r * ds_row + from, ds_row, 1,
                                   s.keys + (d * key_units + from) * kPanel,
                                   dq + (x.g0 + tile.r) * plan.dq_row + d * kPanel, plan.dq_row);
@@ -182,6 +186,7 @@ inline void KeyGradients(const Call& c, const BackwardPlan& plan, const Backward
           const int64_t from = visible_to[t].lo > u0 ? visible_to[t].lo : u0;
           const int64_t to = visible_to[t].hi < u0 + chunk ? visible_to[t].hi : u0 + chunk;
           if (from >= to) continue;
+          x.ahead->Some();
           GemmColumns<kPairs, true>({0, y.columns - d * kPanel}, e - a, to - from, y.weights + from * weights_row + a,
                                     1, weights_row, y.panels + (d * units + from) * kPanel,
                                     y.sum + a * y.sum_row + d * kPanel, y.sum_row);
