@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import time
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -235,14 +237,18 @@ def test_some_rows_anew(same, tmp_path):
     assert [(x["name"], x["seconds"]) for x in found["rows"]] == [("a", 1), ("b", 2)][not same :]
 
 
-def test_short_runs_are_awake():
+def test_short_runs_are_awake(monkeypatch):
     """They are called until the time is over, and at least once; others are not called."""
-    calls = []
-    runs = {
-        name: lambda name=name: calls.append(name) or time.sleep(0.01) for name in ("short", "long", "once")
-    }
-    timing.alternate(runs, 1, warm_up=0, wake=frozenset({"short"}), awake=0.05)
-    assert 3 <= calls.count("short") <= 7 and calls.count("long") == 1
+    calls, clock = [], [0.0]
+
+    def run(name):
+        calls.append(name)
+        clock[0] += 0.25
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=lambda _: None))
+    runs = {name: partial(run, name) for name in ("short", "long", "once")}
+    timing.alternate(runs, 1, warm_up=0, wake=frozenset({"short"}), awake=1.0)
+    assert Counter(calls) == {"short": 4 + 1, "long": 1, "once": 1}
     timing.alternate(runs, 1, warm_up=0, wake=frozenset({"once"}))
     assert calls.count("once") == 1 + 2
 

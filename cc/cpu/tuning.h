@@ -302,6 +302,14 @@ constexpr int64_t kLeastHeads = 2, kSmallBiasTasks = 64;
 // each block they took up to an eighth of the time.
 constexpr int64_t kKeptRowFloats = int64_t{2} << 20;
 
+// Backward: whether what the next head begins with is asked for during the products of one, by the bytes that a head reads and
+// writes. Not of heads so large that the rows would have left the second cache again, nor of calls so small that they may come
+// from the third one. (64 sequences of 128: 0.66 to 0.73 of the time in bfloat16, 0.8 in float32.)
+JAX_FA_INLINE bool AsksForNextHead(int64_t head_bytes, int64_t heads) {
+  const Caches& caches = TuningInUse().caches;
+  return head_bytes <= caches.second / 2 && heads * head_bytes >= caches.third / 4;
+}
+
 // Second derivative: likewise, of rows; each part has sums for all keys.
 constexpr int64_t kSecondTasks = 16, kLeastSecondTasks = 4, kSecondSplitBytes = int64_t{32} << 20;
 
