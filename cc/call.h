@@ -36,7 +36,7 @@ struct View {
   }
   template <typename T>
   JAX_FA_INLINE T* At(int64_t b, int64_t h, int64_t r = 0, int64_t c = 0) const {
-    return reinterpret_cast<T*>(Bytes(b, h, r, c));
+    return reinterpret_cast<T*>(data) + (batch[b] + h * head + r * row + c * col);
   }
 };
 

@@ -177,23 +177,39 @@ inline void ClearRows(float* p, int64_t rows, int64_t row, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) Fill(p + r * row, 0, width, 0.0f);
 }
 
-// 0 if all n elements are finite, else NaN.
-inline float ZeroOrNaN(const float* x, int64_t n) {
-  F sum = Set(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = Fma(Load(x + i), Set(0.0f), sum);
-  float total = Sum(sum);
-  for (; i < n; ++i) total += x[i] * 0.0f;
-  return total;
-}
+// Whether elements are all finite: sums of them times 0, lane by lane.
+class Finite {
+ public:
+  JAX_FA_INLINE void Take(const float* x, int64_t n) {
+    Take(n, [&](int64_t i) { return Load(x + i); }, [&](int64_t i) { return LoadFirst(x + i, static_cast<int>(n - i)); });
+  }
+  JAX_FA_INLINE void Take(const uint16_t* x, int64_t n) {  // bfloat16
+    Take(
+        n, [&](int64_t i) { return LoadBF16(x + i); },
+        [&](int64_t i) { return LoadFirstBF16(x + i, static_cast<int>(n - i), i > 0); });
+  }
+  float ZeroOrNaN() const { return Sum(even_ + odd_); }
 
-inline float ZeroOrNaN(const uint16_t* x, int64_t n) {  // bfloat16
-  F sum = Set(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = Fma(LoadBF16(x + i), Set(0.0f), sum);
-  float total = Sum(sum);
-  for (; i < n; ++i) total += ToFloatBF16(x[i]) * 0.0f;
-  return total;
+ private:
+  template <typename Whole, typename Part>
+  JAX_FA_INLINE void Take(int64_t n, const Whole& whole, const Part& part) {
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      even_ = Fma(whole(i), Set(0.0f), even_);
+      odd_ = Fma(whole(i + kLanes), Set(0.0f), odd_);
+    }
+    if (i + kLanes <= n) even_ = Fma(whole(i), Set(0.0f), even_), i += kLanes;
+    if (i < n) odd_ = Fma(part(i), Set(0.0f), odd_);
+  }
+  F even_ = Set(0.0f), odd_ = Set(0.0f);
+};
+
+// 0 if all n elements are finite, else NaN.
+template <typename T>
+inline float ZeroOrNaN(const T* x, int64_t n) {
+  Finite all;
+  all.Take(x, n);
+  return all.ZeroOrNaN();
 }
 
 // Floats that staging rows of a call takes: kLanes rows, or two rows filled up to whole panels.

@@ -171,9 +171,13 @@ struct DirectBlock {
   // Weights are multiplied by `factors`, or null.
   void Soften(int64_t k, const float* nan_marker, const float* factors) const {
     const int64_t c0 = first / kLanes * kLanes, c1 = RoundUp(last, kLanes);
-    for (int64_t r = k * n; r < (k + 1) * n; ++r)
-      SoftmaxRow<kPairs>(c, RowAt(c, b, k, r - k * n), j0, ranges.Within(r, j0, width), c0, c1, nan_marker, s.tmp,
-                         s.logits + r * s.s_row, s.m + r, s.l + r, s.acc + r * dv, factors);
+    for (int64_t r0 = k * n; r0 < (k + 1) * n; r0 += kTileRows) {
+      const int64_t count = (k + 1) * n - r0 < kTileRows ? (k + 1) * n - r0 : kTileRows;
+      Softmax<kPairs>(
+          c, RowAt(c, b, k, r0 - k * n), count, j0, c0, c1, nan_marker, s.tmp,
+          {s.logits + r0 * s.s_row, s.m + r0, s.l + r0, s.acc + r0 * dv, s.s_row, dv, factors},
+          [&](int64_t r) { return ranges.Within(r0 + r, j0, width); });
+    }
   }
 
   // From the products of a head on, with packed values. Those that are not finite are kept apart from the rows to which

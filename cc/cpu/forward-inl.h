@@ -63,6 +63,7 @@ inline void ForwardGroup(const Call& c, const ForwardScratch<kPairs>& s, int64_t
     RowTile& tile = tiles[t];
     const int64_t c0 = tile.from / kLanes * kLanes, c1 = RoundUp(tile.to, kLanes);
     const int64_t at = g0 + tile.r;
+    ahead->Some();
     fresh[t] = true;
     for (int64_t r = 0; r < tile.n; ++r) fresh[t] = fresh[t] && s.l[at + r] == 0.0f;
     Softmax<kPairs>(
@@ -151,6 +152,20 @@ inline Ahead NextRows(const Call& c, const ForwardPlan<kPairs>& plan, int64_t b,
   return ahead;
 }
 
+// How often ForwardGroup asks ahead in the products of n rows with keys j0 + [0, width), about: a mask leaves out some.
+template <bool kPairs>
+inline int64_t AsksOf(const Call& c, const ForwardScratch<kPairs>& s, int64_t n, int64_t j0, int64_t width) {
+  const RowRanges ranges{s.lo, s.hi};
+  const int64_t chunk = Chunk() * Unit<kPairs>::kElements;
+  int64_t asks = 0;
+  for (int64_t r = 0; r < n; r += kTileRows) {
+    const Range v = ranges.Within(r + kTileRows < n ? r + kTileRows - 1 : n - 1, j0, width);
+    if (v.Empty()) continue;
+    asks += Panels(v.hi) - v.lo / kPanel + Panels(c.Dv) * ((v.hi - 1) / chunk + 1 - v.lo / chunk) + 1;
+  }
+  return asks;
+}
+
 // Rows [r0, r0 + n) of key head k of batch entry b over keys [key0, key1). Leaves the unnormalized output, max and sum
 // in the scratch. `block_at(j)` gives the shared packed block of keys from j on.
 template <bool kPairs, typename BlockAt>
@@ -164,7 +179,7 @@ inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const Fo
     Packed packed = plan.shared ? block_at(j0) : s.own;
     if (!plan.shared) PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
     Ahead ahead = NextRows(c, plan, b, k, r0, n, j0 + width, all.hi);
-    ahead.Spread((Panels(width) + Panels(c.Dv)) * (n / kRows + 1));
+    ahead.Spread(AsksOf<kPairs>(c, s, n, j0, width));
     for (int64_t g0 = 0; g0 < n; g0 += plan.group_rows)
       ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + plan.group_rows < n ? plan.group_rows : n - g0, j0, width, packed,
                            &ahead);
@@ -340,10 +355,11 @@ inline void ForwardTask(const Call& c, const ForwardPlan<kPairs>& plan, const Sh
   }
   const int64_t dv = Panels(c.Dv) * kPanel;
   for (int64_t h = 0; h < plan.task_heads; ++h) {
-    for (int64_t r = 0; r < n; ++r) {
+    Row row = RowAt(c, b, k + h, r0);
+    for (int64_t r = 0; r < n; ++r, row = After(c, row)) {
       const int64_t at = h * n + r;
       if (plan.splits == 1) {
-        FinishRow(c, RowAt(c, b, k + h, r0 + r), s.acc + at * dv, s.m[at], s.l[at]);
+        FinishRow(c, row, s.acc + at * dv, s.m[at], s.l[at]);
       } else {
         partials.Keep(head + h, split, r0 + r, s.acc + at * dv, s.m[at], s.l[at]);
       }

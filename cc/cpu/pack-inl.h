@@ -105,20 +105,25 @@ inline void PackRows(int64_t n, int64_t width, float* stage, float* panels, cons
 template <bool kPairs>
 inline bool PackValues(const View& x, int64_t width, int64_t b, int64_t k, int64_t j0, int64_t n, float* stage,
                        float* nan_marker, float* panels) {
-  bool any = false;
+  Finite all;
   PackRows<kPairs>(n, width, stage, panels, [&](int64_t j, float* own) {
     const auto* row = ReadRow<kPairs>(x, b, k, j0 + j, width, own);
-    if (nan_marker != nullptr) {
-      nan_marker[j] = ZeroOrNaN(row, width);
-      if (nan_marker[j] != 0.0f) {
-        any = true;
-        Fill(own, 0, Units<kPairs>(width), 0.0f);
-        return reinterpret_cast<decltype(row)>(own);
-      }
-    }
+    if (nan_marker != nullptr) all.Take(row, width);
     return row;
   });
-  return any;
+  if (all.ZeroOrNaN() == 0.0f) {
+    if (nan_marker != nullptr) Fill(nan_marker, 0, n, 0.0f);
+    return false;
+  }
+  // Once more, row by row.
+  PackRows<kPairs>(n, width, stage, panels, [&](int64_t j, float* own) {
+    const auto* row = ReadRow<kPairs>(x, b, k, j0 + j, width, own);
+    nan_marker[j] = ZeroOrNaN(row, width);
+    if (nan_marker[j] == 0.0f) return row;
+    Fill(own, 0, Units<kPairs>(width), 0.0f);
+    return reinterpret_cast<decltype(row)>(own);
+  });
+  return true;
 }
 
 }  // namespace

@@ -201,8 +201,8 @@ inline void StatisticsRow(const Call& c, const SecondScratch& s, const Row& row,
                           int64_t c0, int64_t c1, float* x) {
   if (v.Empty() || !(s.inverse[r] * 0.0f == 0.0f)) return;
   const float scale = RowLogits(c, row, j0, v, c0, c1, nullptr, {}, s.tmp, x);
-  s.tau_sum[r] *= RaiseMax(x, c0, c1, scale, s.m + r);
-  s.tau_sum[r] += RowExp<false>(x, c0, c1, scale, s.m[r]);
+  s.tau_sum[r] *= RaiseMax(RowMax(x, c0, c1), scale, s.m + r);
+  s.tau_sum[r] += Sum(RowExp<false>(x, c0, c1, scale, s.m[r]));
 }
 
 // A block of rows over all keys that are visible to any of them. The first pass finds tau and sigma of each row, and keeps

@@ -10,19 +10,17 @@
 namespace jax_fa::JAX_FA_ISA {
 namespace {
 
-// For a row with a NaN the result may be any value: its sum is NaN in any case.
-inline float RowMax(const float* s, int64_t from, int64_t to) {
-  float m = -__builtin_inff();
-  F a = Set(m), b = a;
+// The largest of a whole number of vectors, lane by lane. For a row with a NaN the result may be any value: its sum is NaN in
+// any case.
+inline F RowMax(const float* x, int64_t from, int64_t to) {
+  F a = Set(-__builtin_inff()), b = a;
   int64_t j = from;
   for (; j + 2 * kLanes <= to; j += 2 * kLanes) {
-    a = Max(a, Load(s + j));
-    b = Max(b, Load(s + j + kLanes));
+    a = Max(a, Load(x + j));
+    b = Max(b, Load(x + j + kLanes));
   }
-  for (; j + kLanes <= to; j += kLanes) a = Max(a, Load(s + j));
-  m = MaxOf(Max(a, b));
-  for (; j < to; ++j) m = s[j] > m ? s[j] : m;
-  return m;
+  if (j < to) a = Max(a, Load(x + j));
+  return Max(a, b);
 }
 
 // exp(scale x - m), the one formula of both passes: the weights of the backward are those that the sum l is made of. The
@@ -35,11 +33,11 @@ JAX_FA_INLINE F OnlyVisible(F lo, F hi, int64_t j, F x, F masked) {
   return Select(Equal(Max(lo, at), at), Select(Equal(Max(hi, next), hi), x, masked), masked);
 }
 
-// p = exp(scale s - m) in place over a whole number of vectors; returns the sum. With kPairs the results are
+// p = exp(scale s - m) in place over a whole number of vectors; returns the sum, lane by lane. With kPairs the results are
 // rounded and stored as pairs of neighbours, from s[from / 2] on, and the last pairs are filled up with zeros. Asks for what
 // lies `ahead` of them.
 template <bool kPairs>
-inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m, int64_t ahead = 0) {
+inline F RowExp(float* s, int64_t from, int64_t to, float scale, float m, int64_t ahead = 0) {
   const F mv = Set(m), f = Set(scale);
   F a = Set(0.0f), b = a;
   int64_t j = from;
@@ -65,7 +63,7 @@ inline float RowExp(float* s, int64_t from, int64_t to, float scale, float m, in
     }
     a = a + x;
   }
-  return Sum(a + b);
+  return a + b;
 }
 
 // The same rounding and storing alone.
@@ -85,6 +83,21 @@ inline void ScaleColumns(const float* factors, int64_t n, int64_t from, int64_t 
   }
 }
 
+// -inf to the columns of [c0, c1), whole vectors, that are not visible. What is stored by the element would not be forwarded to
+// the vectors that are read next.
+inline void Hide(float* x, int64_t c0, int64_t c1, Range v) {
+  const F hidden = Set(-__builtin_inff());
+  int64_t j = c0;
+  for (; j + kLanes <= v.lo; j += kLanes) Store(x + j, hidden);
+  if (j < v.lo) Store(x + j, Select(First(static_cast<int>(v.lo - j)), hidden, Load(x + j)));
+  j = c0 + (v.hi - c0) / kLanes * kLanes;
+  if (j < v.hi) {
+    Store(x + j, Select(First(static_cast<int>(v.hi - j)), Load(x + j), hidden));
+    j += kLanes;
+  }
+  for (; j < c1; j += kLanes) Store(x + j, hidden);
+}
+
 // Turns a row's products with keys j0 + [c0, c1), of which v are visible, into logits but for a scale, which is returned.
 inline float RowLogits(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
                        const float* nan_marker, const SoftCapRows& cap_rows, float* tmp, float* x) {
@@ -94,14 +107,14 @@ inline float RowLogits(const Call& c, const Row& row, int64_t j0, Range v, int64
   } else if (nan_marker != nullptr) {
     Combine(v.hi - v.lo, x + v.lo, nan_marker + v.lo, [](F y, F more) { return y + more; });
   }
-  Fill(x, c0, v.lo, -__builtin_inff());
-  Fill(x, v.hi, c1, -__builtin_inff());
+  Hide(x, c0, c1, v);
   return plain ? ScaleOf(c, row) : 1.0f;
 }
 
-// Raises a row's max m to that of `scale` x. Returns what sums of weights so far are multiplied by, 1 where it stays.
-inline float RaiseMax(const float* x, int64_t c0, int64_t c1, float scale, float* m) {
-  const float most = Rounded(RowMax(x, c0, c1) * scale);
+// Raises a row's max m to that of `scale` x, of which x has the lanes. Returns what sums of weights so far are multiplied by, 1
+// where it stays.
+inline float RaiseMax(F x, float scale, float* m) {
+  const float most = Rounded(MaxOf(x) * scale);
   if (!(most > *m)) return 1.0f;
   const float change = *m - most;  // of the first keys a huge one, for which expf takes its slow path to 0
   const float rescale = change < -104.0f ? 0.0f : __builtin_expf(change);
@@ -123,44 +136,42 @@ struct SoftmaxRows {
   const float* factors = nullptr;
 };
 
-// Turns products of n <= kTileRows rows, from `row` on, with keys j0 + [c0, c1) into weights. First the logits and the max of
-// all rows, then their weights: the weights of a row do not wait for its own max alone.
+// Turns products of n <= kTileRows rows, from `row` on, with keys j0 + [c0, c1) into weights, in steps over all rows: those
+// over the lanes of one vector take long, but not that of one row after that of another.
 template <bool kPairs, typename Visible>
 inline void Softmax(const Call& c, const Row& row, int64_t n, int64_t j0, int64_t c0, int64_t c1,
                     const float* nan_marker, float* tmp, const SoftmaxRows& rows, const Visible& visible) {
   float scale[kTileRows];
   Range v[kTileRows];
+  F lanes[kTileRows];
   Row at = row;
   for (int64_t r = 0; r < n; ++r, at = After(c, at)) {
-    float *x = rows.x + r * rows.x_row, *m = rows.m + r;
+    float* x = rows.x + r * rows.x_row;
     v[r] = visible(r);
     if (v[r].Empty()) v[r] = {c0, c0};
     scale[r] = RowLogits(c, at, j0, v[r], c0, c1, nan_marker, {}, tmp, x);
-    if (const float rescale = RaiseMax(x, c0, c1, scale[r], m); rescale != 1.0f) {
+    lanes[r] = RowMax(x, c0, c1);
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    if (const float rescale = RaiseMax(lanes[r], scale[r], rows.m + r); rescale != 1.0f) {
       if (rows.acc != nullptr) Rescale(rescale, Panels(c.Dv) * kPanel, rows.acc + r * rows.acc_row);
       rows.l[r] *= rescale;
     }
   }
+  const bool drops = c.seed || c.drop_bits;
   at = row;
   for (int64_t r = 0; r < n; ++r, at = After(c, at)) {
     float* x = rows.x + r * rows.x_row;
-    if (c.seed || c.drop_bits || rows.factors != nullptr) {
-      rows.l[r] += RowExp<false>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
-      if (c.seed || c.drop_bits) Drop(c, at, j0, v[r].lo, v[r].hi, x);
+    if (drops || rows.factors != nullptr) {
+      lanes[r] = RowExp<false>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
+      if (drops) Drop(c, at, j0, v[r].lo, v[r].hi, x);
       if (rows.factors != nullptr) ScaleColumns(rows.factors, 1, v[r].lo, v[r].hi, x, 0);
       if constexpr (kPairs) RowJoin<kPairs>(x, c0, c1);
     } else {
-      rows.l[r] += RowExp<kPairs>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
+      lanes[r] = RowExp<kPairs>(x, c0, c1, scale[r], rows.m[r], kRows * rows.x_row);
     }
   }
-}
-
-// The same for a row alone.
-template <bool kPairs>
-inline void SoftmaxRow(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
-                       const float* nan_marker, float* tmp, float* x, float* m, float* l, float* acc,
-                       const float* factors) {
-  Softmax<kPairs>(c, row, 1, j0, c0, c1, nan_marker, tmp, {x, m, l, acc, 0, 0, factors}, [&](int64_t) { return v; });
+  for (int64_t r = 0; r < n; ++r) rows.l[r] += Sum(lanes[r]);
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
     ClearByLogits(c, c0, c1, x, t);
   }
   float *m = s.m + at, *l = s.l + at, *moved = s.moved + at, *center = s.center + at;
-  if (const float rescale = RaiseMax(x, c0, c1, scale, m); rescale != 1.0f) {
+  if (const float rescale = RaiseMax(RowMax(x, c0, c1), scale, m); rescale != 1.0f) {
     if (plan.sums) Rescale(rescale, s.out_row, s.acc + at * s.out_row);
     Rescale(rescale, s.out_row, s.acc_tangent + at * s.out_row);
     *l *= rescale;
@@ -134,7 +134,7 @@ inline void TangentRow(const Call& c, const TangentPlan& plan, const TangentScra
     s.centered[at] *= rescale;
   }
   if (block.tangent_marker != nullptr) *moved += VisibleMarks(v, x, block.tangent_marker);
-  const float sum = RowExp<false>(x, c0, c1, scale, *m);
+  const float sum = Sum(RowExp<false>(x, c0, c1, scale, *m));
   if (plan.logits) {
     if (plan.sums ? *l + sum > kGrown * s.centered[at] : *l == 0.0f && sum > 0.0f) {
       const F before = Set(*center);
