@@ -120,11 +120,31 @@ inline Range StartRows(const Call& c, const ForwardScratch<kPairs>& s, int64_t b
   return all;
 }
 
-// What a task that packs keys and values itself touches after those before `from`, of which `to` is the end: its next
-// block of them, or its rows of the output and what its thread's next head begins with.
+// What a task works on: its first key head, block of rows, and range of keys.
+struct TaskPlace {
+  int64_t head, block, split;
+};
+
+// Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest. Where keys do
+// not stay in any case, as a task takes all rows or rows see few keys, the heads of a batch entry take turns, as their rows are
+// neighbours in memory: each thread goes through those of its own rows, since lines beside those that a thread reads or writes
+// are fetched too.
 template <bool kPairs>
-inline Ahead NextRows(const Call& c, const ForwardPlan<kPairs>& plan, int64_t b, int64_t k, int64_t r0, int64_t n,
-                      int64_t from, int64_t to) {
+inline TaskPlace PlaceOf(const Call& c, const ForwardPlan<kPairs>& plan, int64_t task) {
+  const int64_t split = task % plan.splits, turns = plan.few_keys || plan.blocks == 1 ? c.K / plan.task_heads : 1;
+  task /= plan.splits;
+  const int64_t all = c.B * c.K / plan.task_heads * plan.blocks / turns;  // blocks of rows whose heads take turns
+  const int64_t first = task / (turns * plan.threads) * plan.threads, rest = all - first;
+  const int64_t side = rest < plan.threads ? rest : plan.threads, within = task - first * turns;  // blocks side by side
+  const int64_t at = first + within % side;
+  return {(at / plan.blocks * turns + within / side) * plan.task_heads, plan.blocks - 1 - at % plan.blocks, split};
+}
+
+// What a task that packs keys and values itself touches after those before `from`, of which `to` is the end: its next
+// block of them, or its rows of the output and what its thread's next task begins with.
+template <bool kPairs>
+inline Ahead NextRows(const Call& c, const ForwardPlan<kPairs>& plan, int64_t task, int64_t b, int64_t k, int64_t r0,
+                      int64_t n, int64_t from, int64_t to) {
   Ahead ahead;
   if (c.pages || c.blocks) return ahead;
   const auto keys = [&](int64_t b, int64_t k, int64_t j0) {
@@ -141,13 +161,14 @@ inline Ahead NextRows(const Call& c, const ForwardPlan<kPairs>& plan, int64_t b,
   }
   if (from < to) {
     keys(b, k, from);
-  } else if (plan.blocks * plan.splits == 1) {
-    const int64_t next = b * c.K + k + plan.threads;
-    if (c.G() == 1) ahead.Add(c.out, b, k, 0, c.Sq, c.Dv, true);
-    if (next < c.B * c.K) {
-      if (c.G() == 1) ahead.Add(c.query, next / c.K, next % c.K, 0, c.Sq, c.D);
-      keys(next / c.K, next % c.K, 0);
-    }
+  } else if (plan.splits == 1 && (plan.blocks == 1 || plan.few_keys)) {
+    if (c.G() == 1) ahead.Add(c.out, b, k, r0, n, c.Dv, true);
+    task += plan.threads;
+    if (task >= plan.blocks * c.B * c.K) return ahead;
+    const TaskPlace next = PlaceOf(c, plan, task);
+    b = next.head / c.K, k = next.head % c.K, r0 = next.block * plan.task_rows;
+    if (c.G() == 1) ahead.Add(c.query, b, k, r0, r0 + plan.task_rows < c.Sq ? plan.task_rows : c.Sq - r0, c.D);
+    keys(b, k, Visible(c, RowAt(c, b, k, r0)).lo / plan.key_block * plan.key_block);
   }
   return ahead;
 }
@@ -169,8 +190,9 @@ inline int64_t AsksOf(const Call& c, const ForwardScratch<kPairs>& s, int64_t n,
 // Rows [r0, r0 + n) of key head k of batch entry b over keys [key0, key1). Leaves the unnormalized output, max and sum
 // in the scratch. `block_at(j)` gives the shared packed block of keys from j on.
 template <bool kPairs, typename BlockAt>
-inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const ForwardScratch<kPairs>& s, int64_t b,
-                        int64_t k, int64_t r0, int64_t n, int64_t key0, int64_t key1, const BlockAt& block_at) {
+inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const ForwardScratch<kPairs>& s, int64_t task,
+                        int64_t b, int64_t k, int64_t r0, int64_t n, int64_t key0, int64_t key1,
+                        const BlockAt& block_at) {
   const Range all = StartRows<kPairs>(c, s, b, k, r0, n, 0, key0, key1);
   if (all.Empty()) return;
   for (int64_t j0 = all.lo / plan.key_block * plan.key_block; j0 < all.hi; j0 += plan.key_block) {
@@ -178,7 +200,7 @@ inline void ForwardRows(const Call& c, const ForwardPlan<kPairs>& plan, const Fo
     if (!SeesBlocks(c, b, k, r0, n, j0, j0 + width)) continue;
     Packed packed = plan.shared ? block_at(j0) : s.own;
     if (!plan.shared) PackBlock<kPairs>(c, b, k, j0, width, s.stage, &packed);
-    Ahead ahead = NextRows(c, plan, b, k, r0, n, j0 + width, all.hi);
+    Ahead ahead = NextRows(c, plan, task, b, k, r0, n, j0 + width, all.hi);
     ahead.Spread(AsksOf<kPairs>(c, s, n, j0, width));
     for (int64_t g0 = 0; g0 < n; g0 += plan.group_rows)
       ForwardGroup<kPairs>(c, s, b, k, r0, g0, g0 + plan.group_rows < n ? plan.group_rows : n - g0, j0, width, packed,
@@ -339,19 +361,17 @@ class Partials {
 template <bool kPairs>
 inline void ForwardTask(const Call& c, const ForwardPlan<kPairs>& plan, const SharedBlocks<Packed>& shared,
                         const Partials<kPairs>& partials, int64_t task) {
-  // Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest.
-  const int64_t head = task / (plan.blocks * plan.splits) * plan.task_heads, split = task % plan.splits;
-  const int64_t block = plan.blocks - 1 - task / plan.splits % plan.blocks;
-  const int64_t b = head / c.K, k = head % c.K;
+  const TaskPlace place = PlaceOf(c, plan, task);
+  const int64_t head = place.head, split = place.split, b = head / c.K, k = head % c.K;
   if (split >= plan.SplitsOf(c, b)) return;
   const ForwardScratch<kPairs> s(c, plan);
-  const int64_t r0 = block * plan.task_rows, n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
+  const int64_t r0 = place.block * plan.task_rows, n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
   const int64_t key0 = split * plan.split_keys;
   const int64_t key1 = plan.splits == 1 || key0 + plan.split_keys > c.Skv ? c.Skv : key0 + plan.split_keys;
   if (plan.direct) {
     DirectRows<kPairs>(c, plan, s, b, key0, key1);
   } else {
-    ForwardRows<kPairs>(c, plan, s, b, k, r0, n, key0, key1, [&](int64_t j0) { return shared.At(head, j0); });
+    ForwardRows<kPairs>(c, plan, s, task, b, k, r0, n, key0, key1, [&](int64_t j0) { return shared.At(head, j0); });
   }
   const int64_t dv = Panels(c.Dv) * kPanel;
   for (int64_t h = 0; h < plan.task_heads; ++h) {

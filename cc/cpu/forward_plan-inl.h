@@ -55,6 +55,7 @@ struct ForwardPlan {
   int64_t splits, split_keys;      // key ranges whose partial results are merged
   int64_t keys_size, values_size;  // floats of a packed block
   bool direct, narrow;             // few rows, or some: keys and values are read in place
+  bool few_keys;                   // the rows of a task see few of them: it packs what they see
   int64_t task_heads;              // key heads of a task
   bool shared;                     // packed once for all tasks
   int64_t threads;
@@ -72,7 +73,7 @@ struct ForwardPlan {
     values_size = Panels(c.Dv) * kPanel * Units<kPairs>(key_block);
     const int64_t heads = c.B * c.K;
     task_heads = direct ? c.K : 1;
-    const bool few_keys = !direct && !c.blocks && SeesFewKeys(c);
+    few_keys = !direct && !c.blocks && SeesFewKeys(c);
     task_rows = direct ? kNarrowRows : few_keys ? kFewKeysTaskRows : TaskRows(c, group_rows);
     const bool paged = c.pages && rows <= kMostSplitRows, whole = paged || direct;
     // Few rows (decoding): several tasks share the keys. The split depends on the shape alone.
