@@ -181,7 +181,9 @@ inline void ClearRows(float* p, int64_t rows, int64_t row, int64_t columns) {
 class Finite {
  public:
   JAX_FA_INLINE void Take(const float* x, int64_t n) {
-    Take(n, [&](int64_t i) { return Load(x + i); }, [&](int64_t i) { return LoadFirst(x + i, static_cast<int>(n - i)); });
+    Take(
+        n, [&](int64_t i) { return Load(x + i); },
+        [&](int64_t i) { return LoadFirst(x + i, static_cast<int>(n - i)); });
   }
   JAX_FA_INLINE void Take(const uint16_t* x, int64_t n) {  // bfloat16
     Take(

@@ -22,6 +22,7 @@
 #include "cpu/pack-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/scratch-inl.h"
+#include "cpu/turns-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
@@ -213,9 +214,15 @@ void BackwardAs(const Call& c, const Runner& runner) {
   const BiasParts bias(c, runner, plan.groups);
 
   const bool large = head_size > kThreadFloats;
-  const int64_t threads = runner.threads;
-  Run(runner, plan.groups.count() * parts, [&](int64_t task) {
-    const int64_t group = task / parts, split = task % parts / plan.row_splits, row_split = task % plan.row_splits;
+  const int64_t groups = plan.groups.count();
+  const auto group_of = [&](int64_t at) {
+    if (plan.groups.shared() || at >= groups) return at;
+    const Turn turn = TurnAt(at, c.B, c.K, runner.threads);
+    return turn.unit * c.K + turn.turn;
+  };
+  Run(runner, groups * parts, [&](int64_t task) {
+    const int64_t group = group_of(task / parts), after = group_of(task / parts + runner.threads);
+    const int64_t split = task % parts / plan.row_splits, row_split = task % plan.row_splits;
     const auto end = [](int64_t i, int64_t size, int64_t all) { return (i + 1) * size < all ? (i + 1) * size : all; };
     HeadPart part = {split * plan.split_keys, end(split, plan.split_keys, c.Skv), row_split * plan.split_blocks,
                      end(row_split, plan.split_blocks, plan.row_blocks), nullptr};
@@ -229,9 +236,8 @@ void BackwardAs(const Call& c, const Runner& runner) {
                                   : s.dq;
       if (plan.row_splits > 1) part.keys = key_parts.get() + (head * plan.row_splits + row_split) * keys.size;
       const int64_t next = i + 1 < plan.groups.End(group) ? plan.groups.Head(i + 1)
-                           : group + threads < plan.groups.count()
-                               ? plan.groups.Head(plan.groups.Begin(group + threads))
-                               : heads;
+                           : after < groups               ? plan.groups.Head(plan.groups.Begin(after))
+                                                          : heads;
       Ahead ahead = NextHead(own, plan, head, next);
       BackwardHead<kPairs>(own, plan, s, b, k, part, dq, sums.Of(head, task % parts, i == plan.groups.Begin(group)),
                            &ahead);

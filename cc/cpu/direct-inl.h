@@ -173,10 +173,9 @@ struct DirectBlock {
     const int64_t c0 = first / kLanes * kLanes, c1 = RoundUp(last, kLanes);
     for (int64_t r0 = k * n; r0 < (k + 1) * n; r0 += kTileRows) {
       const int64_t count = (k + 1) * n - r0 < kTileRows ? (k + 1) * n - r0 : kTileRows;
-      Softmax<kPairs>(
-          c, RowAt(c, b, k, r0 - k * n), count, j0, c0, c1, nan_marker, s.tmp,
-          {s.logits + r0 * s.s_row, s.m + r0, s.l + r0, s.acc + r0 * dv, s.s_row, dv, factors},
-          [&](int64_t r) { return ranges.Within(r0 + r, j0, width); });
+      Softmax<kPairs>(c, RowAt(c, b, k, r0 - k * n), count, j0, c0, c1, nan_marker, s.tmp,
+                      {s.logits + r0 * s.s_row, s.m + r0, s.l + r0, s.acc + r0 * dv, s.s_row, dv, factors},
+                      [&](int64_t r) { return ranges.Within(r0 + r, j0, width); });
     }
   }
 

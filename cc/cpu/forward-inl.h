@@ -20,6 +20,7 @@
 #include "cpu/rows-inl.h"
 #include "cpu/shared_blocks-inl.h"
 #include "cpu/softmax-inl.h"
+#include "cpu/turns-inl.h"
 
 namespace jax_fa::JAX_FA_ISA {
 namespace {
@@ -126,18 +127,14 @@ struct TaskPlace {
 };
 
 // Head by head, so that its keys stay in the cache, and last rows first: under a causal mask they are the longest. Where keys do
-// not stay in any case, as a task takes all rows or rows see few keys, the heads of a batch entry take turns, as their rows are
-// neighbours in memory: each thread goes through those of its own rows, since lines beside those that a thread reads or writes
-// are fetched too.
+// not stay in any case, as a task takes all rows or rows see few keys, the heads of a batch entry take turns.
 template <bool kPairs>
 inline TaskPlace PlaceOf(const Call& c, const ForwardPlan<kPairs>& plan, int64_t task) {
-  const int64_t split = task % plan.splits, turns = plan.few_keys || plan.blocks == 1 ? c.K / plan.task_heads : 1;
-  task /= plan.splits;
-  const int64_t all = c.B * c.K / plan.task_heads * plan.blocks / turns;  // blocks of rows whose heads take turns
-  const int64_t first = task / (turns * plan.threads) * plan.threads, rest = all - first;
-  const int64_t side = rest < plan.threads ? rest : plan.threads, within = task - first * turns;  // blocks side by side
-  const int64_t at = first + within % side;
-  return {(at / plan.blocks * turns + within / side) * plan.task_heads, plan.blocks - 1 - at % plan.blocks, split};
+  const int64_t turns = plan.few_keys || plan.blocks == 1 ? c.K / plan.task_heads : 1;
+  const int64_t units = c.B * c.K / plan.task_heads * plan.blocks / turns;
+  const Turn at = TurnAt(task / plan.splits, units, turns, plan.threads);
+  return {(at.unit / plan.blocks * turns + at.turn) * plan.task_heads, plan.blocks - 1 - at.unit % plan.blocks,
+          task % plan.splits};
 }
 
 // What a task that packs keys and values itself touches after those before `from`, of which `to` is the end: its next
@@ -365,7 +362,8 @@ inline void ForwardTask(const Call& c, const ForwardPlan<kPairs>& plan, const Sh
   const int64_t head = place.head, split = place.split, b = head / c.K, k = head % c.K;
   if (split >= plan.SplitsOf(c, b)) return;
   const ForwardScratch<kPairs> s(c, plan);
-  const int64_t r0 = place.block * plan.task_rows, n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
+  const int64_t r0 = place.block * plan.task_rows,
+                n = r0 + plan.task_rows < plan.rows ? plan.task_rows : plan.rows - r0;
   const int64_t key0 = split * plan.split_keys;
   const int64_t key1 = plan.splits == 1 || key0 + plan.split_keys > c.Skv ? c.Skv : key0 + plan.split_keys;
   if (plan.direct) {
