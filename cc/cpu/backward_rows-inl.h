@@ -131,8 +131,7 @@ inline void RowGradients(const Call& c, const GradientRows& s, const Row& row, i
     if (!v.Empty()) ToLogits(c, row, j0, v.lo, v.hi, nullptr, p, {slope, by_cap}, s.tmp);
     scale = Set(1.0f);
   }
-  Fill(p, c0, v.lo, -__builtin_inff());
-  Fill(p, v.hi, c1, -__builtin_inff());
+  FillOutside(p, c0, c1, v, -__builtin_inff());
   const F m = Set(s.m[r]), inverse = Set(s.inverse[r]), delta = Set(s.delta[r]);
   Flags own;
   const uint8_t* flags = slope == nullptr ? FlagsOf(c, row, j0, v.lo, v.hi, &own) : nullptr;
@@ -146,9 +145,8 @@ inline void RowGradients(const Call& c, const GradientRows& s, const Row& row, i
   } else {
     float* keep = s.tmp;
     kept = 1.0f / KeepProbOf(c, row);
-    Fill(keep, c0, v.lo, 0.0f);
-    Fill(keep, v.lo, v.hi, kept);
-    Fill(keep, v.hi, c1, 0.0f);
+    Fill(keep, c0, c1, kept);
+    FillOutside(keep, c0, c1, v, 0.0f);
     Drop(c, row, j0, v.lo, v.hi, keep);
     to_gradients(flags != nullptr ? ToGradients<true, true> : ToGradients<true, false>, keep + first);
   }
@@ -166,8 +164,7 @@ inline void RowGradients(const Call& c, const GradientRows& s, const Row& row, i
   if (slope != nullptr) Combine(v.hi - v.lo, ds + v.lo, slope + v.lo, [](F x, F by) { return x * by; });
   float* const both[] = {p, ds};
   for (float* x : both) {  // masked products may be NaN, and so may `inverse`
-    Fill(x, c0, v.lo, 0.0f);
-    Fill(x, v.hi, c1, 0.0f);
+    FillOutside(x, c0, c1, v, 0.0f);
     if (!v.Empty() && flags == nullptr) MaskOut(c, row, j0, v.lo, v.hi, 0.0f, x);
   }
   if (v.Empty()) return;

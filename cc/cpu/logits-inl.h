@@ -177,12 +177,14 @@ inline void MaskOut(const Call& c, const Row& row, int64_t j0, int64_t from, int
     if (!visible[j * c.mask.col]) x[j] = value;
 }
 
-// Asks for the bias and the flags of a row's keys j0 + [from, to). A row is read in pieces of a block of keys, too short
-// for the processor's own prefetching, from memory or the third cache; asked for at once they would wait for each other,
-// so it is done bit by bit, beside products. Inlined, as GCC takes a function that only prefetches for one without effect and drops its calls.
-JAX_FA_INLINE void PrefetchLogits(const Call& c, const Row& row, int64_t n, int64_t j0, int64_t from, int64_t to) {
+// Asks for the bias and the flags of n rows' keys j0 + [from, to), and for its `gradient`. A row is read in pieces of a block of keys, too
+// short for the processor's own prefetching, from memory or the third cache; asked for at once they would wait for each other,
+// so it is done bit by bit, beside products. Inlined, as GCC takes a function that only prefetches for one without effect and
+// drops its calls.
+JAX_FA_INLINE void PrefetchLogits(const Call& c, const Row& row, int64_t n, int64_t j0, int64_t from, int64_t to,
+                                  bool gradient = false) {
   if (!c.bias && !c.mask) return;
-  const View views[] = {c.bias_offset ? View{} : c.bias, c.mask};
+  const View none, views[] = {c.bias_offset ? none : c.bias, c.mask, c.bias_offset || !gradient ? none : c.dbias};
   Row at = row;
   for (int64_t i = 0; i < n; ++i, at = After(c, at)) {
     for (const View& x : views) {
@@ -236,7 +238,7 @@ inline void ToLogits(const Call& c, const Row& row, int64_t j0, int64_t from, in
   const F scale = Set(ScaleOf(c, row));
   s += from;
   // What was asked for may have left the near caches again: rows whose stride is a power of 2 share few sets.
-  if (row.i + kRows < c.Sq) PrefetchLogits(c, {row.b, row.n, row.i + kRows}, 1, j0, from, to);
+  if (row.i + kRows < c.Sq) PrefetchLogits(c, {row.b, row.n, row.i + kRows}, 1, j0, from, to, true);
   const float* bias = c.bias ? BiasOf(c, c.bias, row, j0, from, to, tmp) : nullptr;
   const bool last = !c.slopes && SoftCapOf(c, row) == 0.0f && nan_marker == nullptr;
   Flags own;

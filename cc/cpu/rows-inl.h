@@ -29,6 +29,21 @@ struct Range {
   bool Empty() const { return lo >= hi; }
 };
 
+// `value` to the columns of [c0, c1), whole vectors, that are not in v. What is stored by the element would not be forwarded to
+// the vectors that are read next.
+inline void FillOutside(float* x, int64_t c0, int64_t c1, Range v, float value) {
+  const F f = Set(value);
+  int64_t j = c0;
+  for (; j + kLanes <= v.lo; j += kLanes) Store(x + j, f);
+  if (j < v.lo) Store(x + j, Select(First(static_cast<int>(v.lo - j)), f, Load(x + j)));
+  j = c0 + (v.hi - c0) / kLanes * kLanes;
+  if (j < v.hi) {
+    Store(x + j, Select(First(static_cast<int>(v.hi - j)), Load(x + j), f));
+    j += kLanes;
+  }
+  for (; j < c1; j += kLanes) Store(x + j, f);
+}
+
 inline Range Visible(const Call& c, const Row& row) {
   const int64_t lo = c.lower ? *c.lower.At<int32_t>(row.b, row.n, row.i) : 0;
   const int64_t hi = c.upper ? *c.upper.At<int32_t>(row.b, row.n, row.i) : c.Skv;

@@ -64,13 +64,11 @@ inline void FirstPassRow(const Call& c, const SecondPlan& plan, const SecondScra
   }
   if (cap) CapTangents(c, row, v.hi - v.lo, t + v.lo, quotient + v.lo, x[kCurve] + v.lo);
   ToTangentsOfLogits(c, row, j0, v, c0, c1, x[kByX], by_cap, t);
-  Fill(p, c0, v.lo, -__builtin_inff());
-  Fill(p, v.hi, c1, -__builtin_inff());
+  FillOutside(p, c0, c1, v, -__builtin_inff());
   float* const others[] = {ds, u, x[kByX], x[kCurve], x[kByCap], x[kQuotient]};
   for (float* y : others) {  // masked products may be NaN
     if (y == nullptr) continue;
-    Fill(y, c0, v.lo, 0.0f);
-    Fill(y, v.hi, c1, 0.0f);
+    FillOutside(y, c0, c1, v, 0.0f);
     if (!empty) MaskOut(c, row, j0, v.lo, v.hi, 0.0f, y);
   }
   float* keep = x[kKeep];  // 1 / keep_prob or 0
@@ -153,8 +151,7 @@ inline void SecondPassRow(const Call& c, const SecondScratch& s, const Row& row,
   float* const all[] = {x[kGX], x[kDX], x[kTangent], x[kKept]};
   for (float* y : all) {
     if (finite) break;  // then they are 0 where masked
-    Fill(y, c0, v.lo, 0.0f);
-    Fill(y, v.hi, c1, 0.0f);
+    FillOutside(y, c0, c1, v, 0.0f);
     if (!v.Empty()) MaskOut(c, row, j0, v.lo, v.hi, 0.0f, y);
   }
   if (!v.Empty()) {

@@ -83,21 +83,6 @@ inline void ScaleColumns(const float* factors, int64_t n, int64_t from, int64_t 
   }
 }
 
-// -inf to the columns of [c0, c1), whole vectors, that are not visible. What is stored by the element would not be forwarded to
-// the vectors that are read next.
-inline void Hide(float* x, int64_t c0, int64_t c1, Range v) {
-  const F hidden = Set(-__builtin_inff());
-  int64_t j = c0;
-  for (; j + kLanes <= v.lo; j += kLanes) Store(x + j, hidden);
-  if (j < v.lo) Store(x + j, Select(First(static_cast<int>(v.lo - j)), hidden, Load(x + j)));
-  j = c0 + (v.hi - c0) / kLanes * kLanes;
-  if (j < v.hi) {
-    Store(x + j, Select(First(static_cast<int>(v.hi - j)), Load(x + j), hidden));
-    j += kLanes;
-  }
-  for (; j < c1; j += kLanes) Store(x + j, hidden);
-}
-
 // Turns a row's products with keys j0 + [c0, c1), of which v are visible, into logits but for a scale, which is returned.
 inline float RowLogits(const Call& c, const Row& row, int64_t j0, Range v, int64_t c0, int64_t c1,
                        const float* nan_marker, const SoftCapRows& cap_rows, float* tmp, float* x) {
@@ -107,7 +92,7 @@ inline float RowLogits(const Call& c, const Row& row, int64_t j0, Range v, int64
   } else if (nan_marker != nullptr) {
     Combine(v.hi - v.lo, x + v.lo, nan_marker + v.lo, [](F y, F more) { return y + more; });
   }
-  Hide(x, c0, c1, v);
+  FillOutside(x, c0, c1, v, -__builtin_inff());
   return plain ? ScaleOf(c, row) : 1.0f;
 }
 

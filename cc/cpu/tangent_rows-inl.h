@@ -58,8 +58,7 @@ inline void ToTangentsOfLogits(const Call& c, const Row& row, int64_t j0, Range 
       Combine(v.hi - v.lo, x + v.lo, by_cap + v.lo, [&](F y, F by) { return Fma(tangent, by, y); });
     }
   }
-  Fill(x, c0, v.lo, 0.0f);
-  Fill(x, v.hi, c1, 0.0f);
+  FillOutside(x, c0, c1, v, 0.0f);
   if (!v.Empty()) MaskOut(c, row, j0, v.lo, v.hi, 0.0f, x);
 }
 
