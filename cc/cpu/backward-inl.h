@@ -34,11 +34,10 @@ inline bool HaveOneScale(const Call& c, int64_t b, int64_t k) {
   return true;
 }
 
-// Places for packed rows: as many as there is room for, if these hold all blocks of rows that see a block of keys and so
-// some are there for the next one; else one, which stays in the cache.
+// Places for packed rows: see RowPlaces.
 template <bool kPairs>
-inline int64_t PlacesForRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
-                             int64_t k, const HeadPart& part) {
+inline RowPlaces PlacesForRows(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
+                               int64_t k, const HeadPart& part) {
   for (int64_t j0 = part.key0; j0 < part.key1 && plan.kept_blocks < plan.row_blocks; j0 += plan.key_block) {
     int64_t first = part.block1, last = 0;
     for (int64_t block = part.block0; block < part.block1; ++block) {
@@ -47,15 +46,16 @@ inline int64_t PlacesForRows(const Call& c, const BackwardPlan& plan, const Back
       first = block < first ? block : first;
       last = block;
     }
-    if (last - first >= plan.kept_blocks) return 1;
+    if (last - first < plan.kept_blocks) continue;
+    return {plan.kept_blocks, part.block1 - plan.kept_blocks + 1};  // under a causal mask most keys see the last rows
   }
-  return plan.kept_blocks;
+  return {plan.kept_blocks, -1};
 }
 
-// Rows, their parts of dq and packed places, before the keys pass. Returns how many of these places there are.
+// Rows, their parts of dq and packed places, before the keys pass. Returns these places.
 template <bool kPairs>
-inline int64_t StartHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
-                         int64_t k, const HeadPart& part, float* dq) {
+inline RowPlaces StartHead(const Call& c, const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t b,
+                           int64_t k, const HeadPart& part, float* dq) {
   RangesOfRows<kPairs>(c, plan, s, b, k);
   const bool sinks = kPairs && c.sinks && !SumIsUnknown(c) && part.key0 == 0;  // counted once, by the first keys
   int32_t* const given = BlocksGiven<kPairs>(plan, dq);
@@ -115,7 +115,7 @@ inline void BackwardHead(const Call& c, const BackwardPlan& plan, const Backward
   const bool one_scale = HaveOneScale(c, b, k);
   RowTile tiles[kMostRows];
   int32_t lo[kMostRows], hi[kMostRows];
-  const int64_t places = StartHead<kPairs>(c, plan, s, b, k, part, dq);
+  const RowPlaces places = StartHead<kPairs>(c, plan, s, b, k, part, dq);
   for (int64_t j0 = part.key0; j0 < part.key1; j0 += plan.key_block) {
     const int64_t width = j0 + plan.key_block < part.key1 ? plan.key_block : part.key1 - j0;
     ClearRows(s.dk, width, plan.dq_row, c.D);

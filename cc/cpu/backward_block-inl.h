@@ -36,11 +36,18 @@ struct PackedRows {
   int32_t *holds, block;
 };
 
-// Those of a block, which takes one of so many places.
+// The place of a block in those that there is room for. Where they are enough for the blocks that see any one block of keys,
+// blocks take turns; else those from `first` on have a place each but the first, which is that of the others.
+struct RowPlaces {
+  int64_t count, first;
+  int64_t Of(int64_t block) const { return first < 0 ? block % count : block < first ? 0 : block - first + 1; }
+};
+
+// The rows of a block.
 template <bool kPairs>
 inline PackedRows PackedRowsOf(const BackwardPlan& plan, const BackwardScratch<kPairs>& s, int64_t block,
-                               int64_t places) {
-  const int64_t place = block % places, at = place * plan.block_rows;
+                               const RowPlaces& places) {
+  const int64_t place = places.Of(block), at = place * plan.block_rows;
   const int64_t units = place * Units<kPairs>(plan.block_rows);
   return {s.q + at * s.q_row,
           s.dout + at * s.dout_row,

@@ -383,6 +383,17 @@ void CheckFarTangents() {
     }
 }
 
+// More rows than the backward keeps in packed form: some blocks of them share a place, and those that see one block of keys are
+// more than there are places, all of them or, in a window, not.
+void CheckKeptRows() {
+  for (DType dtype : {DType::kF32, DType::kBF16})
+    for (Bounds bounds : {Bounds::kNone, Bounds::kCausalEnd, Bounds::kWindow}) {
+      Spec s;
+      s.seed = 11, s.dtype = dtype, s.bounds = bounds, s.Sq = 1100, s.Skv = 140, s.N = s.K = 1, s.D = 512, s.Dv = 16;
+      Check(s);
+    }
+}
+
 // No batch entries: nothing is read or written.
 void CheckNoBatch() {
   Spec s;
@@ -442,6 +453,7 @@ int Main(const std::vector<std::string>& args) {
     CheckFunctions();
     CheckNoBatch();
     if (!sample) CheckFarTangents();
+    if (!sample) CheckKeptRows();
     CheckPaged();
     for (DType t : {DType::kF32, DType::kBF16}) CheckRowsAlone(t);
     if (!sample) CheckBitsOfForward();
