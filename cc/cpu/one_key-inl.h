@@ -6,7 +6,7 @@
 #include "cpu/arrays-inl.h"
 #include "cpu/direct_dots-inl.h"
 #include "cpu/exact_out-inl.h"
-#include "cpu/forward-inl.h"
+#include "cpu/forward_results-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/small-inl.h"
 #include "cpu/small_backward-inl.h"

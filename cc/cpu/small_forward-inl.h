@@ -2,7 +2,7 @@
 #pragma once
 
 #include "call.h"
-#include "cpu/forward-inl.h"
+#include "cpu/forward_results-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/small-inl.h"
 #include "cpu/softmax-inl.h"
@@ -69,7 +69,7 @@ inline void SmallForwardHead(const Call& c, const SmallScratch& s, int64_t b, in
     PlainWeights<false>(c, s, n);
   }
   Combination(n, c.Skv, s.p, s.layout.of_row, s.layout.of_key, values, c.Dv, s.sums, s.row);
-  for (int64_t r = 0; r < n; ++r, row = After(c, row)) FinishRow(c, row, s.sums + r * s.row, s.m[r], s.l[r]);
+  FinishRows(c, {b, h, 0}, n, s.sums, s.row, s.m, s.l);
 }
 
 inline void SmallForward(const Call& c, const Runner& runner) {
