@@ -14,7 +14,7 @@ from jax_fa.testing import timing
 Row = dict[str, Any]
 PAUSE = 0.05  # seconds before a sample, while the threads of the one before go on spinning
 SAMPLE = 3e-3  # a sample takes at least so long: short programs are repeated
-SHORT = 2e-2  # what takes less runs before each sample, too, so that threads are awake and caches filled ...
+SHORT = 2e-1  # what takes less runs before each sample, too, so that threads are awake and caches filled ...
 AWAKE = 5e-2  # ... for so many seconds: until then the cores of a virtual machine have been at 0.5 to 0.9 of their rate
 PATIENCE = 8.0  # seconds of a direction; where peers are slower, there are fewer rounds, down to three
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "check.h"
+#include "cpu/turns-inl.h"
 #include "large_results.h"
 #include "pool.h"
 #include "tasks.h"
@@ -219,8 +220,26 @@ void CheckClear() {
   }
 }
 
+// Every turn of every unit is taken once, and each thread stays with a unit while there are as many units as threads.
+void CheckTurns() {
+  Doing("turns", "", "");
+  for (int64_t units = 1; units <= 7; ++units)
+    for (int64_t turns = 1; turns <= 4; ++turns)
+      for (int64_t threads = 1; threads <= 5; ++threads) {
+        std::vector<int> taken(static_cast<size_t>(units * turns));
+        for (int64_t task = 0; task < units * turns; ++task) {
+          const auto at = jax_fa::portable::TurnAt(task, units, turns, threads);
+          const bool inside = at.unit >= 0 && at.unit < units && at.turn >= 0 && at.turn < turns;
+          if (!inside || taken[static_cast<size_t>(at.unit * turns + at.turn)]++) Fail("a turn is not taken once");
+          if (task < units / threads * threads * turns && at.unit % threads != task % threads)
+            Fail("a thread goes from a unit to another before its last turn");
+        }
+      }
+}
+
 void CheckTasks() {
   g_real_memory = true;
+  CheckTurns();
   CheckClear();
   CheckCallsFromThePool();
   CheckThrowing();
