@@ -84,10 +84,11 @@ inline void FinishRows(const Call& c, Row row, int64_t n, float* acc, int64_t ac
     const float keep = KeepProbOf(c, row);
     float *to_m = c.m.At<float>(row.b, row.n, row.i), *to_l = c.l.At<float>(row.b, row.n, row.i);
     for (int64_t r = 0; r < rows; ++r) {
-      if (l[r] == 0.0f) Fill(acc + r * acc_row, 0, c.Dv, 0.0f);
-      factors[r] = l[r] == 0.0f ? 0.0f : 1.0f / (l[r] * keep);
-      to_m[r * c.m.row] = l[r] == l[r] ? m[r] : l[r];  // max ignores a NaN
-      to_l[r * c.l.row] = l[r];
+      const float most = m[r], sum = l[r];
+      if (sum == 0.0f) Fill(acc + r * acc_row, 0, c.Dv, 0.0f);
+      factors[r] = sum == 0.0f ? 0.0f : 1.0f / (sum * keep);
+      to_m[r * c.m.row] = sum == sum ? most : sum;  // max ignores a NaN
+      to_l[r * c.l.row] = sum;
     }
     char* const to = c.out.Bytes(row.b, row.n, row.i);
     const auto store = [&](auto* p, const auto& put) {
