@@ -102,7 +102,8 @@ inline void FinishRows(const Call& c, Row row, int64_t n, float* acc, int64_t ac
       store(reinterpret_cast<uint16_t*>(to), [](uint16_t* p, F x) { StoreF16(p, x); });
     }
     n -= rows, acc += rows * acc_row, m += rows, l += rows;
-    for (row.i += rows; row.i == c.Sq; row.i = 0) ++row.n;
+    row.i += rows;
+    if (row.i == c.Sq) row.i = 0, ++row.n;
   }
 }
 

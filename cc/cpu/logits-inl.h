@@ -177,10 +177,10 @@ inline void MaskOut(const Call& c, const Row& row, int64_t j0, int64_t from, int
     if (!visible[j * c.mask.col]) x[j] = value;
 }
 
-// Asks for the bias and the flags of n rows' keys j0 + [from, to), and for its `gradient`. A row is read in pieces of a block of keys, too
-// short for the processor's own prefetching, from memory or the third cache; asked for at once they would wait for each other,
-// so it is done bit by bit, beside products. Inlined, as GCC takes a function that only prefetches for one without effect and
-// drops its calls.
+// Asks for the bias and the flags of n rows' keys j0 + [from, to), and for the bias's `gradient`. A row is read in pieces of a
+// block of keys, too short for the processor's own prefetching, from memory or the third cache; asked for at once they would
+// wait for each other, so it is done bit by bit, beside products. Inlined, as GCC takes a function that only prefetches for one
+// without effect and drops its calls.
 JAX_FA_INLINE void PrefetchLogits(const Call& c, const Row& row, int64_t n, int64_t j0, int64_t from, int64_t to,
                                   bool gradient = false) {
   if (!c.bias && !c.mask) return;

@@ -63,7 +63,6 @@ inline void SmallForwardHead(const Call& c, const SmallScratch& s, int64_t b, in
     AnyWeights(c, s, row, n, masked && ZeroOrNaN(s.key_marks, c.Skv) != 0.0f ? s.key_marks : nullptr);
   } else if (masked) {
     for (int64_t r = 0; r < n; ++r, row = After(c, row)) ReadRange(c, s, row, r);
-    row = {b, h, 0};
     PlainWeights<true>(c, s, n);
   } else {
     PlainWeights<false>(c, s, n);

@@ -299,7 +299,7 @@ constexpr int64_t kLeastHeads = 2, kSmallBiasTasks = 64;
 
 // Backward: the rows of query and dout of a key head, in the forms in which products take them, are kept for all of its
 // blocks of keys up to this many floats (8 MiB), or as many as see a block of keys: in a window they are few. Made again for
-// each block they took up to an eighth of the time.
+// each block they took up to an eighth of the time. Of more, the last ones are kept; room for all of 8192 rows took as long.
 constexpr int64_t kKeptRowFloats = int64_t{2} << 20;
 
 // Backward: whether what the next head begins with is asked for during the products of one, by the bytes that a head reads and
