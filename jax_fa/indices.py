@@ -6,6 +6,7 @@ Python ints (and tuples of them) are static. The values of NumPy arrays and of c
 a call is traced; those of traced arrays are not.
 """
 
+import functools
 import math
 import reprlib
 from typing import Any, Literal
@@ -162,6 +163,9 @@ def add_last(x, index, values):
     return add(x.reshape(count, x.shape[-1]), index, values).reshape(x.shape)
 
 
+@functools.partial(
+    jax.jit, static_argnames="side"
+)  # without jit around the call, a loop would be compiled at each one
 def search_last(table, values, side: Literal["left", "right"]):
     """searchsorted: where each of `values` (`*#L m`) belongs in sorted `table` (`*#L n`), int32 `*L m`.
 

@@ -210,6 +210,14 @@ partial_eval.partial_eval_jaxpr_custom_rules[primitives.jvp_p] = _partial_eval_b
 # --- third derivatives: those of the portable backend, which is differentiable JAX in forward mode
 
 
+@partial(jax.jit, static_argnums=(0, 1))  # calls outside of jit compile it once
+def _portable_results(kind, problem: Problem, x: Inputs, moved: dict[str, dict[str, Any]]):
+    """The results of a primitive, of x with the arrays of `moved` in their parts."""
+    inputs = replace(x, **{name: replace(getattr(x, name), **arrays) for name, arrays in moved.items()})
+    with jax.default_matmul_precision(problem.precision):
+        return kind.run(portable, inputs.call(problem), inputs)
+
+
 def forward_derivative(kind, problem: Problem, x: Inputs, along: Inputs) -> list[Any]:
     """The derivative of a primitive's results; what is saved of `along` must be there."""
     if problem.shards is not None:
@@ -233,15 +241,7 @@ def forward_derivative(kind, problem: Problem, x: Inputs, along: Inputs) -> list
 
     def derivative(arrays):
         x, at, tangents = arrays
-
-        @jax.jit
-        def results(moved):
-            parts = {name: replace(getattr(x, name), **arrays) for name, arrays in moved.items()}
-            inputs = replace(x, **parts)
-            with jax.default_matmul_precision(problem.precision):
-                return kind.run(portable, inputs.call(problem), inputs)
-
-        return jax.jvp(results, (at,), (tangents,))[1]
+        return jax.jvp(partial(_portable_results, kind, problem, x), (at,), (tangents,))[1]
 
     def specs(_):
         leaves, tree = jax.tree.flatten(x)

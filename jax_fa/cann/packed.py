@@ -5,6 +5,7 @@ Sequence b holds the rows `query[b-1] <= i < query[b]` and the keys `key[b-1] <=
 is lower than one before it counts as that one (its sequence is empty).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,12 +55,11 @@ class Packed:
 
     def sizes(self) -> tuple[jax.Array, jax.Array]:
         """The lengths of every sequence as int32 arrays."""
-        (query, query_ends), (key, key_ends) = self._bounds()
-        return query_ends - query, key_ends - key
+        return jax.tree.map(lambda ends: jnp.diff(ends, prepend=0), self._ends())
 
     def last_row(self) -> jax.Array:
         """Where the last sequence ends in query."""
-        return self._bounds()[0][1][-1]
+        return self._ends()[0][-1]
 
     def rows(self) -> Places:
         return self._places(0, self.Sq)
@@ -67,25 +67,29 @@ class Packed:
     def keys(self) -> Places:
         return self._places(1, self.Skv)
 
-    def _bounds(self):
-        """(starts, ends) of the rows and of the keys of every sequence."""
-        return _bounds(self.query, self.Sq), _bounds(self.key, self.Skv)
+    def _ends(self) -> tuple[jax.Array, jax.Array]:
+        return indices.rising(self.query, self.Sq), indices.rising(self.key, self.Skv)
 
     def _places(self, axis: int, size: int) -> Places:
-        at = jnp.arange(size, dtype=jnp.int32)
-        bounds = self._bounds()
-        starts, ends = bounds[axis]
-        found = search_last(ends, at, "right")
-        sequence = jnp.minimum(found, self.count - 1)
-        first_row, first_key = (start[sequence] for start, _ in bounds)
-        sq, skv = (size[sequence] for size in self.sizes())
-        position = at - starts[sequence]
-        return Places(sequence, found < self.count, position, first_row, first_key, sq, skv)
+        return _places(*self._ends(), axis, size)
 
 
-def _bounds(ends, size: int) -> tuple[jax.Array, jax.Array]:
-    ends = indices.rising(ends, size)
+def _bounds(ends) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
+
+
+@functools.partial(
+    jax.jit, static_argnums=(2, 3)
+)  # one program of calls outside of jit, which need it several times
+def _places(query_ends, key_ends, axis: int, size: int) -> Places:
+    at = jnp.arange(size, dtype=jnp.int32)
+    bounds = _bounds(query_ends), _bounds(key_ends)
+    starts, ends = bounds[axis]
+    found = search_last(ends, at, "right")
+    sequence = jnp.minimum(found, ends.size - 1)
+    first_row, first_key = (start[sequence] for start, _ in bounds)
+    sq, skv = ((end - start)[sequence] for start, end in bounds)
+    return Places(sequence, found < ends.size, at - starts[sequence], first_row, first_key, sq, skv)
 
 
 def sequences(input_layout: str, query_ends, key_ends, d: Dims) -> Packed | None:

@@ -6,6 +6,9 @@ In layout TND torch_npu stores `(T, N, 8)` in an order of its own by default (`b
 `[N, Sq_b, 8]`. Rows past the last end count as one more sequence.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,7 +16,7 @@ from jax_fa import compat
 from jax_fa.arguments import shown
 from jax_fa.call import Dims
 from jax_fa.cann import spec
-from jax_fa.cann.packed import Packed
+from jax_fa.cann.packed import Packed, Places
 from jax_fa.softmax import FLT_MAX
 
 
@@ -65,11 +68,14 @@ def loaded(softmax_max, softmax_sum, d: Dims, packed: Packed | None, *, blocks: 
 
 def _block_places(packed: Packed, heads: int):
     """Where (head, row) lies in the flat memory of `(T, N)`, int32 `N T`."""
-    rows = packed.rows()
-    at = jnp.arange(packed.Sq, dtype=jnp.int32)
-    ends = packed.last_row()
-    first = jnp.where(rows.inside, rows.first_row, ends)
-    length = jnp.where(rows.inside, rows.sq, packed.Sq - ends)
+    return _places_of(packed.rows(), packed.last_row(), heads, packed.Sq)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _places_of(rows: Places, end, heads: int, T: int):
+    at = jnp.arange(T, dtype=jnp.int32)
+    first = jnp.where(rows.inside, rows.first_row, end)
+    length = jnp.where(rows.inside, rows.sq, T - end)
     return first * heads + jnp.arange(heads, dtype=jnp.int32)[:, None] * length + (at - first)
 
 

@@ -138,8 +138,10 @@ def _start_processes(argv: Sequence[str], count: int) -> int:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, "-P", "-m", "jax_fa.demo.sharded", *argv, "--address", address]
-    # A process of its own counts devices by its own flag.
-    environment = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
+    # A process of its own sets how many devices it has, which one of XLA's flags would set, too.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    kept = " ".join(flag for flag in flags if not flag.startswith("--xla_force_host_platform_device_count"))
+    environment = os.environ | {"XLA_FLAGS": kept}
     running = [subprocess.Popen([*command, "--process", str(i)], env=environment) for i in range(count)]
     try:
         return max(abs(process.wait()) for process in running)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -238,6 +239,7 @@ def _searchsorted(table, values, side):
     return found if found.ndim == 1 else found[..., None, :]
 
 
+@jax.jit
 def _take(table, index):
     if table.ndim == 1:
         return table[index]
