@@ -177,6 +177,7 @@ def test_tangents_by_distance(alone, dtype, moving, backend):
     assert error < (2e-6 if dtype == "float32" else 4e-3)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("factor", [1e6, 1e18])
 @pytest.mark.parametrize("rows", [1, 8, 70])

@@ -69,6 +69,7 @@ def test_packed_sequences_fill_the_call():
 def test_a_case_is_measured(extra, monkeypatch):
     monkeypatch.setattr(limits, "ITERATIONS", 1000)
     monkeypatch.setattr(limits, "READ_BYTES", 2**16)
+    monkeypatch.setattr(measure, "SHORT", 1e-3)
     case = replace(TINY, extra=extra, of=TINY, peers=("jax.nn",) if extra == "learnt bias over batch" else ())
     rows = measure.measure(case, rounds=3)
     assert [row["direction"] for row in rows] == ["forward", "backward"]

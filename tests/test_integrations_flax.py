@@ -67,6 +67,7 @@ LINEN = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", LINEN)
 def test_linen(case, linen, flax_ours):
     options, call = LINEN[case]

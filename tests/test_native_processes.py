@@ -435,7 +435,7 @@ def child_memory(function: str, S: int, D: int, limit: int) -> None:
     [
         (_backward, 8192, 64, 64 * MIB),
         pytest.param(_backward, 32768, 64, 200 * 10**6, marks=pytest.mark.slow),
-        (_jvp, 4096, 64, 64 * MIB),
+        pytest.param(_jvp, 4096, 64, 64 * MIB, marks=pytest.mark.slow),
         (_jvp, 4096, 128, 64 * MIB),
     ],
 )

@@ -555,6 +555,7 @@ PLACEMENTS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("placed", PLACEMENTS)
 def test_derivatives_of_explicit_axes(placed):
     """Whatever of the pool is cut: in both modes, and as the carry of a scan, whose type must not change."""

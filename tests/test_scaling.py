@@ -91,7 +91,7 @@ def _programs():
                 yield pytest.param(name, strategy, order, devices, marks=[] if few else pytest.mark.slow)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "strategy", "order", "devices"), list(_programs()))
 def test_bytes_are_those_of_compiled_programs(name, strategy, order, devices):
     call = CALLS[name]

@@ -11,8 +11,7 @@ SHORT = ["--seq-len", "64", "--steps", "2"]
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # It sets the number of devices itself.
-    environment = {name: text for name, text in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    environment = {name: text for name, text in os.environ.items() if name != "NPROC"}
     command = [sys.executable, "-P", "-m", "jax_fa.demo.sharded", *SHORT, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 

@@ -295,6 +295,7 @@ def test_shared_rows_under_shard_map(backend):
         np.testing.assert_allclose(g, right, atol=1e-4)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("shared", [False, True])
 def test_derivatives_along_tangents_under_shard_map(shared, backend):
     """Also where all devices read the same keys, whose derivatives are sums over devices."""

@@ -783,6 +783,7 @@ def test_derivatives_of_the_backward(on):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("on", BACKENDS)
 @pytest.mark.parametrize("moved", ["query", "key", "value", "dy", "softmax_max", "softmax_sum", "attention"])
 def test_the_derivative_of_the_backward_in_one_array(moved, on):
