@@ -31,7 +31,7 @@ def array(name: str, x):
             "(jax_fa.explain and jax.eval_shape take such shapes.)"
         )
     try:
-        made = None if x is None else jnp.asarray(truth(x))
+        made = None if x is None else _converted(truth(x))
     except (OverflowError, TypeError, ValueError) as error:
         # Arrays that JAX itself cannot use here, such as deleted ones, have a better error of JAX.
         if isinstance(x, jax.Array):
@@ -40,6 +40,12 @@ def array(name: str, x):
     if made is None or jnp.issubdtype(made.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{name} must be an array; got {'None' if x is None else 'a jax.random key'}.")
     return made
+
+
+def _converted(x):
+    """jnp.asarray(x). What changes nothing is an operation all the same where a derivative is traced outside of jit."""
+    same = isinstance(x, jax.core.Tracer) and not jax.typeof(x).weak_type
+    return x if same else jnp.asarray(x)
 
 
 def host_array(name: str, x):

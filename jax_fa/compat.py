@@ -78,6 +78,11 @@ def placed(aval, shape, dtype, axes, among):
     return aval.update(shape=tuple(shape), dtype=dtype, sharding=sharding, weak_type=False)
 
 
+def in_program() -> bool:
+    """Whether operations become part of a program, as under jit, and do not run at once, as outside of it under grad and vmap."""
+    return isinstance(jax.lax.full((1,), 0.0), jax.core.Tracer)
+
+
 def explicit_mesh(tree):
     """The mesh of the first of a tree of arrays (or avals) whose type has explicit mesh axes; None: there are none."""
     shardings = (getattr(_type(x), "sharding", None) for x in jax.tree.leaves(tree))

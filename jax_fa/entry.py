@@ -167,7 +167,9 @@ def build(
         implementation=name,
         options=options,
     )
-    query, key, value = (x.astype(computed_dtype(x.dtype)) for x in arrays[:3])
+    query, key, value = (
+        x if x.dtype == computed_dtype(x.dtype) else x.astype(computed_dtype(x.dtype)) for x in arrays[:3]
+    )
     if mask is not None:
         python_ints.watch(problem.mask, d.Sq, (arrays.query.shape, arrays.key.shape, arrays.query.dtype))
     first, *others = mask_operands(_of_mask(masks.parts, mask, arrays))

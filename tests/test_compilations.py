@@ -123,6 +123,40 @@ def test_a_second_call_without_jit_compiles_nothing(name):
     assert _compilations(lambda: call(other, at)) == 0
 
 
+_INTEGERS: dict[str, Callable[[jax.Array, list[int]], Any]] = {
+    "ends": lambda x, at: jax_fa.npu_fusion_attention(
+        x[0], x[0], x[0], N, "TND", actual_seq_qlen=at, actual_seq_kvlen=at
+    ),
+    "ends, gradient": lambda x, at: jax.grad(
+        lambda x: jnp.sum(
+            jax_fa.npu_fusion_attention(x, x, x, N, "TND", actual_seq_qlen=at, actual_seq_kvlen=at)[0]
+        )
+    )(x[0]),
+    "ends, prefix": lambda x, at: jax_fa.flash_attention_score(
+        x[0], x[0], x[0], head_num=N, input_layout="TND", sparse_mode=6, prefix=_lengths(at), actual_seq_qlen=at,
+        actual_seq_kvlen=at,
+    ),
+    "prefix": lambda x, at: jax_fa.flash_attention_score(
+        x, x, x, head_num=N, input_layout="BSND", sparse_mode=5, prefix=at[:2]
+    ),
+}  # fmt: skip
+
+
+def _lengths(ends: list[int]) -> list[int]:
+    return np.diff(ends, prepend=0).tolist()
+
+
+@pytest.mark.parametrize("name", _INTEGERS)
+def test_lists_of_integers_are_data_outside_of_jit(name):
+    """Where CANN is not asked. As they are parts of a program they give the same."""
+    call, x = _INTEGERS[name], _normal(2, S, N, D)
+    assert _compilations(lambda: call(x, [3, 11, S])) > 0
+    found = []
+    assert _compilations(lambda: found.append(call(x, [7, 9, S]))) == 0
+    want = jax.jit(lambda x: call(x, [7, 9, S]))(x)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found[0], want)
+
+
 @pytest.mark.parametrize("name", ["everything", "bfloat16-causal"])
 def test_results_are_bitwise_repeatable(name, backend):
     """The same program twice, and the same program compiled anew."""

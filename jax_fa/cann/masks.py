@@ -14,7 +14,7 @@ import numpy as np
 from jax_fa import arguments, indices, masks
 from jax_fa.call import Dims
 from jax_fa.cann import spec
-from jax_fa.cann.packed import Packed
+from jax_fa.cann.packed import Packed, listed
 from jax_fa.indices import known, list_of_integers
 from jax_fa.masks import Mask
 
@@ -29,11 +29,12 @@ class MaskArguments:
     atten_mask: Any = None
     prefix: Any = None
 
-    def mask(self, d: Dims, packed: Packed | None) -> Mask | None:
-        """The mask of a call; raises where the arguments do not fit it or each other."""
+    def mask(self, d: Dims, packed: Packed | None, *, lists: bool = True) -> Mask | None:
+        """The mask of a call; raises where the arguments do not fit it or each other. `lists`: those of `packed.listed`."""
         check_mode(self.mode, packed is not None)
         self._check_tokens(d, packed)
         prefix = self._checked_prefix(d, packed)
+        prefix = None if prefix is None else listed(prefix, lists)
         if packed is None:
             structure = self._structure(d, prefix)
         else:
@@ -110,7 +111,7 @@ class MaskArguments:
             )
 
     def _checked_prefix(self, d: Dims, packed: Packed | None):
-        """prefix as a tuple or an int32 array, or None."""
+        """prefix as a tuple or an array, or None."""
         absent = self.prefix is None or (isinstance(self.prefix, (list, tuple)) and not self.prefix)
         if self.mode not in spec.PREFIX_MODES:
             if not absent:
@@ -133,7 +134,7 @@ class MaskArguments:
                     f"prefix must be in max(0, Skv - Sq) .. Skv = {low.tolist()} .. {high.tolist()}; "
                     f"got {values.tolist()}."
                 )
-        return prefix if values is None else tuple(values.tolist())
+        return prefix
 
     # --- structure
 

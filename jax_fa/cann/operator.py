@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import backends, entry
+from jax_fa import backends, compat, entry
 from jax_fa.arguments import array, choice, integer, shown
 from jax_fa.attention import Attention
 from jax_fa.call import Axes, Call, Dims
@@ -65,18 +65,19 @@ class Operator:
         scale = entry.finite_scale("scale_value", self.scale)
         arrays = self._arrays()
         d, dtype = arrays.dims, arrays.query.dtype
-        packed = sequences(self.input_layout, *self.ends, d)
+        lists = _as_lists(backend[0])
+        packed = sequences(self.input_layout, *self.ends, d, lists=lists)
         sparse, pse, sink = self.sparse, self.pse, sinks.checked(self.sink, d)
         _check_limits(d, packed, sparse.prefix)
         check_mode_of_pse(pse.values, sparse.mode)
         call = entry.build(
             arrays,
-            mask=sparse.mask(d, packed),
+            mask=sparse.mask(d, packed, lists=lists),
             terms=pse.terms(sparse, scale=scale, dtype=dtype, d=d, packed=packed),
             scale=scale,
             dropped=dropout(*self.dropped, d, packed),
             backend=backend,
-            hints=_own_form(sparse, pse, d, packed),
+            hints=_own_form(sparse, pse, d, packed, lists),
         )
         return Built(self, call, packed, sink)
 
@@ -225,6 +226,21 @@ class Built:
         return statistics.loaded(softmax_max, softmax_sum, self.call.dims, self.packed, blocks=blocks)
 
 
+def _as_lists(implementation: str | None) -> bool:
+    """Whether known ends and prefixes are part of the program.
+
+    CANN takes nothing else, and a mask of T x T costs more than compiling again. Where it cannot be asked, as outside of jit on
+    another platform, they are data: each call would compile a program of its own, which JAX keeps.
+    """
+    ascend = backends.named("ascend")
+    assert ascend.platforms is not None
+    return (
+        implementation == ascend.name
+        or compat.in_program()
+        or jax.default_backend().lower() in ascend.platforms
+    )
+
+
 def _unfold(query, key, value, head_num):
     """H into N x D: D = H / head_num, K = Hkv / D, Dv = Hv / K."""
     D = _divide("query", query, "head_num", head_num)
@@ -264,12 +280,14 @@ def _check_limits(d: Dims, packed: Packed | None, prefix) -> None:
 # --- the call in CANN's terms, for the Ascend backend
 
 
-def _own_form(sparse: MaskArguments, pse: Pse, d: Dims, packed: Packed | None) -> spec.Arguments | None:
+def _own_form(
+    sparse: MaskArguments, pse: Pse, d: Dims, packed: Packed | None, lists: bool
+) -> spec.Arguments | None:
     """Nothing where CANN's host integers are arrays here."""
     query_ends, key_ends = (None, None) if packed is None else (packed.query, packed.key)
     prefix = None if sparse.prefix is None else list_of_integers("prefix", sparse.prefix)
     values = None if prefix is None else known(prefix)
-    if prefix is not None and values is None:
+    if prefix is not None and (values is None or not lists):
         return None
     if not isinstance(query_ends, tuple | None) or not isinstance(key_ends, tuple | None):
         return None

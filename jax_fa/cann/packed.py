@@ -92,8 +92,8 @@ def _places(query_ends, key_ends, axis: int, size: int) -> Places:
     return Places(sequence, found < ends.size, at - starts[sequence], first_row, first_key, sq, skv)
 
 
-def sequences(input_layout: str, query_ends, key_ends, d: Dims) -> Packed | None:
-    """The sequences of layout TND; None in the other layouts."""
+def sequences(input_layout: str, query_ends, key_ends, d: Dims, *, lists: bool = True) -> Packed | None:
+    """The sequences of layout TND; None in the other layouts. `lists`: known ends become tuples, else arrays of NumPy."""
     given = {"actual_seq_qlen": query_ends, "actual_seq_kvlen": key_ends}
     for name, ends in given.items():
         absent = ends is None or (isinstance(ends, (list, tuple)) and not ends)
@@ -105,7 +105,7 @@ def sequences(input_layout: str, query_ends, key_ends, d: Dims) -> Packed | None
             raise ValueError(f"{name} is for layout TND; got {ends} with input_layout={input_layout!r}.")
     if input_layout != "TND":
         return None
-    query, key = (_listed(list_of_integers(name, ends)) for name, ends in given.items())
+    query, key = (listed(list_of_integers(name, ends), True) for name, ends in given.items())
     if np.shape(query) != np.shape(key) or np.shape(query) == (0,):
         raise ValueError(
             "actual_seq_qlen and actual_seq_kvlen must name the same sequences, at least one; got "
@@ -113,13 +113,15 @@ def sequences(input_layout: str, query_ends, key_ends, d: Dims) -> Packed | None
         )
     query = _checked_ends("actual_seq_qlen", query, d.Sq, "query's T")
     key = _checked_ends("actual_seq_kvlen", key, d.Skv, "key's T")
-    return Packed(query, key, d.Sq, d.Skv)
+    return Packed(listed(query, lists), listed(key, lists), d.Sq, d.Skv)
 
 
-def _listed(ends):
-    """A list where the values are known: CANN takes nothing else, and a mask of T x T costs more than compiling again."""
-    values = known(ends)
-    return ends if values is None else tuple(values.tolist())
+def listed(integers, lists: bool):
+    """What is known as a tuple, which is part of the program, or as an array of NumPy, which is data."""
+    values = known(integers)
+    if values is None:
+        return integers
+    return tuple(values.tolist()) if lists else indices.int32(values)
 
 
 def _checked_ends(name: str, ends, total: int, packed_axis: str):

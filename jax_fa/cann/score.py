@@ -109,9 +109,9 @@ def flash_attention_score(
       kv_start_idx: likewise, the position of the first key.
       actual_seq_qlen: TND: where each sequence ends along T, cumulative, without a leading 0; empty
         sequences are fine, and so are zeros after the last end, which are empty sequences. Rows past the last end
-        are fully masked. Values that are known (lists, NumPy arrays, concrete arrays) are part of the program, and
-        checked. Traced ends count as their running maximum, at most T, and T stands for the sums of the lengths in
-        the shapes above; the caller must then ensure that pse has the size of its sequences and, for ALiBi, that
+        are fully masked. Values that are known (lists, NumPy arrays, concrete arrays) are checked, and under jit and on Ascend
+        part of the program. Traced ends count as their running maximum, at most T, and T stands for the sums of the lengths
+        in the shapes above; the caller must then ensure that pse has the size of its sequences and, for ALiBi, that
         Sq_b = Skv_b.
       actual_seq_kvlen: TND: the same of key and value.
       query_rope: the rotated part of query, in its layout, with a head_dim of its own: the logits are
