@@ -167,9 +167,7 @@ def build(
         implementation=name,
         options=options,
     )
-    query, key, value = (
-        x if x.dtype == computed_dtype(x.dtype) else x.astype(computed_dtype(x.dtype)) for x in arrays[:3]
-    )
+    query, key, value = map(_computed, arrays[:3])
     if mask is not None:
         python_ints.watch(problem.mask, d.Sq, (arrays.query.shape, arrays.key.shape, arrays.query.dtype))
     first, *others = mask_operands(_of_mask(masks.parts, mask, arrays))
@@ -190,6 +188,11 @@ def build(
         hints=hints,
     )
     return replace(Call.of(problem, operands), parts=tuple(others))
+
+
+def _computed(x):
+    dtype = computed_dtype(x.dtype)
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def mask_operands(parts: Sequence[masks.Rules]) -> list[Operands]:
