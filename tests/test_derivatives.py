@@ -430,6 +430,7 @@ def _equinox_layer(ours: bool):
     return lambda x: layer(x[0], x[0], x[0])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layer", [_flax_layer, _equinox_layer])
 def test_layers_of_other_libraries(layer):
     """Their derivatives are those of the libraries' own attention."""

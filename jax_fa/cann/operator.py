@@ -25,6 +25,8 @@ from jax_fa.cann.packed import Packed, sequences
 from jax_fa.cann.pse import Pse, check_mode_of_pse
 from jax_fa.indices import known, list_of_integers
 
+_CANN = "ascend"  # the backend that asks it
+
 
 class _Layout(NamedTuple):
     axes: Axes  # put arrays of rank 4 (TND: 3) into the order *B S N D
@@ -232,13 +234,13 @@ def _as_lists(implementation: str | None) -> bool:
     CANN takes nothing else, and a mask of T x T costs more than compiling again. Where it cannot be asked, as outside of jit on
     another platform, they are data: each call would compile a program of its own, which JAX keeps.
     """
-    ascend = backends.named("ascend")
-    assert ascend.platforms is not None
-    return (
-        implementation == ascend.name
-        or compat.in_program()
-        or jax.default_backend().lower() in ascend.platforms
-    )
+    asked = {
+        platform
+        for backend in backends.every()
+        if backend.name == _CANN
+        for platform in backend.platforms or ()
+    }
+    return implementation == _CANN or jax.default_backend().lower() in asked or compat.in_program()
 
 
 def _unfold(query, key, value, head_num):
