@@ -163,9 +163,8 @@ def add_last(x, index, values):
     return add(x.reshape(count, x.shape[-1]), index, values).reshape(x.shape)
 
 
-@functools.partial(
-    jax.jit, static_argnames="side"
-)  # without jit around the call, a loop would be compiled at each one
+# Outside of jit, a loop whose function is made anew would be compiled at each call.
+@functools.partial(jax.jit, static_argnames="side")
 def search_last(table, values, side: Literal["left", "right"]):
     """searchsorted: where each of `values` (`*#L m`) belongs in sorted `table` (`*#L n`), int32 `*L m`.
 

@@ -210,7 +210,8 @@ partial_eval.partial_eval_jaxpr_custom_rules[primitives.jvp_p] = _partial_eval_b
 # --- third derivatives: those of the portable backend, which is differentiable JAX in forward mode
 
 
-@partial(jax.jit, static_argnums=(0, 1))  # calls outside of jit compile it once
+# Of the module, so that calls outside of jit compile it once.
+@partial(jax.jit, static_argnums=(0, 1))
 def _portable_results(kind, problem: Problem, x: Inputs, moved: dict[str, dict[str, Any]]):
     """The results of a primitive, of x with the arrays of `moved` in their parts."""
     inputs = replace(x, **{name: replace(getattr(x, name), **arrays) for name, arrays in moved.items()})

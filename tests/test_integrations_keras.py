@@ -128,7 +128,7 @@ print(f"exit {int(code)}, {len(served)} served, {len(refused)} refused")
 """
 # Modules of tests in Keras's wheel, which of their tests, and how many calls of these ours serves at least.
 KERAS_OWN_TESTS = {
-    "layers.attention.multi_head_attention_test": ("not 5d and not lora and not quantize", 30),
+    "layers.attention.multi_head_attention_test": ("", 40),
     "layers.attention.grouped_query_attention_test": ("", 30),
     "ops.nn_test": ("dot_product_attention", 30),
 }

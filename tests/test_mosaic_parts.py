@@ -364,7 +364,7 @@ def _statistics(g: Geometry) -> operands.RowStatistics:
     return operands.RowStatistics(dout=dout, maximum=ones, inverse=ones, delta=ones)
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(bounds())
 def test_ranges_of_tiles_hold_all_that_is_visible(case):
     """Every visible key lies in [first, last), whose ends see something; tiles in [inner_first, inner_last) are whole."""
@@ -402,7 +402,7 @@ def test_calls_without_bounds_have_no_ranges():
     assert visibility(g, _like(g).operands) == {}
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(bounds())
 def test_ranges_of_row_tiles_hold_all_that_sees_a_block_of_keys(case):
     """The same where keys stay and rows of one head move."""

@@ -40,7 +40,7 @@ def calls(draw) -> dict[str, Any]:
     return {"name": name, "layout": layout, "dtype": dtype, **options}
 
 
-@settings(max_examples=10)
+@settings(max_examples=12)
 @given(calls())
 def test_any_combination(backend, call):
     case = Case(**call)

@@ -29,7 +29,7 @@ class MaskArguments:
     atten_mask: Any = None
     prefix: Any = None
 
-    def mask(self, d: Dims, packed: Packed | None, *, lists: bool = True) -> Mask | None:
+    def mask(self, d: Dims, packed: Packed | None, *, lists: bool) -> Mask | None:
         """The mask of a call; raises where the arguments do not fit it or each other. `lists`: those of `packed.listed`."""
         check_mode(self.mode, packed is not None)
         self._check_tokens(d, packed)

@@ -78,9 +78,8 @@ def _bounds(ends) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
 
 
-@functools.partial(
-    jax.jit, static_argnums=(2, 3)
-)  # one program of calls outside of jit, which need it several times
+# Calls outside of jit need it several times: it is one program of theirs.
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _places(query_ends, key_ends, axis: int, size: int) -> Places:
     at = jnp.arange(size, dtype=jnp.int32)
     bounds = _bounds(query_ends), _bounds(key_ends)
@@ -92,7 +91,7 @@ def _places(query_ends, key_ends, axis: int, size: int) -> Places:
     return Places(sequence, found < ends.size, at - starts[sequence], first_row, first_key, sq, skv)
 
 
-def sequences(input_layout: str, query_ends, key_ends, d: Dims, *, lists: bool = True) -> Packed | None:
+def sequences(input_layout: str, query_ends, key_ends, d: Dims, *, lists: bool) -> Packed | None:
     """The sequences of layout TND; None in the other layouts. `lists`: known ends become tuples, else arrays of NumPy."""
     given = {"actual_seq_qlen": query_ends, "actual_seq_kvlen": key_ends}
     for name, ends in given.items():
