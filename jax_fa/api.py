@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Num
 
-from jax_fa import arguments, backends, compat, entry, indices, masks
+from jax_fa import arguments, backends, checks, compat, entry, indices, masks
 from jax_fa.call import Call, Size
 from jax_fa.flex.masks import of_function
 from jax_fa.masks import Mask
@@ -116,7 +116,7 @@ def dot_product_attention(
     q, k, v = _with_batch(*given)
     bias, mask = _at_most_four_dims("bias", bias), _at_most_four_dims("mask", mask)
     call = entry.build(
-        entry.checked(q, k, v, arguments.LAYOUTS["BSND"], "BSND"),
+        checks.arrays(q, k, v, arguments.LAYOUTS["BSND"], "BSND"),
         mask=_joined(
             None if mask is None else masks.Dense(mask),
             masks.Causal() if is_causal else None,
@@ -381,7 +381,7 @@ def flash_attention(
     if alibi_slopes is not None:
         terms = terms._replace(alibi="linear", alibi_slopes=_slopes(alibi_slopes, axes))
     call = entry.build(
-        entry.checked(q, k, v, axes, layout),
+        checks.arrays(q, k, v, axes, layout),
         mask=_joined(None if mask is None else one_mask(mask), _function(mask_mod)),
         terms=terms,
         scale=scale,

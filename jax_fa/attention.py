@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jax_fa import compat, primitives, rules, softmax
 from jax_fa.backends.sinks import joined, shares
 from jax_fa.call import DIFFERENTIABLE, STORED, Axes, Call, Operands, Problem, Saved, sum_to, widened
-from jax_fa.primitives import Inputs
+from jax_fa.primitives.kinds import SECOND, SECOND_TANGENT, Inputs
 from jax_fa.rules import OUT_NAME, STATS_NAME, jvp_saved
 
 __all__ = ["OUT_NAME", "STATS_NAME", "Attention", "attention"]
@@ -261,7 +261,7 @@ def _second(problem: Problem, x: Inputs, along: Inputs):
     """The derivative of the second: linear in its tangents and, for them alone, in the cotangents; in x the third."""
     results = primitives.second(problem, x.operands, x.saved, x.tangents)
     if along.operands is not None:
-        return list(results.values()), _third(primitives.SECOND, problem, x, along)
+        return list(results.values()), _third(SECOND, problem, x, along)
     moved, found = along.saved or _NO_COTANGENTS, {name: None for name in results}
     tangents = {"dout_tangent": moved.dout_tangent, "dlogsumexp_tangent": moved.dlogsumexp_tangent}
     parts = [(replace(x.saved, **tangents), along.tangents)]
@@ -279,7 +279,7 @@ def _second_tangent(problem: Problem, x: Inputs, along: Inputs):
     """The derivative of the second tangent, which is linear in both of its tangents."""
     results = primitives.second_tangent(problem, x.operands, x.saved, x.tangents, x.others)
     if along.operands is not None:
-        return results, _third(primitives.SECOND_TANGENT, problem, x, along)
+        return results, _third(SECOND_TANGENT, problem, x, along)
     pairs = [(along.tangents, x.others), (x.tangents, along.others)]
     parts = [
         primitives.second_tangent(problem, x.operands, x.saved, a, b)

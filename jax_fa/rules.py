@@ -29,7 +29,7 @@ from jax_fa.call import (
     sum_to,
     widened,
 )
-from jax_fa.primitives import Inputs
+from jax_fa.primitives.kinds import Inputs
 
 _PARTS = tuple(f.name for f in fields(Inputs))
 

@@ -13,6 +13,7 @@ ROOT = Path(jax_fa.__file__).parent
 FLOORS = [
     {
         "arguments",
+        "checks",
         "compat",
         "call",
         "indices",

@@ -27,6 +27,7 @@ ROOMS = {
     "integrations",
     "mosaic",
     "paged",
+    "primitives",
     "sequence_parallel",
     "sharding",
     "testing",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa import backends, compat, entry
+from jax_fa import backends, checks, compat, entry
 from jax_fa.arguments import array, choice, integer, shown
 from jax_fa.attention import Attention
 from jax_fa.call import Axes, Call, Dims
@@ -64,7 +64,7 @@ class Operator:
         """The call; raises where the arguments do not fit."""
         backend = backends.chosen(self.implementation)
         self._check_choices()
-        scale = entry.finite_scale("scale_value", self.scale)
+        scale = checks.finite_scale("scale_value", self.scale)
         arrays = self._arrays()
         d, dtype = arrays.dims, arrays.query.dtype
         lists = _as_lists(backend[0])
@@ -97,7 +97,7 @@ class Operator:
         if self.inner_precise not in (0, 1, 2):
             raise ValueError(f"inner_precise must be 0, 1 or 2; got {self.inner_precise!r}.")
 
-    def _arrays(self) -> entry.Arrays:
+    def _arrays(self) -> checks.Arrays:
         """query, key and value with separate head and head_dim axes, and the rotated parts beside the others."""
         head_num, input_layout = self.head_num, self.input_layout
         if isinstance(head_num, bool) or not isinstance(head_num, (int, np.integer)):
@@ -110,7 +110,7 @@ class Operator:
         if unfolded:
             query, key, value = _unfold(query, key, value, head_num)
         query, key = self._with_rope(query, key)
-        found = entry.checked(query, key, value, axes, self._layout_text)
+        found = checks.arrays(query, key, value, axes, self._layout_text)
         d = found.dims
         if d.N != head_num:
             raise ValueError(

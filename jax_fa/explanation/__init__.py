@@ -27,6 +27,7 @@ from jax_fa.cann.torch_npu import npu_fusion_attention
 from jax_fa.masks import Mask
 from jax_fa.paged.attention import paged_attention
 from jax_fa.paged.call import PagedProblem
+from jax_fa.primitives import lowering
 
 PLATFORMS = ("cpu", "cuda", "tpu", "ascend")
 _ENTRIES: dict[str, Callable[..., Any]] = {
@@ -196,7 +197,7 @@ class _Found:
     """A primitive in a traced program."""
 
     kind: Any
-    inputs: Any  # `primitives.Inputs` or `PagedOperands`, of avals
+    inputs: Any  # `primitives.kinds.Inputs` or `PagedOperands`, of avals
     problem: Any
     source: str
     times: int
@@ -328,7 +329,7 @@ def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanatio
 def _gathered(backend: str | None, platform: str, found: _Found) -> list[str]:
     if backend is None or found.kind.what == "paged":
         return []
-    return primitives.gathered(backends.named(backend), platform, found.inputs, found.problem)
+    return lowering.gathered(backends.named(backend), platform, found.inputs, found.problem)
 
 
 def _computes_in(backend: str | None, platform: str, dtype) -> str | None:

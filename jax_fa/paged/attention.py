@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, Float, Int, Num
 
-from jax_fa import arguments, backends, compat, entry, softmax
+from jax_fa import arguments, backends, checks, compat, entry, softmax
 from jax_fa.attention import Attention
 from jax_fa.backends import strictness
 from jax_fa.backends.sinks import shares
 from jax_fa.call import accumulator_dtype
-from jax_fa.paged import checks, primitive
+from jax_fa.paged import checks as paged_checks
+from jax_fa.paged import primitive
 from jax_fa.paged.call import PagedCall, PagedOperands, PagedProblem
 
 
@@ -97,11 +98,11 @@ def paged_attention(
     arguments.flag("return_logsumexp", return_logsumexp)
     q = arguments.array("query", query)
     one_row = q.ndim == 3
-    pools = checks.Pools.of(q, key_pages, value_pages, value_dim)
-    scale, cap = entry.scale_of(scale, q.shape[-1]), entry.soft_cap_of(logits_soft_cap)
+    pools = paged_checks.Pools.of(q, key_pages, value_pages, value_dim)
+    scale, cap = checks.scale(scale, q.shape[-1]), checks.soft_cap(logits_soft_cap)
     computed = entry.computed_dtype(q.dtype)
     rows, acc = q.astype(computed), accumulator_dtype(computed)
-    table, lengths = checks.table_and_lengths(page_table, lengths, q, pools)
+    table, lengths = paged_checks.table_and_lengths(page_table, lengths, q, pools)
     operands = PagedOperands(
         query=rows[:, None] if one_row else rows,
         key_pages=pools.key,
@@ -112,7 +113,7 @@ def paged_attention(
         value_scale=pools.scale("value_scale", value_scale),
         scale=_data(scale, acc),
         soft_cap=_data(cap, acc),
-        window=checks.window(local_window_size),
+        window=paged_checks.window(local_window_size),
     )
     problem = PagedProblem(
         scale=1.0 if isinstance(scale, jax.Array) else scale,
@@ -126,7 +127,7 @@ def paged_attention(
     )
     call = operands.call(problem)
     if sinks is not None:
-        sinks = entry.checked_sinks(sinks, call.dims, acc)
+        sinks = checks.sinks(sinks, call.dims, acc)
 
     def finish(result: Attention):
         out, lse = result.out.astype(q.dtype), result.logsumexp

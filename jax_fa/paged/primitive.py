@@ -1,4 +1,4 @@
-"""The primitive of paged attention and its rules. It has the same ones as the primitives of `primitives.py`.
+"""The primitive of paged attention and its rules. It has the same ones as the primitives of `primitives`.
 
 Its derivative is that of attention to keys and values that are gathered from the pages: contiguous, as a copy.
 """
@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval, xla
 
-from jax_fa import attention, backends, compat, entry, masks, primitives, rules, sharding
+from jax_fa import attention, backends, checks, compat, entry, masks, primitives, rules, sharding
 from jax_fa.call import Call, Shape
 from jax_fa.paged.call import PagedCall, PagedOperands, PagedProblem
+from jax_fa.primitives.kinds import PAGED
+from jax_fa.primitives.lowering import RULES_ON
 
-WHAT = primitives.PAGED.what
+WHAT = PAGED.what
 _RESULTS = ("out", "m", "l")
 _OF_SEQUENCES = ("query", "page_table", "lengths")  # `B ...`
 _SCALARS = ("scale", "soft_cap", "window")  # `#B`; the others are `#P ...`
@@ -122,7 +124,7 @@ def contiguous(call: PagedCall) -> Call:
     key = gathered(o.key_pages, o.key_scale)
     value = key[..., : d.Dv] if o.value_pages is None else gathered(o.value_pages, o.value_scale)
     made = entry.build(
-        entry.checked(o.query.astype(dtype), key, value, (0, 1, 2, 3), "BSND"),
+        checks.arrays(o.query.astype(dtype), key, value, (0, 1, 2, 3), "BSND"),
         mask=masks.Band(left=left, right=0, offset=ends - d.Sq),
         scale=problem.scale,
         logits_soft_cap=problem.logits_soft_cap,
@@ -295,7 +297,7 @@ def _needs_rule(ctx, backend, platform: str) -> bool:
     """XLA can split plain code by itself, but computes the bounds of loops from all devices' lengths."""
     if backend.platforms is not None:
         return True
-    return platform in primitives.RULES_ON and not compat.for_export(ctx) and not compat.is_manual(ctx)
+    return platform in RULES_ON and not compat.for_export(ctx) and not compat.is_manual(ctx)
 
 
 # --- assembly
@@ -313,4 +315,4 @@ mlir.register_lowering(paged_p, _lowering)
 for name in backends.PLATFORMS:
     mlir.register_lowering(paged_p, _lowering, platform=name)
 sharding.restore_splits([WHAT], _restored)
-primitives.KINDS[paged_p] = primitives.PAGED
+primitives.KINDS[paged_p] = PAGED

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_fa import api, dropout, entry, masks, softmax
+from jax_fa import api, checks, dropout, entry, masks, softmax
 from jax_fa.masks import Mask
 from jax_fa.sequence_parallel.local import Local
 from jax_fa.sequence_parallel.order import Spread
@@ -26,7 +26,7 @@ def ulysses(local: Local, shards: dict[str, Any], options: dict[str, Any]) -> en
     mask = None
     if local.mask is not None:
         mask = masks.replaced(exchange.of_mask, local.mask)
-    bias = entry.checked_bias(local.bias, (*d.B, d.N, d.Sq, local.full[1]), call.acc)
+    bias = checks.bias(local.bias, (*d.B, d.N, d.Sq, local.full[1]), call.acc)
     options = options | {
         "bias": None if bias is None else exchange.of_rows(bias),
         "mask": mask,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_fa import compat, entry, masks
+from jax_fa import checks, compat, entry, masks
 from jax_fa.call import Call, is_symbolic
 from jax_fa.masks import Mask
 from jax_fa.sequence_parallel.order import Spread
@@ -113,7 +113,7 @@ class Local:
         batch, heads = d.B, d.N
         parts = entry.mask_operands(masks.parts(self.mask, batch, heads, sq, skv, self.rows))
         found = parts[0].present()
-        found["bias"] = entry.checked_bias(self.bias, (*batch, heads, d.Sq, skv), call.acc)
+        found["bias"] = checks.bias(self.bias, (*batch, heads, d.Sq, skv), call.acc)
         if x.alibi_slopes is not None:
             at = masks.positions(self.mask, batch, heads, sq, skv, self.rows)
             at = (self.rows if self.spread.rows else jnp.arange(sq, dtype=jnp.int32)) if at is None else at
