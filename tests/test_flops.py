@@ -7,7 +7,8 @@ import pytest
 
 import jax_fa
 from jax_fa.masks import Causal, Dense, Lengths, Prefix, SegmentIds, SlidingWindow
-from jax_fa.testing.cases import KINDS, Case
+from jax_fa.testing.case_masks import KINDS
+from jax_fa.testing.cases import Case
 
 
 def _shape(*shape):

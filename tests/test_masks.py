@@ -16,7 +16,8 @@ import jax_fa
 from jax_fa import masks
 from jax_fa.masks import Band, Causal, CumulativeLengths, Dense, Lengths, Prefix, SegmentIds, SlidingWindow
 from jax_fa.testing import oracle
-from jax_fa.testing.cases import BOTTOM, KINDS, WITHIN_PACKED, Case, check
+from jax_fa.testing.case_masks import BOTTOM, KINDS, WITHIN_PACKED
+from jax_fa.testing.cases import Case, check
 
 # Few sizes: each compiles the few operations that turn a mask into intervals.
 SIZES = st.sampled_from([1, 5, 8])

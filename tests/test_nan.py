@@ -9,7 +9,8 @@ import pytest
 
 import jax_fa
 from jax_fa.testing import oracle
-from jax_fa.testing.cases import KINDS, Case
+from jax_fa.testing.case_masks import KINDS
+from jax_fa.testing.cases import Case
 
 # Each hides some keys from all rows, or from some; the arrays cross several tiles.
 MASKS = (

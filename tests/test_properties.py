@@ -6,7 +6,8 @@ import jax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_fa.testing.cases import KEYS, KINDS, ROWS, Case, check
+from jax_fa.testing.case_masks import KINDS
+from jax_fa.testing.cases import KEYS, ROWS, Case, check
 
 LENGTHS = st.sampled_from([1, ROWS - 1, ROWS + 1, KEYS, 2 * KEYS + 3])
 KIND = st.sampled_from([None, *(kind for kind in KINDS if kind != "nothing")])

@@ -19,7 +19,8 @@ from jax_fa.backends.ascend import installation
 from jax_fa.backends.xla import tiling
 from jax_fa.masks import Band, Causal, Complement, Dense, Lengths, SegmentIds, SlidingWindow, Union
 from jax_fa.testing import derivatives, oracle, programs
-from jax_fa.testing.cases import BOTTOM, UNIONS, Case, check
+from jax_fa.testing.case_masks import BOTTOM, UNIONS
+from jax_fa.testing.cases import Case, check
 
 SQ, SKV = 5, 8
 _RANDOM = np.random.default_rng(0)

@@ -14,7 +14,8 @@ from gpu.jobs import Context, Job
 from jax_fa import backends
 from jax_fa.entry import request_of
 from jax_fa.testing import cases, oracle
-from jax_fa.testing.cases import CASES, KINDS, REAL_TILES, Case
+from jax_fa.testing.case_masks import KINDS
+from jax_fa.testing.cases import CASES, REAL_TILES, Case
 
 DTYPES = ("bfloat16", "float16")
 TILED: dict[str, Any] = {"Sq": 300, "Skv": 330, "D": 64, "Dv": 64}  # several tiles of any kernel
