@@ -5,25 +5,20 @@ single call of an entry, and reads no argument itself.
 """
 
 import inspect
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
-import numpy as np
 from jax.extend import backend as extend_backend
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
-from jax.sharding import NamedSharding
 
-from jax_fa import api, arguments, backends, compat, primitives
+from jax_fa import api, arguments, backends
 from jax_fa.backends.ascend import installation
-from jax_fa.call import Call, Dims, Problem
+from jax_fa.call import Dims, Problem
 from jax_fa.cann.score import flash_attention_score
 from jax_fa.cann.torch_npu import npu_fusion_attention
+from jax_fa.explanation.calls import Found, calls_of, has_shape
 from jax_fa.masks import Mask
 from jax_fa.paged.attention import paged_attention
 from jax_fa.paged.call import PagedProblem
@@ -40,8 +35,6 @@ _ENTRIES: dict[str, Callable[..., Any]] = {
 # Other names of platforms; JAX calls NVIDIA's and AMD's both "gpu".
 _SAME = {"gpu": "cuda", "nvidia": "cuda"}
 _KNOWN = (*PLATFORMS, "rocm", "metal", "oneapi")
-# Frames between a caller and what is called: our own, and those of checks of annotations.
-_OURS = tuple(str(Path(module.__file__).parent) for module in (arguments, jaxtyping))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -169,12 +162,12 @@ def explain(
       ValueError: an unknown entry or platform, and what the entry itself raises for wrong arguments.
       TypeError: likewise.
     """
-    if args and callable(args[0]) and not _has_shape(args[0]):
+    if args and callable(args[0]) and not has_shape(args[0]):
         if entry is not None:
             raise ValueError(f"entry is for the arguments of a call; got entry={entry!r} with a function.")
         asked = _platforms(platforms)
         function, *rest = args
-        found = _found(function, tuple(rest), kwargs)
+        found = calls_of(function, tuple(rest), kwargs)
         return Explanations(_explanation(x.kind.what, x, asked) for x in found)
     entry = _entry(args, kwargs) if entry is None else entry
     arguments.choice("entry", entry, _ENTRIES)
@@ -183,7 +176,7 @@ def explain(
     named = kwargs.get("implementation")
     if isinstance(named, str) and named == "cudnn" and entry == "dot_product_attention":
         raise ValueError("implementation='cudnn' is a call of jax.nn, which explain does not read.")
-    found = _found(_ENTRIES[entry], args, kwargs)
+    found = calls_of(_ENTRIES[entry], args, kwargs)
     # Of the parts of a union, the one with most operands.
     told = _explanation(entry, max(found, key=lambda x: len(x.inputs.arrays())), asked)
     if len(found) == 1:
@@ -192,111 +185,7 @@ def explain(
     return replace(told, notes={platform: (*notes, note) for platform, notes in told.notes.items()})
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A primitive in a traced program."""
-
-    kind: Any
-    inputs: Any  # `primitives.kinds.Inputs` or `PagedOperands`, of avals
-    problem: Any
-    source: str
-    times: int
-
-    @property
-    def call(self) -> Any:
-        return self.inputs.call(self.problem)
-
-
-def _found(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[_Found]:
-    """The attention calls of a function."""
-    leaves: list[Any]
-    tree: Any
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = [i for i, leaf in enumerate(leaves) if _has_shape(leaf) and not _stays(leaf)]
-
-    def run(*values):
-        filled = list(leaves)
-        for i, value in zip(arrays, values, strict=True):
-            filled[i] = value
-        given, named = tree.unflatten(filled)
-        return jax.tree.map(lambda x: x if _has_shape(x) else None, function(*given, **named))
-
-    jaxpr = jax.make_jaxpr(run)(*(leaves[i] for i in arrays)).jaxpr
-    # Where mesh axes are automatic, types do not say how arguments are sharded.
-    placed = {
-        var: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=sharding)
-        for i, var in zip(arrays, jaxpr.invars, strict=True)
-        if isinstance(sharding := getattr(leaves[i], "sharding", None), NamedSharding)
-    }
-    return list(_walk(jaxpr, 1, placed))
-
-
-def call_of(function: Callable[..., Any], args: tuple, options: dict[str, Any], mask: Mask | None) -> Call:
-    """The call of an entry with a mask, or the first of its parts; what is known of the mask stays known.
-
-    Raises:
-      ValueError: what the entry raises.
-      TypeError: likewise.
-    """
-    arguments.check_names(function.__name__, options)
-    leaves: list[Any]
-    tree: Any
-    leaves, tree = jax.tree.flatten(mask)
-    unknown = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
-
-    def run(arrays, *args, **options):
-        given = iter(arrays)
-        known = [next(given) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in leaves]
-        return function(*args, mask=tree.unflatten(known), **options)
-
-    return _found(run, (unknown, *args), options)[0].call
-
-
-def _walk(
-    jaxpr: Jaxpr, times: int, placed: dict[Any, Any], outside: Sequence[compat.Frame] = ()
-) -> Iterator[_Found]:
-    """`placed`: the avals of variables of which more is known than their types say. `outside`: the frames of the equation
-    that holds the jaxpr, which those inside may not go beyond.
-    """
-    for equation in jaxpr.eqns:
-        frames = [*compat.frames(equation), *outside]
-        kind = primitives.KINDS.get(equation.primitive)
-        if kind is not None:
-            tree, problem = equation.params["tree"], equation.params["problem"]
-            inputs = tree.unflatten([_aval(x, placed) for x in equation.invars])
-            yield _Found(kind, inputs, problem, _source(frames), times)
-        inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(value):
-                within = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-                same = equation.primitive.name in ("jit", "pjit") and len(within.invars) == len(
-                    equation.invars
-                )
-                given = (
-                    {v: _aval(x, placed) for v, x in zip(within.invars, equation.invars, strict=True)}
-                    if same
-                    else {}
-                )
-                yield from _walk(within, inner, given, frames)
-
-
-def _aval(x, placed: dict[Any, Any]):
-    """(Literals have no hash.)"""
-    return placed.get(x, x.aval) if isinstance(x, Var) else x.aval
-
-
-def _source(frames: list[compat.Frame]) -> str:
-    """The line that called into this package, inside of what is explained."""
-    inside = list(itertools.takewhile(lambda frame: frame.file != __file__, frames))
-    called = max((i for i, frame in enumerate(inside) if frame.file.startswith(_OURS)), default=-1) + 1
-    return "{}:{} ({})".format(*inside[called]) if called < len(inside) else "the function itself"
-
-
-def _is_jaxpr(x) -> bool:
-    return isinstance(x, (ClosedJaxpr, Jaxpr))
-
-
-def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanation:
+def _explanation(entry: str, found: Found, asked: dict[str, str]) -> Explanation:
     call, what = found.call, found.kind.what
     if what == "jvp":  # its forward's backend may lack it, and then does a forward
         what = "forward"
@@ -326,7 +215,7 @@ def _explanation(entry: str, found: _Found, asked: dict[str, str]) -> Explanatio
     )
 
 
-def _gathered(backend: str | None, platform: str, found: _Found) -> list[str]:
+def _gathered(backend: str | None, platform: str, found: Found) -> list[str]:
     if backend is None or found.kind.what == "paged":
         return []
     return lowering.gathered(backends.named(backend), platform, found.inputs, found.problem)
@@ -361,7 +250,7 @@ def _platforms(given: str | Iterable[str] | None) -> dict[str, str]:
         return {platform: platform for platform in dict.fromkeys((here(), *PLATFORMS))}
     if isinstance(given, str):
         given = (given,)
-    names = tuple(given) if isinstance(given, Iterable) and not _has_shape(given) else None
+    names = tuple(given) if isinstance(given, Iterable) and not has_shape(given) else None
     if names is None or not all(isinstance(platform, str) for platform in names):
         raise TypeError(
             f"platforms must be names of platforms or None; got {arguments.shown(given)}. "
@@ -396,28 +285,16 @@ def _entry(args: tuple, kwargs: dict[str, Any]) -> str:
                 f"{', '.join(both)} of dot_product_attention. {arguments.unknown('flash_attention', both)}"
             )
         return "flash_attention"
-    key, value = (jnp.shape(named[name]) if _has_shape(named.get(name)) else () for name in ("key", "value"))
+    key, value = (jnp.shape(named[name]) if has_shape(named.get(name)) else () for name in ("key", "value"))
     other_value = bool(key and value) and key[-1] != value[-1]
-    more_dims = any(_has_shape(x) and len(x.shape) > 4 for x in named.values())
+    more_dims = any(has_shape(x) and len(x.shape) > 4 for x in named.values())
     if isinstance(named.get("mask"), Mask) or other_value or more_dims:
         return "dot_product_attention" if others & set(kwargs) else "flash_attention"
     return "dot_product_attention"
 
 
 def _holds_integers(x) -> bool:
-    return _has_shape(x) and jnp.issubdtype(x.dtype, jnp.integer)
-
-
-def _has_shape(x) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
-def _stays(x) -> bool:
-    """Whether this is no array that JAX traces: NumPy's scalars are numbers and flags, as Python's are, and arrays of other
-    libraries and of no numbers are what the entry makes of them."""
-    if isinstance(x, (np.generic, np.ndarray)):
-        return x.ndim == 0 or not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == np.bool_)
-    return hasattr(x, "__array__") and not isinstance(x, jax.Array) and not hasattr(x, "__jax_array__")
+    return has_shape(x) and jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _check_bound(entry: str, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_fa import api, arguments, compat, masks
 from jax_fa.call import Dims, is_symbolic
-from jax_fa.explanation import call_of
+from jax_fa.explanation.calls import call_of
 from jax_fa.masks import Mask, Rules
 
 Convention = Literal["model", "hardware"]
