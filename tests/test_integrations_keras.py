@@ -134,6 +134,7 @@ KERAS_OWN_TESTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keras")  # whose environment the process inherits
 @pytest.mark.parametrize("module", KERAS_OWN_TESTS)
 def test_keras_own_tests(module, tmp_path):

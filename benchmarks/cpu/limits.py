@@ -10,7 +10,9 @@ import numpy as np
 from jax_fa import _native
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-BURSTS = 3  # the best counts: in each of them something else may have run
+# Bursts one after the other for so long, of which the best counts: in each of them something else may have run, and cores that
+# begin take some 50 ms until they reach their rate.
+SECONDS = 0.15
 ITERATIONS = 3_000_000  # some 10 ms
 READ_BYTES = 2**28
 
@@ -36,8 +38,8 @@ def read_bandwidth() -> float:
 
 def _together(amount: float, work: Callable[[int], object]) -> float:
     """What all threads do a second, `amount` each, from the start of the first to the end of the last."""
-    best = 0.0
-    for _ in range(BURSTS):
+    best, until = 0.0, time.perf_counter() + SECONDS
+    while best == 0.0 or time.perf_counter() < until:
         spans = [(0.0, 0.0)] * THREADS
         ready = threading.Barrier(THREADS)
 

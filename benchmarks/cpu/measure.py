@@ -1,5 +1,6 @@
 """A case as rows of figures: everything compared is called in turn, the machine's limits among it."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -41,6 +42,7 @@ def _row(case: Case, direction: str, runs: dict[str, Callable[[], Any]], rounds:
     peaks, bandwidths = [], []
 
     def measure_limits() -> None:
+        time.sleep(PAUSE)
         peaks.append(limits.fma_peak(case.dtype))
         bandwidths.append(limits.read_bandwidth())
 
