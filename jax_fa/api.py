@@ -91,8 +91,8 @@ def dot_product_attention(
       with return_max_logits the largest logits of shape `(B, N)` or `(N,)`.
 
     Differences from jax.nn:
-      * A fully masked row gives 0 (jax.nn: the mean of all values), gradients 0 and a log-sum-exp of the dtype's
-        lowest finite value.
+      * A fully masked row gives 0 (jax.nn: the mean of all values), gradients 0 and log-sum-exp -FLT_MAX (in
+        16 bits what is closest to it).
       * NaN and infinity in masked positions of keys and values do not propagate.
       * float64 inputs are computed in float64 throughout.
       * `implementation="xla"` takes O(S) memory.

@@ -44,7 +44,9 @@ def backends(explanation: jax_fa.Explanation) -> None:
 
 
 def checks_header() -> None:
-    _title("Errors: largest error / largest value, against float64 (ok: ours at most twice jax.nn's)")
+    _title(
+        "Errors: largest error / largest value, against float64 (ok: ours at most twice jax.nn's and 8 epsilons)"
+    )
     print(f"{'':42}{'':10}{'output':^18}{'log-sum-exp':^18}{'gradients':^18}".rstrip())
     print(f"{'case':42}{'dtype':10}" + (f"{'ours':>8}{'jax.nn':>9} " * 3).rstrip())
 

@@ -46,6 +46,7 @@ class BlockMask(Function):
       table: int32 like states: 0 where all pairs are masked, 1 where none is, 2 + i where those of `pairs[..., i, :, :]` are
         visible. None: not known, as of a mask that is made of traced arrays.
       pairs: bool `*#B #N P rows columns`; None likewise.
+      sparsity: the share of blocks that are masked whole, in 0..1.
     """
 
     states: Any
@@ -56,7 +57,6 @@ class BlockMask(Function):
 
     @property
     def sparsity(self) -> Any:
-        """The share of blocks that are masked whole, in 0..1."""
         return jnp.mean(self.states == HIDDEN)
 
     def check(self, batch, heads, sq, skv) -> None:

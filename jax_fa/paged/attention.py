@@ -75,8 +75,8 @@ def paged_attention(
       `(B, N)`. A fully masked row, such as all of a sequence of length 0, gives 0 and log-sum-exp -FLT_MAX (or the sink).
 
       The result for a sequence depends on shapes and on this sequence alone: not on the other lengths of the batch, the
-      number of threads, or where its pages lie. All of the same sequence but for the last bits: the `cpu` backend splits
-      the capacity M S into parts, whose size depends on B and M.
+      number of threads, or where its pages lie. In a batch of another shape it may differ in its last bits: the `cpu`
+      backend splits the capacity M S into parts, whose size depends on B and M.
 
     Derivatives exist by query, floating pages, scales, scale, logits_soft_cap and sinks, in forward and reverse mode: those of
     `flash_attention` of the gathered pages, which then are copied.

@@ -68,7 +68,7 @@ def sequence_parallel_attention(
         device, or those of the shards, which are then gathered (4 bytes for each token). A boolean array has the rows of
         query and all keys, like a bias. Shards that no row of a device attends to are not computed, and a shard is not
         sent on where it is known when tracing that no device further on needs it: a causal window of w keys sends each shard
-        to the next ⌈w / Skv⌉ devices.
+        to the next ⌈(w - 1) / Skv⌉ devices.
       alibi_slopes: as in `flash_attention`.
       scale: likewise.
       logits_soft_cap: likewise.
@@ -104,7 +104,8 @@ def sequence_parallel_attention(
       ValueError: a call outside of `shard_map`, an axis that is not manual, shapes that do not fit together, a number of
         heads that the strategy cannot split, an order that cannot split the shards.
       TypeError: dtypes that do not fit.
-      NotImplementedError: the backend named cannot serve the calls on a device; third derivatives.
+      NotImplementedError: the backend named cannot serve the calls on a device; third derivatives, but
+        those in forward mode with strategy="ulysses".
 
     Source: arXiv:2310.01889 (ring), arXiv:2309.14509 (Ulysses), arXiv:2311.09431 (balanced orders).
     """
