@@ -119,7 +119,7 @@ class Combination(Case):
     tiles: tuple[int, int, int] | None = None  # width, stages, consumers
 
     def _dense(self) -> np.ndarray:
-        return self.random("dense").random(replace(self, bias=self.dense).bias_shape()) < 0.7
+        return self.random("dense").random(self.shape_of(self.dense)) < 0.7
 
     def visible(self) -> np.ndarray | None:
         found = super().visible()
@@ -514,7 +514,7 @@ def test_a_bias_of_minus_infinity_masks(bias, soft_cap, interpreted):
     name = f"minus-infinity-{bias}"
     case = Case(name=name, bias=bias, bias_dtype="float32", dtype="bfloat16", soft_cap=soft_cap)
     x = case.operands()
-    seen = case.random("seen").random(case.bias_shape()) < 0.7
+    seen = case.random("seen").random(case.shape_of(case.bias)) < 0.7
     seen[..., :3, :] &= bias == "BN1K"
     hidden = x | {"bias": np.where(seen, x["bias"], -np.float32(np.inf))}
     out, lse = interpreted(lambda x: case.flash_attention(x, implementation="mosaic"), hidden)

@@ -194,7 +194,9 @@ def test_gradient(call):
     call.check(module)
 
 
-@needs_new_jax
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="JAX 0.11 numbers the kernels of a process in their text"
+)
 @pytest.mark.parametrize(
     "feature",
     ["plain", "mask-per-row", pytest.param("dropout", marks=SLOW), pytest.param("everything", marks=SLOW)],
