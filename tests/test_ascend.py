@@ -720,9 +720,9 @@ def test_results_are_bitwise_repeatable():
 # --- explain
 
 
-def _explained(platform="ascend", **options):
-    x = jax.ShapeDtypeStruct((2, 24, 4, 16), jnp.bfloat16)
-    return jax_fa.explain(x, x, x, entry="flash_attention", platforms=(platform,), **options)
+def _explained(platform="ascend", Dv=16, **options):
+    x, value = (jax.ShapeDtypeStruct((2, 24, 4, width), jnp.bfloat16) for width in (16, Dv))
+    return jax_fa.explain(x, x, value, entry="flash_attention", platforms=(platform,), **options)
 
 
 @pytest.mark.parametrize(
@@ -736,6 +736,11 @@ def _explained(platform="ascend", **options):
         ({"return_logsumexp": True}, "the gradient of the log-sum-exp"),
         ({"mask": masks.Lengths(key=(3, 4))}, "a full one of 1152 bytes is built"),
         ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "stored: 576 bytes"),
+        (
+            {"dropout_rate": jax.ShapeDtypeStruct((), jnp.float32), "dropout_key": jax.random.key(0)},
+            "divided by the keep probability",
+        ),
+        ({"Dv": 24}, "padded with zeros to value's head_dim 24"),
     ],
 )
 def test_notes(options, note):

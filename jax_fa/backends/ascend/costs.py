@@ -15,6 +15,9 @@ def notes(call: Call) -> tuple[str, ...]:
         return ()
     plan = Translation(call, installation.here())
     found = _of_bias(plan)
+    d = call.dims
+    if d.Dv > d.D:
+        found.append(f"query and key are padded with zeros to value's head_dim {d.Dv}")
     if call.problem.logsumexp:
         found.append("the gradient of the log-sum-exp costs CANN's backward a wider head_dim")
     found += _of_dtype(plan)
@@ -27,6 +30,8 @@ def notes(call: Call) -> tuple[str, ...]:
         most = max(MAX_DRAWN_BYTES, least)
         at_once = f", at most {most} at a time" if size > most else ""
         found.append(f"keep bits are drawn in plain JAX and stored: {size} bytes{at_once}")
+    if call.operands.keep_threshold is not None:
+        found.append("out and dout are divided by the keep probability in plain JAX: CANN's is a host number")
     layout = layouts.choose(call)
     if plan.sequences is None and not all(layouts.fits(call, name, layout) for name in (*STORED, "out")):
         found.append("query, key, value and out lie in different orders: some are transposed")
