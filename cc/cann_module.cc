@@ -9,14 +9,15 @@
 #include "ascend_ffi.h"
 #include "cann/adapter.h"
 #include "cann/library.h"
+#include "cann/text.h"
 
 namespace py = pybind11;
 
 namespace jax_fa {
 namespace {
 
-py::object PathOrNone(const std::string& path) {
-  return path.empty() ? py::object(py::none()) : py::object(py::str(path));
+py::object TextOrNone(const std::string& text) {
+  return text.empty() ? py::object(py::none()) : py::object(py::str(cann::Readable(text)));
 }
 
 py::dict CannLibrary() {
@@ -25,18 +26,19 @@ py::dict CannLibrary() {
     const py::gil_scoped_release release;
     library = &cann::Library::Get();
   }
-  py::list functions;
+  py::list functions, notes;
   for (int f = 0; f < cann::kFunctions; ++f)
     if (library->functions[f]) functions.append(cann::kFunctionTable[f].phase2);
   py::dict found;
-  found["error"] = PathOrNone(library->error);
-  found["long"] = PathOrNone(library->long_ops);
-  found["short"] = PathOrNone(library->short_ops);
-  found["runtime"] = PathOrNone(library->runtime);
-  found["nnopbase"] = PathOrNone(library->nnopbase);
+  found["error"] = TextOrNone(library->error);
+  found["long"] = TextOrNone(library->long_ops);
+  found["short"] = TextOrNone(library->short_ops);
+  found["runtime"] = TextOrNone(library->runtime);
+  found["nnopbase"] = TextOrNone(library->nnopbase);
   found["emulator"] = library->emulator;
   found["functions"] = functions;
-  found["notes"] = py::cast(library->notes);
+  for (const std::string& note : library->notes) notes.append(cann::Readable(note));
+  found["notes"] = notes;
   return found;
 }
 

@@ -551,6 +551,33 @@ def test_error_codes_surface(function, code, name):
     np.testing.assert_array_equal(run(x), x)
 
 
+@pytest.mark.parametrize(
+    "words", ["失败".encode()[:-1], "失败".encode("gbk"), b"\xff\xfe\xc0\x80"], ids=["cut", "gbk", "none"]
+)
+def test_words_that_are_no_utf8(words):
+    """The text of an error is there all the same, with U+FFFD for what cannot be read."""
+    x = jnp.ones((1, 40, 2, 16), jnp.bfloat16)
+    emulator.words(words)
+    emulator.fail(FORWARD, 561103)
+    with pytest.raises(RAISED, match=r"561103 .*ACLNN_ERR_INNER_NULLPTR.*fault injected.*\ufffd"):
+        jax.block_until_ready(flash_attention(x, x, x, **ASCEND))
+    emulator.fail("aclrtFree", 507899)
+    flash_attention(x, x, x, **ASCEND).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"aclrtFree returned 507899.*\ufffd"):
+        ascend.release()
+
+
+@pytest.mark.parametrize("function", ["aclrtFree", "aclrtDestroyStream", "aclrtSynchronizeStream"])
+def test_release_says_what_failed(function):
+    x = jnp.ones((1, 40, 2, 16), jnp.bfloat16)
+    flash_attention(x, x, x, **ASCEND).block_until_ready()
+    emulator.fail(function, 507899)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{function} returned 507899"):
+        ascend.release()
+    ascend.release()  # nothing is left
+    np.testing.assert_array_equal(flash_attention(x, x, x, **ASCEND), x)
+
+
 def test_a_thread_without_a_device_gets_one():
     x = jnp.ones((1, 40, 2, 16), jnp.bfloat16)
     emulator.fail(f"{FORWARD}GetWorkspaceSize", 107002)

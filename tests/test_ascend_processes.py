@@ -271,6 +271,8 @@ def test_only_the_large_head_dim_operator(tmp_path):
             (attend(q.astype("float32"), k.astype("float32")), "serves float16, not float32"),
             (attend(normal(0, 1, 9, 2, 577, dtype="float16"), normal(0, 1, 1030, 1, 577, dtype="float16")),
              "head_dim of at most 576, not 577"),
+            (lambda: jax_fa.flash_attention(q, k, k[..., :64], implementation="ascend"),
+             "takes values of query's head_dim 576, not 64"),
             (lambda: jax.grad(lambda q: attend(q, k)().astype(jnp.float32).sum())(q), "has no backward"),
         ):
             text = refusal(call)

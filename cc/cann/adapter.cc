@@ -10,6 +10,7 @@
 #include "cann/runtime.h"
 #include "cann/search.h"
 #include "cann/streams.h"
+#include "cann/text.h"
 #include "cann/workspace.h"
 
 namespace jax_fa::cann {
@@ -118,6 +119,12 @@ void EnqueueOrThrow(const Library& library, const Call& call, aclrtStream stream
   }
 }
 
+// The way out of the adapter: here CANN's words, and the names of files, become text.
+Status Told(Outcome outcome, const std::string& message) {
+  const bool told = message.rfind(kPrefix, 0) == 0;
+  return {outcome, Readable(told ? message : kPrefix + message)};
+}
+
 // Runs fn(), and turns whatever it throws into a Status.
 template <typename Fn>
 Status Caught(const Fn& fn) {
@@ -125,13 +132,11 @@ Status Caught(const Fn& fn) {
     fn();
     return {};
   } catch (const Failure& failure) {
-    Status status = failure.status;
-    if (status.message.rfind(kPrefix, 0) != 0) status.message = kPrefix + status.message;
-    return status;
+    return Told(failure.status.outcome, failure.status.message);
   } catch (const std::bad_alloc&) {
     return {Outcome::kOutOfMemory, "jax_fa ascend: out of host memory"};
   } catch (const std::exception& e) {
-    return {Outcome::kInternal, std::string(kPrefix) + e.what()};
+    return Told(Outcome::kInternal, e.what());
   } catch (...) {
     return {Outcome::kInternal, "jax_fa ascend: unknown failure"};
   }
@@ -180,8 +185,10 @@ Status ReleaseAll() {
   return Caught([&] {
     if (!Library::Loaded() || !Library::Get().error.empty()) return;  // nothing can have been created
     const Library& library = Library::Get();
-    ProcessStreams().Release(library);
-    ProcessWorkspaces().Release(library);
+    Cleanup cleanup;
+    cleanup.Do([&] { ProcessStreams().Release(library); });
+    cleanup.Do([&] { ProcessWorkspaces().Release(library); });
+    cleanup.End();
   });
 }
 

@@ -2,6 +2,7 @@
 // device.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -34,6 +35,26 @@ void Check(const Library& library, int device, const std::string& name, const Fn
   const int code = WithDevice(library, device, fn);
   if (code != kSuccess) throw CodeFailure(name, code, TakeErrorText(library));
 }
+
+// Steps that are all taken, whatever fails before.
+class Cleanup {
+ public:
+  template <typename Fn>
+  void Do(const Fn& fn) {
+    try {
+      fn();
+    } catch (const Failure& failure) {
+      if (!first_) first_ = failure;
+    }
+  }
+  // Throws the first failure.
+  void End() const {
+    if (first_) throw Failure(*first_);
+  }
+
+ private:
+  std::optional<Failure> first_;
+};
 
 // For calls whose failure nobody can act on (destructors): the text must not turn up in a later error.
 template <typename Code>

@@ -46,30 +46,34 @@ void StreamPool::Return(const Library& library, aclrtStream stream) noexcept {
   }
 }
 
+void StreamPool::Close(const Library& library, aclrtStream stream) {
+  const auto check = [&](const char* name, auto function) {
+    Check(library, kDevice, name, [&] { return function(stream); });
+  };
+  Cleanup cleanup;
+  cleanup.Do([&] { check("aclrtSynchronizeStream", library.api.aclrtSynchronizeStream); });
+  cleanup.Do([&] { check("aclrtDestroyStream", library.api.aclrtDestroyStream); });
+  cleanup.Do([&] { ProcessWorkspaces().Release(library, kDevice, stream); });
+  cleanup.End();
+}
+
 void StreamPool::Destroy(const Library& library, aclrtStream stream) noexcept {
   try {
-    Forget(library, WithDevice(library, kDevice, [&] { return library.api.aclrtSynchronizeStream(stream); }));
-    Forget(library, WithDevice(library, kDevice, [&] { return library.api.aclrtDestroyStream(stream); }));
-    ProcessWorkspaces().Release(library, kDevice, stream);
+    Close(library, stream);
   } catch (...) {  // NOLINT(bugprone-empty-catch): nobody is left who could act on it
   }
 }
 
 void StreamPool::Release(const Library& library) {
-  for (;;) {
-    aclrtStream stream;
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      left_.wait(lock, [&] { return users_ == 0; });
-      if (idle_.empty()) return;
-      stream = idle_.back();
-      idle_.pop_back();
-    }
-    const int code = WithDevice(library, kDevice, [&] { return library.api.aclrtSynchronizeStream(stream); });
-    const std::string text = code == kSuccess ? "" : TakeErrorText(library);
-    Destroy(library, stream);
-    if (code != kSuccess) throw CodeFailure("aclrtSynchronizeStream", code, text);
+  std::vector<aclrtStream> released;
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    left_.wait(lock, [&] { return users_ == 0; });
+    released.swap(idle_);
   }
+  Cleanup cleanup;
+  for (aclrtStream stream : released) cleanup.Do([&] { Close(library, stream); });
+  cleanup.End();
 }
 
 StreamPool& ProcessStreams() {

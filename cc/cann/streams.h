@@ -44,7 +44,9 @@ class StreamPool {
   aclrtStream Take(const Library& library);
   void Return(const Library& library, aclrtStream stream) noexcept;
   // Waits first: a call that failed half-way may have queued work, and its memory goes when this returns.
-  void Destroy(const Library& library, aclrtStream stream) noexcept;
+  static void Close(const Library& library, aclrtStream stream);
+  // The same where nobody is left who could act on a failure.
+  static void Destroy(const Library& library, aclrtStream stream) noexcept;
 
   void Left() noexcept;
 

@@ -50,15 +50,10 @@ void* Workspaces::Get(const Library& library, int device, aclrtStream stream, si
 }
 
 void Workspaces::Free(const Library& library, int device, const Blocks& blocks) {
-  int failed = kSuccess;
-  std::string text;
-  for (const Block& block : blocks) {
-    const int code = WithDevice(library, device, [&] { return library.api.aclrtFree(block.memory); });
-    if (code == kSuccess) continue;
-    failed = code;
-    text = TakeErrorText(library);
-  }
-  if (failed != kSuccess) throw CodeFailure("aclrtFree", failed, text);
+  Cleanup cleanup;
+  for (const Block& block : blocks)
+    cleanup.Do([&] { Check(library, device, "aclrtFree", [&] { return library.api.aclrtFree(block.memory); }); });
+  cleanup.End();
 }
 
 void Workspaces::Release(const Library& library) {
@@ -72,7 +67,9 @@ void Workspaces::Release(const Library& library) {
     Blocks& all = of_device[key.first];
     all.insert(all.end(), blocks.begin(), blocks.end());
   }
-  for (const auto& [device, blocks] : of_device) Free(library, device, blocks);
+  Cleanup cleanup;
+  for (const auto& of : of_device) cleanup.Do([&] { Free(library, of.first, of.second); });
+  cleanup.End();
 }
 
 void Workspaces::Release(const Library& library, int device, aclrtStream stream) {

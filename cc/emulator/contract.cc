@@ -217,7 +217,10 @@ Verdict JudgePse(const Op& op, const Sizes& s) {
   if (d[2] == Sq || (d[2] == 1 && (d[0] == s.B || !op.backward))) return {};
   const bool causal = op.sparse_mode == 2 || op.sparse_mode == 3 ||
                       (op.sparse_mode == 0 && op.mask.present() && op.pre >= Sq && op.next == 0);
-  return table && Sq > 1024 && Sq == Skv && causal ? Verdict{} : Tiling(got);
+  if (!table || Sq <= 1024 || Sq != Skv || !causal) return Tiling(got);
+  const bool fits = !op.backward || (op.pre >= Sq && op.next == 0);
+  return fits ? Verdict{}
+              : Tiling("the backward takes an ALiBi table with preTokens of at least Sq and nextTokens of 0.");
 }
 
 Verdict JudgeDrop(const Op& op, const Sizes& s) {

@@ -23,6 +23,7 @@ struct State {
   std::map<std::string, int64_t> calls;
   std::map<std::string, Fault> faults;
   std::vector<std::string> log;
+  std::string words;  // of faults
   std::atomic<bool> newer{false};
 };
 
@@ -69,6 +70,7 @@ int Fail(int code, const std::string& text) {
 int Enter(const char* function) {
   State& s = Shared();
   int code = 0;
+  std::string words;
   {
     const std::lock_guard<std::mutex> lock(s.mutex);
     ++s.calls[function];
@@ -80,8 +82,9 @@ int Enter(const char* function) {
     }
     code = it->second.code;
     if (--it->second.times <= 0) s.faults.erase(it);
+    words = s.words;
   }
-  return Fail(code, std::string("fault injected into ") + function + ".");
+  return Fail(code, std::string("fault injected into ") + function + "." + words);
 }
 
 int EnterOnDevice(const char* function) {
@@ -129,6 +132,12 @@ CANN_EMULATOR_C void jaxFaEmulatorFail(const char* function, int code, int skip,
   Shared().faults[function] = {code, skip, times};
 }
 
+// What the error texts of faults end with, in any encoding.
+CANN_EMULATOR_C void jaxFaEmulatorWords(const char* words) {
+  const std::lock_guard<std::mutex> lock(Shared().mutex);
+  Shared().words = words;
+}
+
 CANN_EMULATOR_C void jaxFaEmulatorStyle(int style) { Shared().newer = style != 0; }
 
 // A JSON array of the phase 1 calls that succeeded, oldest first; valid until this thread's next call.
@@ -141,11 +150,12 @@ CANN_EMULATOR_C const char* jaxFaEmulatorLog() {
   return text.c_str();
 }
 
-// Forgets log, counts, faults and style; what is alive stays so.
+// Forgets log, counts, faults, their words and style; what is alive stays so.
 CANN_EMULATOR_C void jaxFaEmulatorReset() {
   const std::lock_guard<std::mutex> lock(Shared().mutex);
   Shared().calls.clear();
   Shared().faults.clear();
   Shared().log.clear();
+  Shared().words.clear();
   Shared().newer = false;
 }

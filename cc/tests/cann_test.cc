@@ -20,6 +20,7 @@
 
 #include "cann/adapter.h"
 #include "cann/library.h"
+#include "cann/text.h"
 #include "cann/workspace.h"
 #include "parsers_test.h"
 
@@ -430,6 +431,28 @@ void TestRefusals() {
 }
 
 // As a size of -1 comes from the tiling of an op.
+void TestText() {
+  const std::string lost = "\xef\xbf\xbd";
+  const struct {
+    std::string bytes, text;
+  } cases[] = {
+      {"", ""},
+      {"tiling \xe5\xa4\xb1\xe8\xb4\xa5, \xc3\xa9 \xf0\x9f\x98\x80",
+       "tiling \xe5\xa4\xb1\xe8\xb4\xa5, \xc3\xa9 \xf0\x9f\x98\x80"},
+      {"cut \xe8\xb4", "cut " + lost + lost},                      // within a character
+      {"\xff\x80 a", lost + lost + " a"},                          // no first bytes
+      {"\xc0\xaf\xe0\x80\xaf", lost + lost + lost + lost + lost},  // longer than need be
+      {"\xed\xa0\x80", lost + lost + lost},                        // half of a surrogate pair
+      {"\xf4\x90\x80\x80", lost + lost + lost + lost},             // beyond the last code point
+      {std::string("a\0b", 3), std::string("a\0b", 3)},
+  };
+  for (const auto& one : cases) {
+    const std::string text = jax_fa::cann::Readable(one.bytes);
+    EXPECT(text == one.text, "%s, not %s", text.c_str(), one.text.c_str());
+    EXPECT(jax_fa::cann::Readable(text) == text, "%s", text.c_str());
+  }
+}
+
 void TestHugeWorkspace() {
   const Library& library = jax_fa::cann::Ready();
   for (size_t bytes : {SIZE_MAX, SIZE_MAX - 64, SIZE_MAX - 500}) {
@@ -482,6 +505,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   if (mode == "quick") {
+    TestText();
     TestResults();
     TestEnqueue();
     TestRefusals();

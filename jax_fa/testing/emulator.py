@@ -42,6 +42,11 @@ def fail(function: str, code: int, skip: int = 0, times: int = 1) -> None:
     _control().jaxFaEmulatorFail(function.encode(), code, skip, times)
 
 
+def words(text: bytes) -> None:
+    """What the error texts of faults end with."""
+    _control().jaxFaEmulatorWords(text)
+
+
 def style(newer: bool) -> None:
     """Whether what tiling refuses comes from phase 1 (newer releases of CANN) or from phase 2."""
     _control().jaxFaEmulatorStyle(int(newer))

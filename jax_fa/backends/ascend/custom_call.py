@@ -139,6 +139,12 @@ def _causal_prefix():
     return jnp.asarray(spec.compressed_mask(True))
 
 
+def _next_tokens(op: OperatorCall) -> int:
+    """Causal modes ignore it, but for the check of an ALiBi table in the backward, which asks for 0."""
+    table = op.sequences is None and op.pse is not None and op.pse_type not in spec.ALIBI_TYPES
+    return 0 if table and op.pse.shape[2] == spec.ALIBI_ROWS and op.sparse.mode in (2, 3) else op.sparse.next
+
+
 def _attributes(op: OperatorCall, present: int) -> dict[str, Any]:
     """What the handlers decode (cc/ascend_ffi.cc); every field has exactly the type that C++ expects."""
     s = op.sequences
@@ -149,7 +155,7 @@ def _attributes(op: OperatorCall, present: int) -> dict[str, Any]:
             "scale_value": np.float64(op.scale),
             "keep_prob": np.float64(op.keep_prob),
             "pre_tokens": np.int64(op.sparse.pre),
-            "next_tokens": np.int64(op.sparse.next),
+            "next_tokens": np.int64(_next_tokens(op)),
             "inner_precise": np.int64(2 if op.sparse.may_mask else 0),
             "sparse_mode": np.int64(op.sparse.mode),
             "pse_type": np.int64(op.pse_type),

@@ -99,9 +99,16 @@ def release() -> None:
 
     Call it while nothing is running. On an Ascend device XLA allocates the workspaces where it can, so that there
     is usually nothing to free.
+
+    Raises:
+      jax.errors.JaxRuntimeError: what CANN refused to wait for or to free, after all else is freed.
     """
-    if absence() is None:
+    if absence() is not None:
+        return
+    try:
         native.extension.cann_release()
+    except RuntimeError as error:
+        raise jax.errors.JaxRuntimeError(str(error)) from None
 
 
 def _release_at_exit() -> None:

@@ -74,6 +74,8 @@ def _why_not_large_head_dim(call: Call) -> str | None:
         return f"serves float16, not {call.dtype}"
     if max(d.D, d.Dv) > spec.LARGE_HEAD_DIM:
         return f"has a head_dim of at most {spec.LARGE_HEAD_DIM}, not {max(d.D, d.Dv)}"
+    if d.Dv < d.D:
+        return f"takes values of query's head_dim {d.D}, not {d.Dv}"
     if d.Skv <= spec.LARGE_HEAD_DIM_KEYS:
         return f"needs more than {spec.LARGE_HEAD_DIM_KEYS} keys, not {d.Skv}"
     if layouts.choose(call) != "BSND":
