@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa import compat
+
 _LONGEST = 60  # characters of a value that an error shows
+_TAKE_DATA = ("cpu", "gpu", "tpu")
 
 
 def shown(x) -> str:
@@ -52,6 +55,8 @@ def host_array(name: str, x):
     """x as it is where it is an array of any kind, else as one of NumPy: its values stay known."""
     if hasattr(x, "dtype"):
         return x
+    if hasattr(x, "__jax_array__"):
+        return x.__jax_array__()
     try:
         return np.asarray(x)
     except (OverflowError, TypeError, ValueError) as error:
@@ -79,7 +84,11 @@ def number(name: str, x, what: str) -> None:
 
 
 def scalar(name: str, x) -> float | jax.Array:
-    """A real scalar: a float where its value is known now, a traced array otherwise."""
+    """A real scalar: a float where its value belongs to the program, an array where it is data.
+
+    A traced value is data, and so is an array outside of jit, where each value would be a program of its own, which JAX keeps;
+    but not on a platform whose kernels (of CANN) may take numbers of the host alone.
+    """
     if isinstance(x, (bool, np.bool_)) or not (isinstance(x, numbers.Real) or hasattr(x, "dtype")):
         raise TypeError(f"{name} must be a real number or a scalar array; got {shown(x)}.")
     if not isinstance(x, numbers.Real):
@@ -88,6 +97,8 @@ def scalar(name: str, x) -> float | jax.Array:
         if np.ndim(x) != 0:
             raise ValueError(f"{name} must be a scalar; got shape {np.shape(x)}.")
         if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+            return x
+        if isinstance(x, jax.Array) and jax.default_backend() in _TAKE_DATA and not compat.in_program():
             return x
     try:
         return float(x)

@@ -113,10 +113,13 @@ def _positive(cap) -> float | jax.Array:
 def dropout_rate(rate, key) -> float | jax.Array:
     """A rate, and whether there is a key where it may drop anything."""
     rate = arguments.scalar("dropout_rate", rate)
-    if isinstance(rate, float) and not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout_rate must be in [0, 1); got {rate}.")
-    if key is None and not (isinstance(rate, float) and rate == 0.0):
-        what = f"dropout_rate > 0 (it is {rate})" if isinstance(rate, float) else "dropout_rate is traced"
+    value = None if indices.known(rate) is None else float(rate)
+    if value is not None and not 0.0 <= value < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1); got {value}.")
+    if value == 0.0:
+        return 0.0
+    if key is None:
+        what = "dropout_rate is traced" if value is None else f"dropout_rate > 0 (it is {value})"
         raise ValueError(f"dropout_key must be a jax.random key when {what}; got None.")
     return rate
 

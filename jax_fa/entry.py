@@ -214,6 +214,8 @@ def _of_mask(fn: Callable, mask: masks.Mask | None, arrays: checks.Arrays) -> An
 
         if isinstance(found, masks.Rules):
             return masks.Rules(**{n: None if x is None else spec(n, x) for n, x in found._asdict().items()})
+        if found is None:
+            return None
         return tuple(map(specs, found)) if isinstance(found, tuple) else spec("", found)
 
     def whole(values):

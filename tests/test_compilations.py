@@ -157,6 +157,32 @@ def test_lists_of_integers_are_data_outside_of_jit(name):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found[0], want)
 
 
+_SCALARS: dict[str, Callable[[jax.Array, Any], Any]] = {
+    "scale": lambda x, a: jax_fa.flash_attention(x, x, x, scale=a),
+    "scale, gradient": lambda x, a: jax.grad(lambda a: jnp.sum(jax_fa.flash_attention(x, x, x, scale=a)))(a),
+    "scale of jax.nn": lambda x, a: jax_fa.dot_product_attention(x, x, x, scale=a, is_causal=True),
+    "scale of pages": lambda x, a: jax_fa.paged_attention(
+        x[:, 0], x, x, jnp.array([[0, 1], [1, 1]]), jnp.array([30, 3]), scale=a
+    ),
+    "scale of torch_npu": lambda x, a: jax_fa.npu_fusion_attention(x, x, x, N, "BSND", scale=a)[0],
+    "soft cap": lambda x, a: jax_fa.flash_attention(x, x, x, logits_soft_cap=a),
+    "dropout": lambda x, a: jax_fa.flash_attention(
+        x, x, x, dropout_rate=a - 0.5, dropout_key=jax.random.key(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _SCALARS)
+def test_arrays_of_one_number_are_data_outside_of_jit(name):
+    """A loop whose temperature is annealed is one program. As parts of a program they give the same."""
+    call, x = _SCALARS[name], _normal(2, S, N, D)
+    assert _compilations(lambda: call(x, jnp.float32(0.75))) > 0
+    found, other = [], jnp.float32(0.625)
+    assert _compilations(lambda: found.append(call(x, other))) == 0
+    want = jax.jit(lambda x: call(x, other))(x)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found[0], want)
+
+
 @pytest.mark.parametrize("name", ["everything", "bfloat16-causal"])
 def test_results_are_bitwise_repeatable(name, backend):
     """The same program twice, and the same program compiled anew."""

@@ -595,6 +595,22 @@ def test_exported(backend):
     SHARDED.check(*jax.jit(again.call)(placed))
 
 
+def test_symbolic_sizes():
+    """One exported program for any number of sequences, pages and pages of a sequence: fewer than a tile has, and more."""
+    B, most, total = jax.export.symbolic_shape("B, M, P")
+    pool = jax.ShapeDtypeStruct((total, 4, 2, 8), jnp.float32)
+    query = jax.ShapeDtypeStruct((B, 4, 8), jnp.float32)
+    table, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, most), (B,)))
+    exported = jax.export.export(jax.jit(jax_fa.paged_attention))(query, pool, pool, table, lengths)
+    random = np.random.default_rng(0)
+    for B, most, total in ((1, 1, 3), (3, 5, 20), (2, 200, 30)):
+        rows = random.standard_normal((B, 4, 8), np.float32)
+        pools = random.standard_normal((2, total, 4, 2, 8), np.float32)
+        table = random.integers(0, total, (B, most)).astype(np.int32)
+        args = rows, *pools, table, random.integers(0, 4 * most + 1, B).astype(np.int32)
+        np.testing.assert_allclose(exported.call(*args), jax_fa.paged_attention(*args), atol=1e-5)
+
+
 def test_pages_are_updated_in_place():
     """A decode loop with a donated pool: one compile, and no copy of the pool."""
     S = 16  # of a page

@@ -120,6 +120,19 @@ def test_masks_without_jit(mask, backend):
     _same(out, _attend(backend, QKV, MASKS[mask]))
 
 
+@pytest.mark.in_turn
+@pytest.mark.parametrize(
+    "mask", [mask for mask in MASKS if mask != "segments-twice"]
+)  # which may place a row twice
+def test_masks_that_place_rows_for_alibi(mask, backend):
+    """Or leave them at their indices, as most do."""
+
+    def run(qkv, mask):
+        return _attend(backend, qkv, mask, alibi_slopes=jnp.linspace(0.1, 0.4, N))
+
+    _same(_on("explicit", run, (QKV, MASKS[mask]), _SPEC), jax.jit(run)(QKV, MASKS[mask]))
+
+
 def _hessian_product(attend, qkv, along):
     return jax.jvp(jax.grad(lambda x: jnp.sum(jnp.sin(attend(x)))), (qkv,), (along,))[1]
 
@@ -319,13 +332,16 @@ def test_gradients_of_what_devices_share_are_summed(shared, backend):
     _same(jax.jit(run)(x), [summed(found) for found in jax.jit(moved)(whole)])
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
 @pytest.mark.parametrize("rows", [None, "x"])
-def test_statistics_of_packed_sequences_in_torch_npus_order(rows, backend):
+def test_statistics_of_packed_sequences_in_torch_npus_order(rows, traced, backend):
     """Their order mixes rows and heads, which explicit axes cut."""
-    options = {"actual_seq_qlen": (5, 8, 12), "actual_seq_kvlen": (5, 8, 12), "sparse_mode": 3}
+    known = (5, 8, 12)
 
     @jax.jit
-    def run(q, k, v):
+    def run(q, k, v, ends):
+        ends = ends if traced else known
+        options = {"actual_seq_qlen": ends, "actual_seq_kvlen": ends, "sparse_mode": 3}
         out, *saved = jax_fa.npu_fusion_attention(q, k, v, N, "TND", scale=0.3, **options)[:3]
         again = dict(zip(("softmax_max", "softmax_sum"), saved, strict=True))
         found = jax_fa.npu_fusion_attention_grad(
@@ -336,6 +352,7 @@ def test_statistics_of_packed_sequences_in_torch_npus_order(rows, backend):
     qkv = [_normal(12, heads, D) for heads in (N, K, K)]
     mesh = _mesh("explicit")
     with jax.set_mesh(mesh):
-        specs = P(rows, "y"), P(None, "y"), P(None, "y")
-        found = run(*(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(qkv, specs, strict=True)))
-    _same(found, run(*qkv))
+        specs = P(rows, "y"), P(None, "y"), P(None, "y"), P()
+        args = *qkv, jnp.array(known, jnp.int32)
+        found = run(*(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs, strict=True)))
+    _same(found, run(*args))

@@ -83,18 +83,17 @@ def _to_blocks(x, packed: Packed):
     """`(T, N)`, in memory blocks `[N, Sq_b]`, of `N T`."""
     heads, T = x.shape
 
-    def stored(x):
-        places = _block_places(packed, heads).reshape(-1)
-        return (
-            jnp.zeros(heads * T, x.dtype).at[places].set(x.reshape(-1), unique_indices=True).reshape(T, heads)
-        )
+    def stored(arrays):
+        x, places = (array.reshape(-1) for array in arrays)
+        return jnp.zeros(heads * T, x.dtype).at[places].set(x, unique_indices=True).reshape(T, heads)
 
-    return compat.automatic(stored, x, _whole)
+    return compat.automatic(stored, (x, _block_places(packed, heads)), _whole)
 
 
 def _from_blocks(x, packed: Packed):
     """The inverse."""
-    return compat.automatic(lambda x: x.reshape(-1)[_block_places(packed, x.shape[1])], x, _whole)
+    given = x, _block_places(packed, x.shape[1])
+    return compat.automatic(lambda arrays: arrays[0].reshape(-1)[arrays[1]], given, _whole)
 
 
 def _whole(x) -> tuple[None, ...]:

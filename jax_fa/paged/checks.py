@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import arguments, indices, masks
+from jax_fa.call import Size
 
 _FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
@@ -49,7 +50,7 @@ class Pools(NamedTuple):
             raise TypeError(f"value_pages must have key_pages' dtype {key.dtype}; got {value.dtype}.")
         return cls(key, value)
 
-    def capacity(self, table) -> int:
+    def capacity(self, table) -> Size:
         return table.shape[1] * self.key.shape[1]
 
     def scale(self, name: str, x):

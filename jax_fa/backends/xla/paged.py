@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa import softmax
+from jax_fa.call import is_symbolic
 from jax_fa.paged.call import PagedCall
 
 TILE_KEYS = 512  # keys of a tile, if a page has no more
@@ -30,7 +31,9 @@ class _Tiles:
         self.call, self.operands, self.dims = call, call.operands, call.dims
         self.table = call.pages()
         self.page_size = self.operands.key_pages.shape[1]
-        self.pages = min(max(TILE_KEYS // self.page_size, 1), self.table.shape[1])
+        self.pages = max(TILE_KEYS // self.page_size, 1)
+        if not is_symbolic(self.table.shape[1]):
+            self.pages = min(self.pages, self.table.shape[1])
         self.keys = self.pages * self.page_size
         self.lower, self.upper = (x[:, None, None, :, None] for x in call.bounds())  # B K G Sq keys
         self.dtype = _common_dtype(call)
