@@ -32,8 +32,9 @@ nb_execution_mode = "off"  # notebooks are kept with their outputs
 exclude_patterns = ["_build"]
 nitpicky = True  # a reference that leads nowhere is an error
 nitpick_ignore = [
-    ("py:class", "jax_fa.call.Dims")
-]  # explain shows it; it is not an entry of its own
+    ("py:class", "jax_fa.call.Dims"),  # explain shows it; it is not an entry of its own
+    ("py:exc", "jax.errors.JaxRuntimeError"),  # of JAX
+]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # shapes and dtypes stand in the text of every argument
