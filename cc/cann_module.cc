@@ -1,7 +1,6 @@
 #include "cann_module.h"
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>

@@ -67,7 +67,7 @@ def _expect(name, layout, what, want, got, other, x, other_name="query") -> str:
 
 
 def scale(scale, D: Size) -> float | jax.Array:
-    """The factor of the logits that an entry is given: a float where it is known, else traced."""
+    """The factor of the logits that an entry is given: a float where it belongs to the program, else data."""
     return 1.0 / math.sqrt(D) if scale is None else finite_scale("scale", scale)
 
 

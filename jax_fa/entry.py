@@ -124,7 +124,7 @@ def build(
 ) -> Call:
     """The call of these arguments, which are checked against each other; `backend` is what `backends.chosen` gives.
 
-    Scalars that are traced become operands, those that are known belong to the program.
+    Scalars that are data (see `arguments.scalar`) become operands, the others belong to the program.
     """
     d, axes = arrays.dims, arrays.axes
     rank, acc = len(d.B), accumulator_dtype(computed_dtype(arrays.query.dtype))

@@ -10,9 +10,9 @@ constexpr const char* kReplacement = "\xef\xbf\xbd";
 
 // Bytes of the character of UTF-8 at `at`; 0 if there is none.
 size_t CharacterAt(const std::string& bytes, size_t at) {
+  // Of each length: the fixed bits of the first byte, which bits these are, and the least code point.
   struct Form {
-    uint32_t lead, mask,
-        least;  // the first byte's fixed bits, which these are, and the least code point of this length
+    uint32_t lead, mask, least;
   };
   constexpr Form kForms[] = {{0x00, 0x80, 0}, {0xc0, 0xe0, 0x80}, {0xe0, 0xf0, 0x800}, {0xf0, 0xf8, 0x10000}};
   const uint32_t lead = static_cast<unsigned char>(bytes[at]);
